@@ -1,0 +1,206 @@
+"""Merge against `cp -r` and PEFT: wall time and peak memory, as ratios in one run.
+
+    python benchmarks/merge.py --size 6.4 --pairs 5 --peft 2
+
+makes a random Llama-3.2-3B-shaped bfloat16 base of about that many GB in four files (more layers for more
+GB), an all-linear and a q,v-only adapter (tile, r = 64), and runs the contestants in turn, each as a whole
+process; `sync` counts, and `fossil-export merge` includes its own. Prints medians and ratios as Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from fossil_export.checkpoints.header import encode_header
+
+HIDDEN, INNER, HEADS, KV_HEADS, HEAD, VOCAB, RANK = 3072, 8192, 24, 8, 128, 128256, 64
+LINEARS = {
+    "self_attn.q_proj": (HEADS * HEAD, HIDDEN),
+    "self_attn.k_proj": (KV_HEADS * HEAD, HIDDEN),
+    "self_attn.v_proj": (KV_HEADS * HEAD, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HEADS * HEAD),
+    "mlp.gate_proj": (INNER, HIDDEN),
+    "mlp.up_proj": (INNER, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INNER),
+}
+
+PEFT_MERGE = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, adapter, output = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(output)
+"""
+
+
+def make_base(folder: Path, gigabytes: float) -> int:
+    """Write the base if it is not there yet; returns its number of layers."""
+    per_layer = 2 * sum(rows * columns for rows, columns in LINEARS.values())
+    layers = max(1, round((gigabytes * 1e9 - 2 * VOCAB * HIDDEN) / per_layer))
+    if (folder / "config.json").exists():
+        return layers
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    pool = (np.random.default_rng(0).standard_normal(1 << 24, np.float32) * 0.02).astype(ml_dtypes.bfloat16)
+    tensors: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (VOCAB, HIDDEN))]
+    for layer in range(layers):
+        tensors += [(f"model.layers.{layer}.{name}.weight", shape) for name, shape in LINEARS.items()]
+        tensors += [
+            (f"model.layers.{layer}.{name}.weight", (HIDDEN,))
+            for name in ("input_layernorm", "post_attention_layernorm")
+        ]
+    tensors.append(("model.norm.weight", (HIDDEN,)))
+    weight_map, parts = {}, 4
+    target = sum(int(np.prod(shape)) for _, shape in tensors) / parts
+    groups: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    filled = 0
+    for name, shape in tensors:
+        if filled > target * len(groups) and len(groups) < parts:
+            groups.append([])
+        groups[-1].append((name, shape))
+        filled += int(np.prod(shape))
+    for number, group in enumerate(groups, 1):
+        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        with (folder / file).open("wb") as stream:
+            stream.write(encode_header([(name, "BF16", shape) for name, shape in group], {"format": "pt"}))
+            for index, (name, shape) in enumerate(group):
+                weight_map[name] = file
+                left, start = int(np.prod(shape)), 7919 * (index + 1)
+                while left:
+                    chunk = pool[start : start + left]
+                    stream.write(chunk.view(np.uint8).data)
+                    left -= len(chunk)
+                    start = 0
+    total = sum(2 * int(np.prod(shape)) for _, shape in tensors)
+    index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+    (folder / "model.safetensors.index.json").write_text(index_text)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD,
+        "vocab_size": VOCAB,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    os.sync()
+    return layers
+
+
+def make_adapter(folder: Path, base: Path, layers: int, targets: list[str]) -> None:
+    """A tile adapter with random float32 shards, as PEFT saves it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(1)
+    shards = [
+        (f"base_model.model.model.layers.{layer}.{name}.miss_block", (RANK, shape[0]))
+        for layer in range(layers)
+        for name, shape in LINEARS.items()
+        if name.rpartition(".")[2] in targets
+    ]
+    with (folder / "adapter_model.safetensors").open("wb") as stream:
+        stream.write(encode_header([(name, "F32", shape) for name, shape in shards], {"format": "pt"}))
+        for _, shape in shards:
+            stream.write((rng.standard_normal(shape, np.float32) * 1e-3).tobytes())
+    config = {
+        "peft_type": "MISS",
+        "r": RANK,
+        "init_weights": True,
+        "mini_r": 1,
+        "target_modules": targets,
+        "base_model_name_or_path": str(base),
+        "task_type": "CAUSAL_LM",
+        "bias": "none",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def measure(command: list[str], sync: bool = False) -> tuple[float, int]:
+    """Wall seconds and peak resident bytes of a whole process, with a `sync` after it if asked."""
+    with tempfile.TemporaryFile() as log:
+        started = time.perf_counter()
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if sync:
+            os.sync()
+        seconds = time.perf_counter() - started
+        if process.returncode:
+            log.seek(0)
+            raise SystemExit(f"{command[0]} failed:\n{log.read().decode()}")
+    return seconds, usage.ru_maxrss * 1024
+
+
+def contestants(work: Path, base: Path) -> dict[str, Callable[[], tuple[float, int]]]:
+    output = str(work / "output")
+    tool = [sys.executable, "-m", "fossil_export", "merge"]
+    return {
+        "cp -r, sync": lambda: measure(["cp", "-r", str(base), output], sync=True),
+        "fossil-export, all-linear": lambda: measure([*tool, str(work / "all"), "--output", output]),
+        "fossil-export, q,v": lambda: measure([*tool, str(work / "qv"), "--output", output]),
+        "PEFT, all-linear": lambda: measure(
+            [sys.executable, "-c", PEFT_MERGE, str(base), str(work / "all"), output], sync=True
+        ),
+    }
+
+
+def rounds(pairs: int, peft: int) -> Iterator[list[str]]:
+    names = ["cp -r, sync", "fossil-export, all-linear", "fossil-export, q,v"]
+    for index in range(max(pairs, peft)):
+        yield (names if index < pairs else []) + (["PEFT, all-linear"] if index < peft else [])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=float, default=6.4, help="of the base, in GB (default 6.4)")
+    parser.add_argument("--pairs", type=int, default=5, help="runs of cp and fossil-export (default 5)")
+    parser.add_argument("--peft", type=int, default=0, help="runs of PEFT (default 0: it needs twice the base in RAM)")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "fossil-export-benchmark")
+    options = parser.parse_args()
+    work: Path = options.work
+    base = work / f"base-{options.size:g}"
+    layers = make_base(base, options.size)
+    make_adapter(work / "all", base, layers, [name.rpartition(".")[2] for name in LINEARS])
+    make_adapter(work / "qv", base, layers, ["q_proj", "v_proj"])
+    runs = contestants(work, base)
+    results: dict[str, list[tuple[float, int]]] = {}
+    for names in rounds(options.pairs, options.peft):
+        for name in names:
+            shutil.rmtree(work / "output", ignore_errors=True)
+            os.sync()
+            results.setdefault(name, []).append(runs[name]())
+            print(f"{name}: {results[name][-1][0]:.2f} s", file=sys.stderr, flush=True)
+    shutil.rmtree(work / "output", ignore_errors=True)
+
+    size = sum(file.stat().st_size for file in base.iterdir())
+    print(f"{size / 1e9:.2f} GB, {os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()}\n")
+    print("| | seconds (median) | all runs | against cp | peak memory |\n|---|---|---|---|---|")
+    floor = statistics.median(seconds for seconds, _ in results["cp -r, sync"]) if "cp -r, sync" in results else None
+    for name, values in results.items():
+        middle = statistics.median(seconds for seconds, _ in values)
+        ratio = f"{middle / floor:.2f}×" if floor else "-"
+        every = " ".join(f"{seconds:.1f}" for seconds, _ in values)
+        print(f"| {name} | {middle:.2f} | {every} | {ratio} | {max(peak for _, peak in values) / 1e6:.0f} MB |")
+
+
+if __name__ == "__main__":
+    main()

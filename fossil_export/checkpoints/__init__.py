@@ -1,0 +1,1 @@
+"""Where weights lie: safetensors headers, indexes, byte ranges, folders. No mathematics."""

@@ -1,0 +1,168 @@
+"""All or nothing: a folder is built beside its destination and appears there only when complete and synced."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from glob import escape
+from pathlib import Path
+
+from fossil_export.checkpoints.companions import PROVENANCE
+from fossil_export.errors import OutputError
+
+
+def check_destination(output: Path, inputs: list[Path], overwrite: bool) -> None:
+    """Raise OutputError unless `output` may be created (or replaced) without touching any of `inputs`."""
+    target = output.resolve()
+    for source in inputs:
+        place = source.resolve()
+        folder = place if place.is_dir() else place.parent
+        if target == folder or folder in target.parents:
+            raise OutputError(f"{output}: lies inside {source}, which is only read; choose another --output")
+        if target in folder.parents:
+            raise OutputError(f"{output}: holds {source}, which would be replaced; choose another --output")
+    if not os.path.lexists(output):
+        return
+    if output.is_symlink() or not output.is_dir():
+        raise OutputError(f"{output}: exists and is not a folder; choose another --output")
+    if not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(f"{output}: exists already; choose another --output or add --overwrite")
+    if not (output / PROVENANCE).is_file():
+        raise OutputError(
+            f"{output}: exists and was not written by fossil-export (no {PROVENANCE} in it); "
+            "--overwrite replaces only its own folders, remove this one yourself"
+        )
+
+
+@contextmanager
+def staged_folder(output: Path, needed: int) -> Iterator[Path]:
+    """Yield a new hidden folder beside `output`; when the block ends well it is synced and takes that name.
+
+    If the block raises, or the process dies, nothing appears under the name; what a dead process left is
+    removed by the next one that stages the same `output`. `needed` is in bytes, checked against the free
+    space first. Raises OutputError for want of room or permission.
+    """
+    made = _make_parents(output.parent)
+    folder = output.parent / f".{output.name}.partial-{secrets.token_hex(4)}"
+    lock = None
+    try:
+        try:
+            _remove_dead(output)
+            free = shutil.disk_usage(output.parent).free
+            if free < needed:
+                raise OutputError(
+                    f"{output}: needs {needed:,} bytes, {output.parent} has {free:,} free; make room or choose another disk"
+                )
+            folder.mkdir()
+            lock = _lock(folder)
+        except OSError as problem:
+            raise OutputError(f"{output}: cannot be written: {problem.strerror}; choose another --output") from problem
+        yield folder
+        try:
+            _sync_tree(folder)
+            _publish(folder, output)
+        except OSError as problem:
+            raise OutputError(
+                f"{output}: cannot be put in place: {problem.strerror}; choose another --output"
+            ) from problem
+        made = []
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+        for parent in made:
+            try:
+                parent.rmdir()
+            except OSError:
+                break
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Create `folder` and return the levels that were new, innermost first."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    try:
+        for level in reversed(missing):
+            level.mkdir()
+    except OSError as problem:
+        raise OutputError(f"{missing[0]}: cannot be created: {problem.strerror}; choose another --output") from problem
+    return missing
+
+
+def _lock(folder: Path) -> int | None:
+    """Hold `folder` for as long as this process lives; None where the filesystem knows no locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_dead(output: Path) -> None:
+    """Remove staged folders of `output` whose process is gone; give back a folder it had set aside."""
+    for leftover in output.parent.glob(f".{escape(output.name)}.partial-*"):
+        if (lock := _lock(leftover)) is not None:
+            shutil.rmtree(leftover, ignore_errors=True)
+            os.close(lock)
+    for leftover in output.parent.glob(f".{escape(output.name)}.replaced-*"):
+        if os.path.lexists(output):
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.rename(output)
+
+
+def _publish(folder: Path, output: Path) -> None:
+    if output.is_dir() and any(output.iterdir()):
+        if _exchange(folder, output):
+            _sync(output.parent)
+            return  # the old folder now has the staged name and is removed with it
+        aside = output.with_name(f".{output.name}.replaced-{secrets.token_hex(4)}")
+        output.rename(aside)
+        folder.rename(output)
+        _sync(output.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+        return
+    folder.rename(output)
+    _sync(output.parent)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step (renameat2 with RENAME_EXCHANGE); False where the system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    at_cwd, rename_exchange = -100, 2
+    if renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), rename_exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}:
+        return False
+    raise OSError(code, os.strerror(code))
+
+
+def _sync_tree(folder: Path) -> None:
+    for root, _, files in os.walk(folder):
+        for name in files:
+            _sync(Path(root) / name)
+        _sync(Path(root))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

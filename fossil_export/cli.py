@@ -1,0 +1,214 @@
+"""The `fossil-export` command: parse, call the API, print."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fossil_export import __version__
+from fossil_export.console import print_json, print_pairs, print_table, print_warnings, progress_bar, readable_bytes
+from fossil_export.errors import FossilExportError
+
+if TYPE_CHECKING:
+    from fossil_export.inspection import Inspection
+    from fossil_export.merging import MergePlan, MergeResult
+
+BASE_HELP = "Base model: a folder or a safetensors file.  [default: the one the adapter names]"
+
+
+class _Group(click.Group):
+    """Turns the package's errors into one line on stderr and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FossilExportError as problem:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(click.style("error: ", fg="red") + str(problem).replace("\n", " "), err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="fossil-export")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Take a model fine-tuned with FOSSIL (Bone, DiSHA, MiSS) to where it is used."""
+    # `kill` must leave no half-written folder behind either.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
+@main.command()
+@click.argument("adapter")
+@click.option("-o", "--output", metavar="DIR", help="Folder of the merged model; must not exist yet.")
+@click.option("--base", metavar="BASE", help=BASE_HELP)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Of the result; auto: each tensor keeps its own.",
+)
+@click.option("--max-shard-size", metavar="SIZE", help="Cut the weights anew, e.g. 5GB.  [default: the base's files]")
+@click.option(
+    "--device", default="cpu", show_default=True, metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:1."
+)
+@click.option("--hash", "with_hash", is_flag=True, help="Record SHA-256 of all weights files (reads them once more).")
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace a folder that an earlier merge wrote.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def merge(
+    adapter: str,
+    output: str | None,
+    base: str | None,
+    dtype: str,
+    max_shard_size: str | None,
+    device: str,
+    with_hash: bool,
+    dry_run: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Merge ADAPTER into its base model: a plain checkpoint that every runtime loads.
+
+    ADAPTER is a folder that PEFT saved (MISS or BONE). The base is streamed, never loaded; it and the
+    adapter are only read.
+    """
+    from fossil_export.merging import plan_merge
+    from fossil_export.merging.api import run_plan
+
+    if output is None and not dry_run:
+        raise click.UsageError("Missing option '--output' (or ask for the plan alone with '--dry-run').")
+    plan = plan_merge(adapter, base, dtype=dtype, max_shard_size=max_shard_size)
+    if dry_run or output is None:
+        if as_json:
+            print_json(plan.to_dict())
+        else:
+            _print_plan(plan)
+        print_warnings(plan.warnings)
+        return
+    with progress_bar(plan.nbytes, "merging") as progress:
+        result = run_plan(plan, output, device=device, overwrite=overwrite, hash=with_hash, progress=progress)
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        _print_result(result)
+    print_warnings(result.warnings)
+
+
+@main.command()
+@click.argument("adapter")
+@click.option("--base", metavar="BASE", help=BASE_HELP)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(adapter: str, base: str | None, as_json: bool) -> None:
+    """Show what ADAPTER holds, which base tensors it touches and what would stop a merge.
+
+    Exits with 1 when something would.
+    """
+    from fossil_export.inspection import inspect as look
+
+    found = look(adapter, base)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        _print_inspection(found)
+    if found.plan is not None:
+        print_warnings(found.plan.warnings)
+    if found.problems:
+        sys.exit(1)
+
+
+def _print_plan(plan: MergePlan) -> None:
+    actions = ("merge", "replace", "add", "cast", "copy")
+    print_pairs(
+        [
+            ("adapter", f"{plan.adapter.path} ({plan.adapter.variant}, r={plan.adapter.rank})"),
+            ("base", plan.base_name + (f" at {plan.base_revision}" if plan.base_revision else "")),
+            ("tensors", ", ".join(f"{action} {count}" for action in actions if (count := plan.count(action)))),
+            ("files", f"{len(plan.files)} of weights, {readable_bytes(plan.nbytes)}; {len(plan.companions)} others"),
+            *(
+                [("config.json", ", ".join(f"{k} = {v}" for k, v in plan.config_edits.items()))]
+                if plan.config_edits
+                else []
+            ),
+            *([("left behind", ", ".join(plan.left_behind))] if plan.left_behind else []),
+        ]
+    )
+    rows = [
+        (
+            tensor.action,
+            tensor.name,
+            tensor.dtype,
+            "x".join(map(str, tensor.shape)),
+            tensor.shard.tensor.name if tensor.shard else tensor.source.name,
+        )
+        for tensor in plan.tensors
+        if tensor.action in ("merge", "replace", "add")
+    ]
+    click.echo()
+    print_table(("action", "tensor", "dtype", "shape", "from"), rows)
+
+
+def _print_result(result: MergeResult) -> None:
+    plan = result.plan
+    total = result.to_dict()["survival"]["survived"]
+    print_pairs(
+        [
+            (
+                "merged",
+                f"{plan.count('merge')} of {len(plan.tensors)} tensors ({plan.adapter.variant}, r={plan.adapter.rank})",
+            ),
+            ("update kept", "-" if total is None else f"{total:.1%} (sampled rows)"),
+            ("written", readable_bytes(plan.nbytes)),
+            ("time", f"{result.seconds:.1f} s"),
+            ("peak memory", readable_bytes(result.peak_memory)),
+            ("model", str(result.output)),
+        ]
+    )
+
+
+def _print_inspection(found: Inspection) -> None:
+    from fossil_export.inspection import dtypes
+
+    adapter = found.adapter
+    saved = ", ".join(info.name for info in adapter.saved.values())
+    pairs = [
+        ("adapter", f"{adapter.path} ({adapter.peft_type})"),
+        ("variant", adapter.variant),
+        ("rank", str(adapter.rank)),
+        ("modules", str(len(adapter.shards))),
+        ("parameters", f"{adapter.parameters:,}"),
+        ("dtype", ", ".join(dtypes(adapter))),
+        ("also holds", saved or "nothing"),
+        ("base", adapter.base_model or "not named"),
+        ("merge", _verdict(found)),
+    ]
+    print_pairs(pairs)
+    click.echo()
+    touched = (
+        {t.shard.module: t.name for t in found.plan.tensors if t.shard is not None} if found.plan is not None else {}
+    )
+    rows: list[Sequence[str]] = [
+        (
+            shard.module,
+            "x".join(map(str, shard.tensor.shape)),
+            f"{found.norms[shard.module]:.4g}",
+            touched.get(shard.module, "-"),
+        )
+        for shard in adapter.shards.values()
+    ]
+    print_table(("module", "shard", "norm", "base tensor"), rows)
+
+
+def _verdict(found: Inspection) -> str:
+    if found.problems:
+        return "stopped: " + "; ".join(found.problems)
+    if found.plan is None:
+        return "not checked: the base is not here, name it with --base"
+    return (
+        f"possible, touches {len(found.plan.tensors) - found.plan.count('copy')} of {len(found.plan.tensors)} tensors"
+    )

@@ -1,0 +1,99 @@
+"""What an adapter holds and what it would do to its base, read from headers, configs and the shards."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fossil_export.adapters import Adapter, load_adapter
+from fossil_export.checkpoints.dtypes import TORCH_NAME
+from fossil_export.errors import FossilExportError
+from fossil_export.merging import MergePlan, plan_merge
+from fossil_export.merging.layout import tensor_record
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """`norms` is the Frobenius norm of each module's shard; `plan` is None where the merge would stop, and
+    `problems` then says why. Without a base at hand both stay empty."""
+
+    adapter: Adapter
+    norms: Mapping[str, float]
+    plan: MergePlan | None
+    problems: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `--json` prints it."""
+        adapter = self.adapter
+        return {
+            "adapter": str(adapter.path),
+            "peft_type": adapter.peft_type,
+            "variant": adapter.variant,
+            "rank": adapter.rank,
+            "mini_r": adapter.config.get("mini_r") if adapter.variant == "mini" else None,
+            "base_model": adapter.base_model,
+            "parameters": adapter.parameters,
+            "dtypes": dtypes(adapter),
+            "modules": [
+                {
+                    "module": shard.module,
+                    "shard": shard.tensor.name,
+                    "shape": list(shard.tensor.shape),
+                    "dtype": TORCH_NAME[shard.tensor.dtype],
+                    "norm": _finite(self.norms[shard.module]),
+                }
+                for shard in adapter.shards.values()
+            ],
+            "saved": [
+                {"tensor": info.name, "shape": list(info.shape), "dtype": TORCH_NAME[info.dtype]}
+                for info in adapter.saved.values()
+            ],
+            "base_tensors": None
+            if self.plan is None
+            else [tensor_record(tensor) for tensor in self.plan.tensors if tensor.action not in ("copy", "cast")],
+            "problems": list(self.problems),
+            "warnings": list(self.plan.warnings) if self.plan is not None else [],
+        }
+
+
+def inspect(adapter: Adapter | str | Path, base: str | Path | None = None) -> Inspection:
+    """Look at `adapter`, and at `base` where there is one (default: the adapter's own, if it lies here).
+
+    Raises AdapterError for an adapter that cannot be read; what would stop a merge is reported in `problems`.
+    """
+    if not isinstance(adapter, Adapter):
+        adapter = load_adapter(adapter)
+    norms = {module: _norm(adapter, module) for module in adapter.shards}
+    problems = [
+        f"{adapter.shards[module].tensor.name} holds infinite or NaN values"
+        for module, norm in norms.items()
+        if not math.isfinite(norm)
+    ]
+    plan = None
+    wanted = base if base is not None else adapter.base_model
+    if base is not None or (wanted is not None and Path(wanted).exists()):
+        try:
+            plan = plan_merge(adapter, base)
+        except FossilExportError as problem:
+            problems.append(str(problem))
+    return Inspection(adapter, norms, plan, tuple(problems))
+
+
+def dtypes(adapter: Adapter) -> dict[str, int]:
+    """Number of shards by dtype."""
+    return dict(Counter(TORCH_NAME[shard.tensor.dtype] for shard in adapter.shards.values()))
+
+
+def _norm(adapter: Adapter, module: str) -> float:
+    import numpy as np
+
+    values = adapter.array(adapter.shards[module].tensor).astype(np.float64)
+    return float(np.sqrt((values * values).sum()))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON knows no NaN

@@ -1,0 +1,150 @@
+"""The whole merge: plan, stage, run, record, publish."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fossil_export.adapters import Adapter, load_adapter
+from fossil_export.checkpoints.companions import PROVENANCE
+from fossil_export.checkpoints.jsonfile import write_json
+from fossil_export.checkpoints.staging import check_destination, staged_folder
+from fossil_export.errors import OutputError, listed
+from fossil_export.merging.plan import MergePlan, plan_merge
+from fossil_export.merging.provenance import provenance, survival_record
+from fossil_export.merging.run import run
+from fossil_export.merging.survival import WARNING_BELOW, Survival
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A finished merge. `seconds` is wall time, `peak_memory` the process's largest resident size in bytes;
+    `survival` is by tensor (see merge/survival.py)."""
+
+    output: Path
+    plan: MergePlan
+    survival: Mapping[str, Survival]
+    seconds: float
+    peak_memory: int
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as `--json` prints it."""
+        merged = [tensor for tensor in self.plan.tensors if tensor.name in self.survival]
+        return {
+            "output": str(self.output),
+            "tensors_merged": len(merged),
+            "tensors": len(self.plan.tensors),
+            "bytes": self.plan.nbytes,
+            "seconds": round(self.seconds, 3),
+            "peak_memory": self.peak_memory,
+            "survival": survival_record(self.survival),
+            "modules": {t.shard.module: self.survival[t.name].to_dict() for t in merged if t.shard is not None},
+            "plan": self.plan.to_dict(),
+            "warnings": list(self.warnings),
+        }
+
+
+def merge(
+    adapter: Adapter | str | Path,
+    output: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: str = "auto",
+    max_shard_size: int | str | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    hash: bool = False,  # named as the command's option
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> MergeResult:
+    """Merge `adapter` into its base and write a complete model folder at `output`.
+
+    Arguments are those of `plan_merge`, and: `device` does the arithmetic ("cpu", "cuda", "cuda:1"; the
+    result is the same); `overwrite` replaces a folder an earlier merge wrote; `hash` records SHA-256 of
+    every weights file, which reads them once more; `progress` is called with the bytes just written, from
+    several threads.
+
+    The folder appears only when it is complete and synced. Raises a FossilExportError with one line that
+    names the file, the tensor and the remedy.
+
+    >>> result = merge("my-adapter", "my-model")            # doctest: +SKIP
+    >>> result.survival["model.layers.0.self_attn.q_proj.weight"].survived   # doctest: +SKIP
+    0.998
+    """
+    started = time.perf_counter()
+    if not isinstance(adapter, Adapter):
+        adapter = load_adapter(adapter)
+    plan = plan_merge(adapter, base, dtype=dtype, max_shard_size=max_shard_size)
+    return run_plan(plan, output, device=device, overwrite=overwrite, hash=hash, progress=progress, started=started)
+
+
+def run_plan(
+    plan: MergePlan,
+    output: str | Path,
+    *,
+    device: str = "cpu",
+    overwrite: bool = False,
+    hash: bool = False,
+    progress: Callable[[int], None] = lambda nbytes: None,
+    started: float | None = None,
+) -> MergeResult:
+    """Carry out a plan that `plan_merge` made; arguments as for `merge`. `started` is when the clock began."""
+    started = time.perf_counter() if started is None else started
+    target = Path(output).expanduser().absolute()
+    check_destination(target, [plan.base.location, plan.adapter.path], overwrite)
+    needed = plan.nbytes + sum(path.stat().st_size for path in plan.companions.values()) + (1 << 20)
+    with staged_folder(target, needed) as folder:
+        try:
+            survival = run(plan, folder, device, progress)
+            _write_companions(plan, folder)
+            record = provenance(plan, survival, folder if hash else None)
+            (folder / PROVENANCE).write_bytes(write_json(record))
+        except OSError as problem:
+            name = f" ({problem.filename})" if problem.filename else ""
+            raise OutputError(
+                f"{target}: writing failed: {problem.strerror}{name}; make room or choose another --output"
+            ) from problem
+    return MergeResult(
+        output=target,
+        plan=plan,
+        survival=survival,
+        seconds=time.perf_counter() - started,
+        peak_memory=peak_memory(),
+        warnings=plan.warnings + tuple(_survival_warnings(plan, survival)),
+    )
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _write_companions(plan: MergePlan, folder: Path) -> None:
+    for relative, source in plan.companions.items():
+        target = folder / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+    if plan.index is not None:
+        (folder / plan.index[0]).write_bytes(plan.index[1])
+    if plan.config is not None:
+        (folder / "config.json").write_bytes(plan.config)
+
+
+def _survival_warnings(plan: MergePlan, survival: Mapping[str, Survival]) -> list[str]:
+    total = sum(survival.values(), Survival()).survived
+    if total is None:
+        return ["every shard is zero: the adapter was not trained, and the merged model is the base"]
+    if total >= WARNING_BELOW:
+        return []
+    worst = sorted(survival, key=lambda name: survival[name].survived or 0.0)
+    return [
+        f"only {total:.0%} of the update survived rounding (least in {listed(worst, 3)}); "
+        "merge with --dtype float32, or keep the shards apart from the weights when you serve the model"
+    ]

@@ -1,0 +1,69 @@
+"""Edits of the base's config.json that the merged tensors ask for."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_TASK_SUFFIX = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}
+_ARCHITECTURE = re.compile(r"^(.*?)(?:LMHeadModel|PreTrainedModel|Model|For[A-Z]\w*)$")
+
+
+def edited_config(
+    config: Mapping[str, Any],
+    *,
+    untie: bool = False,
+    vocab_size: int | None = None,
+    torch_dtype: str | None = None,
+    task_type: str | None = None,
+    labels: int | None = None,
+    has_head: bool = False,
+) -> dict[str, Any]:
+    """`config` with what changed in the model, and nothing else, changed.
+
+    `vocab_size` and the tie are set in `text_config` too where the base keeps them there. `has_head` says
+    that a classification head was added, which asks for the task's class in `architectures`; `labels` is
+    that head's number of outputs.
+    """
+    result = copy.deepcopy(dict(config))
+    text = result.get("text_config")
+    parts = [result] + ([text] if isinstance(text, dict) else [])
+    if untie:
+        result["tie_word_embeddings"] = False
+        for part in parts:
+            if "tie_word_embeddings" in part:
+                part["tie_word_embeddings"] = False
+    if vocab_size is not None:
+        holders = [part for part in parts if "vocab_size" in part] or [result]
+        for part in holders:
+            part["vocab_size"] = vocab_size
+    if torch_dtype is not None:
+        for part in parts:
+            for key in ("torch_dtype", "dtype"):
+                if key in part:
+                    part[key] = torch_dtype
+        if not {"torch_dtype", "dtype"} & result.keys():
+            result["torch_dtype"] = torch_dtype  # the older name, which every loader knows
+    if has_head and task_type in _TASK_SUFFIX:
+        names = [
+            match[1] + _TASK_SUFFIX[task_type]
+            for name in result.get("architectures") or []
+            if (match := _ARCHITECTURE.match(name))
+        ]
+        if names:
+            result["architectures"] = names
+    if labels is not None and task_type != "QUESTION_ANS" and len(result.get("id2label") or {}) != labels:
+        result["id2label"] = {str(index): f"LABEL_{index}" for index in range(labels)}
+        result["label2id"] = {f"LABEL_{index}": index for index in range(labels)}
+    return result
+
+
+def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of `after` whose values are new, for the plan and the record."""
+    return {key: value for key, value in after.items() if key not in before or before[key] != value}

@@ -1,0 +1,167 @@
+"""The arithmetic of a slab of rows: widen, add the update, round once, see that it is finite.
+
+Two engines with the same results: NumPy for the CPU (PyTorch takes longer to import than most merges
+take), PyTorch for GPUs and, where it is installed, for large float16 weights, whose casts NumPy does in
+software.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fossil_export.checkpoints.dtypes import element_count, numpy_dtype
+from fossil_export.errors import MergeError, MissingExtraError
+from fossil_export.merging.layout import TensorPlan
+from fossil_export.merging.survival import Survival, measure, sample_starts
+from fossil_export.methods import METHODS
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+_SLOW_FLOAT16 = 1 << 28
+# Elements from which importing PyTorch is repaid by its float16 casts (NumPy: 6 ns an element).
+
+
+class Engine(Protocol):
+    """Moves rows between NumPy views of raw bytes and the arrays it computes on."""
+
+    block: int
+    """Elements worked on at a time: what stays in the processor's cache, or fills a GPU."""
+
+    def widen(self, rows: Array, dtype: str) -> Any:
+        """`rows` as an array of `dtype` ("F32" or "F64") that may be changed."""
+
+    def round(self, wide: Any, out: Array) -> None:
+        """Round `wide` to the dtype of the NumPy view `out` and store it there."""
+
+    def numpy(self, array: Any) -> Array:
+        """`array` as a NumPy array."""
+
+
+class NumpyEngine:
+    block = 1 << 18
+
+    def widen(self, rows: Array, dtype: str) -> Array:
+        return rows.astype(numpy_dtype(dtype))
+
+    def round(self, wide: Array, out: Array) -> None:
+        import numpy as np
+
+        with np.errstate(over="ignore", invalid="ignore"):  # infinities are found and named by the caller
+            np.copyto(out, wide, casting="unsafe")
+
+    def numpy(self, array: Array) -> Array:
+        return array
+
+
+class TorchEngine:
+    block = 1 << 22
+
+    def __init__(self, device: str) -> None:
+        try:
+            import torch
+        except ImportError as problem:
+            raise MissingExtraError("torch", "torch", f"--device {device}") from problem
+        try:
+            self._device = torch.device(device)
+            torch.empty(0, device=self._device)
+        except (RuntimeError, AssertionError) as problem:
+            raise MergeError(
+                f"device {device!r} is not available here ({str(problem).splitlines()[0]}); use --device cpu"
+            ) from problem
+        self._torch = torch
+
+    def widen(self, rows: Array, dtype: str) -> Any:
+        torch = self._torch
+        wide = torch.float64 if dtype == "F64" else torch.float32
+        return self._tensor(rows).to(device=self._device, dtype=wide, copy=True)
+
+    def round(self, wide: Any, out: Array) -> None:
+        target = self._tensor(out)
+        target.copy_(wide.to(target.dtype))
+
+    def numpy(self, array: Any) -> Array:
+        result: Array = array.cpu().numpy()
+        return result
+
+    def _tensor(self, rows: Array) -> Any:
+        import warnings
+
+        torch = self._torch
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the base is mapped read-only, and only read
+            if rows.dtype.name == "bfloat16":
+                return torch.from_numpy(rows.view("i2")).view(torch.bfloat16)
+            return torch.from_numpy(rows)
+
+
+def choose_engine(device: str, tensors: tuple[TensorPlan, ...]) -> Engine:
+    """The engine for `device` ("cpu", "cuda", "cuda:1", …). Raises MergeError where it is not available."""
+    if device != "cpu":
+        return TorchEngine(device)
+    halves = sum(element_count(t.shape) for t in tensors if t.action == "merge" and "F16" in (t.dtype, t.source.dtype))
+    if halves >= _SLOW_FLOAT16 and importlib.util.find_spec("torch") is not None:
+        return TorchEngine("cpu")
+    return NumpyEngine()
+
+
+def compute_dtype(weight_dtype: str) -> str:
+    """float32, as PEFT computes; float64 only for float64 weights."""
+    return "F64" if weight_dtype == "F64" else "F32"
+
+
+def merge_slab(
+    engine: Engine, source: Array, out: Array, shard: Any, variant: str, start: int, out_features: int
+) -> Survival:
+    """`out` = round(`source` + ΔW) for the rows (n, in) that begin at row `start` of a weight (out_features, in).
+
+    `source` and `out` are NumPy views in their stored dtypes, `shard` comes from `engine.widen`. Returns the
+    sums of the sampled rows among them. Whether `out` is finite is for the caller to see.
+    """
+    method = METHODS[variant]
+    unit = method.block_rows(tuple(shard.shape))
+    step = max(1, engine.block // (unit * source.shape[1])) * unit
+    dtype = compute_dtype({2: "F32", 4: "F32", 8: "F64"}[source.dtype.itemsize])
+    sample = sample_starts(out_features, unit)
+    total = Survival()
+    for first in range(0, len(source), step):
+        stop = min(first + step, len(source))
+        weight = engine.widen(source[first:stop], dtype)
+        groups = [row - start for row in _between(sample, start + first, start + stop)]
+        before = {row: engine.numpy(weight[row - first : row - first + unit]).copy() for row in groups}
+        updates = {
+            row: engine.numpy(method.update(weight[row - first : row - first + unit], shard, start + row))
+            for row in groups
+        }
+        method.merge_rows(weight, shard, start + first)
+        engine.round(weight, out[first:stop])
+        for row in groups:
+            total += measure(before[row], updates[row], out[row : row + unit])
+    return total
+
+
+def _between(sample: range, start: int, stop: int) -> range:
+    """The members of `sample` in [start, stop)."""
+    first = -(-(start - sample.start) // sample.step) * sample.step
+    return range(first, min(stop, sample.stop), sample.step)
+
+
+def is_finite(values: Array) -> bool:
+    """Whether no element of a float array is infinite or NaN, told by its bits.
+
+    Two reductions over integers; converting the values first would cost ten times as much.
+    """
+    import numpy as np
+
+    if values.size == 0:
+        return True
+    size = values.dtype.itemsize
+    infinity = {2: 0x7F80 if values.dtype.name == "bfloat16" else 0x7C00, 4: 0x7F800000, 8: 0x7FF0000000000000}[size]
+    sign = 1 << (8 * size - 1)
+    # The largest signed integer is the positive value furthest out, the largest unsigned one the negative.
+    largest = values.view(f"i{size}").max()
+    smallest = values.view(f"u{size}").max()
+    return bool(largest < infinity and smallest < np.uint64(infinity | sign))

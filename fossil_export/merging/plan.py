@@ -1,0 +1,177 @@
+"""The plan: which tensor of the merged model comes from where, decided before a byte is written.
+
+Everything hard happens here (names, shapes, ties, refusals); `run` only follows it. The plan is what
+`--dry-run` prints and what the provenance file records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fossil_export.adapters import Adapter, load_adapter
+from fossil_export.checkpoints.checkpoint import Checkpoint, hub_revision, open_checkpoint
+from fossil_export.checkpoints.companions import TOKENIZER_FILES, companions, tokenizer_of
+from fossil_export.checkpoints.dtypes import BY_TORCH_NAME, FLOATS
+from fossil_export.checkpoints.header import TensorInfo
+from fossil_export.checkpoints.jsonfile import write_json
+from fossil_export.errors import CheckpointError, MergeError, listed
+from fossil_export.hub import resolve
+from fossil_export.merging.config import difference, edited_config
+from fossil_export.merging.layout import FilePlan, TensorPlan, lay_out, parse_size, tensor_record
+from fossil_export.merging.place import Placement, place
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What a merge will do. Paths of `files`, `index` and `companions` are relative to the output folder.
+
+    `config` is the edited config.json, None where the base's is taken as it is; `left_behind` lists the
+    base's files that do not belong in the result; `warnings` is what the user should know.
+    """
+
+    adapter: Adapter
+    base: Checkpoint
+    base_name: str
+    base_revision: str | None
+    dtype: str
+    files: tuple[FilePlan, ...]
+    index: tuple[str, bytes] | None
+    config: bytes | None
+    config_edits: Mapping[str, Any]
+    companions: Mapping[str, Path]
+    left_behind: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def tensors(self) -> tuple[TensorPlan, ...]:
+        return tuple(tensor for file in self.files for tensor, _ in file.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the merged weights files."""
+        return sum(file.size for file in self.files)
+
+    def count(self, action: str) -> int:
+        """Number of tensors with this `action`."""
+        return sum(tensor.action == action for tensor in self.tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON shows it: the files, and every tensor that is not simply copied."""
+        return {
+            "adapter": {"path": str(self.adapter.path), "variant": self.adapter.variant, "rank": self.adapter.rank},
+            "base": {"name": self.base_name, "revision": self.base_revision, "path": str(self.base.location)},
+            "dtype": self.dtype,
+            "bytes": self.nbytes,
+            "files": [{"file": file.name, "bytes": file.size, "tensors": len(file.tensors)} for file in self.files],
+            "tensors": [tensor_record(tensor) for tensor in self.tensors if tensor.action != "copy"],
+            "copied_tensors": self.count("copy"),
+            "config_edits": dict(self.config_edits),
+            "companions": sorted(self.companions),
+            "left_behind": list(self.left_behind),
+            "warnings": list(self.warnings),
+        }
+
+
+def plan_merge(
+    adapter: Adapter | str | Path,
+    base: str | Path | None = None,
+    *,
+    dtype: str = "auto",
+    max_shard_size: int | str | None = None,
+) -> MergePlan:
+    """Decide how `adapter` is merged into `base`, reading only headers and configs.
+
+    `base` defaults to the adapter's `base_model_name_or_path`. `dtype` is "auto" (each tensor keeps its own)
+    or a torch dtype's name for all floating-point tensors; `max_shard_size` is in bytes or like "5GB", and
+    re-cuts the files; None keeps the base's. Raises AdapterError, CheckpointError or MergeError.
+    """
+    if not isinstance(adapter, Adapter):
+        adapter = load_adapter(adapter)
+    if dtype != "auto" and dtype not in BY_TORCH_NAME:
+        raise MergeError(f"dtype is {dtype!r}, expected auto, {', '.join(BY_TORCH_NAME)}")
+    base_name = str(base if base is not None else adapter.base_model or "")
+    if not base_name:
+        raise MergeError(f"{adapter.path}: does not name its base model; name it with --base")
+    checkpoint = open_checkpoint(resolve(base_name, CheckpointError, "base model"))
+    placement = place(adapter, checkpoint)
+
+    by_file: dict[str, list[TensorPlan]] = {}
+    for header in checkpoint.files:
+        tensors = by_file.setdefault(header.path.name, [])
+        for info in header.tensors:
+            tensors.append(_tensor_plan(info.name, info, placement, dtype))
+    for name in placement.added:
+        by_file[checkpoint.files[-1].path.name].append(_tensor_plan(name, None, placement, dtype))
+    limit = parse_size(max_shard_size) if max_shard_size is not None else None
+    files, index = lay_out(checkpoint, by_file, limit)
+
+    config_edits, config = _config(adapter, checkpoint, placement, dtype)
+    keep, left = companions(checkpoint.folder) if checkpoint.folder is not None else ({}, [])
+    adapter_folder = adapter.path if adapter.path.is_dir() else adapter.path.parent
+    if tokenizer := tokenizer_of(adapter_folder):
+        # The model was trained with the tokenizer and chat template that lie beside the shards.
+        keep = {name: path for name, path in keep.items() if name not in TOKENIZER_FILES} | tokenizer
+    names = {file.name for file in files} | ({index[0]} if index else set())
+    keep = {name: path for name, path in keep.items() if name not in names}
+    return MergePlan(
+        adapter=adapter,
+        base=checkpoint,
+        base_name=base_name,
+        base_revision=hub_revision(checkpoint.location) or (adapter.base_revision if base is None else None),
+        dtype=dtype,
+        files=files,
+        index=index,
+        config=config,
+        config_edits=config_edits,
+        companions=keep,
+        left_behind=tuple(name for name in left if name not in names),
+        warnings=placement.warnings,
+    )
+
+
+def _tensor_plan(name: str, info: TensorInfo | None, placement: Placement, dtype: str) -> TensorPlan:
+    """The plan of one tensor; `info` is the base's tensor of that name, if it has one."""
+    source = placement.sources.get(name, info)
+    assert source is not None
+    from_adapter = name in placement.sources and name in placement.from_adapter
+    own = info.dtype if info is not None else source.dtype
+    target = BY_TORCH_NAME[dtype] if dtype != "auto" and own in FLOATS else own
+    return TensorPlan(
+        name=name,
+        dtype=target,
+        shape=source.shape,
+        source=source,
+        origin="adapter" if from_adapter else "base",
+        shard=placement.shards.get(name),
+        added=info is None,
+    )
+
+
+def _config(
+    adapter: Adapter, base: Checkpoint, placement: Placement, dtype: str
+) -> tuple[dict[str, Any], bytes | None]:
+    if base.config is None:
+        needed = [
+            what
+            for what, is_needed in (("tie_word_embeddings", placement.untie), ("vocab_size", placement.vocab_size))
+            if is_needed
+        ]
+        if needed:
+            raise MergeError(
+                f"{base.location}: has no config.json, in which {listed(needed)} must change; name the model's folder with --base"
+            )
+        return {}, None
+    edited = edited_config(
+        base.config,
+        untie=placement.untie,
+        vocab_size=placement.vocab_size,
+        torch_dtype=None if dtype == "auto" else dtype,
+        task_type=adapter.config.get("task_type"),
+        labels=placement.labels,
+        has_head=placement.labels is not None,
+    )
+    edits = difference(base.config, edited)
+    return edits, write_json(edited) if edits else None

@@ -1,0 +1,75 @@
+"""`fossil_export.json`: what was merged into what, so that anyone can check the result or repeat it.
+
+No times or other accidents, and paths only as the user gave them: the same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import fossil_export
+from fossil_export.checkpoints.checkpoint import hub_revision, identity, sha256
+from fossil_export.merging.layout import tensor_record
+from fossil_export.merging.plan import MergePlan
+from fossil_export.merging.survival import SAMPLE_ROWS, Survival
+
+FORMAT = 1
+
+
+def provenance(plan: MergePlan, survival: Mapping[str, Survival], folder: Path | None = None) -> dict[str, Any]:
+    """The record of a merge; with `folder` (the finished weights) it holds full digests of base and result."""
+    adapter, base = plan.adapter, plan.base
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "tool": {"name": "fossil-export", "version": fossil_export.__version__},
+        "artifact": "merged",
+        "adapter": {
+            "name": str(adapter.path),
+            "revision": hub_revision(adapter.path),
+            "peft_type": adapter.peft_type,
+            "variant": adapter.variant,
+            "rank": adapter.rank,
+            "parameters": adapter.parameters,
+            "files": [
+                {"file": path.name, "size": path.stat().st_size, "sha256": sha256(path)} for path in adapter.files
+            ],
+        },
+        "base": {
+            "name": plan.base_name,
+            "revision": plan.base_revision,
+            "weights": identity(base, full=folder is not None),
+            "configs": _configs(plan),
+        },
+        "dtype": plan.dtype,
+        "config_edits": dict(plan.config_edits),
+        "left_behind": list(plan.left_behind),
+        "survival": survival_record(survival),
+        "tensors": [],
+    }
+    for tensor in plan.tensors:
+        if tensor.action != "copy":
+            entry = tensor_record(tensor)
+            if tensor.name in survival:
+                entry |= survival[tensor.name].to_dict()
+            record["tensors"].append(entry)
+    if folder is not None:
+        record["files"] = [
+            {"file": file.name, "size": file.size, "sha256": sha256(folder / file.name)} for file in plan.files
+        ]
+    return record
+
+
+def survival_record(survival: Mapping[str, Survival]) -> dict[str, Any]:
+    """The total over all merged tensors and how it was sampled."""
+    return {**sum(survival.values(), Survival()).to_dict(), "sample_rows_per_tensor": SAMPLE_ROWS}
+
+
+def _configs(plan: MergePlan) -> dict[str, str]:
+    """SHA-256 of the base's JSON files and index, small files that tell one revision from another."""
+    if plan.base.folder is None:
+        return {}
+    paths = sorted(plan.base.folder.glob("*.json"))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}

@@ -1,0 +1,32 @@
+"""What the trained tensors mean: one file per variant, one entry in `METHODS`.
+
+Each module states its formula once, in its docstring, and implements `Method`. The arrays may be NumPy
+arrays or PyTorch tensors; the code uses only what both understand, so one formula serves CPU and GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from fossil_export.methods import bat, mini, tile
+
+
+class Method(Protocol):
+    """What a variant must know to be merged. Shapes: weight rows (n, in), out of a weight (out, in)."""
+
+    def block_rows(self, shard_shape: tuple[int, ...]) -> int:
+        """Rows of the weight that must be merged together; slabs are cut at multiples of it."""
+
+    def mismatch(self, shard_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> str | None:
+        """Why a shard of this shape cannot belong to a weight of that shape; None when it can."""
+
+    def update(self, weight: Any, shard: Any, start: int) -> Any:
+        """ΔW (n, in) for the rows `weight` (n, in), the first of which is row `start` of the whole weight."""
+
+    def merge_rows(self, weight: Any, shard: Any, start: int) -> None:
+        """Add ΔW to `weight` (n, in) in place; `start` as for `update`. Same bits as `weight += update(...)`."""
+
+
+METHODS: dict[str, Method] = {"tile": tile, "mini": mini, "bat": bat}
+
+__all__ = ["METHODS", "Method"]
