@@ -134,20 +134,28 @@ def make_adapter(folder: Path, base: Path, layers: int, targets: list[str]) -> N
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
+# A process inherits the peak of the one that starts it, so a small one starts and measures each contestant.
+LAUNCHER = """
+import os, sys
+process = os.fork()
+if process == 0:
+    os.execvp(sys.argv[1], sys.argv[1:])
+_, status, usage = os.wait4(process, 0)
+print(usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
 def measure(command: list[str], sync: bool = False) -> tuple[float, int]:
     """Wall seconds and peak resident bytes of a whole process, with a `sync` after it if asked."""
-    with tempfile.TemporaryFile() as log:
-        started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if sync:
-            os.sync()
-        seconds = time.perf_counter() - started
-        if process.returncode:
-            log.seek(0)
-            raise SystemExit(f"{command[0]} failed:\n{log.read().decode()}")
-    return seconds, usage.ru_maxrss * 1024
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, *command], capture_output=True, text=True)
+    if sync:
+        os.sync()
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        raise SystemExit(f"{command[0]} failed:\n{done.stderr}")
+    return seconds, int(done.stdout.split()[-1]) * 1024
 
 
 def contestants(work: Path, base: Path) -> dict[str, Callable[[], tuple[float, int]]]:

@@ -61,7 +61,7 @@ def load_adapter(path: str | Path) -> Adapter:
             )
         if tensor.dtype not in FLOATS:
             raise AdapterError(
-                f"{weights}: tensor {tensor.name} has dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}"
+                f"{weights}: tensor {tensor.name} is {tensor.dtype}, expected one of {', '.join(FLOATS)}"
             )
         module, _, parameter = tensor.name.removeprefix(PREFIX).rpartition(".")
         if parameter == SHARD_KEYS[peft_type]:
@@ -70,8 +70,8 @@ def load_adapter(path: str | Path) -> Adapter:
             saved[f"{module.removesuffix('.base_layer')}.{parameter}"] = tensor
         else:
             raise AdapterError(
-                f"{weights}: tensor {tensor.name} is neither a {peft_type} shard (….{SHARD_KEYS[peft_type]}) nor a saved "
-                "weight or bias; this adapter holds something fossil-export does not know how to merge"
+                f"{weights}: tensor {tensor.name} is neither a shard (….{SHARD_KEYS[peft_type]}) nor a "
+                "saved weight or bias; this adapter holds something fossil-export does not know how to merge"
             )
     if not shards:
         raise AdapterError(
@@ -107,7 +107,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     peft_type = config.get("peft_type")
     if peft_type not in SHARD_KEYS:
         raise AdapterError(
-            f"{path}: peft_type is {peft_type!r}, not a FOSSIL adapter (MISS or BONE); merge it with the tool of that method"
+            f"{path}: peft_type is {peft_type!r}, not a FOSSIL adapter (MISS or BONE); "
+            "merge it with the tool of that method"
         )
     rank, mini_r = config.get("r"), config.get("mini_r", 1)
     for name, value in (("r", rank), ("mini_r", mini_r)):
@@ -166,7 +167,10 @@ def _shard(weights: Path, module: str, tensor: TensorInfo, config: Mapping[str, 
 
 
 def _check_targets(path: Path, config: Mapping[str, Any], shards: Mapping[str, Shard]) -> None:
-    """Every shard must belong to a module that the config targets (peft/tuners/tuners_utils.py, check_target_module_exists)."""
+    """Every shard must belong to a module that the config targets.
+
+    Source: check_target_module_exists in peft/tuners/tuners_utils.py.
+    """
     targets = config.get("target_modules")
     if isinstance(targets, list):
         strays = [
@@ -182,5 +186,6 @@ def _check_targets(path: Path, config: Mapping[str, Any], shards: Mapping[str, S
         return
     if strays:
         raise AdapterError(
-            f"{path}: target_modules does not cover {listed(strays)}, for which there are shards; the files do not belong together"
+            f"{path}: target_modules does not cover {listed(strays)}, for which there are shards; "
+            "the files do not belong together"
         )

@@ -96,7 +96,7 @@ def _choose(folder: Path) -> tuple[Path | None, Path | None]:
         return indexes[0], None
     if len(indexes) > 1:
         raise CheckpointError(
-            f"{folder}: holds several sets of weights ({listed([file.name for file in indexes])}); name one of the files"
+            f"{folder}: holds several sets of weights ({listed([file.name for file in indexes])}); name one of these"
         )
     if len(files) == 1:
         return None, files[0]
@@ -124,9 +124,7 @@ def _indexed_files(index_path: Path, index: Mapping[str, Any]) -> list[Path]:
     for name in sorted(set(weight_map.values())):
         parts = PurePosixPath(name).parts
         if len(parts) != 1 or name != parts[0] or parts[0] in {"..", "/"} or "\\" in name:
-            raise CheckpointError(
-                f"{index_path}: names {name!r}, which is no plain file name in its folder; fetch it again"
-            )
+            raise CheckpointError(f"{index_path}: names {name!r}, which is no file in its own folder; fetch it again")
         path = index_path.parent / name
         if not path.is_file():
             raise CheckpointError(f"{index_path}: names {name}, which is missing; fetch that file")

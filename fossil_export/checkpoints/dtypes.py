@@ -50,7 +50,8 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     import numpy as np
 
     table: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-    return np.dtype(table[name])
+    found: np.dtype[Any] = np.dtype(table[name])
+    return found
 
 
 def element_count(shape: tuple[int, ...]) -> int:

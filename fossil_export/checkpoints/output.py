@@ -91,7 +91,7 @@ def _open_direct(path: Path) -> int | None:
 
 
 def _write_all(descriptor: int, data: np.ndarray[Any, Any], offset: int) -> None:
-    view = memoryview(data)
+    view = data.data
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written

@@ -59,7 +59,8 @@ def staged_folder(output: Path, needed: int) -> Iterator[Path]:
             free = shutil.disk_usage(output.parent).free
             if free < needed:
                 raise OutputError(
-                    f"{output}: needs {needed:,} bytes, {output.parent} has {free:,} free; make room or choose another disk"
+                    f"{output}: needs {needed:,} bytes, {output.parent} has {free:,} free; "
+                    "make room or choose another disk"
                 )
             folder.mkdir()
             lock = _lock(folder)

@@ -60,7 +60,7 @@ def merge(
     max_shard_size: int | str | None = None,
     device: str = "cpu",
     overwrite: bool = False,
-    hash: bool = False,  # named as the command's option
+    hash: bool = False,  # noqa: A002  named as the command's option
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> MergeResult:
     """Merge `adapter` into its base and write a complete model folder at `output`.
@@ -90,7 +90,7 @@ def run_plan(
     *,
     device: str = "cpu",
     overwrite: bool = False,
-    hash: bool = False,
+    hash: bool = False,  # noqa: A002
     progress: Callable[[int], None] = lambda nbytes: None,
     started: float | None = None,
 ) -> MergeResult:
@@ -122,8 +122,13 @@ def run_plan(
 
 def peak_memory() -> int:
     """Largest resident size of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    try:
+        # Unlike ru_maxrss this is not inherited from the process that started us.
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _write_companions(plan: MergePlan, folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fossil_export.checkpoints.dtypes import element_count, numpy_dtype
 from fossil_export.errors import MergeError, MissingExtraError
 from fossil_export.merging.layout import TensorPlan
-from fossil_export.merging.survival import Survival, measure, sample_starts
+from fossil_export.merging.survival import Survival, group_rows, measure, sample_starts
 from fossil_export.methods import METHODS
 
 if TYPE_CHECKING:
@@ -122,24 +122,24 @@ def merge_slab(
     sums of the sampled rows among them. Whether `out` is finite is for the caller to see.
     """
     method = METHODS[variant]
-    unit = method.block_rows(tuple(shard.shape))
-    step = max(1, engine.block // (unit * source.shape[1])) * unit
+    group = group_rows(method.block_rows(tuple(shard.shape)))
+    step = max(1, engine.block // (group * source.shape[1])) * group
     dtype = compute_dtype({2: "F32", 4: "F32", 8: "F64"}[source.dtype.itemsize])
-    sample = sample_starts(out_features, unit)
+    sample = sample_starts(out_features, group)
     total = Survival()
     for first in range(0, len(source), step):
         stop = min(first + step, len(source))
         weight = engine.widen(source[first:stop], dtype)
-        groups = [row - start for row in _between(sample, start + first, start + stop)]
-        before = {row: engine.numpy(weight[row - first : row - first + unit]).copy() for row in groups}
-        updates = {
-            row: engine.numpy(method.update(weight[row - first : row - first + unit], shard, start + row))
-            for row in groups
-        }
+        sampled = []
+        for row in _between(sample, start + first, start + stop):
+            rows = slice(row - start - first, row - start - first + group)
+            before = engine.numpy(weight[rows]).copy()
+            sampled.append((rows, before, engine.numpy(method.update(weight[rows], shard, row))))
         method.merge_rows(weight, shard, start + first)
-        engine.round(weight, out[first:stop])
-        for row in groups:
-            total += measure(before[row], updates[row], out[row : row + unit])
+        result = out[first:stop]
+        engine.round(weight, result)
+        for rows, before, update in sampled:
+            total += measure(before, update, result[rows])
     return total
 
 

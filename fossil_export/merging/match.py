@@ -63,8 +63,8 @@ def match_names(
             options = {option for option in options if _same_part(head, option)} or options
         if len(options) > 1:
             raise MergeError(
-                f"module {members[0]} could be {listed(sorted(option + tails[members[0]] for option in options))} in the base; "
-                "the adapter belongs to a model with other names, name the base it was trained on with --base"
+                f"module {members[0]} could be {listed(sorted(option + tails[members[0]] for option in options))} in the "
+                "base; the adapter belongs to a model with other names, name the base it was trained on with --base"
             )
         for option in options:
             found.update({module: option + tail for module, tail in tails.items()})
@@ -102,6 +102,7 @@ def _refuse_collisions(found: dict[str, str]) -> None:
     for module, name in found.items():
         if name in taken:
             raise MergeError(
-                f"modules {taken[name]} and {module} both match {name} in the base; name the base they were trained on with --base"
+                f"modules {taken[name]} and {module} both match {name} in the base; "
+                "name the base they were trained on with --base"
             )
         taken[name] = module

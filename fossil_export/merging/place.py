@@ -1,8 +1,8 @@
-"""Where every tensor of the adapter goes in the base: matched, checked, tied or parted, or refused."""
+"""Where every tensor of the adapter goes in the base: matched, checked, or refused."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 from fossil_export.adapters import Adapter, Shard
 from fossil_export.checkpoints.checkpoint import Checkpoint
@@ -10,76 +10,84 @@ from fossil_export.checkpoints.dtypes import FLOATS
 from fossil_export.checkpoints.header import TensorInfo
 from fossil_export.errors import MergeError, listed
 from fossil_export.merging.match import match_names
-from fossil_export.merging.ties import declared_tie, embedding_tensor, head_module
+from fossil_export.merging.placement import Placement
+from fossil_export.merging.ties import embedding_tensor, is_head, is_tied_head, part_head
 from fossil_export.methods import METHODS
 
-
-@dataclass
-class Placement:
-    """Changes to the base, by the name of the tensor in it.
-
-    `sources` replaces what a tensor is made from (the names in `from_adapter` by the adapter's tensors, the
-    others by the base's), `shards` adds an update to it, `added` names tensors the base does not have.
-    """
-
-    sources: dict[str, TensorInfo] = field(default_factory=dict)
-    from_adapter: set[str] = field(default_factory=set)
-    shards: dict[str, Shard] = field(default_factory=dict)
-    added: list[str] = field(default_factory=list)
-    untie: bool = False
-    vocab_size: int | None = None
-    labels: int | None = None
-    warnings: tuple[str, ...] = ()
+_REMEDY = "name the base model it was trained from with --base"
 
 
 def place(adapter: Adapter, base: Checkpoint) -> Placement:
     """Give every shard and saved tensor of `adapter` its place in `base`, or raise MergeError naming it."""
     placement = Placement()
     names = _match(adapter, base)
-    missing = [module for module in adapter.shards if module not in names and not _is_tied_head(module, adapter, base)]
+    missing = [module for module in adapter.shards if module not in names]
     if missing:
         raise MergeError(
-            f"{base.location}: has no weights for {listed(missing)}, which the adapter {adapter.path} was trained on; "
-            "name the base model it was trained from with --base"
+            f"{base.location}: has no weights for {listed(missing)}, which adapter "
+            f"{adapter.path} was trained on; {_REMEDY}"
         )
     for module, shard in adapter.shards.items():
-        if module in names:
-            placement.shards[f"{names[module]}.weight"] = shard
+        placement.shards[f"{names[module]}.weight"] = shard
     for name, info in adapter.saved.items():
         _place_saved(name, info, names, adapter, base, placement)
-    _part_head(adapter, base, names, placement)
+    part_head(adapter, base, placement)
     for name, shard in placement.shards.items():
-        _check_shape(name, shard, placement.sources.get(name) or base.tensors[name], adapter, base)
-    placement.warnings = tuple(_warnings(adapter, base, names))
+        _check_shape(name, shard, placement.source(name, base.tensors.get(name)), adapter, base)
+    placement.warnings = tuple(_warnings(adapter, base, set(names.values())))
     return placement
 
 
 def _match(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
+    """The base's name of each trained module; new modules and unstored heads keep the adapter's."""
     known = {name.rpartition(".")[0] for name in base.tensors}
 
     def fits(module: str, candidate: str) -> bool:
         shard, info = adapter.shards.get(module), base.tensors.get(f"{candidate}.weight")
-        if shard is None:
-            return True
-        return info is not None and len(info.shape) == 2 and _mismatch(shard, info.shape) is None
+        return shard is None or (info is not None and len(info.shape) == 2 and _mismatch(shard, info.shape) is None)
 
-    modules = list(adapter.shards) + [name.rpartition(".")[0] for name in adapter.saved]
-    wanted = [module for module in dict.fromkeys(modules) if not _is_new(module, adapter, known)]
-    return match_names(wanted, known, fits)
+    modules = dict.fromkeys([*adapter.shards, *(name.rpartition(".")[0] for name in adapter.saved)])
+    own = [module for module in modules if module in known or not _is_new(module, adapter, base)]
+    return {module: module for module in modules if is_tied_head(module, base)} | match_names(own, known, fits)
 
 
-def _is_new(module: str, adapter: Adapter, known: set[str]) -> bool:
-    """Whether a module is trained from scratch (a classifier) or a head that a tied base does not store."""
-    is_extra = module in adapter.config.get("modules_to_save", ()) if module not in known else False
-    return is_extra or (head_module([module]) is not None and not any(name.endswith(module) for name in known))
+def _is_new(module: str, adapter: Adapter, base: Checkpoint) -> bool:
+    """Whether the base has no tensor for `module` by right: it was trained from scratch, or is a tied head."""
+    return is_tied_head(module, base) or (module not in adapter.shards and _trained_whole(module, adapter))
 
 
-def _is_tied_head(module: str, adapter: Adapter, base: Checkpoint) -> bool:
-    return (
-        head_module([module]) is not None
-        and embedding_tensor(base.tensors) is not None
-        and declared_tie(base.config) is not False
-    )
+def _trained_whole(module: str, adapter: Adapter) -> bool:
+    """Whether `module` is, or lies in, one of the config's modules_to_save."""
+    parts = module.split(".")
+    return any(name in parts or module.endswith(f".{name}") for name in adapter.config.get("modules_to_save") or ())
+
+
+def _place_saved(
+    name: str, info: TensorInfo, names: Mapping[str, str], adapter: Adapter, base: Checkpoint, placement: Placement
+) -> None:
+    """Put one whole trained tensor in the place of the base's, or beside the base's tensors."""
+    module, _, parameter = name.rpartition(".")
+    target = f"{names.get(module, module)}.{parameter}"
+    old = base.tensors.get(target)
+    is_vocabulary = is_head(module) or target == embedding_tensor(base.tensors)
+    if old is None:
+        if not (is_tied_head(module, base) and parameter == "weight") and not _trained_whole(module, adapter):
+            raise MergeError(
+                f"{adapter.path}: saved tensor {info.name} has no counterpart in {base.location}, and its module is "
+                f"not in modules_to_save; {_REMEDY}"
+            )
+        placement.added.append(target)
+    elif old.shape[1:] != info.shape[1:] or (old.shape != info.shape and not is_vocabulary):
+        if not _trained_whole(module, adapter) or is_vocabulary:
+            raise MergeError(
+                f"{adapter.path}: saved tensor {info.name} {list(info.shape)} does not fit {target} {list(old.shape)} "
+                f"of {base.location}; {_REMEDY}"
+            )
+    elif is_vocabulary and old.shape != info.shape:
+        placement.vocab_size = info.shape[0]
+    if not is_vocabulary and _trained_whole(module, adapter) and (old is None or old.shape != info.shape):
+        placement.labels = info.shape[0]
+    placement.saved[target] = info
 
 
 def _mismatch(shard: Shard, weight_shape: tuple[int, ...]) -> str | None:
@@ -94,156 +102,34 @@ def _check_shape(name: str, shard: Shard, weight: TensorInfo, adapter: Adapter, 
             "name the unquantized model with --base"
         )
     if len(weight.shape) != 2:
-        raise MergeError(
-            f"{where} is no matrix, but the adapter has a shard for it ({shard.tensor.name}); name the base it was trained on with --base"
-        )
+        raise MergeError(f"{where} is no matrix, but the adapter has a shard for it ({shard.tensor.name}); {_REMEDY}")
     if reason := _mismatch(shard, weight.shape):
         raise MergeError(
             f"{where} does not fit shard {shard.tensor.name} {list(shard.tensor.shape)} of {adapter.path}: {reason}; "
-            "name the base model it was trained from with --base"
+            f"{_REMEDY}"
         )
 
 
-def _place_saved(
-    name: str, info: TensorInfo, names: dict[str, str], adapter: Adapter, base: Checkpoint, placement: Placement
-) -> None:
-    """Put one whole trained tensor in the place of the base's, or beside the base's tensors."""
-    module, _, parameter = name.rpartition(".")
-    target = f"{names[module]}.{parameter}" if module in names else name
-    old = base.tensors.get(target)
-    if old is None:
-        is_head = head_module([module]) is not None and parameter == "weight"
-        if not is_head and not _listed_to_save(module, adapter):
-            raise MergeError(
-                f"{adapter.path}: saved tensor {info.name} has no counterpart in {base.location} and is not in modules_to_save; "
-                "name the base model it was trained from with --base"
-            )
-        placement.added.append(target)
-        if not is_head and parameter == "weight":
-            placement.labels = info.shape[0]
-    elif old.shape != info.shape:
-        resized = target == embedding_tensor(base.tensors) or head_module([module]) is not None
-        if not resized or old.shape[1:] != info.shape[1:]:
-            if not _listed_to_save(module, adapter):
-                raise MergeError(
-                    f"{adapter.path}: saved tensor {info.name} {list(info.shape)} does not fit {target} {list(old.shape)} of "
-                    f"{base.location}; name the base model it was trained from with --base"
-                )
-            placement.labels = info.shape[0] if parameter == "weight" else placement.labels
-        else:
-            placement.vocab_size = info.shape[0]
-    placement.sources[target] = info
-    placement.from_adapter.add(target)
-
-
-def _listed_to_save(module: str, adapter: Adapter) -> bool:
-    """Whether `module` is, or lies in, a module that was trained whole (modules_to_save in the config)."""
-    parts = module.split(".")
-    return any(part in parts for part in adapter.config.get("modules_to_save") or ())
-
-
-def _part_head(adapter: Adapter, base: Checkpoint, names: dict[str, str], placement: Placement) -> None:
-    """Store head and embedding apart once training has parted them; keep them tied where they are still equal."""
-    embedding = embedding_tensor(base.tensors)
-    if embedding is None or declared_tie(base.config) is False:
-        return
-    tied_shard = next((module for module in adapter.shards if module not in names), None)
-    added_head = next((name for name in placement.added if head_module([name.rpartition(".")[0]])), None)
-    stored = next(
-        (name for name in base.tensors if name.endswith(".weight") and head_module([name.rpartition(".")[0]])), None
-    )
-    head = added_head or (f"{tied_shard}.weight" if tied_shard else stored)
-    if head is None:
-        if embedding not in placement.sources:
-            return
-        head = _head_beside(embedding)
-    touched = {embedding, head} & (placement.sources.keys() | placement.shards.keys()) or tied_shard
-    if not touched:
-        return
-    if (
-        stored is None
-        and tied_shard is None
-        and head in placement.sources
-        and _same(adapter, base, placement, embedding, head)
-    ):
-        del placement.sources[head]
-        placement.from_adapter.discard(head)
-        placement.added.remove(head)
-        return
-    if stored is None and head not in placement.added:
-        placement.added.append(head)
-    if stored is None:
-        placement.sources.setdefault(head, base.tensors[embedding])
-    if tied_shard is not None:
-        placement.shards[head] = adapter.shards[tied_shard]
-    placement.untie = True
-
-
-def _head_beside(embedding: str) -> str:
-    """The head's name in a causal model whose embedding is called `embedding` (transformers' convention)."""
-    return "embed_out.weight" if "embed_in" in embedding else "lm_head.weight"
-
-
-def _same(adapter: Adapter, base: Checkpoint, placement: Placement, embedding: str, head: str) -> bool:
-    """Whether the head the adapter saved is the embedding it will be stored with, byte for byte."""
-    import numpy as np
-
-    trained = placement.sources.get(embedding)
-    source = placement.sources[head]
-    if trained is not None:
-        first = adapter.array(trained)
-    else:
-        old = base.tensors[embedding]
-        if old.dtype != source.dtype or old.shape != source.shape:
-            return False
-        first = (
-            np.memmap(old.path, np.uint8, "r", old.offset or 0, (old.nbytes,))
-            .view(adapter.array(source).dtype)
-            .reshape(old.shape)
-        )
-    second = adapter.array(source)
-    if first.dtype != second.dtype or first.shape != second.shape:
-        return False
-    rows = max(1, (1 << 22) // max(1, first.shape[1] * first.itemsize))
-    return all(
-        first[start : start + rows].tobytes() == second[start : start + rows].tobytes()
-        for start in range(0, len(first), rows)
-    )
-
-
-def _warnings(adapter: Adapter, base: Checkpoint, names: dict[str, str]) -> list[str]:
-    """Modules the config targets that have no shard: PEFT trains all it finds, so the file may be incomplete."""
+def _warnings(adapter: Adapter, base: Checkpoint, placed: set[str]) -> list[str]:
+    """Modules that the config targets but that have no shard, beside others that do: the file may be incomplete."""
     targets = adapter.config.get("target_modules")
     narrowed = any(adapter.config.get(key) for key in ("layers_to_transform", "exclude_modules", "layers_pattern"))
     if not isinstance(targets, list) or narrowed:
         return []
-    placed = set(names.values())
-    heads = {
-        name[: -len(tail)]
-        for module in adapter.shards
-        if module in names
-        for name, tail in [(names[module], _tail(names[module]))]
-    }
+    heads = tuple({_up_to_number(module) for module in placed})
     bare = [
-        name.removesuffix(".weight")
-        for name, info in base.tensors.items()
-        if name.endswith(".weight") and len(info.shape) == 2 and name.removesuffix(".weight") not in placed
-    ]
-    left = [
         module
-        for module in bare
-        if any(module == target or module.endswith(f".{target}") for target in targets)
-        and any(module.startswith(head) for head in heads)
+        for module, info in ((name.removesuffix(".weight"), info) for name, info in base.tensors.items())
+        if module not in placed and len(info.shape) == 2 and module.startswith(heads)
+        if any(f".{module}".endswith(f".{target}") for target in targets)
     ]
-    return (
-        [f"target_modules covers {listed(left)}, but the adapter has no shard for it; is the adapter complete?"]
-        if left
-        else []
-    )
+    if not bare:
+        return []
+    return [f"target_modules covers {listed(bare)}, but the adapter has no shard for that; is it complete?"]
 
 
-def _tail(module: str) -> str:
-    """From the numbered layer on."""
+def _up_to_number(module: str) -> str:
+    """What comes before the number of the layer."""
     parts = module.split(".")
-    number = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
-    return ".".join(parts[number:])
+    number = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts))
+    return ".".join(parts[:number])

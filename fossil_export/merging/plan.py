@@ -21,7 +21,8 @@ from fossil_export.errors import CheckpointError, MergeError, listed
 from fossil_export.hub import resolve
 from fossil_export.merging.config import difference, edited_config
 from fossil_export.merging.layout import FilePlan, TensorPlan, lay_out, parse_size, tensor_record
-from fossil_export.merging.place import Placement, place
+from fossil_export.merging.place import place
+from fossil_export.merging.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,7 @@ def plan_merge(
 
 def _tensor_plan(name: str, info: TensorInfo | None, placement: Placement, dtype: str) -> TensorPlan:
     """The plan of one tensor; `info` is the base's tensor of that name, if it has one."""
-    source = placement.sources.get(name, info)
-    assert source is not None
-    from_adapter = name in placement.sources and name in placement.from_adapter
+    source = placement.source(name, info)
     own = info.dtype if info is not None else source.dtype
     target = BY_TORCH_NAME[dtype] if dtype != "auto" and own in FLOATS else own
     return TensorPlan(
@@ -144,7 +143,7 @@ def _tensor_plan(name: str, info: TensorInfo | None, placement: Placement, dtype
         dtype=target,
         shape=source.shape,
         source=source,
-        origin="adapter" if from_adapter else "base",
+        origin="adapter" if name in placement.saved else "base",
         shard=placement.shards.get(name),
         added=info is None,
     )
@@ -161,7 +160,8 @@ def _config(
         ]
         if needed:
             raise MergeError(
-                f"{base.location}: has no config.json, in which {listed(needed)} must change; name the model's folder with --base"
+                f"{base.location}: has no config.json, in which {listed(needed)} must change; "
+                "name the model's folder with --base"
             )
         return {}, None
     edited = edited_config(

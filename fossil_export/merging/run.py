@@ -10,53 +10,30 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fossil_export.checkpoints.dtypes import element_count, numpy_dtype
+from fossil_export.checkpoints.dtypes import numpy_dtype
 from fossil_export.checkpoints.header import TensorInfo
 from fossil_export.checkpoints.output import ALIGNMENT, OutputFile
-from fossil_export.errors import CheckpointError, MergeError
+from fossil_export.checkpoints.source import MappedFile
+from fossil_export.errors import MergeError
 from fossil_export.merging.engine import Engine, choose_engine, compute_dtype, is_finite, merge_slab
 from fossil_export.merging.layout import FilePlan, TensorPlan
 from fossil_export.merging.plan import MergePlan
-from fossil_export.merging.survival import Survival, sample_starts
-from fossil_export.methods import METHODS
+from fossil_export.merging.steps import SLAB, CopyStep, RowsStep, group_of, rows_of, steps
+from fossil_export.merging.survival import Survival, sampled_share
 
 if TYPE_CHECKING:
     import numpy as np
 
     Array = np.ndarray[Any, Any]
 
-SLAB = 8 << 20
-"""Bytes written at a time."""
-
 THREADS = min(8, (os.cpu_count() or 1) + 4)
 """More than there are cores, since a thread waits while its slab is written."""
-
-
-@dataclass(frozen=True)
-class _Copy:
-    """Bytes taken as they are: `source` offset in `path` to `target` offset in the file being written."""
-
-    path: Path
-    source: int
-    target: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Rows [start, stop) of one tensor that is merged, cast or comes from a pickled adapter."""
-
-    tensor: TensorPlan
-    start: int
-    stop: int
-    target: int
 
 
 def run(
@@ -70,53 +47,34 @@ def run(
     `progress` is called with the bytes written, from several threads. Raises MergeError for a result that
     is not finite, naming the tensor, and OSError when the disk refuses.
     """
-    engine = choose_engine(device, plan.tensors)
-    worker = _Worker(plan, engine)
-    parts: dict[str, list[tuple[int, Survival]]] = {}
+    worker = _Worker(plan, choose_engine(device, plan.tensors))
     try:
         with ThreadPoolExecutor(THREADS) as pool:
             for file in plan.files:
-                _write_file(file, folder / file.name, worker, pool, progress, parts)
+                _write_file(file, folder / file.name, worker, pool, progress)
     finally:
         worker.close()
-    totals = {}
-    for tensor in plan.tensors:
-        if tensor.shard is not None:
-            sums = sum((part for _, part in sorted(parts[tensor.name], key=lambda part: part[0])), Survival())
-            totals[tensor.name] = sums.scaled(_sampling(tensor))
-    return totals
+    return {tensor.name: worker.survival(tensor) for tensor in plan.tensors if tensor.shard is not None}
 
 
 def _write_file(
-    file: FilePlan,
-    path: Path,
-    worker: _Worker,
-    pool: ThreadPoolExecutor,
-    progress: Callable[[int], None],
-    parts: dict[str, list[tuple[int, Survival]]],
+    file: FilePlan, path: Path, worker: _Worker, pool: ThreadPoolExecutor, progress: Callable[[int], None]
 ) -> None:
     import numpy as np
 
     output = OutputFile(path, file.size)
     futures: list[Future[None]] = []
-    done = False
     stop = threading.Event()
+    done = False
+
+    def work(step: CopyStep | RowsStep) -> None:
+        if not stop.is_set():
+            worker.do(step, output)
+            progress(step.nbytes)
+
     try:
         output.write(0, np.frombuffer(file.header, np.uint8))
-
-        def work(step: _Copy | _Rows) -> None:
-            if stop.is_set():
-                return
-            if isinstance(step, _Copy):
-                worker.copy(step, output)
-                progress(step.nbytes)
-            else:
-                part = worker.rows(step, output)
-                if part is not None:
-                    parts.setdefault(step.tensor.name, []).append((step.start, part))
-                progress(_row_bytes(step.tensor) * (step.stop - step.start))
-
-        futures = [pool.submit(work, step) for step in _steps(file)]
+        futures = [pool.submit(work, step) for step in steps(file)]
         finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
         for future in finished:
             future.result()
@@ -127,73 +85,14 @@ def _write_file(
         output.close(sync=done)
 
 
-def _steps(file: FilePlan) -> Iterator[_Copy | _Rows]:
-    """Cut a file into slabs in the order of the file; neighbouring untouched tensors become one range."""
-    pending: _Copy | None = None
-    for tensor, offset in file.tensors:
-        if tensor.nbytes == 0:
-            continue
-        source = tensor.source.offset
-        if tensor.shard is not None or tensor.dtype != tensor.source.dtype or source is None:
-            yield from _slabs(tensor, offset)
-            continue
-        path = tensor.source.path
-        if (
-            pending
-            and pending.path == path
-            and pending.source + pending.nbytes == source
-            and pending.target + pending.nbytes == offset
-        ):
-            pending = _Copy(path, pending.source, pending.target, pending.nbytes + tensor.nbytes)
-            continue
-        if pending:
-            yield from _ranges(pending)
-        pending = _Copy(path, source, offset, tensor.nbytes)
-    if pending:
-        yield from _ranges(pending)
-
-
-def _ranges(whole: _Copy) -> Iterator[_Copy]:
-    """Cut at multiples of the slab in the target, so that only the outer ends are partial pages."""
-    end = whole.target + whole.nbytes
-    start = whole.target
-    while start < end:
-        stop = min(end, (start // SLAB + 1) * SLAB)
-        yield _Copy(whole.path, whole.source + start - whole.target, start, stop - start)
-        start = stop
-
-
-def _slabs(tensor: TensorPlan, offset: int) -> Iterator[_Rows]:
-    rows = _rows(tensor)
-    unit = METHODS[tensor.shard.variant].block_rows(tensor.shard.tensor.shape) if tensor.shard is not None else 1
-    size = _row_bytes(tensor)
-    step = max(1, SLAB // (size * unit)) * unit
-    for start in range(0, rows, step):
-        yield _Rows(tensor, start, min(start + step, rows), offset + start * size)
-
-
-def _rows(tensor: TensorPlan) -> int:
-    """A matrix is cut by rows, everything else by elements."""
-    return tensor.shape[0] if len(tensor.shape) == 2 else element_count(tensor.shape)
-
-
-def _row_bytes(tensor: TensorPlan) -> int:
-    return tensor.nbytes // _rows(tensor)
-
-
-def _sampling(tensor: TensorPlan) -> float:
-    assert tensor.shard is not None
-    unit = METHODS[tensor.shard.variant].block_rows(tensor.shard.tensor.shape)
-    return tensor.shape[0] / (len(sample_starts(tensor.shape[0], unit)) * unit)
-
-
 class _Worker:
-    """What the threads share: mapped sources, the shards in use, and a buffer for each thread."""
+    """What the threads share: mapped sources, the shards in use, a buffer for each thread, the sums so far."""
 
     def __init__(self, plan: MergePlan, engine: Engine) -> None:
         self._adapter = plan.adapter
         self._engine = engine
-        self._sources: dict[Path, _Source] = {}
+        self._sources: dict[Path, MappedFile] = {}
+        self._sums: dict[str, dict[int, Survival]] = {}
         self._lock = threading.Lock()
         self._local = threading.local()
         # Slabs of one weight follow each other: as many shards as threads are ever in use.
@@ -203,7 +102,19 @@ class _Worker:
         for source in self._sources.values():
             source.close()
 
-    def copy(self, step: _Copy, output: OutputFile) -> None:
+    def survival(self, tensor: TensorPlan) -> Survival:
+        """The sums over a merged tensor, added up in the order of its rows and taken for the whole of it."""
+        sums = self._sums[tensor.name]
+        total = sum((sums[start] for start in sorted(sums)), Survival())
+        return total.scaled(1 / sampled_share(tensor.shape[0], group_of(tensor)))
+
+    def do(self, step: CopyStep | RowsStep, output: OutputFile) -> None:
+        if isinstance(step, CopyStep):
+            self._copy(step, output)
+        else:
+            self._rows(step, output)
+
+    def _copy(self, step: CopyStep, output: OutputFile) -> None:
         source = self._source(step.path)
         data = source.view(step.source, step.nbytes)
         if (data.ctypes.data - step.target) % ALIGNMENT:
@@ -215,61 +126,59 @@ class _Worker:
         del data
         source.release(step.source, step.nbytes)
 
-    def rows(self, step: _Rows, output: OutputFile) -> Survival | None:
-        tensor = step.tensor
-        count = step.stop - step.start
-        out_bytes = self._buffer(count * _row_bytes(tensor), step.target)
-        out = out_bytes.view(numpy_dtype(tensor.dtype)).reshape(count, -1)
-        source_row = tensor.source.nbytes // _rows(tensor)
-        first, length = step.start * source_row, count * source_row
-        if tensor.source.offset is None:
-            flat = self._adapter.array(tensor.source).reshape(_rows(tensor), -1)
-            part = self._fill(step, flat[step.start : step.stop], out)
+    def _rows(self, step: RowsStep, output: OutputFile) -> None:
+        tensor, info = step.tensor, step.tensor.source
+        written = self._buffer(step.nbytes, step.target)
+        out = written.view(numpy_dtype(tensor.dtype)).reshape(step.count, -1)
+        if info.offset is None:
+            self._fill(step, self._adapter.array(info).reshape(rows_of(tensor), -1)[step.start : step.stop], out)
         else:
-            source = self._source(tensor.source.path)
-            data = source.view(tensor.source.offset + first, length)
-            part = self._fill(step, data.view(numpy_dtype(tensor.source.dtype)).reshape(count, -1), out)
+            size = info.nbytes // rows_of(tensor)
+            offset, nbytes = info.offset + step.start * size, step.count * size
+            source = self._source(info.path)
+            data = source.view(offset, nbytes).view(numpy_dtype(info.dtype)).reshape(step.count, -1)
+            self._fill(step, data, out)
             del data
-            source.release(tensor.source.offset + first, length)
-        output.write(step.target, out_bytes)
-        return part
+            source.release(offset, nbytes)
+        output.write(step.target, written)
 
-    def _fill(self, step: _Rows, data: Array, out: Array) -> Survival | None:
-        tensor = step.tensor
-        if tensor.shard is None:
-            self._engine_cast(data, out)
-            if not is_finite(out) and is_finite(data):
-                raise MergeError(f"{tensor.name}: overflows {out.dtype.name}; choose --dtype bfloat16 or float32")
-            return None
-        shard = self._shard(tensor.shard.tensor, tensor.source.dtype)
-        part = merge_slab(self._engine, data, out, shard, tensor.shard.variant, step.start, tensor.shape[0])
-        if not is_finite(out):
-            raise MergeError(self._why_not_finite(tensor, data))
-        return part
-
-    def _engine_cast(self, data: Array, out: Array) -> None:
+    def _fill(self, step: RowsStep, data: Array, out: Array) -> None:
+        """Compute the rows of `step` from the stored ones, `data`, into `out`."""
         import numpy as np
 
-        with np.errstate(over="ignore", invalid="ignore"):
-            np.copyto(out, data, casting="unsafe")
+        tensor = step.tensor
+        if tensor.shard is None:
+            with np.errstate(over="ignore", invalid="ignore"):
+                np.copyto(out, data, casting="unsafe")
+            if not is_finite(out) and is_finite(data):
+                raise MergeError(_overflow(tensor))
+            return
+        shard = self._shard(tensor.shard.tensor, tensor.source.dtype)
+        sums = merge_slab(self._engine, data, out, shard, tensor.shard.variant, step.start, tensor.shape[0])
+        if not is_finite(out):
+            raise MergeError(self._why_not_finite(tensor, data))
+        with self._lock:
+            self._sums.setdefault(tensor.name, {})[step.start] = sums
 
     def _why_not_finite(self, tensor: TensorPlan, data: Array) -> str:
         assert tensor.shard is not None
+        shard, source = tensor.shard.tensor, tensor.source
         if not is_finite(data):
-            return f"{tensor.source.path}: {tensor.source.name} holds infinite or NaN values; the base is damaged, fetch it again"
-        if not is_finite(self._adapter.array(tensor.shard.tensor)):
-            return f"{tensor.shard.tensor.path}: {tensor.shard.tensor.name} holds infinite or NaN values; the training diverged, take an earlier checkpoint"
-        return f"{tensor.name}: the merged weight overflows {numpy_dtype(tensor.dtype).name}; choose --dtype bfloat16 or float32"
+            return f"{source.path}: {source.name} holds infinite or NaN values; the base is damaged, fetch it again"
+        if not is_finite(self._adapter.array(shard)):
+            return (
+                f"{shard.path}: {shard.name} holds infinite or NaN values; training diverged, take an earlier adapter"
+            )
+        return _overflow(tensor)
 
     def _load_shard(self, info: TensorInfo, weight_dtype: str) -> Any:
         array = self._adapter.array(info)
-        flat = array.reshape(array.shape[0], -1)
-        return self._engine.widen(flat, compute_dtype(weight_dtype)).reshape(array.shape)
+        return self._engine.widen(array.reshape(len(array), -1), compute_dtype(weight_dtype)).reshape(array.shape)
 
-    def _source(self, path: Path) -> _Source:
+    def _source(self, path: Path) -> MappedFile:
         with self._lock:
             if path not in self._sources:
-                self._sources[path] = _Source(path)
+                self._sources[path] = MappedFile(path)
             return self._sources[path]
 
     def _buffer(self, nbytes: int, target: int) -> Array:
@@ -285,34 +194,5 @@ class _Worker:
         return whole[start : start + nbytes]
 
 
-class _Source:
-    """A file mapped read-only, of which parts are looked at and let go."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as problem:
-            raise CheckpointError(f"{path}: cannot be read: {problem.strerror}") from problem
-        if hasattr(mmap, "MADV_SEQUENTIAL"):
-            self._map.madvise(mmap.MADV_SEQUENTIAL)
-
-    def view(self, offset: int, nbytes: int) -> Array:
-        import numpy as np
-
-        return np.frombuffer(self._map, np.uint8, nbytes, offset)
-
-    def release(self, offset: int, nbytes: int) -> None:
-        """Take the pages that lie wholly in the range out of this process's memory."""
-        if not hasattr(mmap, "MADV_DONTNEED"):
-            return
-        first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
-        last = (offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        if first < last:
-            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
-
-    def close(self) -> None:
-        try:
-            self._map.close()
-        except BufferError:
-            pass  # a view is still referenced by an exception in flight; the map goes with it
+def _overflow(tensor: TensorPlan) -> str:
+    return f"{tensor.name}: overflows {numpy_dtype(tensor.dtype).name}; choose --dtype bfloat16 or float32"

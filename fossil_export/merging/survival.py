@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 SAMPLE_ROWS = 64
-"""Rows per weight that are measured, evenly spaced; all of them where there are no more."""
+"""Rows per weight that are measured, in evenly spaced groups; all of them where there are no more."""
+
+GROUP_ROWS = 8
+# Neighbouring rows measured at a time: row by row, the calls would cost more than the arithmetic.
 
 WARNING_BELOW = 0.9
 """Share of the whole update under which the user is warned."""
@@ -31,7 +34,7 @@ class Survival:
         return Survival(self.kept + other.kept, self.update + other.update, self.moved + other.moved)
 
     def scaled(self, factor: float) -> Survival:
-        """Estimate for a whole weight of which 1/`factor` was sampled."""
+        """Estimate for `factor` times as many elements."""
         return Survival(self.kept * factor, self.update * factor, self.moved * factor)
 
     @property
@@ -47,11 +50,21 @@ class Survival:
         return {"survived": self.survived, "energy": self.energy}
 
 
-def sample_starts(out_features: int, unit: int) -> range:
-    """First rows of the sampled groups of `unit` rows (the rows a variant merges together)."""
-    groups = out_features // unit
-    step = max(1, groups // max(1, SAMPLE_ROWS // unit))
-    return range(0, groups * unit, step * unit)
+def group_rows(unit: int) -> int:
+    """Rows in a sampled group of a variant that merges `unit` rows together."""
+    return unit * max(1, GROUP_ROWS // unit)
+
+
+def sample_starts(out_features: int, group: int) -> range:
+    """First rows of the sampled groups of `group` rows in a weight with `out_features` rows; the last may be short."""
+    groups = -(-out_features // group)
+    step = max(1, groups // max(1, SAMPLE_ROWS // group))
+    return range(0, out_features, step * group)
+
+
+def sampled_share(out_features: int, group: int) -> float:
+    """Share of a weight's rows that its sample covers."""
+    return sum(min(group, out_features - start) for start in sample_starts(out_features, group)) / out_features
 
 
 def measure(before: Any, update: Any, after: Any) -> Survival:

@@ -2,7 +2,8 @@
 
 PEFT trains a head of its own beside the embedding as soon as either is targeted or listed in
 modules_to_save, whatever the base's config says; the merged model must then store both and say
-`tie_word_embeddings: false`, or the trained head is lost on load.
+`tie_word_embeddings: false`, or what was trained is lost on load. (PEFT's own merge adds the shard of a
+targeted tied head to the embedding as well, and so does not give the model that was trained.)
 """
 
 from __future__ import annotations
@@ -10,13 +11,30 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fossil_export.adapters import Adapter
+from fossil_export.checkpoints.checkpoint import Checkpoint
+from fossil_export.checkpoints.dtypes import numpy_dtype
+from fossil_export.checkpoints.header import TensorInfo
+from fossil_export.merging.placement import Placement
+
 HEADS = ("lm_head", "embed_out", "output_layer")
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
+_GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
-def head_module(modules: Iterable[str]) -> str | None:
-    """The output head among `modules`."""
-    return next((module for module in modules if module.rpartition(".")[2] in HEADS), None)
+def is_head(module: str) -> bool:
+    """Whether a module is a language model's output head."""
+    return module.rpartition(".")[2] in HEADS
+
+
+def is_tied_head(module: str, base: Checkpoint) -> bool:
+    """Whether `module` is a head that `base` does not store because it is tied to the embedding."""
+    return (
+        is_head(module)
+        and f"{module}.weight" not in base.tensors
+        and embedding_tensor(base.tensors) is not None
+        and declared_tie(base.config) is not False
+    )
 
 
 def embedding_tensor(names: Iterable[str]) -> str | None:
@@ -31,3 +49,57 @@ def declared_tie(config: Mapping[str, Any] | None) -> bool | None:
         if isinstance(part.get("tie_word_embeddings"), bool):
             return bool(part["tie_word_embeddings"])
     return None
+
+
+def part_head(adapter: Adapter, base: Checkpoint, placement: Placement) -> None:
+    """Store head and embedding apart where training parted them; keep them tied where they are still equal."""
+    embedding = embedding_tensor(base.tensors)
+    if embedding is None or declared_tie(base.config) is False:
+        return
+    stored = next((name for name in base.tensors if name.endswith(".weight") and is_head(name[:-7])), None)
+    spoken_of = [f"{module}.weight" for module in adapter.shards if is_head(module)]
+    spoken_of += [name for name in placement.added if name.endswith(".weight") and is_head(name[:-7])]
+    head = stored or next(iter(spoken_of), None) or _conventional_head(embedding, adapter, base)
+    if head is None or not {embedding, head} & (placement.saved.keys() | placement.shards.keys()):
+        return
+    if head not in placement.shards and head in placement.saved and _equal(adapter, base, placement, embedding, head):
+        if stored is None:
+            del placement.saved[head]
+            placement.added.remove(head)
+        return
+    if stored is None:
+        if head not in placement.saved:
+            placement.copied[head] = base.tensors[embedding]
+        if head not in placement.added:
+            placement.added.append(head)
+    placement.untie = True
+
+
+def _conventional_head(embedding: str, adapter: Adapter, base: Checkpoint) -> str | None:
+    """The head's name beside `embedding` in a generative model; None where the trained model has no such head."""
+    architectures = (base.config or {}).get("architectures") or []
+    generative = any(name.endswith(_GENERATIVE) for name in architectures)
+    if not generative or adapter.config.get("task_type") not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        return None
+    prefix = "language_model." if embedding.startswith("language_model.model.") else ""
+    return prefix + ("embed_out.weight" if "embed_in" in embedding else "lm_head.weight")
+
+
+def _equal(adapter: Adapter, base: Checkpoint, placement: Placement, embedding: str, head: str) -> bool:
+    """Whether the head that the adapter saved is the embedding it will be stored beside, byte for byte."""
+    import numpy as np
+
+    second = placement.saved[head]
+    first = placement.saved.get(embedding) or base.tensors[embedding]
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+
+    def values(info: TensorInfo) -> Any:
+        if embedding not in placement.saved and info is first:
+            raw = np.memmap(info.path, np.uint8, "r", info.offset or 0, (info.nbytes,))
+            return raw.view(numpy_dtype(info.dtype)).reshape(info.shape)
+        return adapter.array(info)
+
+    one, other = values(first), values(second)
+    rows = max(1, (1 << 22) // max(1, one[0].nbytes))  # a few megabytes at a time
+    return all(one[at : at + rows].tobytes() == other[at : at + rows].tobytes() for at in range(0, len(one), rows))

@@ -1,0 +1,45 @@
+"""A weights file mapped read-only, of which parts are looked at and let go."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fossil_export.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class MappedFile:
+    """Looking at a range costs no copy; `release` keeps the process's memory from growing with the file."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as problem:
+            raise CheckpointError(f"{path}: cannot be read: {problem}") from problem
+        if hasattr(mmap, "MADV_SEQUENTIAL"):
+            self._map.madvise(mmap.MADV_SEQUENTIAL)
+
+    def view(self, offset: int, nbytes: int) -> np.ndarray[Any, Any]:
+        """`nbytes` bytes from `offset` on, as uint8."""
+        import numpy as np
+
+        return np.frombuffer(self._map, np.uint8, nbytes, offset)
+
+    def release(self, offset: int, nbytes: int) -> None:
+        """Take the pages that lie wholly in the range out of this process's memory; the system may keep them."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+            last = (offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            if first < last:
+                self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def close(self) -> None:
+        # A view may still be referenced by an exception in flight; the map then goes with it.
+        with contextlib.suppress(BufferError):
+            self._map.close()

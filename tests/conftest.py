@@ -1,0 +1,131 @@
+"""Models and adapters the tests share: tiny ones made by transformers and PEFT here, and the real one, cached."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import MissConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import smollm2
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Randomise = Callable[[torch.nn.Module], None]
+
+
+@pytest.fixture(scope="session")
+def real_base() -> Path:
+    return smollm2.base_model()
+
+
+@pytest.fixture(scope="session")
+def real_adapter() -> Path:
+    return smollm2.adapter()
+
+
+@pytest.fixture(scope="session", params=["tile", "ragged", "mini", "bat"])
+def every_real_adapter(request: pytest.FixtureRequest) -> Path:
+    """One trained adapter of each variant; a rank of 50 divides none of the model's widths."""
+    made: dict[str, tuple[str, int, int]] = {
+        "tile": ("tile", 64, 20),
+        "ragged": ("tile", 50, 4),
+        "mini": ("mini", 64, 4),
+        "bat": ("bat", 64, 4),
+    }
+    return smollm2.adapter(*made[request.param])
+
+
+def make_base(folder: Path, dtype: torch.dtype = torch.float32, tie: bool = False, shards: str = "40KB") -> Path:
+    """A tiny Llama with random weights, saved in several files, with the companions a real folder has."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=120,
+        tie_word_embeddings=tie,
+    )
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder, max_shard_size=shards)
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "LICENSE").write_text("Apache-2.0")
+    return folder
+
+
+def randomise(model: torch.nn.Module) -> None:
+    """Stand in for training: every trained value moves."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator) * 0.05
+            parameter.data += noise.to(parameter.dtype)
+
+
+def make_adapter(
+    folder: Path,
+    base: Path,
+    change: Randomise = randomise,
+    dtype: torch.dtype | None = None,
+    model_class: Any = AutoModelForCausalLM,
+    autocast: bool = True,
+    resize: int | None = None,
+    **config: Any,
+) -> PeftModel:
+    """An adapter that PEFT makes and saves; returns PEFT's model, unmerged, which is the oracle."""
+    model = model_class.from_pretrained(base, dtype=dtype or "auto")
+    if resize is not None:
+        model.resize_token_embeddings(resize, mean_resizing=False)
+    config.setdefault("target_modules", LINEARS)
+    config.setdefault("r", 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft_model = get_peft_model(model, MissConfig(**config), autocast_adapter_dtype=autocast)
+        change(peft_model)
+        peft_model.save_pretrained(folder)
+    return peft_model.eval()
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, read by the safetensors library."""
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+def peft_merged(base: Path, adapter: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What PEFT's own merge gives, by parameter name."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return {name: value.detach() for name, value in merged.state_dict().items()}
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change (or, with `...`, drop) keys of a JSON file."""
+    value = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: entry for key, entry in value.items() if entry is not ...}))
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return make_base(tmp_path / "base")
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, base: Path) -> Path:
+    make_adapter(tmp_path / "adapter", base)
+    return tmp_path / "adapter"
