@@ -62,9 +62,10 @@ def match_names(
         if len(options) > 1:
             options = {option for option in options if _same_part(head, option)} or options
         if len(options) > 1:
+            places = sorted(option + tails[members[0]] for option in options)
             raise MergeError(
-                f"module {members[0]} could be {listed(sorted(option + tails[members[0]] for option in options))} in the "
-                "base; the adapter belongs to a model with other names, name the base it was trained on with --base"
+                f"module {members[0]} could be {listed(places)} in the base; the adapter belongs to a model "
+                "with other names, name the base it was trained on with --base"
             )
         for option in options:
             found.update({module: option + tail for module, tail in tails.items()})

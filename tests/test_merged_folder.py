@@ -1,0 +1,297 @@
+"""The folder a merge writes: layout, bytes, companions, record; and that others can load it."""
+
+from __future__ import annotations
+
+import json
+import os
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import edit_json, make_adapter, make_base, weights
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import fossil_export
+from fossil_export import merge, plan_merge
+from fossil_export.checkpoints.header import read_header
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_layout_is_the_bases_and_untouched_bytes_are_kept(base: Path, tmp_path: Path) -> None:
+    make_adapter(tmp_path / "adapter", base, target_modules=["q_proj", "v_proj"])
+    result = merge(tmp_path / "adapter", tmp_path / "merged")
+    before, after = contents(base), contents(tmp_path / "merged")
+    assert set(after) == set(before) | {"fossil_export.json"}
+    assert sum(name.endswith(".safetensors") for name in before) > 2
+    touched = {f"model.layers.{layer}.self_attn.{name}.weight" for layer in (0, 1) for name in ("q_proj", "v_proj")}
+    assert set(result.survival) == touched
+    for name, content in before.items():
+        if not name.endswith(".safetensors"):
+            assert after[name] == content
+            continue
+        header = read_header(base / name)
+        assert after[name][: header.length] == content[: header.length]
+        for tensor in header.tensors:
+            assert tensor.offset is not None
+            span = slice(tensor.offset, tensor.offset + tensor.nbytes)
+            assert (after[name][span] == content[span]) == (tensor.name not in touched), tensor.name
+
+
+def test_same_inputs_give_the_same_bytes_in_any_order(
+    real_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge(real_adapter, tmp_path / "one")
+    monkeypatch.setattr("fossil_export.merging.run.THREADS", 1)
+    monkeypatch.setattr("fossil_export.merging.steps.SLAB", 1 << 16)
+    merge(real_adapter, tmp_path / "two")
+    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    survival = [json.loads(folder.pop("fossil_export.json")) for folder in (one, two)]
+    assert one == two
+    # Sums over other slabs may differ in their last bits; everything else may not.
+    for record in survival:
+        for entry in [record["survival"], *record["tensors"]]:
+            entry["survived"], entry["energy"] = round(entry["survived"], 9), round(entry["energy"], 9)
+    assert survival[0] == survival[1]
+    monkeypatch.undo()
+    merge(real_adapter, tmp_path / "three")
+    assert contents(tmp_path / "three") == contents(tmp_path / "one")
+
+
+def test_loads_in_transformers_and_gives_the_trained_logits(base: Path, tmp_path: Path) -> None:
+    trained = make_adapter(tmp_path / "adapter", base)
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    tokens = torch.arange(20)[None]
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(tokens).logits
+    torch.testing.assert_close(ours, trained(tokens).logits, rtol=1e-4, atol=1e-5)
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
+    for name, file in index["weight_map"].items():  # as a loader that reads only the index does
+        with safe_open(tmp_path / "merged" / file, "pt") as opened:
+            assert name in opened.keys()  # noqa: SIM118  the library's object is no dict
+
+
+def test_real_answer(real_base: Path, real_adapter: Path, tmp_path: Path) -> None:
+    import smollm2
+
+    merge(real_adapter, tmp_path / "merged", base=real_base)
+    assert smollm2.answer(tmp_path / "merged").startswith(smollm2.ANSWER)
+    assert not smollm2.answer(real_base).startswith(smollm2.ANSWER)
+
+
+@pytest.mark.parametrize("name, dtype", [("float32", torch.float32), ("float16", torch.float16)])
+def test_dtype_casts_every_tensor_and_says_so(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", torch.bfloat16)
+    make_adapter(tmp_path / "adapter", base)
+    merge(tmp_path / "adapter", tmp_path / "merged", dtype=name)
+    make_adapter(tmp_path / "wide", base, dtype=torch.float32)
+    before, after = weights(base), weights(tmp_path / "merged")
+    for tensor, value in after.items():
+        assert value.dtype == dtype
+        shard = tmp_path / "adapter" / "adapter_model.safetensors"
+        with safe_open(shard, "pt") as opened:
+            key = f"base_model.model.{tensor.removesuffix('.weight')}.miss_block"
+            expected = before[tensor].float()
+            if key in opened.keys():  # noqa: SIM118
+                expected = expected + opened.get_tensor(key).T.repeat(1, expected.shape[1] // 8)
+        assert torch.equal(value, expected.to(dtype)), tensor
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["dtype"] == name
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in after.values())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == dtype
+
+
+def test_max_shard_size_cuts_anew(base: Path, adapter: Path, tmp_path: Path) -> None:
+    merge(adapter, tmp_path / "plain")
+    merge(adapter, tmp_path / "cut", max_shard_size="100KB")
+    merge(adapter, tmp_path / "one", max_shard_size="1GB")
+    assert sorted(path.name for path in (tmp_path / "one").glob("*.safetensors*")) == ["model.safetensors"]
+    files = sorted((tmp_path / "cut").glob("*.safetensors"))
+    assert [path.name for path in files] == [
+        f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)
+    ]
+    assert len(files) > 1 and all(sum(t.nbytes for t in read_header(path).tensors) <= 100_000 for path in files)
+    expected = weights(tmp_path / "plain")
+    for name in ("cut", "one"):
+        got = weights(tmp_path / name)
+        assert got.keys() == expected.keys() and all(torch.equal(got[key], expected[key]) for key in got)
+        AutoModelForCausalLM.from_pretrained(tmp_path / name)
+
+
+@pytest.mark.parametrize("size", ["0", "five", "-3GB", "5XB", ""])
+def test_max_shard_size_must_be_a_size(size: str, adapter: Path) -> None:
+    with pytest.raises(fossil_export.FossilExportError, match="like 5GB"):
+        plan_merge(adapter, max_shard_size=size)
+
+
+def test_base_may_be_one_file(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", shards="1GB")
+    make_adapter(tmp_path / "adapter", base)
+    merge(tmp_path / "adapter", tmp_path / "folder")
+    merge(tmp_path / "adapter", tmp_path / "file", base=base / "model.safetensors")
+    lone = tmp_path / "lone" / "model.safetensors"
+    lone.parent.mkdir()
+    lone.write_bytes((base / "model.safetensors").read_bytes())
+    merge(tmp_path / "adapter" / "adapter_model.safetensors", tmp_path / "bare", base=lone)
+    want = (tmp_path / "folder" / "model.safetensors").read_bytes()
+    assert (tmp_path / "file" / "model.safetensors").read_bytes() == want
+    assert (tmp_path / "file" / "config.json").is_file()
+    assert {path.name for path in (tmp_path / "bare").iterdir()} == {"model.safetensors", "fossil_export.json"}
+    assert (tmp_path / "bare" / "model.safetensors").read_bytes() == want
+
+
+def test_stale_weights_stay_behind_and_everything_else_comes(base: Path, adapter: Path, tmp_path: Path) -> None:
+    stale = ["pytorch_model.bin", "original/consolidated.00.pth", "onnx/model.onnx", "model-q4.gguf", "tf_model.h5"]
+    kept = ["modeling_custom.py", "README.md", "original/params.json", "images/logo.png"]
+    hidden = [".git/config", ".gitattributes"]
+    for name in [*stale, *kept, *hidden, "fossil_parity.json"]:
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text(name)
+    (base / "consolidated.safetensors").write_bytes(next(base.glob("model-00001*")).read_bytes())
+    result = merge(adapter, tmp_path / "merged")
+    names = contents(tmp_path / "merged").keys()
+    assert names >= set(kept) and not names & {*stale, *hidden, "consolidated.safetensors", "fossil_parity.json"}
+    assert set(result.plan.left_behind) == {*stale, "consolidated.safetensors", "fossil_parity.json"}
+
+
+def test_sentence_transformers_keeps_the_weights_of_its_other_modules(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    (base / "modules.json").write_text("[]")
+    (base / "2_Dense").mkdir()
+    (base / "2_Dense" / "config.json").write_text("{}")
+    (base / "2_Dense" / "model.safetensors").write_bytes(b"weights of another module")
+    merge(adapter, tmp_path / "merged")
+    assert (tmp_path / "merged" / "2_Dense" / "model.safetensors").read_bytes() == b"weights of another module"
+
+
+def test_trained_tokenizer_replaces_the_bases(base: Path, adapter: Path, tmp_path: Path) -> None:
+    (adapter / "tokenizer_config.json").write_text('{"trained": true}')
+    merge(adapter, tmp_path / "incomplete")
+    assert (tmp_path / "incomplete" / "tokenizer_config.json").read_text() == "{}"
+    (adapter / "tokenizer.json").write_text('{"version": "trained"}')
+    merge(adapter, tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "tokenizer.json").read_text()) == {"version": "trained"}
+    # The template is part of the tokenizer: the base's would not be what the model was trained with.
+    assert not (tmp_path / "merged" / "chat_template.jinja").exists()
+
+
+def test_record_says_what_was_merged_into_what(base: Path, adapter: Path, tmp_path: Path) -> None:
+    result = merge(adapter, tmp_path / "merged", hash=True)
+    record = json.loads((tmp_path / "merged" / "fossil_export.json").read_text())
+    assert record["tool"] == {"name": "fossil-export", "version": fossil_export.__version__}
+    assert (record["adapter"]["variant"], record["adapter"]["rank"]) == ("tile", 8)
+    for entry in record["adapter"]["files"]:
+        assert entry["sha256"] == sha256((adapter / entry["file"]).read_bytes()).hexdigest()
+    for entry in record["base"]["weights"]:
+        content = (base / entry["file"]).read_bytes()
+        length = read_header(base / entry["file"]).length
+        assert entry["size"] == len(content) and entry["sha256"] == sha256(content).hexdigest()
+        assert entry["header_sha256"] == sha256(content[:length]).hexdigest()
+    for entry in record["files"]:
+        assert entry["sha256"] == sha256((tmp_path / "merged" / entry["file"]).read_bytes()).hexdigest()
+    assert record["base"]["configs"]["config.json"] == sha256((base / "config.json").read_bytes()).hexdigest()
+    assert len(record["tensors"]) == len(result.survival) == 14
+    assert all(entry["survived"] == pytest.approx(1, abs=1e-3) for entry in record["tensors"])
+    merge(adapter, tmp_path / "quick")
+    quick = json.loads((tmp_path / "quick" / "fossil_export.json").read_text())
+    assert "files" not in quick and "sha256" not in quick["base"]["weights"][0]
+
+
+def test_hub_cache_gives_revision_and_blobs(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """The layout huggingface_hub keeps: snapshots of links to blobs named by their digest."""
+    repository = tmp_path / "models--org--base"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    blobs = {}
+    for path in base.iterdir():
+        blobs[path.name] = sha256(path.read_bytes()).hexdigest()
+        path.rename(repository / "blobs" / blobs[path.name])
+        (snapshot / path.name).symlink_to(os.path.relpath(repository / "blobs" / blobs[path.name], snapshot))
+    result = merge(adapter, tmp_path / "merged", base=snapshot)
+    record = json.loads((tmp_path / "merged" / "fossil_export.json").read_text())
+    assert result.plan.base_revision == record["base"]["revision"] == "a" * 40
+    assert all(entry["hub_blob"] == blobs[entry["file"]] for entry in record["base"]["weights"])
+    assert not any(path.is_symlink() for path in (tmp_path / "merged").iterdir())
+
+
+def test_swallowed_update_is_measured_and_warned_of(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", torch.bfloat16)
+
+    def tiny(model: torch.nn.Module) -> None:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 1e-5
+
+    make_adapter(tmp_path / "adapter", base, change=tiny)
+    result = merge(tmp_path / "adapter", tmp_path / "merged")
+    before, after = weights(base), weights(tmp_path / "merged")
+    # All rows of these small weights are in the sample, so the figures can be had in full.
+    for shard in result.plan.adapter.shards.values():
+        name = f"{shard.module}.weight"
+        update = torch.from_numpy(result.plan.adapter.array(shard.tensor).copy()).T.double()
+        update = update.repeat(1, before[name].shape[1] // 8)
+        moved = after[name].double() - before[name].double()
+        rows = slice(0, 64) if len(update) <= 64 else slice(None)
+        survived = float((moved * update)[rows].sum() / (update * update)[rows].sum())
+        assert result.survival[name].survived == pytest.approx(survived, rel=0.2 if len(update) > 64 else 1e-6)
+    assert "survived rounding" in result.warnings[0] and "--dtype float32" in result.warnings[0]
+    wide = merge(tmp_path / "adapter", tmp_path / "wide", dtype="float32")
+    assert not wide.warnings
+    assert all(part.survived == pytest.approx(1, abs=1e-2) for part in wide.survival.values())
+
+
+def test_untrained_adapter_is_called_that(base: Path, tmp_path: Path) -> None:
+    make_adapter(tmp_path / "adapter", base, change=lambda model: None)
+    result = merge(tmp_path / "adapter", tmp_path / "merged")
+    assert "not trained" in result.warnings[0]
+    assert all(part.survived is None for part in result.survival.values())
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_pickled_adapter(saved: bool, base: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"modules_to_save": ["lm_head"]} if saved else {}
+    trained = make_adapter(tmp_path / "adapter", base, **options)
+    merge(tmp_path / "adapter", tmp_path / "one")
+    state = weights(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    torch.save(state, tmp_path / "adapter" / "adapter_model.bin")
+    merge(tmp_path / "adapter", tmp_path / "two")
+    assert trained is not None
+    assert all(torch.equal(value, weights(tmp_path / "two")[name]) for name, value in weights(tmp_path / "one").items())
+    torch.save({name: value.bfloat16() for name, value in state.items()}, tmp_path / "adapter" / "adapter_model.bin")
+    assert fossil_export.inspect(tmp_path / "adapter").to_dict()["dtypes"] == {"bfloat16": 14}
+
+
+def test_legacy_bone_folders(base: Path, tmp_path: Path) -> None:
+    """Keys and config as PEFT 0.14 to 0.18 wrote them; the first release stored bat shards under true."""
+    from safetensors.torch import save_file
+
+    for variant, init in (("tile", True), ("bat", "bat"), ("bat", True)):
+        options: dict[str, Any] = {"init_weights": "bat"} if variant == "bat" else {}
+        name = f"{variant}-{init}"
+        make_adapter(tmp_path / name, base, **options)
+        merge(tmp_path / name, tmp_path / f"{name}-miss")
+        state = weights(tmp_path / name)
+        save_file(
+            {key.replace("miss_block", "bone_block"): value for key, value in state.items()},
+            tmp_path / name / "adapter_model.safetensors",
+        )
+        edit_json(
+            tmp_path / name / "adapter_config.json",
+            peft_type="BONE",
+            init_weights=init,
+            mini_r=...,
+            miss_dropout=...,
+            peft_version=...,
+        )
+        result = merge(tmp_path / name, tmp_path / f"{name}-bone")
+        assert result.plan.adapter.variant == variant
+        for file in sorted((tmp_path / f"{name}-miss").glob("*.safetensors")):
+            assert file.read_bytes() == (tmp_path / f"{name}-bone" / file.name).read_bytes()
