@@ -11,7 +11,7 @@ from fossil_export.checkpoints.header import TensorInfo
 from fossil_export.errors import MergeError, listed
 from fossil_export.merging.match import match_names
 from fossil_export.merging.placement import Placement
-from fossil_export.merging.ties import embedding_tensor, is_head, is_tied_head, part_head
+from fossil_export.merging.ties import check_vocabulary, embedding_tensor, is_head, is_tied_head, part_head
 from fossil_export.methods import METHODS
 
 _REMEDY = "name the base model it was trained from with --base"
@@ -32,6 +32,7 @@ def place(adapter: Adapter, base: Checkpoint) -> Placement:
     for name, info in adapter.saved.items():
         _place_saved(name, info, names, adapter, base, placement)
     part_head(adapter, base, placement)
+    check_vocabulary(adapter, base, placement)
     for name, shard in placement.shards.items():
         _check_shape(name, shard, placement.source(name, base.tensors.get(name)), adapter, base)
     placement.warnings = tuple(_warnings(adapter, base, set(names.values())))
@@ -77,6 +78,9 @@ def _place_saved(
                 f"not in modules_to_save; {_REMEDY}"
             )
         placement.added.append(target)
+        embedding = base.tensors.get(embedding_tensor(base.tensors) or "")
+        if is_vocabulary and embedding is not None and embedding.shape != info.shape:
+            placement.vocab_size = info.shape[0]
     elif old.shape[1:] != info.shape[1:] or (old.shape != info.shape and not is_vocabulary):
         if not _trained_whole(module, adapter) or is_vocabulary:
             raise MergeError(

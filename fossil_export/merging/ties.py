@@ -15,6 +15,7 @@ from fossil_export.adapters import Adapter
 from fossil_export.checkpoints.checkpoint import Checkpoint
 from fossil_export.checkpoints.dtypes import numpy_dtype
 from fossil_export.checkpoints.header import TensorInfo
+from fossil_export.errors import MergeError
 from fossil_export.merging.placement import Placement
 
 HEADS = ("lm_head", "embed_out", "output_layer")
@@ -68,11 +69,28 @@ def part_head(adapter: Adapter, base: Checkpoint, placement: Placement) -> None:
             placement.added.remove(head)
         return
     if stored is None:
+        if embedding not in placement.saved and placement.vocab_size is not None and head in placement.shards:
+            # The shard's base layer was the tied embedding, resized; PEFT saves it under the head's name alone.
+            placement.saved[embedding] = placement.saved[head]
         if head not in placement.saved:
             placement.copied[head] = base.tensors[embedding]
         if head not in placement.added:
             placement.added.append(head)
     placement.untie = True
+
+
+def check_vocabulary(adapter: Adapter, base: Checkpoint, placement: Placement) -> None:
+    """Raise MergeError where the vocabulary was resized and only one of embedding and head came with the adapter."""
+    embedding = embedding_tensor(base.tensors)
+    if placement.vocab_size is None or embedding is None:
+        return
+    for name in [embedding, *(name for name in base.tensors if name.endswith(".weight") and is_head(name[:-7]))]:
+        rows = placement.source(name, base.tensors.get(name)).shape[0]
+        if rows != placement.vocab_size:
+            raise MergeError(
+                f"{adapter.path}: was trained with {placement.vocab_size} tokens, but {name}, not in it, has {rows}; "
+                "save the adapter with save_pretrained(..., save_embedding_layers=True)"
+            )
 
 
 def _conventional_head(embedding: str, adapter: Adapter, base: Checkpoint) -> str | None:
