@@ -1,0 +1,148 @@
+"""What each choice in the merge's data path is worth: the same merge with one of them changed at a time.
+
+    python benchmarks/levers.py --size 6.4 --rounds 3
+
+uses the base and the all-linear adapter of benchmarks/merge.py and prints medians as Markdown. Every run is
+a process of its own, and the variants take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fossil_export import merge
+from fossil_export.checkpoints import output, source
+from fossil_export.merging import engine, run, steps
+
+
+def patch(owner: Any, name: str, value: Any) -> None:
+    setattr(owner, name, value)
+
+
+def buffered_writes() -> None:
+    patch(output, "_open_direct", lambda path: None)
+
+
+def read_instead_of_map() -> None:
+    """pread into a buffer of the thread's own; aligned like the target, so that writes stay direct."""
+
+    class ReadFile(source.MappedFile):
+        def __init__(self, path: Path) -> None:
+            self._descriptor = os.open(path, os.O_RDONLY)
+
+        def view(self, offset: int, nbytes: int) -> np.ndarray[Any, Any]:
+            room = mmap.mmap(-1, nbytes + 2 * output.ALIGNMENT)
+            start = offset % output.ALIGNMENT
+            view = memoryview(room)[start : start + nbytes]
+            os.preadv(self._descriptor, [view], offset)
+            return np.frombuffer(view, np.uint8)
+
+        def release(self, offset: int, nbytes: int) -> None:
+            pass
+
+        def close(self) -> None:
+            os.close(self._descriptor)
+
+    patch(run, "MappedFile", ReadFile)
+
+
+def copy_then_patch() -> None:
+    """Copy whole files inside the kernel first, then write only the merged rows over them."""
+    original = run._write_file
+
+    class Patched(output.OutputFile):
+        def __init__(self, path: Path, size: int) -> None:
+            self._direct = output._open_direct(path)
+            self._refused = None
+            self._buffered = os.open(path, os.O_WRONLY)
+
+    def write_file(file: Any, path: Path, worker: Any, pool: Any, progress: Any) -> None:
+        shutil.copyfile(file.tensors[0][0].source.path, path)
+        worker._copy = lambda step, output: None
+        original(file, path, worker, pool, progress)
+
+    patch(run, "OutputFile", Patched)
+    patch(run, "_write_file", write_file)
+
+
+def keep_mapped_pages() -> None:
+    patch(source.MappedFile, "release", lambda self, offset, nbytes: None)
+
+
+def no_preallocation() -> None:
+    patch(output, "_allocate", os.ftruncate)
+
+
+VARIANTS: dict[str, Callable[[], None]] = {
+    "as it is": lambda: None,
+    "buffered writes, then fsync": buffered_writes,
+    "pread instead of a map": read_instead_of_map,
+    "copy the file, then patch it": copy_then_patch,
+    "mapped pages kept": keep_mapped_pages,
+    "no preallocation": no_preallocation,
+    "PyTorch for the arithmetic": lambda: None,
+    **{f"threads: {count}": partial(patch, run, "THREADS", count) for count in (1, 2, 4, 8)},
+    **{f"slab: {size} MB": partial(patch, steps, "SLAB", size << 20) for size in (1, 4, 16, 32)},
+    **{
+        f"block: {2**power // 1024}k elements": partial(patch, engine.NumpyEngine, "block", 1 << power)
+        for power in (14, 16, 20)
+    },
+}
+
+
+def child(name: str, adapter: str, target: str) -> None:
+    VARIANTS[name]()
+    result = merge(adapter, target, device="cpu:0" if name.startswith("PyTorch") else "cpu")
+    print(json.dumps({"peak": result.peak_memory}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=float, default=6.4, help="of the base in GB, as made by benchmarks/merge.py")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", help="names of variants; all by default")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "fossil-export-benchmark")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        child(*options.child)
+        return
+    names = options.only or list(VARIANTS)
+    adapter, target = str(options.work / "all"), str(options.work / "output")
+    results: dict[str, list[tuple[float, int]]] = {name: [] for name in names}
+    for _ in range(options.rounds):
+        for name in names:
+            shutil.rmtree(target, ignore_errors=True)
+            os.sync()
+            started = time.perf_counter()
+            command = [sys.executable, __file__, "--child", name, adapter, target]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            seconds = time.perf_counter() - started
+            results[name].append((seconds, json.loads(done.stdout)["peak"]))
+            print(f"{name}: {seconds:.2f} s", file=sys.stderr, flush=True)
+    shutil.rmtree(target, ignore_errors=True)
+    own = statistics.median(seconds for seconds, _ in results[names[0]])
+    print("| | seconds (median) | all runs | ratio | peak memory |\n|---|---|---|---|---|")
+    for name, values in results.items():
+        middle = statistics.median(seconds for seconds, _ in values)
+        every = " ".join(f"{seconds:.1f}" for seconds, _ in values)
+        print(f"| {name} | {middle:.2f} | {every} | {middle / own:.2f} | {max(p for _, p in values) / 1e6:.0f} MB |")
+
+
+if __name__ == "__main__":
+    main()
