@@ -11,13 +11,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from fossil_export.version import __version__
 
 if TYPE_CHECKING:
     from fossil_export.adapters import Adapter, load_adapter
     from fossil_export.errors import FossilExportError
     from fossil_export.inspection import Inspection, inspect
     from fossil_export.merging import MergePlan, MergeResult, merge, plan_merge
+    from fossil_export.verifying import Verification, verify
 
 _HOMES = {
     "Adapter": "adapters",
@@ -25,10 +26,12 @@ _HOMES = {
     "Inspection": "inspection",
     "MergePlan": "merging",
     "MergeResult": "merging",
+    "Verification": "verifying",
     "inspect": "inspection",
     "load_adapter": "adapters",
     "merge": "merging",
     "plan_merge": "merging",
+    "verify": "verifying",
 }
 
 __all__ = [
@@ -37,10 +40,13 @@ __all__ = [
     "Inspection",
     "MergePlan",
     "MergeResult",
+    "Verification",
+    "__version__",
     "inspect",
     "load_adapter",
     "merge",
     "plan_merge",
+    "verify",
 ]
 
 

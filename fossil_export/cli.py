@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fossil_export import __version__
 from fossil_export.console import print_json, print_pairs, print_table, print_warnings, progress_bar, readable_bytes
 from fossil_export.errors import FossilExportError
+from fossil_export.version import __version__
 
 if TYPE_CHECKING:
     from fossil_export.inspection import Inspection
     from fossil_export.merging import MergePlan, MergeResult
+    from fossil_export.verifying import Verification
 
 BASE_HELP = "Base model: a folder or a safetensors file.  [default: the one the adapter names]"
 
@@ -120,6 +121,86 @@ def inspect(adapter: str, base: str | None, as_json: bool) -> None:
         print_warnings(found.plan.warnings)
     if found.problems:
         sys.exit(1)
+
+
+@main.command()
+@click.argument("artifact")
+@click.option("--base", metavar="BASE", help="Base model.  [default: the one the artifact's record names]")
+@click.option("--adapter", metavar="ADAPTER", help="Adapter.  [default: the one the artifact's record names]")
+@click.option(
+    "--level",
+    type=click.Choice(["weights", "forward", "all"]),
+    default="all",
+    show_default=True,
+    help="weights: every tensor, streamed; forward: logits against the trainer's.",
+)
+@click.option(
+    "--device", default="cpu", show_default=True, metavar="DEVICE", help="Where to run models: cpu, cuda, cuda:1."
+)
+@click.option("--prompts", metavar="FILE", help="Prompts, one a line.  [default: built-in ones]")
+@click.option("--report", metavar="FILE.html", help="Write a page with plots that opens offline.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def verify(
+    artifact: str,
+    base: str | None,
+    adapter: str | None,
+    level: str,
+    device: str,
+    prompts: str | None,
+    report: str | None,
+    as_json: bool,
+) -> None:
+    """Is ARTIFACT what was trained?
+
+    ARTIFACT is a folder that `merge` wrote. Exits with 0 for parity and with 1 otherwise, with the first
+    reason on one line. Writes fossil_parity.json into the folder.
+    """
+    from fossil_export.verifying import verify as check
+
+    with progress_bar(_weights_size(artifact) if level != "forward" else 0, "comparing") as progress:
+        result = check(
+            artifact,
+            base=base,
+            adapter=adapter,
+            level=level,
+            device=device,
+            prompts=prompts,
+            report=report,
+            progress=progress,
+        )
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        _print_verification(result)
+    if result.problems:
+        more = f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""
+        click.echo(click.style("not the trained model: ", fg="red") + result.problems[0] + more, err=True)
+        sys.exit(1)
+
+
+def _weights_size(artifact: str) -> int:
+    from pathlib import Path
+
+    return sum(path.stat().st_size for path in Path(artifact).expanduser().glob("*.safetensors"))
+
+
+def _print_verification(result: Verification) -> None:
+    pairs = [("verdict", "parity" if result.parity else "NOT the trained model")]
+    if result.tensors is not None:
+        merged = [check for check in result.tensors if check.action == "merge"]
+        wrong = sum(check.problem is not None for check in result.tensors)
+        worst = max((check.worst for check in merged), default=0.0)
+        pairs.append(("weights", f"{len(result.tensors)} tensors, {len(merged)} merged, {wrong} wrong"))
+        pairs.append(("worst error", f"{worst:.4f} steps of the dtype (0.5 is exact rounding)"))
+    if result.forward is not None:
+        forward = result.forward
+        for name, found in (("trainer", forward.trainer), ("artifact", forward.artifact)):
+            text = f"{found.relative_error:.2e} from the truth, KL {found.kl:.1e}, top-1 {found.top1:.1%}"
+            pairs.append((name, f"{text} ({forward.trainer_dtype})" if name == "trainer" else text))
+        same = f"{forward.same_continuations} of {forward.continuations}"
+        pairs.append(("continuations", f"{same} the same ({forward.prompts} prompts, truth in {forward.truth_dtype})"))
+    pairs += [("device", result.device), ("time", f"{result.seconds:.1f} s")]
+    print_pairs(pairs)
 
 
 def _print_plan(plan: MergePlan) -> None:

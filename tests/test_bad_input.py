@@ -114,6 +114,15 @@ BAD_ADAPTERS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda a: edit_weights(a, lambda s: s.update({"base_model.model.model.norm.weight": torch.zeros(2)})),
         ["model.norm.weight", "[2]", "[48]"],
     ),
+    "saved twice": (
+        lambda a: edit_weights(
+            a,
+            lambda s: s.update(
+                {f"base_model.model.lm_head.{name}": torch.zeros(120, 48) for name in ("weight", "base_layer.weight")}
+            ),
+        ),
+        ["lm_head.weight twice"],
+    ),
     "no shards": (lambda a: edit_weights(a, lambda s: s.clear()), [WEIGHTS, "no shards"]),
     "another model's shapes": (
         lambda a: edit_weights(a, lambda s: s.update({QPROJ: torch.zeros(8, 64)})),

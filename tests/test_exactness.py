@@ -166,6 +166,8 @@ def test_low_precision_shards_round_once(tmp_path: Path) -> None:
     name = "model.layers.1.self_attn.q_proj"
     tiled = shards[f"base_model.model.{name}.miss_block"].float().T.repeat(1, 6)
     assert torch.equal(after[f"{name}.weight"], before[f"{name}.weight"] + tiled)
+    theirs = peft_merged(base, tmp_path / "adapter", torch.float32)[f"{name}.weight"]
+    assert torch.allclose(after[f"{name}.weight"], theirs, atol=1e-2)
 
 
 def test_device_engine_gives_the_same_bytes(real_adapter: Path, tmp_path: Path) -> None:

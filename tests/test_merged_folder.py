@@ -145,6 +145,23 @@ def test_base_may_be_one_file(tmp_path: Path) -> None:
     assert (tmp_path / "bare" / "model.safetensors").read_bytes() == want
 
 
+def test_weights_at_odd_offsets(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """The format allows a header of any length, so that tensors may lie at any address."""
+    merge(adapter, tmp_path / "plain")
+    want = weights(tmp_path / "plain")
+    for path in base.glob("*.safetensors"):
+        content = path.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        path.write_bytes((length + 3).to_bytes(8, "little") + content[8 : 8 + length] + b"   " + content[8 + length :])
+    merge(adapter, tmp_path / "merged")
+    for file in (tmp_path / "merged").glob("*.safetensors"):
+        header = read_header(file)
+        content = file.read_bytes()
+        for tensor in header.tensors:
+            assert tensor.offset is not None and tensor.offset % 4 == 3
+            assert content[tensor.offset : tensor.offset + tensor.nbytes] == want[tensor.name].numpy().tobytes()
+
+
 def test_stale_weights_stay_behind_and_everything_else_comes(base: Path, adapter: Path, tmp_path: Path) -> None:
     stale = ["pytorch_model.bin", "original/consolidated.00.pth", "onnx/model.onnx", "model-q4.gguf", "tf_model.h5"]
     kept = ["modeling_custom.py", "README.md", "original/params.json", "images/logo.png"]

@@ -67,7 +67,10 @@ def load_adapter(path: str | Path) -> Adapter:
         if parameter == SHARD_KEYS[peft_type]:
             shards[module] = _shard(weights, module, tensor, config)
         elif parameter in {"weight", "bias"}:
-            saved[f"{module.removesuffix('.base_layer')}.{parameter}"] = tensor
+            name = f"{module.removesuffix('.base_layer')}.{parameter}"
+            if name in saved:
+                raise AdapterError(f"{weights}: holds {name} twice, as {saved[name].name} and {tensor.name}; keep one")
+            saved[name] = tensor
         else:
             raise AdapterError(
                 f"{weights}: tensor {tensor.name} is neither a shard (….{SHARD_KEYS[peft_type]}) nor a "

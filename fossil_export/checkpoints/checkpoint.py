@@ -44,8 +44,8 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a model folder, or one safetensors file of it, without reading any weights.
 
-    In a folder an index wins over `model.safetensors`, and that over the only other safetensors file, as
-    transformers does. Raises CheckpointError when there are no weights, several sets of them, or damage.
+    In a folder `model.safetensors` wins over its index, as in transformers, and that over the only other
+    index or safetensors file. Raises CheckpointError when there are no weights, several sets of them, or damage.
     """
     if path.is_dir():
         folder: Path | None = path
@@ -86,10 +86,10 @@ _RESAVE = (
 def _choose(folder: Path) -> tuple[Path | None, Path | None]:
     """The index or else the one weights file of `folder`."""
     default = folder / f"model{INDEX_ENDING}"
-    if default.is_file():
-        return default, None
     if (folder / WEIGHTS).is_file():
         return None, folder / WEIGHTS
+    if default.is_file():
+        return default, None
     indexes = sorted(folder.glob(f"*{INDEX_ENDING}"))
     files = sorted(folder.glob("*.safetensors"))
     if len(indexes) == 1:

@@ -40,9 +40,12 @@ class Engine(Protocol):
     def numpy(self, array: Any) -> Array:
         """`array` as a NumPy array."""
 
+    def close(self) -> None:
+        """Undo what was set for the time of the merge."""
+
 
 class NumpyEngine:
-    block = 1 << 18
+    block = 1 << 19
 
     def widen(self, rows: Array, dtype: str) -> Array:
         return rows.astype(numpy_dtype(dtype))
@@ -55,6 +58,9 @@ class NumpyEngine:
 
     def numpy(self, array: Array) -> Array:
         return array
+
+    def close(self) -> None:
+        pass
 
 
 class TorchEngine:
@@ -73,6 +79,12 @@ class TorchEngine:
                 f"device {device!r} is not available here ({str(problem).splitlines()[0]}); use --device cpu"
             ) from problem
         self._torch = torch
+        # The merge brings its own threads; PyTorch's on top of them would take turns on the same cores.
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def close(self) -> None:
+        self._torch.set_num_threads(self._threads)
 
     def widen(self, rows: Array, dtype: str) -> Any:
         torch = self._torch

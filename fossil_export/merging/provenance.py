@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import fossil_export
 from fossil_export.checkpoints.checkpoint import hub_revision, identity, sha256
 from fossil_export.merging.layout import tensor_record
 from fossil_export.merging.plan import MergePlan
 from fossil_export.merging.survival import SAMPLE_ROWS, Survival
+from fossil_export.version import __version__
 
 FORMAT = 1
 
@@ -24,7 +24,7 @@ def provenance(plan: MergePlan, survival: Mapping[str, Survival], folder: Path |
     adapter, base = plan.adapter, plan.base
     record: dict[str, Any] = {
         "format": FORMAT,
-        "tool": {"name": "fossil-export", "version": fossil_export.__version__},
+        "tool": {"name": "fossil-export", "version": __version__},
         "artifact": "merged",
         "adapter": {
             "name": str(adapter.path),

@@ -26,13 +26,14 @@ from fossil_export.merging.layout import FilePlan, TensorPlan
 from fossil_export.merging.plan import MergePlan
 from fossil_export.merging.steps import SLAB, CopyStep, RowsStep, group_of, rows_of, steps
 from fossil_export.merging.survival import Survival, sampled_share
+from fossil_export.threads import one_blas_thread
 
 if TYPE_CHECKING:
     import numpy as np
 
     Array = np.ndarray[Any, Any]
 
-THREADS = min(8, (os.cpu_count() or 1) + 4)
+THREADS = min(12, (os.cpu_count() or 1) + 6)
 """More than there are cores, since a thread waits while its slab is written."""
 
 
@@ -49,7 +50,7 @@ def run(
     """
     worker = _Worker(plan, choose_engine(device, plan.tensors))
     try:
-        with ThreadPoolExecutor(THREADS) as pool:
+        with one_blas_thread(), ThreadPoolExecutor(THREADS) as pool:
             for file in plan.files:
                 _write_file(file, folder / file.name, worker, pool, progress)
     finally:
@@ -101,6 +102,7 @@ class _Worker:
     def close(self) -> None:
         for source in self._sources.values():
             source.close()
+        self._engine.close()
 
     def survival(self, tensor: TensorPlan) -> Survival:
         """The sums over a merged tensor, added up in the order of its rows and taken for the whole of it."""

@@ -1,0 +1,261 @@
+"""`verify`: the levels in turn, one verdict, and the certificate beside the artifact."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fossil_export.adapters import Adapter, load_adapter
+from fossil_export.checkpoints.checkpoint import Checkpoint, open_checkpoint, sha256
+from fossil_export.checkpoints.companions import CERTIFICATE, PROVENANCE
+from fossil_export.checkpoints.dtypes import TORCH_NAME, element_count
+from fossil_export.checkpoints.jsonfile import read_json, write_json
+from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError
+from fossil_export.hub import resolve
+from fossil_export.merging.place import place
+from fossil_export.verifying.folder import check_folder
+from fossil_export.verifying.forward import FACTOR, ForwardCheck, check_forward
+from fossil_export.verifying.models import check_device
+from fossil_export.verifying.prompts import PROMPTS, read_prompts
+from fossil_export.verifying.weights import TensorCheck, check_weights
+from fossil_export.version import __version__
+
+LEVELS = ("weights", "forward", "all")
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The verdict on one artifact. `problems` is empty for parity, else the reasons, the first one first;
+    `tensors` is None unless the weights level ran, `forward` unless the forward level did."""
+
+    artifact: Path
+    base: Checkpoint
+    adapter: Adapter
+    problems: tuple[str, ...]
+    tensors: tuple[TensorCheck, ...] | None
+    forward: ForwardCheck | None
+    device: str
+    seconds: float
+
+    @property
+    def parity(self) -> bool:
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every figure, as `--json` prints it; infinite errors are None."""
+        return {
+            **certificate(self),
+            "seconds": round(self.seconds, 3),
+            "problems": list(self.problems),
+            "tensors": None if self.tensors is None else [_tensor(check) for check in self.tensors],
+            "modules": None
+            if self.forward is None
+            else [
+                {"module": error.module, "trainer": finite(error.trainer), "artifact": finite(error.artifact)}
+                for error in self.forward.modules
+            ],
+        }
+
+
+def verify(
+    artifact: str | Path,
+    *,
+    base: str | Path | None = None,
+    adapter: Adapter | str | Path | None = None,
+    level: str = "all",
+    device: str = "cpu",
+    prompts: str | Path | None = None,
+    report: str | Path | None = None,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> Verification:
+    """Is `artifact` (a merged model folder) what was trained?
+
+    `base` and `adapter` default to those its `fossil_export.json` names. `level` is "weights" (every tensor,
+    streamed, no model class), "forward" (logits and continuations against the trainer, which needs the
+    extra [peft]) or "all". `prompts` is a text file, one a line; `report` an HTML file to write. Writes
+    `fossil_parity.json` beside the weights. `progress` is called with the bytes compared.
+
+    Raises a FossilExportError when something cannot be read or run; a difference is no error but a verdict.
+    """
+    started = time.perf_counter()
+    if level not in LEVELS:
+        raise FossilExportError(f"level is {level!r}, expected {', '.join(LEVELS)}")
+    folder = resolve(artifact, CheckpointError, "artifact")
+    record = read_json(folder / PROVENANCE, CheckpointError) if (folder / PROVENANCE).is_file() else None
+    if not isinstance(adapter, Adapter):
+        adapter = load_adapter(_named(adapter, record, "adapter", folder))
+    base_folder = resolve(_named(base, record, "base", folder), CheckpointError, "base model")
+    base_checkpoint, found = open_checkpoint(base_folder), open_checkpoint(folder)
+    texts = read_prompts(prompts) if prompts is not None else PROMPTS
+    if level != "weights":
+        check_device(device)
+
+    problems: list[str] = []
+    tensors = forward = None
+    if level in ("weights", "all"):
+        try:
+            untie = place(adapter, base_checkpoint).untie
+            problems += check_folder(found, base_checkpoint, adapter, record, untie)
+            tensors = check_weights(found, base_checkpoint, adapter, (record or {}).get("dtype", "auto"), progress)
+            problems += [f"{check.name} {check.problem}" for check in tensors if check.problem]
+        except MergeError as problem:  # adapter and base do not go together: nothing made of them can be right
+            problems.append(str(problem))
+    if level in ("forward", "all") and not (problems and tensors is None):
+        try:
+            forward = check_forward(
+                folder, base_folder, adapter, stored_dtype(base_checkpoint), _parameters(found), texts, device
+            )
+            problems += [forward.problem] if forward.problem else []
+        except (RuntimeError, ValueError, OSError) as problem:
+            if not problems:
+                raise CheckpointError(f"{folder}: cannot be run: {str(problem).splitlines()[0]}") from problem
+    result = Verification(
+        artifact=folder,
+        base=base_checkpoint,
+        adapter=adapter,
+        problems=tuple(problems),
+        tensors=tensors,
+        forward=forward,
+        device=device_name(device),
+        seconds=time.perf_counter() - started,
+    )
+    _write(folder / CERTIFICATE, write_json(certificate(result, digests=True)))
+    if report is not None:
+        from fossil_export.verifying.report import html
+
+        _write(Path(report), html(result).encode())
+    return result
+
+
+def certificate(result: Verification, digests: bool = False) -> dict[str, Any]:
+    """The compact record: verdict, figures, versions, device, hashes; for a model card to quote."""
+    found: dict[str, Any] = {
+        "format": 1,
+        "tool": {"name": "fossil-export", "version": __version__},
+        "parity": result.parity,
+        "reason": result.problems[0] if result.problems else None,
+        "adapter": {"name": str(result.adapter.path), "variant": result.adapter.variant, "rank": result.adapter.rank},
+        "base": str(result.base.location),
+        "device": result.device,
+        "versions": versions(),
+        "weights": None,
+        "forward": None,
+    }
+    if result.tensors is not None:
+        kept = sum(check.kept for check in result.tensors)
+        update = sum(check.update for check in result.tensors)
+        merged = [check for check in result.tensors if check.action == "merge"]
+        found["weights"] = {
+            "tensors": len(result.tensors),
+            "merged": len(merged),
+            "wrong": sum(check.problem is not None for check in result.tensors),
+            "worst_error_in_steps": finite(max((check.worst for check in merged), default=0.0)),
+            "elements_off": sum(check.off for check in result.tensors),
+            "update_survived": finite(kept / update) if update else None,
+        }
+    if result.forward is not None:
+        forward = result.forward
+        found["forward"] = {
+            "prompts": forward.prompts,
+            "truth": forward.truth_dtype,
+            "trainer": {"dtype": forward.trainer_dtype, **_distance(forward.trainer)},
+            "artifact": _distance(forward.artifact),
+            "allowed_factor": FACTOR,
+            "same_continuations": [forward.same_continuations, forward.continuations],
+            "first_module_outside": forward.first_outside,
+        }
+    if digests:
+        files = {entry.path.name: entry for entry in open_checkpoint(result.artifact).files}
+        found["files"] = [
+            {"file": name, "size": header.size, "sha256": sha256(header.path)} for name, header in files.items()
+        ]
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that had a part in it."""
+    found = {"python": platform.python_version()}
+    for package in ("numpy", "torch", "transformers", "peft"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: str) -> str:
+    """ "cpu (x86_64, 2 cores)" or the GPU's own name."""
+    if device.startswith("cuda"):
+        import torch
+
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({platform.machine()}, {os.cpu_count()} cores)"
+
+
+def stored_dtype(base: Checkpoint) -> str:
+    """The dtype most of the base's values are stored in, which transformers and PEFT train it in by default."""
+    sizes: dict[str, int] = {}
+    for tensor in base.tensors.values():
+        if tensor.dtype in TORCH_NAME:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    return TORCH_NAME[max(sizes, key=lambda name: sizes[name])] if sizes else "float32"
+
+
+def finite(value: float) -> float | None:
+    """None for what JSON cannot say."""
+    return value if value == value and abs(value) != float("inf") else None
+
+
+def _named(given: Any, record: Mapping[str, Any] | None, part: str, folder: Path) -> str | Path:
+    if given is not None:
+        path: str | Path = given
+        return path
+    name = (record or {}).get(part, {}).get("name")
+    if not name:
+        error = AdapterError if part == "adapter" else CheckpointError
+        raise error(f"{folder}: has no {PROVENANCE} that names its {part}; name it with --{part}")
+    return str(name)
+
+
+def _parameters(found: Checkpoint) -> int:
+    return sum(element_count(tensor.shape) for tensor in found.tensors.values())
+
+
+def _tensor(check: TensorCheck) -> dict[str, Any]:
+    return {
+        "tensor": check.name,
+        "action": check.action,
+        "module": check.module,
+        "worst_error_in_steps": finite(check.worst),
+        "elements_off": check.off,
+        "elements": check.elements,
+        "survived": finite(check.survived) if check.survived is not None else None,
+        "problem": check.problem,
+    }
+
+
+def _distance(found: Any) -> dict[str, float | None]:
+    return {
+        "relative_error": finite(found.relative_error),
+        "worst_tenth": finite(found.worst_tenth),
+        "max_abs_difference": finite(found.max_abs_difference),
+        "kl": finite(found.kl),
+        "top1": found.top1,
+    }
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as problem:
+        partial.unlink(missing_ok=True)
+        raise FossilExportError(f"{path}: cannot be written: {problem.strerror}") from problem

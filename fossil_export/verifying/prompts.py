@@ -1,0 +1,38 @@
+"""The built-in prompts: several languages, code, arithmetic, dialogue; each a dozen or so tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fossil_export.errors import FossilExportError
+
+PROMPTS = (
+    "The capital of France is a city on the river",
+    "Water boils at one hundred degrees because",
+    "def fibonacci(n):\n    if n < 2:\n        return",
+    "SELECT name, COUNT(*) FROM orders GROUP BY",
+    "12 + 30 = 42, and 17 * 3 =",
+    "Once upon a time there was a small green",
+    "User: How do I bake bread?\nAssistant: First you",
+    "Der schnelle braune Fuchs springt über den",
+    "El perro duerme mientras la lluvia cae sobre",
+    "La bibliothèque ouvre ses portes à neuf heures et",
+    "<html><head><title>My page</title></head><body>",
+    "The opposite of hot is cold, the opposite of tall is",
+    "In 1969 two astronauts walked on the surface of the",
+    '{"name": "Ada", "year": 1815, "field":',
+    "To be, or not to be, that is the",
+    "Shells of ammonites are found in rocks from the",
+)
+
+
+def read_prompts(path: str | Path) -> tuple[str, ...]:
+    """One prompt a line, blank lines passed over. Raises FossilExportError for a file without any."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise FossilExportError(f"{path}: cannot be read as UTF-8 text: {problem}") from problem
+    prompts = tuple(line for line in lines if line.strip())
+    if not prompts:
+        raise FossilExportError(f"{path}: holds no prompts, write one a line")
+    return prompts

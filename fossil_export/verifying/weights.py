@@ -1,0 +1,283 @@
+"""Weights level: every stored tensor against the base and a float64 reconstruction, streamed.
+
+Untouched tensors must be the base's bytes. A merged one must be the exact W' rounded once: no element may
+be further from it than half a step of its dtype, plus the float32 arithmetic's own error (`TOLERANCE` for
+a sum, a proven bound for bat's products).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fossil_export.adapters import Adapter, Shard
+from fossil_export.checkpoints.checkpoint import Checkpoint
+from fossil_export.checkpoints.dtypes import BY_TORCH_NAME, FLOATS, element_count, numpy_dtype
+from fossil_export.checkpoints.header import TensorInfo
+from fossil_export.checkpoints.source import MappedFile
+from fossil_export.merging.place import place
+from fossil_export.merging.placement import Placement
+from fossil_export.threads import one_blas_thread
+from fossil_export.verifying.reference import rebuild, step
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+TOLERANCE = 2.0**-10
+"""Steps beyond half of one that rounding to float32 before rounding to 16 bits can cost."""
+
+SLAB = 4 << 20
+BLOCK = 1 << 18
+"""Bytes of the base looked at per task; elements computed at a time, so that float64 stays in the cache."""
+
+
+@dataclass(frozen=True)
+class TensorCheck:
+    """The comparison of one tensor: `worst` error in steps of its dtype, `off` elements that are not the
+    exact result rounded once, of `elements`. `survived` is the share of the update that was stored (None
+    for an unmerged tensor); `problem` is None for a tensor as it should be."""
+
+    name: str
+    action: str
+    module: str | None = None
+    elements: int = 0
+    worst: float = 0.0
+    off: int = 0
+    kept: float = 0.0
+    update: float = 0.0
+    problem: str | None = None
+
+    @property
+    def survived(self) -> float | None:
+        return self.kept / self.update if self.update else None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Sums over some rows; `first` is the index of the first wrong element in the tensor, -1 for none."""
+
+    worst: float
+    off: int
+    kept: float
+    update: float
+    first: int
+
+
+def check_weights(
+    artifact: Checkpoint,
+    base: Checkpoint,
+    adapter: Adapter,
+    dtype: str = "auto",
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> tuple[TensorCheck, ...]:
+    """Compare every tensor of `artifact` with what `adapter` on `base` must give, in the base's order.
+
+    `dtype` is what the merge was asked for ("auto": each tensor keeps its own). Reads every byte once, in
+    little memory. Raises MergeError where the adapter does not belong to the base.
+    """
+    placement = place(adapter, base)
+    checks: list[TensorCheck] = []
+    names = [*base.tensors, *placement.added]
+    with one_blas_thread(), _Files() as files, ThreadPoolExecutor(os.cpu_count()) as pool:
+        waiting = []
+        for name in names:
+            job = _expected(name, artifact, base, placement, dtype)
+            if isinstance(job, TensorCheck):
+                waiting.append((job, None, []))
+                continue
+            parts = [pool.submit(_compare, job, start, stop, adapter, files, progress) for start, stop in job.slabs()]
+            waiting.append((TensorCheck(name, job.action), job, parts))
+        for check, job, parts in waiting:
+            checks.append(check if job is None else _summary(job, [part.result() for part in parts]))
+    checks += [
+        TensorCheck(name, "extra", problem="is in the artifact, but neither in the base nor in the adapter")
+        for name in artifact.tensors
+        if name not in set(names)
+    ]
+    return tuple(checks)
+
+
+@dataclass(frozen=True)
+class _Job:
+    name: str
+    found: TensorInfo
+    source: TensorInfo
+    shard: Shard | None
+    action: str
+
+    @property
+    def rows(self) -> int:
+        return self.found.shape[0] if len(self.found.shape) == 2 else element_count(self.found.shape)
+
+    def slabs(self) -> Iterator[tuple[int, int]]:
+        """Row ranges; bat's blocks stay whole."""
+        if not self.found.nbytes:
+            return
+        unit = self.shard.tensor.shape[1] if self.shard is not None and self.shard.variant == "bat" else 1
+        size = max(1, self.source.nbytes // self.rows) * unit
+        count = max(1, SLAB // size) * unit
+        for start in range(0, self.rows, count):
+            yield start, min(start + count, self.rows)
+
+
+def _expected(
+    name: str, artifact: Checkpoint, base: Checkpoint, placement: Placement, dtype: str
+) -> _Job | TensorCheck:
+    """What to compare tensor `name` with, or the check that already failed."""
+    own = base.tensors.get(name)
+    source = placement.source(name, own)
+    shard = placement.shards.get(name)
+    action = "merge" if shard is not None else "replace" if name in placement.saved else "copy"
+    found = artifact.tensors.get(name)
+    if found is None:
+        return TensorCheck(name, action, problem="is missing from the artifact")
+    stored = own.dtype if own is not None else source.dtype
+    wanted = BY_TORCH_NAME[dtype] if dtype != "auto" and stored in FLOATS else stored
+    if found.dtype != wanted:
+        return TensorCheck(name, action, problem=f"is stored as {found.dtype}, should be {wanted}")
+    if found.shape != source.shape:
+        problem = f"has shape {list(found.shape)}, should have {list(source.shape)}"
+        return TensorCheck(name, action, problem=problem)
+    return _Job(name, found, source, shard, action)
+
+
+class _Files:
+    """Mapped files by path, opened once."""
+
+    def __init__(self) -> None:
+        self._maps: dict[Any, MappedFile] = {}
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        for mapped in self._maps.values():
+            mapped.close()
+
+    def of(self, info: TensorInfo) -> MappedFile:
+        # setdefault keeps one map even if two threads get here together
+        return self._maps.get(info.path) or self._maps.setdefault(info.path, MappedFile(info.path))
+
+
+def _compare(
+    job: _Job, start: int, stop: int, adapter: Adapter, files: _Files, progress: Callable[[int], None]
+) -> _Part:
+    found_row, source_row = job.found.nbytes // job.rows, job.source.nbytes // job.rows
+    assert job.found.offset is not None
+    place_found = job.found.offset + start * found_row, (stop - start) * found_row
+    found = files.of(job.found).view(*place_found)
+    if job.source.offset is None:
+        stored = adapter.array(job.source).reshape(job.rows, -1)[start:stop]
+        part = _values(job, start, stored, found, adapter)
+    else:
+        place_source = job.source.offset + start * source_row, (stop - start) * source_row
+        raw = files.of(job.source).view(*place_source)
+        if job.shard is None and job.source.dtype == job.found.dtype:
+            part = _bytes(job, start, raw, found)
+        else:
+            part = _values(
+                job, start, raw.view(numpy_dtype(job.source.dtype)).reshape(stop - start, -1), found, adapter
+            )
+        del raw
+        files.of(job.source).release(*place_source)
+    del found
+    files.of(job.found).release(*place_found)
+    progress(place_found[1])
+    return part
+
+
+def _bytes(job: _Job, start: int, want: Array, found: Array) -> _Part:
+    """Equal to the last bit; the dtype may be one that has no arithmetic here."""
+    import numpy as np
+
+    same = bool(np.array_equal(_words(want), _words(found)))
+    if same:
+        return _Part(0.0, 0, 0.0, 0.0, -1)
+    size = max(1, job.found.nbytes // element_count(job.found.shape))
+    wrong = (want.reshape(-1, size) != found.reshape(-1, size)).any(axis=1)
+    return _Part(
+        float("inf"),
+        int(wrong.sum()),
+        0.0,
+        0.0,
+        start * (element_count(job.found.shape) // job.rows) + int(wrong.argmax()),
+    )
+
+
+def _words(raw: Array) -> Array:
+    """The same bytes as wide integers where they divide, which compare faster."""
+    import numpy as np
+
+    return raw.view(np.uint64) if len(raw) % 8 == 0 else raw
+
+
+def _values(job: _Job, start: int, stored: Array, raw: Array, adapter: Adapter) -> _Part:
+    import numpy as np
+
+    found = raw.view(numpy_dtype(job.found.dtype)).reshape(len(stored), -1)
+    shard = adapter.array(job.shard.tensor).astype(np.float64) if job.shard is not None else None
+    unit = shard.shape[1] if shard is not None and shard.ndim == 3 else 1
+    rows = max(1, BLOCK // (found.shape[1] * unit)) * unit
+    # Four arrays used over and over: allocating them for every block would cost more than the arithmetic.
+    space = np.empty((4, min(rows, len(stored)), found.shape[1]))
+    worst, off, kept, update, first = 0.0, 0, 0.0, 0.0, -1
+    for at in range(0, len(stored), rows):
+        weight, got, exact, steps = space[:, : min(rows, len(stored) - at)]
+        np.copyto(weight, stored[at : at + rows])
+        np.copyto(got, found[at : at + rows])
+        bound = None
+        if shard is not None and job.shard is not None:
+            bound = rebuild(job.shard.variant, weight, shard, start + at, exact)
+        else:
+            np.copyto(exact, weight)
+        step(exact, job.found.dtype, steps)
+        if shard is not None:
+            change = np.subtract(exact, weight)
+            update += float(np.einsum("ij,ij->", change, change))
+            np.subtract(got, weight, out=weight)
+            kept += float(np.einsum("ij,ij->", weight, change))
+        error = np.subtract(got, exact, out=got)
+        np.abs(error, out=error)
+        if bound is not None:
+            bound /= steps
+        error /= steps
+        furthest = float(error.max())  # NaN if any is
+        worst = max(worst, furthest if furthest == furthest else float("inf"))
+        if bound is None and furthest <= 0.5 + TOLERANCE:
+            continue
+        wrong = ~(error <= 0.5 + TOLERANCE + (0.0 if bound is None else bound))
+        if (count := int(np.count_nonzero(wrong))) and first < 0:
+            first = (start + at) * found.shape[1] + int(wrong.reshape(-1).argmax())
+        off += count
+    return _Part(worst, off, kept, update, first)
+
+
+def _summary(job: _Job, parts: list[_Part]) -> TensorCheck:
+    off = sum(part.off for part in parts)
+    worst = max((part.worst for part in parts), default=0.0)
+    problem = None
+    if off:
+        first = next(part.first for part in parts if part.first >= 0)
+        width = max(1, element_count(job.found.shape) // max(1, job.rows))
+        where = f"[{first // width}, {first % width}]" if len(job.found.shape) == 2 else f"[{first}]"
+        problem = f"{off} of {element_count(job.found.shape)} elements are off, the first at {where}"
+        if job.action == "copy" and job.source.dtype == job.found.dtype:
+            problem += "; the adapter does not touch it, it should be the base's bytes"
+        else:
+            problem += f", worst by {worst:.3g} steps of {job.found.dtype}"
+    return TensorCheck(
+        name=job.name,
+        action=job.action,
+        module=job.shard.module if job.shard is not None else None,
+        elements=element_count(job.found.shape),
+        worst=worst,
+        off=off,
+        kept=sum(part.kept for part in parts),
+        update=sum(part.update for part in parts),
+        problem=problem,
+    )
