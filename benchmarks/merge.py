@@ -4,7 +4,7 @@
 
 makes a random Llama-3.2-3B-shaped bfloat16 base of about that many GB in four files (more layers for more
 GB), an all-linear and a q,v-only adapter (tile, r = 64), and runs the contestants in turn, each as a whole
-process; `sync` counts, and `fossil-export merge` includes its own. Prints medians and ratios as Markdown.
+process (`verify` checks what the merge before it wrote); `sync` counts, and `fossil-export merge` includes its own. Prints medians and ratios as Markdown.
 """
 
 from __future__ import annotations
@@ -164,6 +164,9 @@ def contestants(work: Path, base: Path) -> dict[str, Callable[[], tuple[float, i
     return {
         "cp -r, sync": lambda: measure(["cp", "-r", str(base), output], sync=True),
         "fossil-export, all-linear": lambda: measure([*tool, str(work / "all"), "--output", output]),
+        "fossil-export verify, weights": lambda: measure(
+            [sys.executable, "-m", "fossil_export", "verify", output, "--level", "weights"]
+        ),
         "fossil-export, q,v": lambda: measure([*tool, str(work / "qv"), "--output", output]),
         "PEFT, all-linear": lambda: measure(
             [sys.executable, "-c", PEFT_MERGE, str(base), str(work / "all"), output], sync=True
@@ -172,7 +175,7 @@ def contestants(work: Path, base: Path) -> dict[str, Callable[[], tuple[float, i
 
 
 def rounds(pairs: int, peft: int) -> Iterator[list[str]]:
-    names = ["cp -r, sync", "fossil-export, all-linear", "fossil-export, q,v"]
+    names = ["cp -r, sync", "fossil-export, all-linear", "fossil-export verify, weights", "fossil-export, q,v"]
     for index in range(max(pairs, peft)):
         yield (names if index < pairs else []) + (["PEFT, all-linear"] if index < peft else [])
 
@@ -193,7 +196,8 @@ def main() -> None:
     results: dict[str, list[tuple[float, int]]] = {}
     for names in rounds(options.pairs, options.peft):
         for name in names:
-            shutil.rmtree(work / "output", ignore_errors=True)
+            if "verify" not in name:  # that reads what the run before it wrote
+                shutil.rmtree(work / "output", ignore_errors=True)
             os.sync()
             results.setdefault(name, []).append(runs[name]())
             print(f"{name}: {results[name][-1][0]:.2f} s", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export.adapters import Adapter, load_adapter
-from fossil_export.checkpoints.checkpoint import Checkpoint, open_checkpoint, sha256
+from fossil_export.checkpoints.checkpoint import Checkpoint, identity, open_checkpoint, sha256
 from fossil_export.checkpoints.companions import CERTIFICATE, PROVENANCE
 from fossil_export.checkpoints.dtypes import TORCH_NAME, element_count
 from fossil_export.checkpoints.jsonfile import read_json, write_json
@@ -125,7 +125,7 @@ def verify(
         device=device_name(device),
         seconds=time.perf_counter() - started,
     )
-    _write(folder / CERTIFICATE, write_json(certificate(result, digests=True)))
+    _write(folder / CERTIFICATE, write_json(certificate(result)))
     if report is not None:
         from fossil_export.verifying.report import html
 
@@ -133,7 +133,7 @@ def verify(
     return result
 
 
-def certificate(result: Verification, digests: bool = False) -> dict[str, Any]:
+def certificate(result: Verification) -> dict[str, Any]:
     """The compact record: verdict, figures, versions, device, hashes; for a model card to quote."""
     found: dict[str, Any] = {
         "format": 1,
@@ -142,6 +142,11 @@ def certificate(result: Verification, digests: bool = False) -> dict[str, Any]:
         "reason": result.problems[0] if result.problems else None,
         "adapter": {"name": str(result.adapter.path), "variant": result.adapter.variant, "rank": result.adapter.rank},
         "base": str(result.base.location),
+        "hashes": {
+            "artifact": identity(open_checkpoint(result.artifact)),
+            "base": identity(result.base),
+            "adapter": [{"file": path.name, "sha256": sha256(path)} for path in result.adapter.files],
+        },
         "device": result.device,
         "versions": versions(),
         "weights": None,
@@ -170,11 +175,6 @@ def certificate(result: Verification, digests: bool = False) -> dict[str, Any]:
             "same_continuations": [forward.same_continuations, forward.continuations],
             "first_module_outside": forward.first_outside,
         }
-    if digests:
-        files = {entry.path.name: entry for entry in open_checkpoint(result.artifact).files}
-        found["files"] = [
-            {"file": name, "size": header.size, "sha256": sha256(header.path)} for name, header in files.items()
-        ]
     return found
 
 

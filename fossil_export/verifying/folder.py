@@ -51,7 +51,7 @@ def _ties(artifact: Checkpoint, base: Checkpoint, untie: bool) -> Iterator[str]:
     head = next((name for name in artifact.tensors if name.endswith(".weight") and is_head(name[:-7])), None)
     tied = declared_tie(artifact.config)
     if untie and tied is not False:
-        yield "config.json ties head and embedding, but training parted them; the trained head would be lost on load"
+        yield "config.json ties head and embedding, but training parted them; loaders may drop the trained head"
     elif untie and head is None:
         yield "config.json parts head and embedding, but no head is stored"
     elif not untie and declared_tie(base.config) is True and tied is False and head is None:

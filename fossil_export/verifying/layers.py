@@ -18,7 +18,7 @@ from fossil_export.errors import MergeError, listed
 from fossil_export.merging.match import match_names
 
 
-class FossilLinear(nn.Module):
+class FossilLinear(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy here
     """A Linear with its shard beside it; computes in the shard's dtype and returns the input's."""
 
     def __init__(self, base_layer: nn.Linear, shard: torch.Tensor, variant: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,7 @@ def check_weights(
     checks: list[TensorCheck] = []
     names = [*base.tensors, *placement.added]
     with one_blas_thread(), _Files() as files, ThreadPoolExecutor(os.cpu_count()) as pool:
-        waiting = []
+        waiting: list[tuple[TensorCheck, _Job | None, list[Future[_Part]]]] = []
         for name in names:
             job = _expected(name, artifact, base, placement, dtype)
             if isinstance(job, TensorCheck):
@@ -92,8 +92,8 @@ def check_weights(
                 continue
             parts = [pool.submit(_compare, job, start, stop, adapter, files, progress) for start, stop in job.slabs()]
             waiting.append((TensorCheck(name, job.action), job, parts))
-        for check, job, parts in waiting:
-            checks.append(check if job is None else _summary(job, [part.result() for part in parts]))
+        for check, expected, parts in waiting:
+            checks.append(check if expected is None else _summary(expected, [part.result() for part in parts]))
     checks += [
         TensorCheck(name, "extra", problem="is in the artifact, but neither in the base nor in the adapter")
         for name in artifact.tensors
