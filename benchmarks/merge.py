@@ -4,7 +4,8 @@
 
 makes a random Llama-3.2-3B-shaped bfloat16 base of about that many GB in four files (more layers for more
 GB), an all-linear and a q,v-only adapter (tile, r = 64), and runs the contestants in turn, each as a whole
-process (`verify` checks what the merge before it wrote); `sync` counts, and `fossil-export merge` includes its own. Prints medians and ratios as Markdown.
+process; `sync` counts, and `fossil-export merge` includes its own. `verify` checks what the merge before it
+wrote. Prints medians and ratios as Markdown.
 """
 
 from __future__ import annotations

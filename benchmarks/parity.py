@@ -16,10 +16,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import smollm2  # noqa: E402
+import smollm2
 
-from fossil_export import merge, verify  # noqa: E402
-from fossil_export.verifying.api import device_name, versions  # noqa: E402
+from fossil_export import merge, verify
+from fossil_export.verifying.api import device_name, versions
 
 ADAPTERS = {
     "tile, r = 64": ("tile", 64, 20),

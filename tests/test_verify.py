@@ -269,13 +269,20 @@ def test_legacy_adapters_pass_and_are_caught(tmp_path: Path) -> None:
     assert result.forward is not None and result.forward.first_outside == Q1
 
 
-FIFTY = tuple(
-    f"{opening} {subject}"
-    for opening in ("The history of", "How to repair", "A short poem about", "Three facts about", "import os  #")
-    for subject in (
-        "the sea is", "a bicycle:", "green shells", "Ophelia and", "clocks,", "winter in", "my dog", "bread", "x = 42", "Rom ist"
-    )
-)  # fmt: skip
+OPENINGS = ("The history of", "How to repair", "A short poem about", "Three facts about", "import os  #")
+SUBJECTS = (
+    "the sea is",
+    "a bicycle:",
+    "green shells",
+    "Ophelia",
+    "clocks,",
+    "winter in",
+    "bread",
+    "x = 42",
+    "Rom",
+    "1",
+)
+FIFTY = tuple(f"{opening} {subject}" for opening in OPENINGS for subject in SUBJECTS)
 
 
 def test_does_not_cry_wolf_on_the_real_model(real_adapter: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from fossil_export.merging.survival import WARNING_BELOW, Survival
 @dataclass(frozen=True)
 class MergeResult:
     """A finished merge. `seconds` is wall time, `peak_memory` the process's largest resident size in bytes;
-    `survival` is by tensor (see merge/survival.py)."""
+    `survival` is by tensor (see merging/survival.py)."""
 
     output: Path
     plan: MergePlan
@@ -66,9 +66,9 @@ def merge(
     """Merge `adapter` into its base and write a complete model folder at `output`.
 
     Arguments are those of `plan_merge`, and: `device` does the arithmetic ("cpu", "cuda", "cuda:1"; the
-    result is the same); `overwrite` replaces a folder an earlier merge wrote; `hash` records SHA-256 of
-    every weights file, which reads them once more; `progress` is called with the bytes just written, from
-    several threads.
+    result is the same, for bat up to the order of sums); `overwrite` replaces a folder an earlier merge
+    wrote; `hash` records SHA-256 of every weights file, which reads them once more; `progress` is called
+    with the bytes just written, from several threads.
 
     The folder appears only when it is complete and synced. Raises a FossilExportError with one line that
     names the file, the tensor and the remedy.

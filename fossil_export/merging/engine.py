@@ -1,8 +1,8 @@
 """The arithmetic of a slab of rows: widen, add the update, round once, see that it is finite.
 
-Two engines with the same results: NumPy for the CPU (PyTorch takes longer to import than most merges
-take), PyTorch for GPUs and, where it is installed, for large float16 weights, whose casts NumPy does in
-software.
+Two engines with the same results (bat up to the order of its sums): NumPy for the CPU (PyTorch takes longer
+to import than most merges take), PyTorch for GPUs and, where it is installed, for large float16 weights,
+whose casts NumPy does in software.
 """
 
 from __future__ import annotations
@@ -82,9 +82,13 @@ class TorchEngine:
         # The merge brings its own threads; PyTorch's on top of them would take turns on the same cores.
         self._threads = torch.get_num_threads()
         torch.set_num_threads(1)
+        # bat is a matrix product, and float32 must mean float32 on a GPU too.
+        self._tf32 = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = False
 
     def close(self) -> None:
         self._torch.set_num_threads(self._threads)
+        self._torch.backends.cuda.matmul.allow_tf32 = self._tf32
 
     def widen(self, rows: Array, dtype: str) -> Any:
         torch = self._torch

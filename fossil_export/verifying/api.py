@@ -113,8 +113,10 @@ def verify(
             )
             problems += [forward.problem] if forward.problem else []
         except (RuntimeError, ValueError, OSError) as problem:
+            what = f"cannot be run: {str(problem).splitlines()[0]}"
             if not problems:
-                raise CheckpointError(f"{folder}: cannot be run: {str(problem).splitlines()[0]}") from problem
+                raise CheckpointError(f"{folder}: {what}") from problem
+            problems.append(f"the artifact {what}")  # what is wrong with its weights may be why
     result = Verification(
         artifact=folder,
         base=base_checkpoint,
@@ -125,7 +127,7 @@ def verify(
         device=device_name(device),
         seconds=time.perf_counter() - started,
     )
-    _write(folder / CERTIFICATE, write_json(certificate(result)))
+    _write(folder / CERTIFICATE, write_json({**certificate(result), "hashes": _hashes(result)}))
     if report is not None:
         from fossil_export.verifying.report import html
 
@@ -142,11 +144,6 @@ def certificate(result: Verification) -> dict[str, Any]:
         "reason": result.problems[0] if result.problems else None,
         "adapter": {"name": str(result.adapter.path), "variant": result.adapter.variant, "rank": result.adapter.rank},
         "base": str(result.base.location),
-        "hashes": {
-            "artifact": identity(open_checkpoint(result.artifact)),
-            "base": identity(result.base),
-            "adapter": [{"file": path.name, "sha256": sha256(path)} for path in result.adapter.files],
-        },
         "device": result.device,
         "versions": versions(),
         "weights": None,
@@ -176,6 +173,15 @@ def certificate(result: Verification) -> dict[str, Any]:
             "first_module_outside": forward.first_outside,
         }
     return found
+
+
+def _hashes(result: Verification) -> dict[str, Any]:
+    """Which files it was: the adapter's digests, sizes and header digests of artifact and base."""
+    return {
+        "artifact": identity(open_checkpoint(result.artifact)),
+        "base": identity(result.base),
+        "adapter": [{"file": path.name, "sha256": sha256(path)} for path in result.adapter.files],
+    }
 
 
 def versions() -> dict[str, str]:

@@ -167,7 +167,11 @@ def distance(logits: list[torch.Tensor], truth: list[torch.Tensor]) -> Distance:
     found, want = (torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]) for parts in (logits, truth))
     errors = (found - want).norm(dim=-1) / want.norm(dim=-1)
     p, q = torch.log_softmax(want, -1), torch.log_softmax(found, -1)
-    median, tenth = errors.nan_to_num(math.inf).quantile(torch.tensor([0.5, 0.9], dtype=errors.dtype)).tolist()
+    median, tenth = (
+        errors.nan_to_num(math.inf)
+        .quantile(torch.tensor([0.5, 0.9], dtype=errors.dtype, device=errors.device))
+        .tolist()
+    )
     return Distance(
         relative_error=_finite(median),
         worst_tenth=_finite(tenth),

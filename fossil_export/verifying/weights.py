@@ -134,15 +134,19 @@ def _expected(
     shard = placement.shards.get(name)
     action = "merge" if shard is not None else "replace" if name in placement.saved else "copy"
     found = artifact.tensors.get(name)
+
+    def failed(problem: str) -> TensorCheck:
+        module = shard.module if shard is not None else None
+        return TensorCheck(name, action, module, worst=float("inf"), problem=problem)
+
     if found is None:
-        return TensorCheck(name, action, problem="is missing from the artifact")
+        return failed("is missing from the artifact")
     stored = own.dtype if own is not None else source.dtype
     wanted = BY_TORCH_NAME[dtype] if dtype != "auto" and stored in FLOATS else stored
     if found.dtype != wanted:
-        return TensorCheck(name, action, problem=f"is stored as {found.dtype}, should be {wanted}")
+        return failed(f"is stored as {found.dtype}, should be {wanted}")
     if found.shape != source.shape:
-        problem = f"has shape {list(found.shape)}, should have {list(source.shape)}"
-        return TensorCheck(name, action, problem=problem)
+        return failed(f"has shape {list(found.shape)}, should have {list(source.shape)}")
     return _Job(name, found, source, shard, action)
 
 
