@@ -30,8 +30,17 @@ class _Group(click.Group):
         except FossilExportError as problem:
             if ctx.params.get("debug"):
                 raise
-            click.echo(click.style("error: ", fg="red") + str(problem).replace("\n", " "), err=True)
-            ctx.exit(1)
+            _fail(ctx, str(problem))
+        except OSError as problem:  # what no part of the package expected of a file
+            if ctx.params.get("debug"):
+                raise
+            name = f"{problem.filename}: " if problem.filename else ""
+            _fail(ctx, f"{name}{problem.strerror or problem}; check that path and its permissions")
+
+
+def _fail(ctx: click.Context, message: str) -> None:
+    click.echo(click.style("error: ", fg="red") + message.replace("\n", " "), err=True)
+    ctx.exit(1)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -172,6 +181,7 @@ def verify(
         print_json(result.to_dict())
     else:
         _print_verification(result)
+    print_warnings(result.warnings)
     if result.problems:
         more = f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""
         click.echo(click.style("not the trained model: ", fg="red") + result.problems[0] + more, err=True)
@@ -181,7 +191,7 @@ def verify(
 def _weights_size(artifact: str) -> int:
     from pathlib import Path
 
-    return sum(path.stat().st_size for path in Path(artifact).expanduser().glob("*.safetensors"))
+    return sum(path.stat().st_size for path in Path(artifact).glob("*.safetensors") if path.is_file())
 
 
 def _print_verification(result: Verification) -> None:

@@ -123,6 +123,20 @@ BAD_ADAPTERS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ),
         ["lm_head.weight twice"],
     ),
+    "saved tensor empty": (
+        lambda a: edit_weights(a, lambda s: s.update({"base_model.model.lm_head.weight": torch.zeros(0)})),
+        ["lm_head.weight", "ZeRO-3"],
+    ),
+    "saved tensor NaN": (
+        lambda a: edit_weights(
+            a, lambda s: s.update({"base_model.model.lm_head.weight": torch.full((120, 48), float("nan"))})
+        ),
+        ["lm_head.weight", "NaN", "diverged"],
+    ),
+    "odd config values": (lambda a: edit_json(a / CONFIG, peft_type=[]), [CONFIG, "peft_type"]),
+    "odd modules_to_save": (lambda a: edit_json(a / CONFIG, modules_to_save=True), [CONFIG, "modules_to_save"]),
+    "odd base name": (lambda a: edit_json(a / CONFIG, base_model_name_or_path=5), [CONFIG, "base_model_name_or_path"]),
+    "huge pattern": (lambda a: edit_json(a / CONFIG, target_modules="a{99999999999999999}"), [CONFIG, "expression"]),
     "no shards": (lambda a: edit_weights(a, lambda s: s.clear()), [WEIGHTS, "no shards"]),
     "another model's shapes": (
         lambda a: edit_weights(a, lambda s: s.update({QPROJ: torch.zeros(8, 64)})),
@@ -252,6 +266,15 @@ BAD_BASES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "quantized": (quantize, ["down_proj.weight", "I8", "quantized"]),
     "NaN in the base": (poison, ["model.layers.1.mlp.up_proj.weight", "NaN", "base is damaged"]),
     "config not JSON": (lambda b: (b / "config.json").write_text("{"), ["config.json", "not valid JSON"]),
+    "config with odd values": (
+        lambda b: edit_json(b / "config.json", architectures=5),
+        ["config.json", "architectures"],
+    ),
+    "index metadata": (
+        lambda b: edit_json(b / "model.safetensors.index.json", metadata="x"),
+        ["index.json", "metadata"],
+    ),
+    "broken link": (lambda b: (b / "vocab.txt").symlink_to(b / "gone"), ["vocab.txt", "broken link"]),
     "only pickles": (
         lambda b: [path.rename(path.with_suffix(".bin")) for path in b.glob("model*")],
         ["only as", "save_pretrained"],
@@ -322,8 +345,20 @@ def test_existing_output(adapter: Path, tmp_path: Path) -> None:
     refused(run("merge", adapter, "--output", tmp_path / "file"), "not a folder")
 
 
+def test_one_file_of_several_is_no_base(base: Path, adapter: Path, tmp_path: Path) -> None:
+    result = run("merge", adapter, "--base", first_file(base), "--output", tmp_path / "merged")
+    refused(result, first_file(base).name, "name their folder")
+
+
+def test_paths_that_cannot_be(adapter: Path, tmp_path: Path) -> None:
+    refused(run("merge", "~nobody-of-that-name/x", "--output", tmp_path / "merged"), "no usable path")
+    refused(run("merge", "x" * 300, "--output", tmp_path / "merged"), "x" * 300)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    refused(run("merge", adapter, "--output", tmp_path / "loop"), "loop")
+
+
 def test_device_that_is_not_here(adapter: Path, tmp_path: Path) -> None:
-    for device in ("cuda:7", "toaster"):
+    for device in ("cuda:7", "toaster", "meta"):
         result = run("merge", adapter, "--output", tmp_path / "merged", "--device", device)
         refused(result, device, "--device cpu")
         assert not (tmp_path / "merged").exists()

@@ -178,6 +178,16 @@ def test_device_engine_gives_the_same_bytes(real_adapter: Path, tmp_path: Path) 
         assert file.read_bytes() == (tmp_path / "torch" / file.name).read_bytes()
 
 
+def test_float64_rounds_once_in_both_engines() -> None:
+    weight, shard = np.array([[1 + 2.0**-40]]), np.array([[2.0**-11]])
+    for kind in (np.float16, ml_dtypes.bfloat16):
+        outs = []
+        for engine in (NumpyEngine(), TorchEngine("cpu")):
+            outs.append(np.empty((1, 1), kind))
+            merge_slab(engine, weight, outs[-1], engine.widen(shard, "F64"), "tile", 0, 1)
+        assert outs[0].tobytes() == outs[1].tobytes()
+
+
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32", "F64"])
 def test_finite_by_bits_is_finite(dtype: str) -> None:
     values = np.array([0.0, -0.0, 1.5, -2.0, 6e4, -6e4, 1e-30], NUMPY[dtype])

@@ -163,7 +163,15 @@ def test_weights_at_odd_offsets(base: Path, adapter: Path, tmp_path: Path) -> No
 
 
 def test_stale_weights_stay_behind_and_everything_else_comes(base: Path, adapter: Path, tmp_path: Path) -> None:
-    stale = ["pytorch_model.bin", "original/consolidated.00.pth", "onnx/model.onnx", "model-q4.gguf", "tf_model.h5"]
+    stale = [
+        "model.safetensors.index.fp16.json",
+        "X.GGUF",
+        "pytorch_model.bin",
+        "original/consolidated.00.pth",
+        "onnx/model.onnx",
+        "model-q4.gguf",
+        "tf_model.h5",
+    ]
     kept = ["modeling_custom.py", "README.md", "original/params.json", "images/logo.png"]
     hidden = [".git/config", ".gitattributes"]
     for name in [*stale, *kept, *hidden, "fossil_parity.json"]:
@@ -174,6 +182,16 @@ def test_stale_weights_stay_behind_and_everything_else_comes(base: Path, adapter
     names = contents(tmp_path / "merged").keys()
     assert names >= set(kept) and not names & {*stale, *hidden, "consolidated.safetensors", "fossil_parity.json"}
     assert set(result.plan.left_behind) == {*stale, "consolidated.safetensors", "fossil_parity.json"}
+
+
+def test_linked_folders_come_too(base: Path, adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "code.py").write_text("pass")
+    (base / "linked").symlink_to(tmp_path / "elsewhere")
+    (base / "circle").symlink_to(base)
+    merge(adapter, tmp_path / "merged")
+    assert (tmp_path / "merged" / "linked" / "code.py").read_text() == "pass"
+    assert not (tmp_path / "merged" / "circle").exists()
 
 
 def test_sentence_transformers_keeps_the_weights_of_its_other_modules(

@@ -133,6 +133,39 @@ def test_classifier_on_an_encoder(task: str, prefixed: bool, tmp_path: Path) -> 
     torch.testing.assert_close(model.eval()(TOKENS).logits, trained(TOKENS).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_labels_come_from_the_classifier_alone(tmp_path: Path) -> None:
+    """Other modules that were trained whole have outputs of their own."""
+    base = make_bert(tmp_path / "base", prefixed=True)
+    make_adapter(tmp_path / "adapter", base, model_class=AutoModelForSequenceClassification, target_modules=["query"])
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    extra = {
+        "classifier.weight": torch.ones(5, 32),
+        "classifier.bias": torch.ones(5),
+        "v_head.weight": torch.ones(7, 32),
+    }
+    save_file({**load_file(path), **{f"base_model.model.{name}": value for name, value in extra.items()}}, path)
+    edit_json(
+        tmp_path / "adapter" / "adapter_config.json", modules_to_save=["classifier", "v_head"], task_type="SEQ_CLS"
+    )
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert len(config["id2label"]) == 5
+    edit_json(tmp_path / "adapter" / "adapter_config.json", modules_to_save=["v_head"], task_type="CAUSAL_LM")
+    save_file({name: value for name, value in load_file(path).items() if "classifier" not in name}, path)
+    merge(tmp_path / "adapter", tmp_path / "value")
+    assert "5" not in json.loads((tmp_path / "value" / "config.json").read_text()).get("id2label", {})
+
+
+def test_tie_that_cannot_be_told(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", tie=True, shards="1GB")
+    make_adapter(tmp_path / "adapter", base, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    state = load_file(base / "model.safetensors")
+    state["model.other.embed_tokens.weight"] = state["model.embed_tokens.weight"].clone()
+    save_file(state, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FossilExportError, match="cannot be told"):
+        merge(tmp_path / "adapter", tmp_path / "merged")
+
+
 def test_classifier_on_a_decoder(base: Path, tmp_path: Path) -> None:
     trained = make_adapter(tmp_path / "adapter", base, model_class=LlamaForSequenceClassification, task_type="SEQ_CLS")
     trained.config.pad_token_id = 0

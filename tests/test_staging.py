@@ -139,6 +139,19 @@ def test_overwrite_replaces_the_folder_whole(
     assert bool((weights(tmp_path / "merged")[name] != old[name]).any())
 
 
+def test_folder_that_appears_meanwhile_is_not_replaced(adapter: Path, tmp_path: Path) -> None:
+    def someone_else(nbytes: int) -> None:
+        (tmp_path / "merged").mkdir(exist_ok=True)
+        (tmp_path / "merged" / "thesis.tex").write_text("years of work")
+
+    for overwrite in (False, True):
+        with pytest.raises(FossilExportError, match="cannot be put in place"):
+            merge(adapter, tmp_path / "merged", progress=someone_else, overwrite=overwrite)
+        assert (tmp_path / "merged" / "thesis.tex").read_text() == "years of work"
+        assert left(tmp_path) == ["merged"]
+        shutil.rmtree(tmp_path / "merged")
+
+
 def test_folder_set_aside_by_a_killed_overwrite_comes_back(adapter: Path, tmp_path: Path) -> None:
     merge(adapter, tmp_path / "merged")
     (tmp_path / "merged").rename(tmp_path / ".merged.replaced-00000000")

@@ -154,6 +154,80 @@ def test_broken_ties(tmp_path: Path) -> None:
     assert "lm_head.weight is missing from the artifact" in problems
 
 
+def test_config_that_does_not_describe_the_tensors(bf16: Path) -> None:
+    config = (bf16 / "config.json").read_bytes()
+    for changes, reason in (
+        ({"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}, "rope_parameters"),
+        ({"num_hidden_layers": 1}, "num_hidden_layers"),
+        ({"tie_word_embeddings": True}, "ties head and embedding"),
+    ):
+        edit_json(bf16 / "config.json", **changes)
+        assert reason in verify(bf16, level="weights").problems[0]
+        (bf16 / "config.json").write_bytes(config)
+    (bf16 / "pytorch_model.bin").write_bytes(b"stale")
+    assert verify(bf16, level="weights").problems == (
+        "pytorch_model.bin holds other weights, which a loader may take instead; remove it",
+    )
+    (bf16 / "pytorch_model.bin").unlink()
+    (bf16 / "config.json").unlink()
+    assert "config.json is missing" in verify(bf16, level="weights").problems[0]
+
+
+def test_odd_dtypes_and_values_of_the_base(tmp_path: Path) -> None:
+    """Infinities of the base's own, elements of less than a byte, float64 shards: no wolf, and nothing missed."""
+    base = make_base(tmp_path / "base", shards="1GB")
+    path = base / "model.safetensors"
+    state = load_file(path)
+    state["model.mask"] = torch.tensor([0.0, float("-inf"), float("nan")])
+    save_file(state, path, {"format": "pt"})
+    make_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
+    shards = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: value.double() + 1e-12 for name, value in load_file(shards).items()}, shards)
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    end = len(content) - 8 - length
+    header["model.tiny"] = {"dtype": "F4", "shape": [7, 10], "data_offsets": [end, end + 35]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :] + bytes(range(35)))
+    for dtype in ("auto", "float16"):
+        merge(tmp_path / "adapter", tmp_path / dtype, dtype=dtype)
+        result = verify(tmp_path / dtype, level="weights")
+        assert result.parity, result.problems
+    damaged = bytearray((tmp_path / "auto" / "model.safetensors").read_bytes())
+    damaged[-1] ^= 0x10
+    (tmp_path / "auto" / "model.safetensors").write_bytes(damaged)
+    assert verify(tmp_path / "auto", level="weights").problems[0].startswith("model.tiny 1 of 70 elements")
+    tamper_mask = bytearray((tmp_path / "float16" / "model.safetensors").read_bytes())
+    place = tamper_mask.index(np.array([0, -np.inf, np.nan], np.float16).tobytes())
+    tamper_mask[place + 2 : place + 4] = np.float16(3).tobytes()
+    (tmp_path / "float16" / "model.safetensors").write_bytes(tamper_mask)
+    assert verify(tmp_path / "float16", level="weights").problems[0].startswith("model.mask 1 of 3 elements")
+
+
+def test_adapter_given_as_another_file_of_its_folder(bf16: Path, tmp_path: Path) -> None:
+    state = weights(tmp_path / "adapter")
+    save_file({name: -value for name, value in state.items()}, tmp_path / "adapter" / "step100.safetensors")
+    merge(tmp_path / "adapter" / "step100.safetensors", tmp_path / "early")
+    result = verify(tmp_path / "early")
+    assert result.parity, result.problems
+
+
+def test_read_only_artifact_has_its_verdict(bf16: Path) -> None:
+    (bf16 / "fossil_parity.json").mkdir()  # nothing can be written in its place, not even by root
+    result = verify(bf16, level="weights")
+    assert result.parity and "cannot be written" in result.warnings[0]
+
+
+def test_damaged_record(bf16: Path) -> None:
+    record = (bf16 / "fossil_export.json").read_text()
+    for changes in ({"dtype": "foo"}, {"adapter": "x"}, {"base": {"name": "b", "weights": [{}]}}):
+        edit_json(bf16 / "fossil_export.json", **changes)
+        with pytest.raises(FossilExportError, match="is damaged"):
+            verify(bf16, level="weights")
+        (bf16 / "fossil_export.json").write_text(record)
+
+
 def test_artifact_of_another_base_or_adapter_by_its_record(bf16: Path, tmp_path: Path) -> None:
     make_base(tmp_path / "other", torch.bfloat16, shards="60KB")
     problems = verify(bf16, base=tmp_path / "other", level="weights").problems

@@ -31,6 +31,15 @@ _NEUTRAL_FIELDS = {
 }  # fmt: skip
 
 
+_TYPES: dict[str, tuple[type, ...]] = {
+    "base_model_name_or_path": (str,),
+    "revision": (str,),
+    "task_type": (str,),
+    "modules_to_save": (list,),
+    "target_modules": (list, str),
+}
+
+
 def load_adapter(path: str | Path) -> Adapter:
     """Read a FOSSIL adapter: a folder that PEFT saved, or the weights file in it.
 
@@ -43,7 +52,7 @@ def load_adapter(path: str | Path) -> Adapter:
     given = resolve(path, AdapterError, "adapter")
     folder = given if given.is_dir() else given.parent
     config = _read_config(folder)
-    weights = given if given.is_file() and given.name != CONFIG else _find_weights(folder)
+    weights = given if given.is_file() and given.name != CONFIG else find_weights(folder)
     if weights.suffix == ".safetensors":
         tensors = read_header(weights, AdapterError).tensors
         pickled: Mapping[str, Any] = {}
@@ -68,6 +77,8 @@ def load_adapter(path: str | Path) -> Adapter:
             shards[module] = _shard(weights, module, tensor, config)
         elif parameter in {"weight", "bias"}:
             name = f"{module.removesuffix('.base_layer')}.{parameter}"
+            if 0 in tensor.shape or not tensor.shape:
+                raise AdapterError(_empty(f"{weights}: saved tensor {tensor.name} {list(tensor.shape)}"))
             if name in saved:
                 raise AdapterError(f"{weights}: holds {name} twice, as {saved[name].name} and {tensor.name}; keep one")
             saved[name] = tensor
@@ -108,7 +119,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{folder}: not an adapter, {CONFIG} is missing{hint}")
     config = read_json(path, AdapterError)
     peft_type = config.get("peft_type")
-    if peft_type not in SHARD_KEYS:
+    if not isinstance(peft_type, str) or peft_type not in SHARD_KEYS:
         raise AdapterError(
             f"{path}: peft_type is {peft_type!r}, not a FOSSIL adapter (MISS or BONE); "
             "merge it with the tool of that method"
@@ -119,6 +130,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise AdapterError(f"{path}: {name} is {value!r}, expected a positive integer")
     if config.get("init_weights", True) not in (True, False, "bat", "mini"):
         raise AdapterError(f"{path}: init_weights is {config['init_weights']!r}, expected true, false, 'bat' or 'mini'")
+    for name, kinds in _TYPES.items():
+        value = config.get(name)
+        if value is not None and not isinstance(value, kinds):
+            raise AdapterError(f"{path}: {name} is {value!r}, which PEFT never writes; mend or save it again")
     unknown = [
         name for name, value in config.items() if name not in _NEUTRAL_FIELDS and value not in (None, False, [], {}, "")
     ]
@@ -130,7 +145,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _find_weights(folder: Path) -> Path:
+def find_weights(folder: Path) -> Path:
+    """The weights file PEFT takes from an adapter's `folder`; raises AdapterError when there is none."""
     for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
@@ -142,9 +158,7 @@ def _shard(weights: Path, module: str, tensor: TensorInfo, config: Mapping[str, 
     init, rank, mini_r = config.get("init_weights", True), config["r"], config.get("mini_r", 1)
     where = f"{weights}: shard {tensor.name} {list(tensor.shape)}"
     if 0 in tensor.shape:
-        raise AdapterError(
-            f"{where} is empty; it was saved without being gathered (DeepSpeed ZeRO-3 or FSDP), save it again"
-        )
+        raise AdapterError(_empty(where))
     if len(tensor.shape) == 3:
         # PEFT 0.14.0.dev stored bat shards under "init_weights": true; MISS never did.
         if init != "bat" and not (config["peft_type"] == "BONE" and init is True):
@@ -169,6 +183,10 @@ def _shard(weights: Path, module: str, tensor: TensorInfo, config: Mapping[str, 
     return Shard(module, variant, rank, tensor)
 
 
+def _empty(where: str) -> str:
+    return f"{where} is empty; it was saved without being gathered (DeepSpeed ZeRO-3 or FSDP), save it again"
+
+
 def _check_targets(path: Path, config: Mapping[str, Any], shards: Mapping[str, Shard]) -> None:
     """Every shard must belong to a module that the config targets.
 
@@ -182,7 +200,7 @@ def _check_targets(path: Path, config: Mapping[str, Any], shards: Mapping[str, S
     elif isinstance(targets, str) and targets != "all-linear":
         try:
             pattern = re.compile(targets)
-        except re.error as problem:
+        except (re.error, OverflowError, RecursionError) as problem:
             raise AdapterError(f"{path}: target_modules is not a valid regular expression: {problem}") from problem
         strays = [name for name in shards if not pattern.fullmatch(name)]
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ def read_pickled(path: Path) -> tuple[tuple[TensorInfo, ...], dict[str, np.ndarr
     except ImportError as problem:
         raise MissingExtraError("torch", "torch", f"{path}: reading a pickled adapter") from problem
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as problem:
         raise AdapterError(
             f"{path}: is not a pickle of plain tensors, it may hold code and was not run; "

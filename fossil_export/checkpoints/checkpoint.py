@@ -55,6 +55,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if path.name.endswith(INDEX_ENDING):
             folder, index_path, weights = path.parent, path, None
         elif path.suffix == ".safetensors":
+            _refuse_part(path)
             index_path, weights = None, path
         else:
             raise CheckpointError(f"{path}: not a safetensors file; {_RESAVE}")
@@ -74,6 +75,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     config = None
     if folder is not None and (folder / "config.json").is_file():
         config = read_json(folder / "config.json", CheckpointError)
+        _check_config(folder / "config.json", config)
     return Checkpoint(folder, files, index_path, index, config, tensors)
 
 
@@ -81,6 +83,15 @@ _RESAVE = (
     "load the model with transformers and save it with save_pretrained(..., safe_serialization=True), "
     "then name that folder"
 )
+
+
+def _refuse_part(path: Path) -> None:
+    """A file that an index beside it lists with others is not a model."""
+    for index_path in path.parent.glob(f"*{INDEX_ENDING}"):
+        weight_map = read_json(index_path, CheckpointError).get("weight_map")
+        files = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+        if path.name in files and len(files) > 1:
+            raise CheckpointError(f"{path}: is one of the {len(files)} files of a model; name their folder instead")
 
 
 def _choose(folder: Path) -> tuple[Path | None, Path | None]:
@@ -113,9 +124,18 @@ def _choose(folder: Path) -> tuple[Path | None, Path | None]:
     raise CheckpointError(f"{folder}: holds no safetensors weights; {_RESAVE}")
 
 
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """The fields that are looked at have the types that transformers gives them."""
+    for name, kind in (("text_config", dict), ("architectures", list), ("id2label", dict)):
+        if config.get(name) is not None and not isinstance(config[name], kind):
+            raise CheckpointError(f"{path}: {name} is {config[name]!r}, not a {kind.__name__}; fetch it again")
+
+
 def _indexed_files(index_path: Path, index: Mapping[str, Any]) -> list[Path]:
     """The files an index names, in the order of their names, each checked to lie in its folder."""
     weight_map = index.get("weight_map")
+    if not isinstance(index.get("metadata") or {}, dict):
+        raise CheckpointError(f"{index_path}: its metadata is no JSON object; fetch it again")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index_path}: has no weight_map of tensor to file; fetch it again")
     if not weight_map:

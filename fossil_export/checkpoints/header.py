@@ -126,6 +126,10 @@ def _tensor(path: Path, start: int, name: str, entry: Any, broken: Any) -> Tenso
         dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as problem:
         raise broken(f"tensor {name} lacks dtype, shape or data_offsets") from problem
+    try:
+        name.encode()
+    except UnicodeEncodeError as problem:
+        raise broken(f"tensor {name!r} has a name that is not UTF-8") from problem
     if not isinstance(dtype, str) or dtype not in BITS:
         raise broken(f"tensor {name} has the unknown dtype {dtype!r}")
     if not isinstance(shape, list):

@@ -19,7 +19,10 @@ from fossil_export.errors import OutputError
 
 def check_destination(output: Path, inputs: list[Path], overwrite: bool) -> None:
     """Raise OutputError unless `output` may be created (or replaced) without touching any of `inputs`."""
-    target = output.resolve()
+    try:
+        target = output.resolve()
+    except RuntimeError as problem:  # a loop of links
+        raise OutputError(f"{output}: {problem}; choose another --output") from problem
     for source in inputs:
         place = source.resolve()
         folder = place if place.is_dir() else place.parent
@@ -27,12 +30,15 @@ def check_destination(output: Path, inputs: list[Path], overwrite: bool) -> None
             raise OutputError(f"{output}: lies inside {source}, which is only read; choose another --output")
         if target in folder.parents:
             raise OutputError(f"{output}: holds {source}, which would be replaced; choose another --output")
-    if not os.path.lexists(output):
-        return
-    if output.is_symlink() or not output.is_dir():
-        raise OutputError(f"{output}: exists and is not a folder; choose another --output")
-    if not any(output.iterdir()):
-        return
+    try:
+        if not os.path.lexists(output):
+            return
+        if output.is_symlink() or not output.is_dir():
+            raise OutputError(f"{output}: exists and is not a folder; choose another --output")
+        if not any(output.iterdir()):
+            return
+    except OSError as problem:
+        raise OutputError(f"{output}: cannot be used: {problem.strerror}; choose another --output") from problem
     if not overwrite:
         raise OutputError(f"{output}: exists already; choose another --output or add --overwrite")
     if not (output / PROVENANCE).is_file():
@@ -43,12 +49,13 @@ def check_destination(output: Path, inputs: list[Path], overwrite: bool) -> None
 
 
 @contextmanager
-def staged_folder(output: Path, needed: int) -> Iterator[Path]:
+def staged_folder(output: Path, needed: int, overwrite: bool = False) -> Iterator[Path]:
     """Yield a new hidden folder beside `output`; when the block ends well it is synced and takes that name.
 
     If the block raises, or the process dies, nothing appears under the name; what a dead process left is
     removed by the next one that stages the same `output`. `needed` is in bytes, checked against the free
-    space first. Raises OutputError for want of room or permission.
+    space first. Only with `overwrite` does it take the place of a folder that is there by then. Raises
+    OutputError for want of room or permission.
     """
     made = _make_parents(output.parent)
     folder = output.parent / f".{output.name}.partial-{secrets.token_hex(4)}"
@@ -69,7 +76,7 @@ def staged_folder(output: Path, needed: int) -> Iterator[Path]:
         yield folder
         try:
             _sync_tree(folder)
-            _publish(folder, output)
+            _publish(folder, output, overwrite)
         except OSError as problem:
             raise OutputError(
                 f"{output}: cannot be put in place: {problem.strerror}; choose another --output"
@@ -89,14 +96,15 @@ def staged_folder(output: Path, needed: int) -> Iterator[Path]:
 def _make_parents(folder: Path) -> list[Path]:
     """Create `folder` and return the levels that were new, innermost first."""
     missing = []
-    while not folder.exists():
-        missing.append(folder)
-        folder = folder.parent
+    wanted = folder
     try:
+        while not folder.exists():
+            missing.append(folder)
+            folder = folder.parent
         for level in reversed(missing):
             level.mkdir()
     except OSError as problem:
-        raise OutputError(f"{missing[0]}: cannot be created: {problem.strerror}; choose another --output") from problem
+        raise OutputError(f"{wanted}: cannot be created: {problem.strerror}; choose another --output") from problem
     return missing
 
 
@@ -124,8 +132,9 @@ def _remove_dead(output: Path) -> None:
             leftover.rename(output)
 
 
-def _publish(folder: Path, output: Path) -> None:
-    if output.is_dir() and any(output.iterdir()):
+def _publish(folder: Path, output: Path, overwrite: bool) -> None:
+    # What is there is looked at again: it may have come while the merge ran.
+    if overwrite and (output / PROVENANCE).is_file():
         if _exchange(folder, output):
             _sync(output.parent)
             return  # the old folder now has the staged name and is removed with it

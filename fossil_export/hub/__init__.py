@@ -1,5 +1,5 @@
 """Where models and adapters come from."""
 
-from fossil_export.hub.resolve import resolve
+from fossil_export.hub.resolve import expanded, resolve
 
-__all__ = ["resolve"]
+__all__ = ["expanded", "resolve"]

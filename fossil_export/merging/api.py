@@ -16,6 +16,7 @@ from fossil_export.checkpoints.companions import PROVENANCE
 from fossil_export.checkpoints.jsonfile import write_json
 from fossil_export.checkpoints.staging import check_destination, staged_folder
 from fossil_export.errors import OutputError, listed
+from fossil_export.hub import expanded
 from fossil_export.merging.plan import MergePlan, plan_merge
 from fossil_export.merging.provenance import provenance, survival_record
 from fossil_export.merging.run import run
@@ -96,10 +97,10 @@ def run_plan(
 ) -> MergeResult:
     """Carry out a plan that `plan_merge` made; arguments as for `merge`. `started` is when the clock began."""
     started = time.perf_counter() if started is None else started
-    target = Path(output).expanduser().absolute()
+    target = expanded(output, OutputError).absolute()
     check_destination(target, [plan.base.location, plan.adapter.path], overwrite)
     needed = plan.nbytes + sum(path.stat().st_size for path in plan.companions.values()) + (1 << 20)
-    with staged_folder(target, needed) as folder:
+    with staged_folder(target, needed, overwrite) as folder:
         try:
             survival = run(plan, folder, device, progress)
             _write_companions(plan, folder)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
-_TASK_SUFFIX = {
+CLASSIFIERS = {
     "SEQ_CLS": "ForSequenceClassification",
     "TOKEN_CLS": "ForTokenClassification",
     "QUESTION_ANS": "ForQuestionAnswering",
@@ -50,9 +51,9 @@ def edited_config(
                     part[key] = torch_dtype
         if not {"torch_dtype", "dtype"} & result.keys():
             result["torch_dtype"] = torch_dtype  # the older name, which every loader knows
-    if has_head and task_type in _TASK_SUFFIX:
+    if has_head and task_type in CLASSIFIERS:
         names = [
-            match[1] + _TASK_SUFFIX[task_type]
+            match[1] + CLASSIFIERS[task_type]
             for name in result.get("architectures") or []
             if (match := _ARCHITECTURE.match(name))
         ]
@@ -66,4 +67,8 @@ def edited_config(
 
 def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of `after` whose values are new, for the plan and the record."""
-    return {key: value for key, value in after.items() if key not in before or before[key] != value}
+    return {key: value for key, value in after.items() if key not in before or not _same(before[key], value)}
+
+
+def _same(one: Any, other: Any) -> bool:
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)  # NaN is itself here

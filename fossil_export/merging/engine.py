@@ -73,8 +73,8 @@ class TorchEngine:
             raise MissingExtraError("torch", "torch", f"--device {device}") from problem
         try:
             self._device = torch.device(device)
-            torch.empty(0, device=self._device)
-        except (RuntimeError, AssertionError) as problem:
+            torch.zeros(1, device=self._device).cpu()
+        except (RuntimeError, AssertionError, NotImplementedError) as problem:
             raise MergeError(
                 f"device {device!r} is not available here ({str(problem).splitlines()[0]}); use --device cpu"
             ) from problem
@@ -96,6 +96,13 @@ class TorchEngine:
         return self._tensor(rows).to(device=self._device, dtype=wide, copy=True)
 
     def round(self, wide: Any, out: Array) -> None:
+        import numpy as np
+
+        if wide.dtype == self._torch.float64 and out.dtype.itemsize == 2:
+            # PyTorch goes by way of float32, which rounds twice.
+            with np.errstate(over="ignore", invalid="ignore"):
+                np.copyto(out, wide.cpu().numpy(), casting="unsafe")
+            return
         target = self._tensor(out)
         target.copy_(wide.to(target.dtype))
 

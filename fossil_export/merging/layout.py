@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import accumulate
 from typing import Any
 
@@ -94,10 +95,10 @@ def lay_out(
 def parse_size(size: int | str) -> int:
     """Bytes from a number or a string like "5GB" or "500MiB", as huggingface_hub reads it (GB is 10**9)."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", str(size).strip().upper())
-    if match is None or float(match[1]) <= 0:
+    if match is None or Decimal(match[1]) <= 0:
         raise MergeError(f"max_shard_size is {size!r}, expected bytes or a size like 5GB")
     step = 1024 if match[3] else 1000
-    return int(float(match[1]) * step ** " KMGT".index(match[2] or " "))
+    return int(Decimal(match[1]) * step ** " KMGT".index(match[2] or " "))
 
 
 def _cut(tensors: list[TensorPlan], limit: int) -> dict[str, list[TensorPlan]]:

@@ -9,11 +9,13 @@ from fossil_export.checkpoints.checkpoint import Checkpoint
 from fossil_export.checkpoints.dtypes import FLOATS
 from fossil_export.checkpoints.header import TensorInfo
 from fossil_export.errors import MergeError, listed
+from fossil_export.merging.config import CLASSIFIERS
 from fossil_export.merging.match import match_names
 from fossil_export.merging.placement import Placement
 from fossil_export.merging.ties import check_vocabulary, embedding_tensor, is_head, is_tied_head, part_head
 from fossil_export.methods import METHODS
 
+_LABEL_LAYERS = ("score", "classifier", "out_proj", "qa_outputs")
 _REMEDY = "name the base model it was trained from with --base"
 
 
@@ -57,10 +59,16 @@ def _is_new(module: str, adapter: Adapter, base: Checkpoint) -> bool:
     return is_tied_head(module, base) or (module not in adapter.shards and _trained_whole(module, adapter))
 
 
+def _is_classifier(module: str, parameter: str, adapter: Adapter) -> bool:
+    """Whether `module` is the last layer of a classification head, whose outputs are the labels."""
+    last = module.rpartition(".")[2]
+    return parameter == "weight" and adapter.config.get("task_type") in CLASSIFIERS and last in _LABEL_LAYERS
+
+
 def _trained_whole(module: str, adapter: Adapter) -> bool:
     """Whether `module` is, or lies in, one of the config's modules_to_save."""
     parts = module.split(".")
-    return any(name in parts or module.endswith(f".{name}") for name in adapter.config.get("modules_to_save") or ())
+    return any(name in parts or module.endswith(name) for name in adapter.config.get("modules_to_save") or ())
 
 
 def _place_saved(
@@ -89,7 +97,7 @@ def _place_saved(
             )
     elif is_vocabulary and old.shape != info.shape:
         placement.vocab_size = info.shape[0]
-    if not is_vocabulary and _trained_whole(module, adapter) and (old is None or old.shape != info.shape):
+    if _is_classifier(module, parameter, adapter) and (old is None or old.shape != info.shape):
         placement.labels = info.shape[0]
     placement.saved[target] = info
 
@@ -105,7 +113,7 @@ def _check_shape(name: str, shard: Shard, weight: TensorInfo, adapter: Adapter, 
             f"{where} is stored as {weight.dtype}, a quantized base; shards are merged into float weights, "
             "name the unquantized model with --base"
         )
-    if len(weight.shape) != 2:
+    if len(weight.shape) != 2 or 0 in weight.shape:
         raise MergeError(f"{where} is no matrix, but the adapter has a shard for it ({shard.tensor.name}); {_REMEDY}")
     if reason := _mismatch(shard, weight.shape):
         raise MergeError(

@@ -152,8 +152,12 @@ class _Worker:
         if tensor.shard is None:
             with np.errstate(over="ignore", invalid="ignore"):
                 np.copyto(out, data, casting="unsafe")
-            if not is_finite(out) and is_finite(data):
-                raise MergeError(_overflow(tensor))
+            if not is_finite(out):
+                if tensor.origin == "adapter" and not is_finite(data):
+                    raise MergeError(_diverged(tensor.source))
+                # A base may hold infinities of its own (masks); finite values must stay finite.
+                if np.isfinite(data[~np.isfinite(out.astype(np.float64))].astype(np.float64)).any():
+                    raise MergeError(_overflow(tensor))
             return
         shard = self._shard(tensor.shard.tensor, tensor.source.dtype)
         sums = merge_slab(self._engine, data, out, shard, tensor.shard.variant, step.start, tensor.shape[0])
@@ -168,9 +172,7 @@ class _Worker:
         if not is_finite(data):
             return f"{source.path}: {source.name} holds infinite or NaN values; the base is damaged, fetch it again"
         if not is_finite(self._adapter.array(shard)):
-            return (
-                f"{shard.path}: {shard.name} holds infinite or NaN values; training diverged, take an earlier adapter"
-            )
+            return _diverged(shard)
         return _overflow(tensor)
 
     def _load_shard(self, info: TensorInfo, weight_dtype: str) -> Any:
@@ -196,5 +198,10 @@ class _Worker:
         return whole[start : start + nbytes]
 
 
+def _diverged(info: TensorInfo) -> str:
+    return f"{info.path}: {info.name} holds infinite or NaN values; training diverged, take an earlier adapter"
+
+
 def _overflow(tensor: TensorPlan) -> str:
-    return f"{tensor.name}: overflows {numpy_dtype(tensor.dtype).name}; choose --dtype bfloat16 or float32"
+    wider = "bfloat16 or float32" if tensor.dtype == "F16" else "float32"
+    return f"{tensor.name}: overflows {numpy_dtype(tensor.dtype).name}; choose --dtype {wider}"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fossil_export.checkpoints.dtypes import element_count
+from fossil_export.checkpoints.dtypes import FLOATS, element_count
 from fossil_export.merging.layout import FilePlan, TensorPlan
 from fossil_export.merging.survival import group_rows
 from fossil_export.methods import METHODS
@@ -63,7 +63,9 @@ def steps(file: FilePlan) -> Iterator[CopyStep | RowsStep]:
         if tensor.nbytes == 0:
             continue
         source = tensor.source.offset
-        if tensor.shard is not None or tensor.dtype != tensor.source.dtype or source is None:
+        # A whole tensor of the adapter's is looked at too: it must be finite.
+        looked_at = tensor.origin == "adapter" and tensor.dtype in FLOATS
+        if tensor.shard is not None or tensor.dtype != tensor.source.dtype or source is None or looked_at:
             yield from _row_steps(tensor, offset)
             continue
         step = CopyStep(tensor.source.path, source, offset, tensor.nbytes)

@@ -19,7 +19,8 @@ from fossil_export.errors import MergeError
 from fossil_export.merging.placement import Placement
 
 HEADS = ("lm_head", "embed_out", "output_layer")
-EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
+EMBEDDINGS = ("embed_tokens", "shared", "wte", "word_embeddings", "embed_in", "tok_embeddings")
+_SCALED_WHEN_TIED = ("t5", "longt5", "switch_transformers")
 _GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
@@ -55,7 +56,15 @@ def declared_tie(config: Mapping[str, Any] | None) -> bool | None:
 def part_head(adapter: Adapter, base: Checkpoint, placement: Placement) -> None:
     """Store head and embedding apart where training parted them; keep them tied where they are still equal."""
     embedding = embedding_tensor(base.tensors)
-    if embedding is None or declared_tie(base.config) is False:
+    if declared_tie(base.config) is False:
+        return
+    if embedding is None:
+        changed = [name for name in [*placement.saved, *placement.shards] if is_head(name.removesuffix(".weight"))]
+        if changed and declared_tie(base.config):
+            raise MergeError(
+                f"{base.location}: ties {changed[0]} to an embedding that cannot be told among its tensors; "
+                "save the base with tie_word_embeddings=false and both tensors, then merge into that"
+            )
         return
     stored = next((name for name in base.tensors if name.endswith(".weight") and is_head(name[:-7])), None)
     spoken_of = [f"{module}.weight" for module in adapter.shards if is_head(module)]
@@ -76,6 +85,11 @@ def part_head(adapter: Adapter, base: Checkpoint, placement: Placement) -> None:
             placement.copied[head] = base.tensors[embedding]
         if head not in placement.added:
             placement.added.append(head)
+    if embedding.rpartition(".")[0].endswith("shared") and (base.config or {}).get("model_type") in _SCALED_WHEN_TIED:
+        raise MergeError(
+            f"{base.location}: scales its logits only while head and embedding are tied, which this training parted; "
+            "such a model cannot be stored as a plain checkpoint"
+        )
     placement.untie = True
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from typing import Any
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.checkpoints.checkpoint import Checkpoint, identity, open_checkpoint, sha256
 from fossil_export.checkpoints.companions import CERTIFICATE, PROVENANCE
-from fossil_export.checkpoints.dtypes import TORCH_NAME, element_count
+from fossil_export.checkpoints.dtypes import BY_TORCH_NAME, TORCH_NAME, element_count
 from fossil_export.checkpoints.jsonfile import read_json, write_json
 from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError
 from fossil_export.hub import resolve
-from fossil_export.merging.place import place
+from fossil_export.merging.plan import plan_merge
 from fossil_export.verifying.folder import check_folder
 from fossil_export.verifying.forward import FACTOR, ForwardCheck, check_forward
 from fossil_export.verifying.models import check_device
@@ -42,6 +43,7 @@ class Verification:
     forward: ForwardCheck | None
     device: str
     seconds: float
+    warnings: tuple[str, ...] = ()
 
     @property
     def parity(self) -> bool:
@@ -53,6 +55,7 @@ class Verification:
             **certificate(self),
             "seconds": round(self.seconds, 3),
             "problems": list(self.problems),
+            "warnings": list(self.warnings),
             "tensors": None if self.tensors is None else [_tensor(check) for check in self.tensors],
             "modules": None
             if self.forward is None
@@ -87,7 +90,9 @@ def verify(
     if level not in LEVELS:
         raise FossilExportError(f"level is {level!r}, expected {', '.join(LEVELS)}")
     folder = resolve(artifact, CheckpointError, "artifact")
-    record = read_json(folder / PROVENANCE, CheckpointError) if (folder / PROVENANCE).is_file() else None
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: is no model folder; name the folder that the file lies in")
+    record = _read_record(folder)
     if not isinstance(adapter, Adapter):
         adapter = load_adapter(_named(adapter, record, "adapter", folder))
     base_folder = resolve(_named(base, record, "base", folder), CheckpointError, "base model")
@@ -95,14 +100,19 @@ def verify(
     texts = read_prompts(prompts) if prompts is not None else PROMPTS
     if level != "weights":
         check_device(device)
+    else:
+        device = "cpu"  # this level runs no model
+    if report is not None and not Path(report).expanduser().absolute().parent.is_dir():
+        raise FossilExportError(f"{report}: cannot be written: its folder does not exist; make it first")
 
     problems: list[str] = []
     tensors = forward = None
     if level in ("weights", "all"):
         try:
-            untie = place(adapter, base_checkpoint).untie
-            problems += check_folder(found, base_checkpoint, adapter, record, untie)
-            tensors = check_weights(found, base_checkpoint, adapter, (record or {}).get("dtype", "auto"), progress)
+            dtype = (record or {}).get("dtype", "auto")
+            plan = plan_merge(adapter, base_folder, dtype=dtype)
+            problems += check_folder(found, base_checkpoint, adapter, record, plan)
+            tensors = check_weights(found, base_checkpoint, adapter, dtype, progress)
             problems += [f"{check.name} {check.problem}" for check in tensors if check.problem]
         except MergeError as problem:  # adapter and base do not go together: nothing made of them can be right
             problems.append(str(problem))
@@ -112,8 +122,10 @@ def verify(
                 folder, base_folder, adapter, stored_dtype(base_checkpoint), _parameters(found), texts, device
             )
             problems += [forward.problem] if forward.problem else []
-        except (RuntimeError, ValueError, OSError) as problem:
-            what = f"cannot be run: {str(problem).splitlines()[0]}"
+        except FossilExportError:
+            raise
+        except Exception as problem:  # whatever a model's own code raises on weights that are not its
+            what = f"cannot be run: {next(iter(str(problem).splitlines()), type(problem).__name__)}"
             if not problems:
                 raise CheckpointError(f"{folder}: {what}") from problem
             problems.append(f"the artifact {what}")  # what is wrong with its weights may be why
@@ -127,7 +139,10 @@ def verify(
         device=device_name(device),
         seconds=time.perf_counter() - started,
     )
-    _write(folder / CERTIFICATE, write_json({**certificate(result), "hashes": _hashes(result)}))
+    try:
+        _write(folder / CERTIFICATE, write_json({**certificate(result), "hashes": _hashes(result)}))
+    except FossilExportError as problem:  # an artifact that may only be read has its verdict all the same
+        result = replace(result, warnings=(str(problem),))
     if report is not None:
         from fossil_export.verifying.report import html
 
@@ -218,6 +233,24 @@ def finite(value: float) -> float | None:
     return value if value == value and abs(value) != float("inf") else None
 
 
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    """The artifact's provenance file, None without one; checked for what is used of it."""
+    path = folder / PROVENANCE
+    if not path.is_file():
+        return None
+    record = read_json(path, CheckpointError)
+    try:
+        sound = record["dtype"] in ("auto", *BY_TORCH_NAME)
+        sound &= all(isinstance(record[part]["name"], str) for part in ("base", "adapter"))
+        sound &= all(isinstance(e["size"], int) and e["header_sha256"] and e["file"] for e in record["base"]["weights"])
+        sound &= all(e["file"] and e["sha256"] for e in record["adapter"]["files"])
+    except (KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise CheckpointError(f"{path}: is damaged; remove it and name --base and --adapter")
+    return record
+
+
 def _named(given: Any, record: Mapping[str, Any] | None, part: str, folder: Path) -> str | Path:
     if given is not None:
         path: str | Path = given
@@ -258,10 +291,15 @@ def _distance(found: Any) -> dict[str, float | None]:
 
 def _write(path: Path, content: bytes) -> None:
     """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
+    path = path.expanduser()
     try:
-        partial.write_bytes(content)
-        partial.replace(path)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "Is a directory")
+        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        try:
+            partial.write_bytes(content)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as problem:
-        partial.unlink(missing_ok=True)
         raise FossilExportError(f"{path}: cannot be written: {problem.strerror}") from problem

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fossil_export.adapters import Adapter
+from fossil_export.adapters.peft import find_weights
 from fossil_export.errors import FossilExportError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -160,8 +161,9 @@ def open_trainer(adapter: Adapter, base: Path, artifact: Path, dtype: str, devic
         model = kind.from_pretrained(base, config=config, dtype=getattr(torch, dtype), ignore_mismatched_sizes=True)
         _resize(model, artifact)
         wide = torch.float64 if dtype == "float64" else torch.float32
-        if adapter.peft_type == "MISS":
-            folder = adapter.path if adapter.path.is_dir() else adapter.path.parent
+        folder = adapter.path if adapter.path.is_dir() else adapter.path.parent
+        # PEFT looks only for files of its own names.
+        if adapter.peft_type == "MISS" and adapter.files[1] == find_weights(folder):
             model = PeftModel.from_pretrained(model, str(folder))
             for name, parameter in model.named_parameters():
                 if "miss_block" in name:

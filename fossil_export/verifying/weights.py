@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fossil_export.adapters import Adapter, Shard
 from fossil_export.checkpoints.checkpoint import Checkpoint
-from fossil_export.checkpoints.dtypes import BY_TORCH_NAME, FLOATS, element_count, numpy_dtype
+from fossil_export.checkpoints.dtypes import BITS, BY_TORCH_NAME, FLOATS, element_count, numpy_dtype
 from fossil_export.checkpoints.header import TensorInfo
 from fossil_export.checkpoints.source import MappedFile
 from fossil_export.merging.place import place
@@ -95,8 +95,12 @@ def check_weights(
                 continue
             parts = [pool.submit(_compare, job, start, stop, adapter, files, progress) for start, stop in job.slabs()]
             waiting.append((TensorCheck(name, job.action), job, parts))
-        for check, expected, parts in waiting:
-            checks.append(check if expected is None else _summary(expected, [part.result() for part in parts]))
+        try:
+            for check, expected, parts in waiting:
+                checks.append(check if expected is None else _summary(expected, [part.result() for part in parts]))
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
     checks += [
         TensorCheck(name, "extra", problem="is in the artifact, but neither in the base nor in the adapter")
         for name in artifact.tensors
@@ -114,7 +118,15 @@ class _Job:
     action: str
 
     @property
+    def as_bytes(self) -> bool:
+        """Whether equal bytes are asked for, of whatever dtype."""
+        return self.shard is None and self.source.dtype == self.found.dtype and self.source.offset is not None
+
+    @property
     def rows(self) -> int:
+        """What the tensor is cut by: bytes, or else rows of a matrix, or else elements."""
+        if self.as_bytes:
+            return self.found.nbytes
         return self.found.shape[0] if len(self.found.shape) == 2 else element_count(self.found.shape)
 
     def slabs(self) -> Iterator[tuple[int, int]]:
@@ -184,7 +196,7 @@ def _compare(
     else:
         place_source = job.source.offset + start * source_row, (stop - start) * source_row
         raw = files.of(job.source).view(*place_source)
-        if job.shard is None and job.source.dtype == job.found.dtype:
+        if job.as_bytes:
             part = _bytes(job, start, raw, found)
         else:
             part = _values(
@@ -205,15 +217,10 @@ def _bytes(job: _Job, start: int, want: Array, found: Array) -> _Part:
     same = bool(np.array_equal(_words(want), _words(found)))
     if same:
         return _Part(0.0, 0, 0.0, 0.0, -1)
-    size = max(1, job.found.nbytes // element_count(job.found.shape))
+    bits = BITS[job.found.dtype]
+    size = max(1, bits // 8)
     wrong = (want.reshape(-1, size) != found.reshape(-1, size)).any(axis=1)
-    return _Part(
-        float("inf"),
-        int(wrong.sum()),
-        0.0,
-        0.0,
-        start * (element_count(job.found.shape) // job.rows) + int(wrong.argmax()),
-    )
+    return _Part(float("inf"), int(wrong.sum()), 0.0, 0.0, (start + int(wrong.argmax()) * size) * 8 // bits)
 
 
 def _words(raw: Array) -> Array:
@@ -227,7 +234,7 @@ def _values(job: _Job, start: int, stored: Array, raw: Array, adapter: Adapter) 
     import numpy as np
 
     found = raw.view(numpy_dtype(job.found.dtype)).reshape(len(stored), -1)
-    shard = adapter.array(job.shard.tensor).astype(np.float64) if job.shard is not None else None
+    shard = _shard(job, adapter)
     unit = shard.shape[1] if shard is not None and shard.ndim == 3 else 1
     rows = max(1, BLOCK // (found.shape[1] * unit)) * unit
     # Four arrays used over and over: allocating them for every block would cost more than the arithmetic.
@@ -248,9 +255,14 @@ def _values(job: _Job, start: int, stored: Array, raw: Array, adapter: Adapter) 
             update += float(np.einsum("ij,ij->", change, change))
             np.subtract(got, weight, out=weight)
             kept += float(np.einsum("ij,ij->", weight, change))
-        error = np.subtract(got, exact, out=got)
-        np.abs(error, out=error)
-        error /= steps
+        if shard is None:
+            # A base may hold infinities (masks), whose cast is compared as it is.
+            alike = ~np.isfinite(exact) & ((got == exact) | np.isnan(got) & np.isnan(exact))
+            got[alike] = exact[alike] = 0.0
+        with np.errstate(invalid="ignore"):
+            error = np.subtract(got, exact, out=got)
+            np.abs(error, out=error)
+            error /= steps
         if bound is not None:
             error -= np.divide(bound, steps, out=bound)  # what the float32 products may cost
         furthest = float(error.max())  # NaN if any is
@@ -264,16 +276,26 @@ def _values(job: _Job, start: int, stored: Array, raw: Array, adapter: Adapter) 
     return _Part(worst, off, kept, update, first)
 
 
+def _shard(job: _Job, adapter: Adapter) -> Array | None:
+    """The shard as the merge sees it (float32 for all but float64 weights), in float64."""
+    import numpy as np
+
+    if job.shard is None:
+        return None
+    array = adapter.array(job.shard.tensor)
+    return (array if job.source.dtype == "F64" else array.astype(np.float32)).astype(np.float64)
+
+
 def _summary(job: _Job, parts: list[_Part]) -> TensorCheck:
     off = sum(part.off for part in parts)
     worst = max((part.worst for part in parts), default=0.0)
     problem = None
     if off:
         first = next(part.first for part in parts if part.first >= 0)
-        width = max(1, element_count(job.found.shape) // max(1, job.rows))
-        where = f"[{first // width}, {first % width}]" if len(job.found.shape) == 2 else f"[{first}]"
+        width = job.found.shape[-1] if len(job.found.shape) == 2 else 0
+        where = f"[{first // width}, {first % width}]" if width else f"[{first}]"
         problem = f"{off} of {element_count(job.found.shape)} elements are off, the first at {where}"
-        if job.action == "copy" and job.source.dtype == job.found.dtype:
+        if job.action == "copy" and job.as_bytes:
             problem += "; the adapter does not touch it, it should be the base's bytes"
         else:
             problem += f", worst by {worst:.3g} steps of {job.found.dtype}"
