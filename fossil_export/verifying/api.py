@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import errno
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from fossil_export.adapters import Adapter, load_adapter
-from fossil_export.checkpoints.checkpoint import Checkpoint, identity, open_checkpoint, sha256
+from fossil_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from fossil_export.checkpoints.companions import CERTIFICATE, PROVENANCE
 from fossil_export.checkpoints.dtypes import BY_TORCH_NAME, TORCH_NAME, element_count
 from fossil_export.checkpoints.jsonfile import read_json, write_json
 from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError
 from fossil_export.hub import resolve
 from fossil_export.merging.plan import plan_merge
+from fossil_export.verifying.certificate import certificate, device_name, finite, hashes
 from fossil_export.verifying.folder import check_folder
-from fossil_export.verifying.forward import FACTOR, ForwardCheck, check_forward
+from fossil_export.verifying.forward import ForwardCheck, check_forward
 from fossil_export.verifying.models import check_device
 from fossil_export.verifying.prompts import PROMPTS, read_prompts
 from fossil_export.verifying.weights import TensorCheck, check_weights
-from fossil_export.version import __version__
 
 LEVELS = ("weights", "forward", "all")
 
@@ -140,7 +138,7 @@ def verify(
         seconds=time.perf_counter() - started,
     )
     try:
-        _write(folder / CERTIFICATE, write_json({**certificate(result), "hashes": _hashes(result)}))
+        _write(folder / CERTIFICATE, write_json({**certificate(result), "hashes": hashes(result)}))
     except FossilExportError as problem:  # an artifact that may only be read has its verdict all the same
         result = replace(result, warnings=(str(problem),))
     if report is not None:
@@ -150,75 +148,6 @@ def verify(
     return result
 
 
-def certificate(result: Verification) -> dict[str, Any]:
-    """The compact record: verdict, figures, versions, device, hashes; for a model card to quote."""
-    found: dict[str, Any] = {
-        "format": 1,
-        "tool": {"name": "fossil-export", "version": __version__},
-        "parity": result.parity,
-        "reason": result.problems[0] if result.problems else None,
-        "adapter": {"name": str(result.adapter.path), "variant": result.adapter.variant, "rank": result.adapter.rank},
-        "base": str(result.base.location),
-        "device": result.device,
-        "versions": versions(),
-        "weights": None,
-        "forward": None,
-    }
-    if result.tensors is not None:
-        kept = sum(check.kept for check in result.tensors)
-        update = sum(check.update for check in result.tensors)
-        merged = [check for check in result.tensors if check.action == "merge"]
-        found["weights"] = {
-            "tensors": len(result.tensors),
-            "merged": len(merged),
-            "wrong": sum(check.problem is not None for check in result.tensors),
-            "worst_error_in_steps": finite(max((check.worst for check in merged), default=0.0)),
-            "elements_off": sum(check.off for check in result.tensors),
-            "update_survived": finite(kept / update) if update else None,
-        }
-    if result.forward is not None:
-        forward = result.forward
-        found["forward"] = {
-            "prompts": forward.prompts,
-            "truth": forward.truth_dtype,
-            "trainer": {"dtype": forward.trainer_dtype, **_distance(forward.trainer)},
-            "artifact": _distance(forward.artifact),
-            "allowed_factor": FACTOR,
-            "same_continuations": [forward.same_continuations, forward.continuations],
-            "first_module_outside": forward.first_outside,
-        }
-    return found
-
-
-def _hashes(result: Verification) -> dict[str, Any]:
-    """Which files it was: the adapter's digests, sizes and header digests of artifact and base."""
-    return {
-        "artifact": identity(open_checkpoint(result.artifact)),
-        "base": identity(result.base),
-        "adapter": [{"file": path.name, "sha256": sha256(path)} for path in result.adapter.files],
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that had a part in it."""
-    found = {"python": platform.python_version()}
-    for package in ("numpy", "torch", "transformers", "peft"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def device_name(device: str) -> str:
-    """ "cpu (x86_64, 2 cores)" or the GPU's own name."""
-    if device.startswith("cuda"):
-        import torch
-
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({platform.machine()}, {os.cpu_count()} cores)"
-
-
 def stored_dtype(base: Checkpoint) -> str:
     """The dtype most of the base's values are stored in, which transformers and PEFT train it in by default."""
     sizes: dict[str, int] = {}
@@ -226,11 +155,6 @@ def stored_dtype(base: Checkpoint) -> str:
         if tensor.dtype in TORCH_NAME:
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
     return TORCH_NAME[max(sizes, key=lambda name: sizes[name])] if sizes else "float32"
-
-
-def finite(value: float) -> float | None:
-    """None for what JSON cannot say."""
-    return value if value == value and abs(value) != float("inf") else None
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
@@ -276,16 +200,6 @@ def _tensor(check: TensorCheck) -> dict[str, Any]:
         "elements": check.elements,
         "survived": finite(check.survived) if check.survived is not None else None,
         "problem": check.problem,
-    }
-
-
-def _distance(found: Any) -> dict[str, float | None]:
-    return {
-        "relative_error": finite(found.relative_error),
-        "worst_tenth": finite(found.worst_tenth),
-        "max_abs_difference": finite(found.max_abs_difference),
-        "kl": finite(found.kl),
-        "top1": found.top1,
     }
 
 

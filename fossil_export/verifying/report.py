@@ -175,7 +175,7 @@ def _merged(merged: Sequence[TensorCheck]) -> str:
 
 
 def _footer(result: Verification) -> str:
-    from fossil_export.verifying.api import versions
+    from fossil_export.verifying.certificate import versions
 
     adapter = result.adapter
     facts = {

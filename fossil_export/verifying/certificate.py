@@ -1,0 +1,99 @@
+"""`fossil_parity.json`: the verdict and its figures in brief, for a model card to quote."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from fossil_export.checkpoints.checkpoint import identity, open_checkpoint, sha256
+from fossil_export.verifying.forward import FACTOR, Distance
+from fossil_export.version import __version__
+
+if TYPE_CHECKING:
+    from fossil_export.verifying.api import Verification
+
+
+def certificate(result: Verification) -> dict[str, Any]:
+    """The compact record: verdict, figures, versions, device, hashes; for a model card to quote."""
+    found: dict[str, Any] = {
+        "format": 1,
+        "tool": {"name": "fossil-export", "version": __version__},
+        "parity": result.parity,
+        "reason": result.problems[0] if result.problems else None,
+        "adapter": {"name": str(result.adapter.path), "variant": result.adapter.variant, "rank": result.adapter.rank},
+        "base": str(result.base.location),
+        "device": result.device,
+        "versions": versions(),
+        "weights": None,
+        "forward": None,
+    }
+    if result.tensors is not None:
+        kept = sum(check.kept for check in result.tensors)
+        update = sum(check.update for check in result.tensors)
+        merged = [check for check in result.tensors if check.action == "merge"]
+        found["weights"] = {
+            "tensors": len(result.tensors),
+            "merged": len(merged),
+            "wrong": sum(check.problem is not None for check in result.tensors),
+            "worst_error_in_steps": finite(max((check.worst for check in merged), default=0.0)),
+            "elements_off": sum(check.off for check in result.tensors),
+            "update_survived": finite(kept / update) if update else None,
+        }
+    if result.forward is not None:
+        forward = result.forward
+        found["forward"] = {
+            "prompts": forward.prompts,
+            "truth": forward.truth_dtype,
+            "trainer": {"dtype": forward.trainer_dtype, **_distance(forward.trainer)},
+            "artifact": _distance(forward.artifact),
+            "allowed_factor": FACTOR,
+            "same_continuations": [forward.same_continuations, forward.continuations],
+            "first_module_outside": forward.first_outside,
+        }
+    return found
+
+
+def hashes(result: Verification) -> dict[str, Any]:
+    """Which files it was: the adapter's digests, sizes and header digests of artifact and base."""
+    return {
+        "artifact": identity(open_checkpoint(result.artifact)),
+        "base": identity(result.base),
+        "adapter": [{"file": path.name, "sha256": sha256(path)} for path in result.adapter.files],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that had a part in it."""
+    found = {"python": platform.python_version()}
+    for package in ("numpy", "torch", "transformers", "peft"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: str) -> str:
+    """ "cpu (x86_64, 2 cores)" or the GPU's own name."""
+    if device.startswith("cuda"):
+        import torch
+
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({platform.machine()}, {os.cpu_count()} cores)"
+
+
+def finite(value: float) -> float | None:
+    """None for what JSON cannot say."""
+    return value if value == value and abs(value) != float("inf") else None
+
+
+def _distance(found: Distance) -> dict[str, float | None]:
+    return {
+        "relative_error": finite(found.relative_error),
+        "worst_tenth": finite(found.worst_tenth),
+        "max_abs_difference": finite(found.max_abs_difference),
+        "kl": finite(found.kl),
+        "top1": found.top1,
+    }
