@@ -44,8 +44,8 @@ class TensorCheck:
     """The comparison of one tensor.
 
     `worst` error is in steps of its dtype, for bat less the bound of float32's own; `off` elements, of
-    `elements`, are not the exact result rounded once. `survived` is the share of the update that was stored, on one row in eight
-    (None for an unmerged tensor); `problem` is None for a tensor as it should be.
+    `elements`, are not the exact result rounded once. `survived` is the share of the update that was stored,
+    on one row in `SAMPLED` (None for an unmerged tensor); `problem` is None for a tensor as it should be.
     """
 
     name: str
