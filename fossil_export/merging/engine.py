@@ -147,7 +147,7 @@ def merge_slab(
     method = METHODS[variant]
     group = group_rows(method.block_rows(tuple(shard.shape)))
     step = max(1, engine.block // (group * source.shape[1])) * group
-    dtype = compute_dtype({2: "F32", 4: "F32", 8: "F64"}[source.dtype.itemsize])
+    dtype = "F64" if source.dtype.itemsize == 8 else "F32"
     sample = sample_starts(out_features, group)
     total = Survival()
     for first in range(0, len(source), step):
