@@ -40,7 +40,7 @@ def test_nested_configs_and_architectures() -> None:
         "GPT2LMHeadModel": "GPT2ForSequenceClassification",
         "XLMRobertaForMaskedLM": "XLMRobertaForSequenceClassification",
     }.items():
-        assert edited_config({"architectures": [name]}, task_type="SEQ_CLS", labels=2, has_head=True) == {
+        assert edited_config({"architectures": [name]}, task_type="SEQ_CLS", labels=2) == {
             "architectures": [want],
             "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
             "label2id": {"LABEL_0": 0, "LABEL_1": 1},

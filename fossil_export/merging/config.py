@@ -24,13 +24,12 @@ def edited_config(
     torch_dtype: str | None = None,
     task_type: str | None = None,
     labels: int | None = None,
-    has_head: bool = False,
 ) -> dict[str, Any]:
     """`config` with what changed in the model, and nothing else, changed.
 
-    `vocab_size` and the tie are set in `text_config` too where the base keeps them there. `has_head` says
-    that a classification head was added, which asks for the task's class in `architectures`; `labels` is
-    that head's number of outputs.
+    `vocab_size` and the tie are set in `text_config` too where the base keeps them there. `labels` is
+    the number of outputs of a classification head that came with the adapter; it asks for the task's class
+    in `architectures` too.
     """
     result = copy.deepcopy(dict(config))
     text = result.get("text_config")
@@ -51,7 +50,7 @@ def edited_config(
                     part[key] = torch_dtype
         if not {"torch_dtype", "dtype"} & result.keys():
             result["torch_dtype"] = torch_dtype  # the older name, which every loader knows
-    if has_head and task_type in CLASSIFIERS:
+    if labels is not None and task_type in CLASSIFIERS:
         names = [
             match[1] + CLASSIFIERS[task_type]
             for name in result.get("architectures") or []

@@ -171,7 +171,6 @@ def _config(
         torch_dtype=None if dtype == "auto" else dtype,
         task_type=adapter.config.get("task_type"),
         labels=placement.labels,
-        has_head=placement.labels is not None,
     )
     edits = difference(base.config, edited)
     return edits, write_json(edited) if edits else None

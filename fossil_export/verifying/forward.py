@@ -7,9 +7,9 @@ trainer is the same model in the dtype it trained in. Rounding moves both; a fau
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fossil_export.adapters import Adapter
 from fossil_export.verifying.models import Runner, Tokens, open_artifact, open_trainer, tokenize
@@ -80,9 +80,6 @@ class ForwardCheck:
     modules: tuple[ModuleError, ...]
     first_outside: str | None
     problem: str | None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def check_forward(

@@ -104,10 +104,11 @@ def check_weights(
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+    wanted = set(names)
     checks += [
         TensorCheck(name, "extra", problem="is in the artifact, but neither in the base nor in the adapter")
         for name in artifact.tensors
-        if name not in set(names)
+        if name not in wanted
     ]
     return tuple(checks)
 
