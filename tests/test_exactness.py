@@ -153,7 +153,7 @@ def test_whole_models_in_every_dtype(variant: str, dtype: torch.dtype, tmp_path:
 
 
 def test_low_precision_shards_round_once(tmp_path: Path) -> None:
-    """bfloat16 shards on a float32 base: the sum is exact to the base's dtype, as in PEFT, which loads shards as float32."""
+    """bfloat16 shards on a float32 base: exact to the base's dtype, as in PEFT, which loads shards as float32."""
     base = make_base(tmp_path / "base")
     make_adapter(tmp_path / "adapter", base, change=lambda model: None, autocast=False, init_weights=False)
     from safetensors.torch import load_file, save_file
