@@ -23,11 +23,11 @@ from fossil_export.checkpoints import output as output_module
 from fossil_export.checkpoints import staging
 from fossil_export.checkpoints.output import OutputFile
 
-# A merge that stops in the middle until it is killed.
+# A merge that stops in the middle until it is killed. Its threads report at once, so a line has to be one write.
 STUCK = """
-import sys, threading, time
+import os, sys, time
 from fossil_export import merge
-merge(sys.argv[1], sys.argv[2], progress=lambda nbytes: (print("writing", flush=True), time.sleep(600)))
+merge(sys.argv[1], sys.argv[2], progress=lambda nbytes: (os.write(1, b"writing\\n"), time.sleep(600)))
 """
 
 
