@@ -15,18 +15,24 @@ from fossil_export.version import __version__
 
 if TYPE_CHECKING:
     from fossil_export.adapters import Adapter, load_adapter
+    from fossil_export.converting import Conversion, convert
     from fossil_export.errors import FossilExportError
     from fossil_export.inspection import Inspection, inspect
     from fossil_export.merging import MergePlan, MergeResult, merge, plan_merge
+    from fossil_export.onnx.api import OnnxResult, export_onnx
     from fossil_export.verifying import Verification, verify
 
 _HOMES = {
     "Adapter": "adapters",
+    "Conversion": "converting",
     "FossilExportError": "errors",
     "Inspection": "inspection",
     "MergePlan": "merging",
     "MergeResult": "merging",
+    "OnnxResult": "onnx.api",
     "Verification": "verifying",
+    "convert": "converting",
+    "export_onnx": "onnx.api",
     "inspect": "inspection",
     "load_adapter": "adapters",
     "merge": "merging",
@@ -36,12 +42,16 @@ _HOMES = {
 
 __all__ = [
     "Adapter",
+    "Conversion",
     "FossilExportError",
     "Inspection",
     "MergePlan",
     "MergeResult",
+    "OnnxResult",
     "Verification",
     "__version__",
+    "convert",
+    "export_onnx",
     "inspect",
     "load_adapter",
     "merge",

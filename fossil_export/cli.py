@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fossil_export.console import print_json, print_pairs, print_table, print_warnings, progress_bar, readable_bytes
+from fossil_export.console import (
+    print_json,
+    print_pairs,
+    print_table,
+    print_warnings,
+    progress_bar,
+    readable_bytes,
+    steps,
+)
 from fossil_export.errors import FossilExportError
 from fossil_export.version import __version__
 
@@ -186,6 +194,95 @@ def verify(
         more = f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""
         click.echo(click.style("not the trained model: ", fg="red") + result.problems[0] + more, err=True)
         sys.exit(1)
+
+
+@main.command()
+@click.argument("adapter")
+@click.option("-o", "--output", required=True, metavar="DIR", help="Folder of the ONNX model; must not exist yet.")
+@click.option("--base", metavar="BASE", help=BASE_HELP)
+@click.option(
+    "--mode",
+    type=click.Choice(["merged", "tiled", "fused", "swappable"]),
+    default="merged",
+    show_default=True,
+    help="merged: plain graph; tiled: base weights shared, sum folded at load; fused: branches with the shards "
+    "inside; swappable: adapters loaded while the session runs.",
+)
+@click.option(
+    "--runtime",
+    type=click.Choice(["genai", "torch"]),
+    help="Who makes the graph.  [default: genai for generative models, else torch]",
+)
+@click.option(
+    "--precision", type=click.Choice(["fp32", "fp16", "bf16", "int4"]), help="Of the graph's weights.  [default: fp32]"
+)
+@click.option("--onnx", "graph", metavar="FILE.onnx", help="Use this graph of the base instead of making one.")
+@click.option("--copy-data", is_flag=True, help="With --onnx: copy the weights' file instead of sharing it.")
+@click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="What the graph is made for.")
+@click.option("--overwrite", is_flag=True, help="Replace a folder that an earlier export wrote.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def onnx(
+    adapter: str,
+    output: str,
+    base: str | None,
+    mode: str,
+    runtime: str | None,
+    precision: str | None,
+    graph: str | None,
+    copy_data: bool,
+    device: str,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Write ADAPTER and its base as an ONNX folder for ONNX Runtime or GenAI."""
+    from fossil_export.onnx.api import export_onnx
+
+    with steps() as progress:
+        result = export_onnx(
+            adapter,
+            output,
+            base=base,
+            mode=mode,
+            runtime=runtime,
+            precision=precision,
+            onnx=graph,
+            copy_data=copy_data,
+            device=device,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        made = "brought" if result.runtime == "onnx" else f"{result.runtime}, {result.precision}"
+        pairs = [("mode", result.mode), ("graph", f"{result.graph.name} ({made})")]
+        pairs += [("weights", f"{result.targets} with shards"), ("folder", readable_bytes(result.nbytes))]
+        pairs += [("adapter", str(result.adapter_file))] if result.adapter_file else []
+        print_pairs([*pairs, ("time", f"{result.seconds:.1f} s"), ("model", str(result.output))])
+    print_warnings(result.warnings)
+
+
+@main.command()
+@click.argument("adapter")
+@click.option("--to", required=True, type=click.Choice(["onnx-adapter"]), help="The format to write.")
+@click.option("-o", "--output", required=True, metavar="FILE", help="What to write; must not exist yet.")
+@click.option("--for", "graph", metavar="DIR", help="onnx-adapter: the swappable ONNX folder it is for.")
+@click.option("--base", metavar="BASE", help=BASE_HELP)
+@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def convert(
+    adapter: str, to: str, output: str, graph: str | None, base: str | None, overwrite: bool, as_json: bool
+) -> None:
+    """Write ADAPTER in another format."""
+    from fossil_export.converting import convert as run_conversion
+
+    result = run_conversion(adapter, output, to=to, base=base, graph=graph, overwrite=overwrite)
+    if as_json:
+        print_json(result.to_dict())
+        return
+    pairs = [("written", f"{result.output} ({readable_bytes(result.nbytes)})")]
+    pairs += [(name, str(value)) for name, value in result.details.items()]
+    print_pairs([*pairs, ("time", f"{result.seconds:.1f} s")])
 
 
 def _weights_size(artifact: str) -> int:

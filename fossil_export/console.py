@@ -60,3 +60,18 @@ def progress_bar(total: int, title: str) -> Iterator[Callable[[int], None]]:
 
     with tqdm(total=total, desc=title, unit="B", unit_scale=True, leave=False) as bar:
         yield lambda nbytes: bar.update(nbytes) and None
+
+
+@contextmanager
+def steps() -> Iterator[Callable[[str], None]]:
+    """A line on stderr that names the step at hand, for work without a measure; silent when that is no terminal."""
+
+    def show(step: str) -> None:
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r\x1b[K{step} …" if step else "\r\x1b[K")
+            sys.stderr.flush()
+
+    try:
+        yield show
+    finally:
+        show("")

@@ -23,6 +23,10 @@ class MergeError(FossilExportError):
     """Adapter and base are each sound, but do not go together, or the result would not be finite."""
 
 
+class OnnxError(FossilExportError):
+    """A graph cannot be read, is not the base model's, or cannot take the adapter in the mode asked for."""
+
+
 class OutputError(FossilExportError):
     """The output cannot be written where it was asked for."""
 

@@ -103,7 +103,7 @@ def run_plan(
     with staged_folder(target, needed, overwrite) as folder:
         try:
             survival = run(plan, folder, device, progress)
-            _write_companions(plan, folder)
+            write_companions(plan, folder)
             record = provenance(plan, survival, folder if hash else None)
             (folder / PROVENANCE).write_bytes(write_json(record))
         except OSError as problem:
@@ -132,7 +132,8 @@ def peak_memory() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _write_companions(plan: MergePlan, folder: Path) -> None:
+def write_companions(plan: MergePlan, folder: Path) -> None:
+    """Put the files of the merged model that are not weights into `folder`: tokenizer, index, edited config."""
     for relative, source in plan.companions.items():
         target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)

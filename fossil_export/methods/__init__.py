@@ -23,6 +23,10 @@ class Method(Protocol):
     def update(self, weight: Any, shard: Any, start: int) -> Any:
         """ΔW (n, in) for the rows `weight` (n, in), the first of which is row `start` of the whole weight."""
 
+    def tile_form(self, shard: Any, outputs: int) -> Any | None:
+        """D (r, out) whose tiling is the same update, W' = W + tile(D), or y = W x + S(x) D without touching W;
+        None for a variant whose update depends on the weight. S(x)[k] = sum of x[j] over j with j mod r == k."""
+
     def merge_rows(self, weight: Any, shard: Any, start: int) -> None:
         """Add ΔW to `weight` (n, in) in place; `start` as for `update`. Same bits as `weight += update(...)`."""
 

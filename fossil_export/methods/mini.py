@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fossil_export.methods.tile import add_tiled, block_rows, tiled
+from fossil_export.methods.tile import add_tiled, block_rows, repeated, tiled
 
-__all__ = ["block_rows", "merge_rows", "mismatch", "update"]
+__all__ = ["block_rows", "merge_rows", "mismatch", "tile_form", "update"]
 
 
 def mismatch(shard_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> str | None:
@@ -25,6 +25,10 @@ def mismatch(shard_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> str
 
 def update(weight: Any, shard: Any, start: int) -> Any:
     return tiled(_shard_rows(shard, start, len(weight)), weight.shape[1])
+
+
+def tile_form(shard: Any, outputs: int) -> Any:
+    return repeated(shard, outputs // shard.shape[1])
 
 
 def merge_rows(weight: Any, shard: Any, start: int) -> None:

@@ -31,6 +31,10 @@ def update(weight: Any, shard: Any, start: int) -> Any:
     return tiled(shard_rows(shard, start, len(weight)), weight.shape[1])
 
 
+def tile_form(shard: Any, outputs: int) -> Any:
+    return shard
+
+
 def merge_rows(weight: Any, shard: Any, start: int) -> None:
     add_tiled(weight, shard_rows(shard, start, len(weight)))
 

@@ -1,0 +1,35 @@
+"""To ONNX Runtime's adapter file, for a swappable graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fossil_export.adapters import Adapter
+from fossil_export.errors import OnnxError, OutputError
+
+if TYPE_CHECKING:
+    from fossil_export.converting.api import Options
+
+
+def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
+    """Write the shards of `adapter` under the names of the graph's inputs. Raises OnnxError, OutputError."""
+    from fossil_export.merging.plan import plan_merge
+    from fossil_export.onnx.adapter_file import adapter_arrays, check_base, write_adapter
+    from fossil_export.onnx.existing import find_graph
+    from fossil_export.onnx.libraries import required
+    from fossil_export.onnx.plan import check_mode
+    from fossil_export.onnx.signature import read_signature
+
+    if options.graph is None:
+        raise OnnxError("an adapter file is made for a graph; name the folder of a swappable export with --for")
+    if output.is_dir():
+        raise OutputError(f"{output}: is a folder; name a file, such as {output / 'adapter.onnx_adapter'}")
+    required("onnxruntime")
+    check_mode(adapter, "swappable")
+    graph = find_graph(options.graph)
+    signature = read_signature(graph)
+    arrays = adapter_arrays(adapter, signature)
+    check_base(plan_merge(adapter, options.base), signature, graph)
+    write_adapter(output, arrays, signature)
+    return {"graph": str(graph), "tensors": len(arrays), "inputs": len(signature.slots)}

@@ -1,0 +1,116 @@
+"""A graph the user already has: its data files are shared, what makes its folder run comes along."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fossil_export.checkpoints.companions import TOKENIZER_FILES
+from fossil_export.checkpoints.dtypes import numpy_dtype
+from fossil_export.errors import OnnxError, listed
+from fossil_export.hub import resolve
+from fossil_export.onnx.plan import OnnxPlan, external_files, load_graph
+from fossil_export.onnx.weight import SAFETENSORS_NAME, stored
+
+if TYPE_CHECKING:
+    Array = np.ndarray[Any, Any]
+
+_COMPANIONS = (
+    *TOKENIZER_FILES,
+    "config.json",
+    "generation_config.json",
+    "genai_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "LICENSE",
+)
+
+
+def find_graph(given: str | Path) -> Path:
+    """The graph's file: itself, or the one in a folder. Raises OnnxError."""
+    path = resolve(given, OnnxError, "graph")
+    if path.is_file():
+        return path
+    graphs = sorted(path.glob("*.onnx"))
+    if (path / "model.onnx") in graphs:
+        return path / "model.onnx"
+    if len(graphs) != 1:
+        names = ", ".join(graph.name for graph in graphs) or "none"
+        raise OnnxError(f"{path}: holds no model.onnx and not exactly one other graph ({names}); name the file")
+    return graphs[0]
+
+
+def share_data(graph: Path, folder: Path, copy: bool = False) -> list[str]:
+    """Put the external data files of `graph` into `folder` without a second copy on the disk.
+
+    A clone where the file system knows clones, else a hard link, else (another disk, or `copy`) a copy. Returns
+    the names of the files that are hard links: ONNX Runtime runs those, the onnx package refuses to load them.
+    """
+    linked = []
+    for file in external_files(load_graph(graph)):
+        try:
+            target = folder / file.relative_to(graph.parent)
+        except ValueError as problem:
+            raise OnnxError(
+                f"{graph}: keeps its data outside its folder, in {file}; move it beside the graph"
+            ) from problem
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if copy:
+            shutil.copyfile(file, target)
+        elif not _clone(file, target):
+            try:
+                os.link(file.resolve(), target)
+                linked.append(file.name)
+            except OSError:
+                shutil.copyfile(file, target)
+    return linked
+
+
+def _clone(source: Path, target: Path) -> bool:
+    """Make `target` share the blocks of `source` until one is written to (FICLONE); False where that is unknown."""
+    ficlone = 0x40049409
+    with source.open("rb") as old, target.open("wb") as new:
+        try:
+            fcntl.ioctl(new.fileno(), ficlone, old.fileno())
+            return True
+        except OSError:
+            target.unlink()
+            return False
+
+
+def bring_companions(graph: Path, folder: Path) -> None:
+    """Copy tokenizer and configs that lie beside `graph`."""
+    for name in _COMPANIONS:
+        if (graph.parent / name).is_file():
+            shutil.copyfile(graph.parent / name, folder / name)
+
+
+def check_saved(plan: OnnxPlan) -> None:
+    """Raise OnnxError unless every whole tensor that the adapter brought stands in the graph already."""
+    missing = []
+    for tensor in plan.merge.tensors:
+        if tensor.origin == "adapter":
+            values = np.asarray(plan.adapter.array(tensor.source), np.float32)
+            if not any(_holds(value, values) for value in plan.model.graph.initializers.values()):
+                missing.append(tensor.name)
+    if missing:
+        raise OnnxError(
+            f"{plan.graph}: the adapter also trained {listed(missing)} whole, and the graph has the base's; export it "
+            "from a model with those in place, or let --runtime make it"
+        )
+
+
+def _holds(value: Any, wanted: Array) -> bool:
+    """Whether an initializer is the tensor `wanted`, or its transpose, rounded to the initializer's dtype."""
+    tensor = value.const_value
+    if tensor is None or tensor.dtype.name not in SAFETENSORS_NAME:
+        return False
+    shape = tuple(int(size) for size in tensor.shape)
+    rounded = wanted.astype(numpy_dtype(SAFETENSORS_NAME[tensor.dtype.name]))
+    found = stored(tensor) if shape in (wanted.shape, wanted.shape[::-1]) else None
+    return found is not None and (np.array_equal(found, rounded) or np.array_equal(found, rounded.T))

@@ -1,0 +1,16 @@
+"""The optional packages this room needs, imported in one place with one message."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from fossil_export.errors import MissingExtraError
+
+
+def required(package: str, extra: str = "onnx", purpose: str = "working on ONNX graphs") -> Any:
+    """Import `package` (a module's name), or raise MissingExtraError that says which extra brings it."""
+    try:
+        return import_module(package)
+    except ImportError as problem:
+        raise MissingExtraError(problem.name or package, extra, purpose) from problem
