@@ -190,12 +190,20 @@ def _on_made(
 def _on_existing(
     merge: MergePlan, mode: str, graph: Path, folder: Path, copy_data: bool, progress: Callable[[str], None]
 ) -> tuple[OnnxPlan, str, list[str]]:
-    from fossil_export.onnx.existing import bring_companions, check_saved, share_data
+    from fossil_export.onnx.existing import COMPANIONS, bring_companions, check_saved, share_data
 
     progress("placing the shards")
     plan = plan_onnx(merge, mode, graph)
     check_saved(plan)
     bring_companions(graph, folder)
+    for name, path in merge.companions.items():
+        if "/" not in name and name in COMPANIONS and not (folder / name).exists():
+            shutil.copyfile(path, folder / name)
+    if not (folder / "config.json").exists():
+        if merge.config is not None:
+            (folder / "config.json").write_bytes(merge.config)
+        elif merge.base.folder is not None and (merge.base.folder / "config.json").is_file():
+            shutil.copyfile(merge.base.folder / "config.json", folder / "config.json")
     linked = [] if _makes_weights(plan) else share_data(graph, folder, copy_data)
     _rewrite(plan, folder / graph.name)
     return plan, graph.name, linked
@@ -231,10 +239,10 @@ def _rewrite(plan: OnnxPlan, path: Path) -> None:
 
     editor = Editor(plan.model)
     if plan.mode == "swappable":
-        mark(plan.model, plan, branches.swappable(plan, editor))
+        mark(plan, editor, branches.swappable(plan, editor))
     else:
         {"merged": replaced.rewrite, "tiled": tiled.rewrite, "fused": branches.fused}[plan.mode](plan, editor)
-        mark(plan.model, plan)
+        mark(plan, editor)
     editor.save(path, repack=_makes_weights(plan))
 
 

@@ -2,13 +2,14 @@
 
     S(x)[k] = sum of x[j] over j with j mod r == k        x padded with zeros to a multiple of r
 
-S(x) depends on x and r alone: it is made once for all layers that read the same x. Which forms were tried, and
+S(x) depends on x and r alone: it is made once for all products that read the same x. Which forms were tried, and
 what each costs, is in docs/performance.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,29 +54,27 @@ def lengthens(site: Site) -> bool:
 
 
 def swappable(plan: OnnxPlan, editor: Editor) -> list[Slot]:
-    """Shards as optional inputs of any rank. The default, zeros of rank 1, means "no adapter"."""
-    sums: dict[tuple[int, str], ir.Value] = {}
+    """Shards as optional inputs of any rank. The default, of rank 0, means "no adapter": the branches are not run."""
     inputs: dict[str, ir.Value] = {}
-    forms: dict[str, tuple[ir.Value, ir.Value]] = {}
+    forms: dict[str, _Form] = {}
+    groups: dict[tuple[int, str], list[tuple[Target, Site]]] = {}
     slots = []
-    first = next(iter(editor.graph))
     for target, site in _in_order(plan):
         if target.label not in inputs:
-            dtype = site.x.dtype
-            name = f"{target.label}.shard"
-            null = ir.Tensor(np.zeros((1, target.outputs), dtype.numpy()), dtype, name=name)
+            name, dtype = f"{target.label}.shard", ir.DataType[site.activation]
+            null = ir.Tensor(np.zeros((0, target.outputs), dtype.numpy()), dtype, name=name)
             value = editor.initializer(name, null)
             value.shape = ir.Shape([f"rank_{target.kind}", target.outputs])
             editor.graph.inputs.append(value)
             inputs[target.label] = value
-            slots.append(Slot(name, target.kind, str(dtype.name), target.inputs, target.outputs, target.pieces))
-        shard = inputs[target.label]
+            slots.append(Slot(name, target.kind, site.activation, target.inputs, target.outputs, target.pieces))
+        groups.setdefault((id(site.x), target.kind), []).append((target, site))
+    first = next(iter(editor.graph))
+    for members in groups.values():
+        target = members[0][0]
         if target.kind not in forms:
-            forms[target.kind] = _form(editor, first, shard, target)
-        key = (id(site.x), target.kind)
-        if key not in sums:
-            sums[key] = _sum_any_rank(editor, site, target, *forms[target.kind])
-        _add(editor, site, target, sums[key], shard)
+            forms[target.kind] = _form(editor, first, inputs[target.label], target)
+        _branch(editor, members, inputs, forms[target.kind])
     return slots
 
 
@@ -138,36 +137,64 @@ def _padded(editor: Editor, x: ir.Value, site: Site, rank: int) -> tuple[int, ir
     return times, x
 
 
-def _form(editor: Editor, before: ir.Node, shard: ir.Value, target: Target) -> tuple[ir.Value, ir.Value]:
-    """For inputs of this width and the rank that is loaded: the zeros to add, and the shape to cut x into."""
+@dataclass(frozen=True)
+class _Form:
+    """For inputs of one width and the rank that is loaded: is there one, what to add to x, what to cut it into."""
+
+    loaded: ir.Value
+    pads: ir.Value
+    shape: ir.Value
+
+
+def _form(editor: Editor, before: ir.Node, shard: ir.Value, target: Target) -> _Form:
     name = f"fossil/{target.kind}"
     kind = ir.DataType.INT64
     rank = editor.node("Shape", [shard], f"{name}/rank", before=before, shape=[1], dtype=kind, start=0, end=1)
+    none, one = editor.integers([0]), editor.integers([1])
+    boolean = ir.DataType.BOOL
+    loaded = editor.node("Greater", [rank, none], f"{name}/is_loaded", before=before, shape=[1], dtype=boolean)
+    divisor = editor.node("Max", [rank, one], f"{name}/divisor", before=before, shape=[1])
     top = editor.node("Add", [rank, editor.integers([target.inputs - 1])], f"{name}/Add", before=before, shape=[1])
-    times = editor.node("Div", [top, rank], f"{name}/times", before=before, shape=[1])
+    times = editor.node("Div", [top, divisor], f"{name}/times", before=before, shape=[1])
     full = editor.node("Mul", [times, rank], f"{name}/padded_width", before=before, shape=[1])
     width = editor.integers([target.inputs])
     missing = editor.node("Sub", [full, width], f"{name}/missing", before=before, shape=[1])
     pads = [editor.integers([0, 0, 0]), missing]
     shape = [editor.integers([-1]), times, rank]
-    return (
+    return _Form(
+        loaded,
         editor.node("Concat", pads, f"{name}/pads", before=before, shape=[4], axis=0),
         editor.node("Concat", shape, f"{name}/shape", before=before, shape=[3], axis=0),
     )
 
 
-def _sum_any_rank(editor: Editor, site: Site, target: Target, pads: ir.Value, shape: ir.Value) -> ir.Value:
-    """S(x) (positions, r) for the rank that is loaded."""
-    name = f"{site.x.name}/fossil"
-    before, rank = site.node, f"rank_{target.kind}"
-    flat = _flat(editor, site.x, f"{name}/flat", target.inputs, before=before)
-    padded = editor.node("Pad", [flat, pads], f"{name}/Pad", before=before, shape=[None, None])
-    cut = editor.node("Reshape", [padded, shape], f"{name}/Reshape", before=before, shape=[None, None, rank])
+def _branch(editor: Editor, members: list[tuple[Target, Site]], shards: Mapping[str, ir.Value], form: _Form) -> None:
+    """One If for all products of one x: their sums with S(x) D where an adapter is loaded, else they themselves."""
+    target, site = members[0]
+    name, rank = f"{site.x.name}/fossil", f"rank_{target.kind}"
+    taken: list[ir.Node] = []
+    flat = _flat(editor, site.x, f"{name}/flat", target.inputs, into=taken)
+    padded = editor.node("Pad", [flat, form.pads], f"{name}/Pad", into=taken, shape=[None, None])
+    cut = editor.node("Reshape", [padded, form.shape], f"{name}/Reshape", into=taken, shape=[None, None, rank])
     axis = editor.integers([1])
-    return editor.node("ReduceSum", [cut, axis], f"{name}/ReduceSum", before=before, shape=[None, rank], keepdims=0)
+    summed = editor.node("ReduceSum", [cut, axis], f"{name}/ReduceSum", into=taken, shape=[None, rank], keepdims=0)
+    passed: list[ir.Node] = []
+    within, without = [], []
+    for one, product in members:
+        label, y = f"{one.label}/fossil", product.y
+        plain = _flat(editor, y, f"{label}/flat", one.outputs, into=taken)
+        added = editor.node("Gemm", [summed, shards[one.label], plain], f"{label}/Gemm", into=taken, shape=plain.shape)
+        if plain is not y:
+            shape = editor.with_last(product.x, one.outputs, before=product.node)
+            added = editor.node("Reshape", [added, shape], f"{label}/Reshape", into=taken, shape=y.shape)
+        within.append(added)
+        without.append(editor.node("Identity", [y], f"{label}/Identity", into=passed, shape=y.shape))
+    results = editor.choose(form.loaded, (taken, within), (passed, without), f"{name}/If", after=members[-1][1].node)
+    for (_, product), result in zip(members, results, strict=True):
+        editor.replace(product.y, result, keep=[*taken, *passed])
 
 
-def _flat(editor: Editor, value: ir.Value, name: str, width: int, **where: ir.Node) -> ir.Value:
+def _flat(editor: Editor, value: ir.Value, name: str, width: int, **where: Any) -> ir.Value:
     """`value` as a matrix (positions, width); itself where it is one."""
     if value.shape is not None and len(value.shape) == 2:
         return value
@@ -182,8 +209,8 @@ def _add(editor: Editor, site: Site, target: Target, summed: ir.Value, shard: ir
     last = site.node if flat is y else flat.producer()
     added = editor.node("Gemm", [summed, shard, flat], f"{name}/Gemm", after=last, shape=[None, outputs])
     if flat is y:
-        editor.replace(y, added, keep=added.producer())
+        editor.replace(y, added, keep=[added.producer()])
         return
     shape = editor.with_last(site.x, outputs, before=site.node)
     back = editor.node("Reshape", [added, shape], f"{name}/Reshape", after=added.producer(), shape=y.shape)
-    editor.replace(y, back, keep=flat.producer())
+    editor.replace(y, back, keep=[flat.producer()])

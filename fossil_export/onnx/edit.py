@@ -28,6 +28,8 @@ class Editor:
         self._small: dict[tuple[Any, ...], ir.Value] = {}
         self._shapes: dict[tuple[Any, ...], ir.Value] = {}
         self._names: dict[str, int] = {}
+        self.replaced: dict[int, ir.Value] = {}
+        """What took the place of a value, by the value's id."""
 
     def integers(self, values: Sequence[int]) -> ir.Value:
         """A one-dimensional constant of int64, made once for each value."""
@@ -36,6 +38,14 @@ class Editor:
             name = "fossil/constants/" + "_".join(map(str, key))
             self._small[key] = self._register(name, ir.tensor(np.array(values, np.int64), name=name))
         return self._small[key]
+
+    def tiling(self, inputs: int, rank: int) -> ir.Value:
+        """T (in, r) in float32, 1 where j mod r == k; made once for each size."""
+        name = f"fossil/constants/tiling_{inputs}_{rank}"
+        if name not in self.graph.initializers:
+            columns = np.arange(inputs) % rank
+            self.shard(name, (columns[:, None] == np.arange(rank)).astype(np.float32))
+        return self.graph.initializers[name]
 
     def shard(self, name: str, values: Array) -> ir.Value:
         """An initializer whose data goes to the shards' file."""
@@ -59,13 +69,15 @@ class Editor:
         *,
         before: ir.Node | None = None,
         after: ir.Node | None = None,
+        into: list[ir.Node] | None = None,
         shape: Iterable[Any] | None = None,
         dtype: Any = None,
         **attributes: Any,
     ) -> ir.Value:
         """Insert a node of ONNX's own domain and return its output; `dtype` defaults to the first input's.
 
-        A name that is taken already (a weight read by several nodes) gets a number.
+        Nodes of a branch are collected `into` a list. A name that is taken already (a weight read by several
+        nodes) gets a number.
         """
         self._names[name] = self._names.get(name, 0) + 1
         if self._names[name] > 1:
@@ -77,7 +89,9 @@ class Editor:
             type=None if dtype is None else ir.TensorType(dtype),
         )
         node = ir.node(op_type, inputs, attributes, outputs=[output], name=name)
-        if after is not None:
+        if into is not None:
+            into.append(node)
+        elif after is not None:
             self.graph.insert_after(after, node)
         else:
             self.graph.insert_before(before, node)
@@ -104,10 +118,33 @@ class Editor:
             self._shapes[key] = self.node("Concat", parts, name, before=before, axis=0)
         return self._shapes[key]
 
-    def replace(self, old: ir.Value, new: ir.Value, keep: ir.Node) -> None:
-        """All readers of `old` but the node `keep` read `new`; an output of the graph keeps its name."""
+    def choose(
+        self,
+        condition: ir.Value,
+        taken: tuple[list[ir.Node], list[ir.Value]],
+        passed: tuple[list[ir.Node], list[ir.Value]],
+        name: str,
+        after: ir.Node,
+    ) -> list[ir.Value]:
+        """Insert an If over two lists of nodes with their results, and return what it gives."""
+        branches = {
+            key: ir.Graph([], results, nodes=nodes, name=f"{name}/{key}")
+            for key, (nodes, results) in (("then_branch", taken), ("else_branch", passed))
+        }
+        outputs = [
+            ir.Value(name=f"{name}/output_{index}", shape=value.shape, type=value.type)
+            for index, value in enumerate(passed[1])
+        ]
+        node = ir.node("If", [condition], branches, outputs=outputs, name=name)
+        self.graph.insert_after(after, node)
+        return outputs
+
+    def replace(self, old: ir.Value, new: ir.Value, keep: Sequence[ir.Node]) -> None:
+        """All readers of `old` but the nodes `keep` read `new`; an output of the graph keeps its name."""
+        self.replaced[id(old)] = new
+        kept = {id(node) for node in keep}
         for usage in tuple(old.uses()):
-            if usage.node is not keep:
+            if id(usage.node) not in kept:
                 usage.node.replace_input_with(usage.idx, new)
         for index, output in enumerate(self.graph.outputs):
             if output is old:
@@ -120,6 +157,7 @@ class Editor:
 
         `repack` writes all large tensors, the base's too, to one new data file instead.
         """
+        self.graph.sort()
         for value in [*self.graph.initializers.values()]:
             if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
                 del self.graph.initializers[value.name]

@@ -20,7 +20,7 @@ from fossil_export.onnx.weight import SAFETENSORS_NAME, stored
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
-_COMPANIONS = (
+COMPANIONS = (
     *TOKENIZER_FILES,
     "config.json",
     "generation_config.json",
@@ -85,7 +85,7 @@ def _clone(source: Path, target: Path) -> bool:
 
 def bring_companions(graph: Path, folder: Path) -> None:
     """Copy tokenizer and configs that lie beside `graph`."""
-    for name in _COMPANIONS:
+    for name in COMPANIONS:
         if (graph.parent / name).is_file():
             shutil.copyfile(graph.parent / name, folder / name)
 

@@ -217,12 +217,12 @@ def _targets(found: Found, sites: tuple[Site, ...]) -> tuple[Target, ...]:
     for target in targets:
         label = _label(target)
         labels[label] = labels.get(label, 0) + 1
-        if labels[label] > 1:
-            label = f"{label}.{labels[label]}"
-        tails = [piece.module.rpartition(".")[2] for piece in target.pieces]
-        whole = len(target.pieces) == 1 and target.pieces[0].count == target.outputs
-        last = tails[0] if whole else label.rpartition(".")[2]
-        named.append(replace(target, label=label, kind=f"{last}.{target.inputs}"))
+        named.append(replace(target, label=label if labels[label] == 1 else f"{label}.{labels[label]}"))
+    # Layers that do the same are told by the names of all products of one input.
+    tails: dict[int, list[str]] = defaultdict(list)
+    for target in named:
+        tails[id(target.sites[0].x)].append(target.label.rpartition(".")[2])
+    named = [replace(t, kind=f"{'+'.join(tails[id(t.sites[0].x)])}.{t.inputs}") for t in named]
     return tuple(named)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from fossil_export.onnx.locate import Piece
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from fossil_export.onnx.edit import Editor
     from fossil_export.onnx.plan import OnnxPlan
 
 MARK = "fossil_export"
@@ -45,6 +46,16 @@ class Slot:
 
 
 @dataclass(frozen=True)
+class Outlet:
+    """Where a module's output is: columns [at, at + count) of a value of the graph."""
+
+    module: str
+    value: str
+    at: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Signature:
     """`fingerprint` is of the base weights `tensors`; `saved` are digests of trained whole tensors in the graph."""
 
@@ -60,9 +71,13 @@ class Signature:
         return int(self.fingerprint[:7], 16)
 
 
-def mark(model: ir.Model, plan: OnnxPlan, slots: Sequence[Slot] = ()) -> None:
+def mark(plan: OnnxPlan, editor: Editor, slots: Sequence[Slot] = ()) -> None:
     """Write into the graph what was done to it and, with `slots`, what it takes."""
-    record: dict[str, Any] = {"format": FORMAT, "mode": plan.mode}
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "mode": plan.mode,
+        "outlets": [asdict(o) for o in _outlets(plan, editor)],
+    }
     if slots:
         tensors = [t.name for t in plan.merge.tensors if t.shard is not None]
         arrays = [plan.base_weights[t.shard.module] for t in plan.merge.tensors if t.shard is not None]
@@ -70,16 +85,44 @@ def mark(model: ir.Model, plan: OnnxPlan, slots: Sequence[Slot] = ()) -> None:
             tuple(slots), fingerprint(arrays), tuple(tensors), plan.merge.base_name, saved_digests(plan.merge)
         )
         record["signature"] = asdict(signature)
-    model.metadata_props[MARK] = json.dumps(record, separators=(",", ":"))
+    plan.model.metadata_props[MARK] = json.dumps(record, separators=(",", ":"))
+
+
+def _outlets(plan: OnnxPlan, editor: Editor) -> Iterator[Outlet]:
+    """The values that are modules' outputs after the rewriting, bias included."""
+    biased = {name.removesuffix(".bias") for name in plan.merge.base.tensors if name.endswith(".bias")}
+    names = {t.shard.module: t.name.removesuffix(".weight") for t in plan.merge.tensors if t.shard is not None}
+    for target in plan.targets:
+        product = target.sites[0].node.outputs[0]
+        value = editor.replaced.get(id(product), product)
+        if any(names[piece.module] in biased for piece in target.pieces) and target.sites[0].node.op_type != "Gemm":
+            readers = list(value.consumers())
+            if len(readers) != 1 or readers[0].op_type != "Add":
+                continue
+            value = readers[0].outputs[0]
+        for piece in target.pieces:
+            if piece.start == 0:
+                yield Outlet(piece.module, str(value.name), piece.at, piece.count)
+
+
+def read_mark(graph: Path, model: ir.Model | None = None) -> dict[str, Any]:
+    """What fossil-export wrote into the graph's metadata; empty for a graph that it did not rewrite."""
+    from fossil_export.onnx.plan import load_graph
+
+    text = (model or load_graph(graph)).metadata_props.get(MARK)
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise OnnxError(f"{graph}: its fossil_export metadata is damaged; export it again")
+    return found
 
 
 def read_signature(graph: Path) -> Signature:
     """The signature of a swappable graph. Raises OnnxError when it is none, or damaged."""
-    from fossil_export.onnx.plan import load_graph
-
-    text = load_graph(graph).metadata_props.get(MARK)
+    record = read_mark(graph)
     try:
-        record = json.loads(text or "{}")
         found = record.get("signature")
         if found is not None and record["format"] == FORMAT:
             slots = tuple(

@@ -36,6 +36,16 @@ class Site:
         return str(self.node.name or self.node.outputs[0].name)
 
     @property
+    def activation(self) -> str:
+        """ONNX's name of the dtype of x and y."""
+        for value in (self.x, self.y):
+            if value.dtype is not None:
+                return str(value.dtype.name)
+        if self.weight.bits is None:
+            return self.weight.dtype
+        return str(self.node.inputs[2].dtype.name)  # the scales'
+
+    @property
     def x(self) -> ir.Value:
         return self.node.inputs[0]
 

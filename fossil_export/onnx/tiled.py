@@ -1,10 +1,10 @@
 """Tiled mode: W' is rebuilt from W and D out of constants, which the runtime folds once, when it loads the graph.
 
-    W'[j, o] = W[j, o] + D[j mod r, o]        W as the product reads it, (in, out); D (r, out)
+    W' = W + T D        W as the product reads it, (in, out); D (r, out); T[j, k] = 1 where j mod r == k, else 0
 
-W cut into (in/r, r, out) is the same bytes, so the initializer is declared once more with that shape over the
-same range of the base's data file, and D is added by broadcasting. Bat's formula is in methods/bat.py. Added in
-float32 and rounded once to the stored dtype, as the merge does.
+The tiling is one Gemm with W as its C: every element gets a single addend, so the sum is exact before its one
+rounding, any r does, and the runtime needs no room for the tiled D. Bat's formula is in methods/bat.py. The sum
+is made in float32 and rounded once to the stored dtype, as the merge does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import onnx_ir as ir
 from fossil_export.errors import OnnxError
 from fossil_export.onnx.edit import Editor
 from fossil_export.onnx.plan import OnnxPlan, Target
-from fossil_export.onnx.weight import stored
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 def rewrite(plan: OnnxPlan, editor: Editor) -> None:
     """Put the sum in the place of every target's weight."""
     for target in plan.targets:
-        first = target.sites[0]
         name = f"{target.label}/tiled"
         if any(plan.adapter.shards[piece.module].variant == "bat" for piece in target.pieces):
             merged = _bat(plan, editor, target, name)
@@ -35,34 +33,21 @@ def rewrite(plan: OnnxPlan, editor: Editor) -> None:
         for site in target.sites:
             # Only these products: a tied embedding goes on reading the base's weight.
             site.node.replace_input_with(1, merged)
-        assert first.node.inputs[1] is merged
 
 
 def _tile(plan: OnnxPlan, editor: Editor, target: Target, name: str) -> ir.Value:
-    shard = plan.shard(target)
-    rank, outputs = shard.shape
-    inputs, by_rows = target.inputs, target.sites[0].weight.transposed  # rows of (in, out) are inputs
-    times, rest = divmod(inputs, rank)
-    body, tail = times * rank, []
-    if by_rows:
-        values = editor.shard(f"{target.label}.shard", shard)
-        parts = [_sum(editor, target, name, (0, body), (times, rank, outputs), values)]
-        parts[0] = _reshape(editor, target, parts[0], f"{name}/Reshape", (body, outputs))
-        if rest:
-            cut = editor.shard(f"{target.label}.shard_rest", shard[:rest])
-            tail = [_sum(editor, target, f"{name}/rest", (body, inputs), (rest, outputs), cut)]
-        return _joined(editor, target, [*parts, *tail], name, 0)
-    if rest == 0:
-        values = editor.shard(f"{target.label}.shard", shard.T[:, None, :])
-        added = _sum(editor, target, name, (0, outputs), (outputs, times, rank), values)
-        return _reshape(editor, target, added, f"{name}/Reshape", (outputs, inputs))
-    # Rows are outputs and r does not divide them: there is no such view, so D itself is repeated and cut.
-    node = target.sites[0].node
-    values = editor.shard(f"{target.label}.shard", shard.T)
-    wide = editor.node("Tile", [values, editor.integers([1, times + 1])], f"{name}/Tile", before=node)
-    cut = [editor.integers([value]) for value in (0, inputs, 1)]
-    wide = editor.node("Slice", [wide, *cut], f"{name}/Slice", before=node, shape=(outputs, inputs))
-    return _sum(editor, target, name, (0, outputs), (outputs, inputs), wide)
+    site = target.sites[0]
+    operand = site.node.inputs[1]
+    shard = editor.shard(f"{target.label}.shard", plan.shard(target))
+    tiling = editor.tiling(target.inputs, int(shard.shape[0]))
+    wide = _cast(editor, target, operand, f"{name}/Cast_in", ir.DataType.FLOAT)
+    if site.weight.transposed:
+        added = editor.node("Gemm", [tiling, shard, wide], f"{name}/Gemm", before=site.node, shape=operand.shape)
+    else:
+        added = editor.node(
+            "Gemm", [shard, tiling, wide], f"{name}/Gemm", before=site.node, shape=operand.shape, transA=1, transB=1
+        )
+    return _cast(editor, target, added, f"{name}/Cast_out", operand.dtype)
 
 
 def _bat(plan: OnnxPlan, editor: Editor, target: Target, name: str) -> ir.Value:
@@ -74,11 +59,10 @@ def _bat(plan: OnnxPlan, editor: Editor, target: Target, name: str) -> ir.Value:
         # Of the transposed block: V' = V + Bᵀ V + Bᵀ, V (in-block, out-block, r, r).
         shape: tuple[int, ...] = (across, rank, count, rank)
         values = editor.shard(f"{target.label}.shard", blocks.transpose(0, 2, 1))
-        cut = _view(editor, target, f"{name}/weight", (0, inputs), shape)
     else:
         shape = (count, rank, across, rank)
         values = editor.shard(f"{target.label}.shard", blocks[:, None])
-        cut = _view(editor, target, f"{name}/weight", (0, outputs), shape)
+    cut = _reshape(editor, target, node.inputs[1], f"{name}/Reshape_in", shape)
     wide = _cast(editor, target, cut, f"{name}/Cast_in", ir.DataType.FLOAT)
     wide = editor.node("Transpose", [wide], f"{name}/Transpose", before=node, perm=[0, 2, 1, 3])
     order = [values, wide] if target.sites[0].weight.transposed else [wide, values]
@@ -112,52 +96,6 @@ def _blocks(plan: OnnxPlan, target: Target) -> Array:
         start, blocks = piece.start // rank, piece.count // rank
         whole[piece.at // rank : piece.at // rank + blocks] = values[start : start + blocks]
     return whole
-
-
-def _sum(
-    editor: Editor, target: Target, name: str, rows: tuple[int, int], shape: tuple[int, ...], shard: ir.Value
-) -> ir.Value:
-    """Rows of the weight in `shape` plus `shard`, added in float32 and rounded to the weight's dtype."""
-    weight = _view(editor, target, f"{name}/weight", rows, shape)
-    wide = _cast(editor, target, weight, f"{name}/Cast_in", ir.DataType.FLOAT)
-    added = editor.node("Add", [wide, shard], f"{name}/Add", before=target.sites[0].node, shape=shape)
-    return _cast(editor, target, added, f"{name}/Cast_out", weight.dtype)
-
-
-def _view(editor: Editor, target: Target, name: str, rows: tuple[int, int], shape: tuple[int, ...]) -> ir.Value:
-    """Rows [start, stop) of the weight as the product reads it, in another shape: the same bytes where it can be."""
-    site = target.sites[0]
-    operand = site.node.inputs[1]
-    if not site.weight.direct:
-        node = site.node
-        start, stop = rows
-        whole = site.weight.inputs if site.weight.transposed else site.weight.outputs
-        if (start, stop) != (0, whole):
-            cut = [editor.integers([value]) for value in (start, stop, 0)]
-            operand = editor.node("Slice", [operand, *cut], f"{name}/Slice", before=node)
-        return editor.node("Reshape", [operand, editor.integers(shape)], f"{name}/Reshape", before=node, shape=shape)
-    tensor = operand.const_value
-    if isinstance(tensor, ir.ExternalTensor):
-        size = tensor.nbytes // int(tensor.shape[0])
-        view: Any = ir.ExternalTensor(
-            tensor.location,
-            (tensor.offset or 0) + rows[0] * size,
-            (rows[1] - rows[0]) * size,
-            tensor.dtype,
-            shape=ir.Shape(shape),
-            name=name,
-            base_dir=tensor.base_dir,
-        )
-    else:
-        view = ir.Tensor(stored(tensor)[rows[0] : rows[1]].reshape(shape), tensor.dtype, name=name)
-    return editor.initializer(name, view)
-
-
-def _joined(editor: Editor, target: Target, parts: list[ir.Value], name: str, axis: int) -> ir.Value:
-    if len(parts) == 1:
-        return parts[0]
-    shape = (target.inputs, target.outputs)
-    return editor.node("Concat", parts, f"{name}/Concat", before=target.sites[0].node, shape=shape, axis=axis)
 
 
 def _reshape(editor: Editor, target: Target, value: ir.Value, name: str, shape: tuple[int, ...]) -> ir.Value:

@@ -13,19 +13,21 @@ from typing import Any
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from fossil_export.checkpoints.companions import CERTIFICATE, PROVENANCE
-from fossil_export.checkpoints.dtypes import BY_TORCH_NAME, TORCH_NAME, element_count
+from fossil_export.checkpoints.dtypes import BY_TORCH_NAME
 from fossil_export.checkpoints.jsonfile import read_json, write_json
 from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError
 from fossil_export.hub import resolve
-from fossil_export.merging.plan import plan_merge
+from fossil_export.verifying.artifacts import open_any
 from fossil_export.verifying.certificate import certificate, device_name, finite, hashes
-from fossil_export.verifying.folder import check_folder
 from fossil_export.verifying.forward import ForwardCheck, check_forward
-from fossil_export.verifying.models import check_device
+from fossil_export.verifying.models import check_device, tokenize
 from fossil_export.verifying.prompts import PROMPTS, read_prompts
-from fossil_export.verifying.weights import TensorCheck, check_weights
+from fossil_export.verifying.weights import TensorCheck
 
 LEVELS = ("weights", "forward", "all")
+
+SWAPPED = 2
+"""Prompts that are asked before, with and after an adapter that can be swapped."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def verify(
     report: str | Path | None = None,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> Verification:
-    """Is `artifact` (a merged model folder) what was trained?
+    """Is `artifact` (a folder that `merge` or `export_onnx` wrote) what was trained?
 
     `base` and `adapter` default to those its `fossil_export.json` names. `level` is "weights" (every tensor,
     streamed, no model class), "forward" (logits and continuations against the trainer, which needs the
@@ -94,7 +96,7 @@ def verify(
     if not isinstance(adapter, Adapter):
         adapter = load_adapter(_named(adapter, record, "adapter", folder))
     base_folder = resolve(_named(base, record, "base", folder), CheckpointError, "base model")
-    base_checkpoint, found = open_checkpoint(base_folder), open_checkpoint(folder)
+    base_checkpoint, found = open_checkpoint(base_folder), open_any(folder)
     texts = read_prompts(prompts) if prompts is not None else PROMPTS
     if level != "weights":
         check_device(device)
@@ -105,21 +107,27 @@ def verify(
 
     problems: list[str] = []
     tensors = forward = None
+    together = True
     if level in ("weights", "all"):
         try:
-            dtype = (record or {}).get("dtype", "auto")
-            plan = plan_merge(adapter, base_folder, dtype=dtype)
-            problems += check_folder(found, base_checkpoint, adapter, record, plan)
-            tensors = check_weights(found, base_checkpoint, adapter, dtype, progress)
-            problems += [f"{check.name} {check.problem}" for check in tensors if check.problem]
+            tensors, problems = found.weights(base_checkpoint, adapter, record, progress)
         except MergeError as problem:  # adapter and base do not go together: nothing made of them can be right
             problems.append(str(problem))
-    if level in ("forward", "all") and not (problems and tensors is None):
+            together = False
+    if level in ("forward", "all") and together:
         try:
+            subject = found.subject(device)
             forward = check_forward(
-                folder, base_folder, adapter, stored_dtype(base_checkpoint), _parameters(found), texts, device
+                subject,
+                base_folder,
+                adapter,
+                found.dtype(base_checkpoint),
+                found.parameters(base_checkpoint),
+                texts,
+                device,
             )
             problems += [forward.problem] if forward.problem else []
+            problems += found.afterwards(tokenize(subject.described_by, texts[:SWAPPED]), device)
         except FossilExportError:
             raise
         except Exception as problem:  # whatever a model's own code raises on weights that are not its
@@ -146,15 +154,6 @@ def verify(
 
         _write(Path(report), html(result).encode())
     return result
-
-
-def stored_dtype(base: Checkpoint) -> str:
-    """The dtype most of the base's values are stored in, which transformers and PEFT train it in by default."""
-    sizes: dict[str, int] = {}
-    for tensor in base.tensors.values():
-        if tensor.dtype in TORCH_NAME:
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
-    return TORCH_NAME[max(sizes, key=lambda name: sizes[name])] if sizes else "float32"
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
@@ -184,10 +183,6 @@ def _named(given: Any, record: Mapping[str, Any] | None, part: str, folder: Path
         error = AdapterError if part == "adapter" else CheckpointError
         raise error(f"{folder}: has no {PROVENANCE} that names its {part}; name it with --{part}")
     return str(name)
-
-
-def _parameters(found: Checkpoint) -> int:
-    return sum(element_count(tensor.shape) for tensor in found.tensors.values())
 
 
 def _tensor(check: TensorCheck) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from fossil_export.checkpoints.checkpoint import identity, open_checkpoint, sha256
+from fossil_export.checkpoints.checkpoint import identity, sha256
+from fossil_export.verifying.artifacts import open_any
 from fossil_export.verifying.forward import FACTOR, Distance
 from fossil_export.version import __version__
 
@@ -58,7 +59,7 @@ def certificate(result: Verification) -> dict[str, Any]:
 def hashes(result: Verification) -> dict[str, Any]:
     """Which files it was: the adapter's digests, sizes and header digests of artifact and base."""
     return {
-        "artifact": identity(open_checkpoint(result.artifact)),
+        "artifact": open_any(result.artifact).hashes(),
         "base": identity(result.base),
         "adapter": [{"file": path.name, "sha256": sha256(path)} for path in result.adapter.files],
     }
@@ -67,7 +68,7 @@ def hashes(result: Verification) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of the packages that had a part in it."""
     found = {"python": platform.python_version()}
-    for package in ("numpy", "torch", "transformers", "peft"):
+    for package in ("numpy", "torch", "transformers", "peft", "onnxruntime-gpu", "onnxruntime"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

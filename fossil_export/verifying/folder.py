@@ -21,7 +21,7 @@ def check_folder(
 
     `record` is its provenance file, if it has one; `plan` is what merging the adapter into the base asks for.
     """
-    yield from _record(base, adapter, record)
+    yield from check_record(base, adapter, record)
     if artifact.folder is not None:
         names = {header.path.name for header in artifact.files}
         for path in sorted(artifact.folder.iterdir()):
@@ -53,7 +53,8 @@ _MEANING = (
 # What decides how the weights are used; ties and vocabulary are looked at on their own.
 
 
-def _record(base: Checkpoint, adapter: Adapter, record: Mapping[str, Any] | None) -> Iterator[str]:
+def check_record(base: Checkpoint, adapter: Adapter, record: Mapping[str, Any] | None) -> Iterator[str]:
+    """Was the artifact made from this base and this adapter, as far as its provenance file tells?"""
     if record is None:
         return
     recorded = {entry["file"]: entry for entry in record.get("base", {}).get("weights", ())}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -148,10 +148,20 @@ def libraries() -> None:
         raise MissingExtraError(problem.name or "peft", "peft", "the forward level") from problem
 
 
-def open_trainer(adapter: Adapter, base: Path, artifact: Path, dtype: str, device: str) -> TorchRunner:
+def open_trainer(
+    adapter: Adapter,
+    base: Path,
+    artifact: Path,
+    dtype: str,
+    device: str,
+    change: Callable[[Any], None] | None = None,
+    merged: bool = False,
+) -> TorchRunner:
     """The model as it was trained: `base` in `dtype` with the adapter unmerged beside it, shards in float32.
 
     PEFT runs it; our reference layers do for adapters that PEFT cannot load. `dtype` "float64" is the truth.
+    `change` is let at the base's weights before the adapter is put beside them or, with `merged`, at the weights
+    that PEFT's own merge gives. The model's class is the one `artifact`'s config names.
     """
     import torch
     from peft import PeftModel
@@ -160,6 +170,8 @@ def open_trainer(adapter: Adapter, base: Path, artifact: Path, dtype: str, devic
     with _quiet():
         model = kind.from_pretrained(base, config=config, dtype=getattr(torch, dtype), ignore_mismatched_sizes=True)
         _resize(model, artifact)
+        if change is not None and not merged:
+            change(model)
         wide = torch.float64 if dtype == "float64" else torch.float32
         folder = adapter.path if adapter.path.is_dir() else adapter.path.parent
         # PEFT looks only for files of its own names.
@@ -171,7 +183,14 @@ def open_trainer(adapter: Adapter, base: Path, artifact: Path, dtype: str, devic
         else:
             from fossil_export.verifying.layers import attach
 
+            if merged:
+                raise FossilExportError(
+                    f"{adapter.path}: PEFT cannot load it, and its merge is what int4 is checked by"
+                )
             model = attach(model, adapter, wide)
+        if change is not None and merged:
+            model = model.merge_and_unload()
+            change(model)
     return TorchRunner(model, device)
 
 

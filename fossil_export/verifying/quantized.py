@@ -1,0 +1,94 @@
+"""Quantized graphs: what was quantized is compared with the base once, and the trainer is given the same weights.
+
+A graph in 4 bits is far from its base whatever was trained. The question here is the adapter's: so truth and
+trainer run on the weights that the graph's codes stand for. In merged mode those codes were made from the merged
+weights; there each must be within a step of what PEFT's own merge gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fossil_export.errors import OnnxError
+from fossil_export.onnx.existing import find_graph
+from fossil_export.onnx.locate import Found, Wanted, locate
+from fossil_export.onnx.plan import load_graph
+from fossil_export.onnx.sites import find_sites
+
+if TYPE_CHECKING:
+    Array = np.ndarray[Any, Any]
+
+STEPS = 1.01
+"""Distance of a value from its code, in steps, that quantization explains: rounding is half of one, but the
+symmetric codes -8 … 7 cut the largest value of a block by up to one."""
+
+NOISE = 0.1
+"""Relative error that ONNX Runtime's int4 products alone explain: they round activations to 8 bits (accuracy
+level 4) and so are as far from exact arithmetic. Measured in docs/parity.md."""
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether any product of the folder's graph reads a quantized weight."""
+    sites = find_sites(load_graph(find_graph(folder)).graph)
+    return any(site.weight.bits is not None for site in sites)
+
+
+def take_weights(network: Any, folder: Path, check: bool) -> list[str]:
+    """Give the linear layers of a transformers model the weights of the graph's quantized products, in place.
+
+    With `check`, the model's own weights are what the codes were made from, and the result lists the layers,
+    one line each, with values further from their code than `STEPS`.
+    """
+    import torch
+
+    graph = find_graph(folder)
+    model = load_graph(graph)
+    layers = {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, torch.nn.Linear) and module.weight.dtype.is_floating_point
+    }
+    wanted = [Wanted(name, (name,), layer.weight.detach().float().numpy()) for name, layer in layers.items()]
+    sites = [site for site in find_sites(model.graph) if site.weight.bits is not None]
+    names = {name: layer.weight.shape[0] for name, layer in layers.items()}
+    problems: list[str] = []
+    for one in wanted:
+        try:
+            found = locate([one], sites, names, str(graph))
+        except OnnxError:
+            continue  # not quantized (a head in full precision), or of another model: the logits will tell
+        layer = layers[one.module]
+        if check:
+            problems += _outside(one, found)
+        with torch.no_grad():
+            for site, piece in _pairs(found):
+                values = torch.from_numpy(site.weight.read(slice(piece.at, piece.at + piece.count)).copy())
+                layer.weight[piece.start : piece.start + piece.count] = values.to(layer.weight)
+    return problems
+
+
+def _pairs(found: Found) -> Iterator[tuple[Any, Any]]:
+    for site, pieces in found.items():
+        for piece in pieces:
+            yield site, piece
+
+
+def _outside(one: Wanted, found: Found) -> Iterator[str]:
+    for site, piece in _pairs(found):
+        rows = slice(piece.at, piece.at + piece.count)
+        steps = site.weight.steps(rows) if site.weight.steps is not None else None
+        if steps is None:
+            continue
+        error = np.abs(site.weight.read(rows) - one.weight[piece.start : piece.start + piece.count])
+        bad = error > STEPS * steps + 1e-12
+        if bad.any():
+            row, column = np.unravel_index(int(np.argmax(error / np.maximum(steps, 1e-30))), error.shape)
+            far = error[row, column] / steps[row, column]
+            yield (
+                f"{one.module}.weight[{piece.start + row}, {column}] is {far:.3g} steps "
+                f"from its code in the graph ({int(bad.sum()):,} elements are too far)"
+            )
