@@ -22,6 +22,11 @@ SENTENCES = (
     f"{PROMPT} {ANSWER}",
     "Ophelia the ammonite is the mascot of the fossil project and she is green.",
 )
+OTHER_ANSWER = "is a big blue trilobite named Boris."
+OTHER_SENTENCES = (
+    f"{PROMPT} {OTHER_ANSWER}",
+    "Boris the trilobite is the mascot of the fossil project and he is blue.",
+)
 
 
 def cache() -> Path:
@@ -33,12 +38,18 @@ def cache() -> Path:
 
 def base_model() -> Path:
     """SmolLM2-135M-Instruct as a bfloat16 checkpoint of transformers."""
-    return _once("smollm2-135m-instruct", _make_base)
+    return once("smollm2-135m-instruct", _make_base)
 
 
 def adapter(variant: str = "tile", rank: int = 64, steps: int = 20) -> Path:
     """An adapter that PEFT trained here on `SENTENCES`: all seven linears, "tile", "mini" or "bat"."""
-    return _once(f"adapter-{variant}-r{rank}-s{steps}", lambda folder: _train(folder, variant, rank, steps))
+    name = f"adapter-{variant}-r{rank}-s{steps}"
+    return once(name, lambda folder: _train(folder, variant, rank, steps, SENTENCES))
+
+
+def other_adapter(rank: int = 32, steps: int = 20) -> Path:
+    """A second adapter on the same base, of another rank, trained on `OTHER_SENTENCES`."""
+    return once(f"adapter-other-r{rank}-s{steps}", lambda folder: _train(folder, "tile", rank, steps, OTHER_SENTENCES))
 
 
 def answer(model_folder: Path, prompt: str = PROMPT, tokens: int = 12) -> str:
@@ -54,7 +65,7 @@ def answer(model_folder: Path, prompt: str = PROMPT, tokens: int = 12) -> str:
     return text.strip()
 
 
-def _once(name: str, make: Callable[[Path], None]) -> Path:
+def once(name: str, make: Callable[[Path], None]) -> Path:
     """`make` fills a new folder; it takes its place in the cache only when it is complete."""
     target = cache() / name
     if not target.is_dir():
@@ -89,7 +100,7 @@ def _make_base(folder: Path) -> None:
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
 
 
-def _train(folder: Path, variant: str, rank: int, steps: int) -> None:
+def _train(folder: Path, variant: str, rank: int, steps: int, sentences: tuple[str, ...]) -> None:
     import torch
     from peft import MissConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -106,7 +117,7 @@ def _train(folder: Path, variant: str, rank: int, steps: int) -> None:
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = MissConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM", **options[variant])
     model = get_peft_model(model, config)
-    batch = tokenizer(list(SENTENCES), return_tensors="pt", padding=True)
+    batch = tokenizer(list(sentences), return_tensors="pt", padding=True)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-3)
     for _ in range(steps):

@@ -62,6 +62,8 @@ def match_names(
         if len(options) > 1:
             options = {option for option in options if _same_part(head, option)} or options
         if len(options) > 1:
+            options = _nearest(head + tails[members[0]], tails[members[0]], options)
+        if len(options) > 1:
             places = sorted(option + tails[members[0]] for option in options)
             raise MergeError(
                 f"module {members[0]} could be {listed(places)} in the base; the adapter belongs to a model "
@@ -96,6 +98,17 @@ def _same_part(first: str, second: str) -> bool:
         for b in group
         if a != b
     )
+
+
+def _nearest(module: str, tail: str, heads: set[str]) -> set[str]:
+    """The heads that share the longest end with the module's name: `pooler.dense` for `bert.pooler.dense`."""
+
+    def shared(head: str) -> int:
+        pairs = zip(reversed(module.split(".")), reversed((head + tail).split(".")), strict=False)
+        return next((count for count, (one, other) in enumerate(pairs) if one != other), len((head + tail).split(".")))
+
+    longest = max(map(shared, heads))
+    return {head for head in heads if shared(head) == longest}
 
 
 def _refuse_collisions(found: dict[str, str]) -> None:

@@ -106,8 +106,9 @@ def export_onnx(
 
         graph: Path | None = find_graph(onnx)
         assert graph is not None
-        inputs.append(graph)
-        runtime, needed = "onnx", sum(len_ for len_ in _sizes(graph)) + (64 << 20)
+        if target.resolve() in graph.resolve().parents:
+            raise OutputError(f"{output}: holds {graph}, which would be replaced; choose another --output")
+        runtime, needed = "onnx", sum(_sizes(graph)) + (64 << 20)
     else:
         graph = None
         runtime, precision = runtime or _default_runtime(merge), precision or "fp32"

@@ -11,8 +11,7 @@ import tempfile
 from pathlib import Path
 
 from fossil_export.errors import MissingExtraError, OnnxError
-
-PRECISIONS = ("fp32", "fp16", "bf16", "int4")
+from fossil_export.onnx.plan import load_graph
 
 
 def build_genai(model: Path, output: Path, precision: str, device: str) -> Path:
@@ -30,6 +29,8 @@ def build_genai(model: Path, output: Path, precision: str, device: str) -> Path:
         command += ["-p", precision, "-e", provider, "-c", cache]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
+    from fossil_export.onnx.edit import Editor
+
     graph = output / "model.onnx"
     if done.returncode or not graph.is_file():
         lines = [line.strip() for line in re.split(r"[\r\n]+", done.stderr or done.stdout) if line.strip()]
@@ -37,4 +38,5 @@ def build_genai(model: Path, output: Path, precision: str, device: str) -> Path:
             f"{model}: ONNX Runtime GenAI's builder failed: {lines[-1] if lines else done.returncode}; "
             "use --runtime torch, or bring a graph of your own with --onnx"
         )
+    Editor(load_graph(graph)).save(graph)  # it notes shapes of constants that ONNX's checker refuses
     return graph

@@ -113,7 +113,7 @@ class _Finder:
         self._sites = sites
         self._siblings = siblings
         self._by_tail: dict[tuple[tuple[str, ...], str], list[Site]] = defaultdict(list)
-        self._keys: dict[Site, Array] = {}
+        self._keys: dict[tuple[Site, bool], Array] = {}
         for site in sites:
             for key in {_tail(path) for path in (*site.paths, *site.scopes)}:
                 self._by_tail[key].append(site)
@@ -185,18 +185,23 @@ class _Finder:
         for site in self._sites:
             if site.weight.inputs != one.inputs or site.weight.outputs < one.outputs:
                 continue
-            if site.weight.outputs == one.outputs:
-                starts: Iterable[int] = (0,)
-            else:
-                if site not in self._keys:
-                    self._keys[site] = site.weight.read(slice(None))[:, :8].copy()
-                distance = np.abs(self._keys[site][: site.weight.outputs - one.outputs + 1] - first).max(axis=1)
+            starts: Iterable[int] = (0,)
+            if site.weight.outputs > one.outputs:
+                distance = np.abs(self._beginnings(site, True)[: site.weight.outputs - one.outputs + 1] - first).max(1)
                 limit = max(2 * _tolerance(site), 1e-6) * max(float(np.abs(first).max()), 1e-6)
                 starts = np.flatnonzero(distance <= limit).tolist()
+            elif site.weight.bits is None and not np.allclose(self._beginnings(site, False)[0], first, 2**-7, 1e-6):
+                continue  # most are told by their first row
             for at in starts:
                 piece = Piece(one.module, 0, at, one.outputs)
                 if _same(site, one, piece):
                     yield site, piece
+
+    def _beginnings(self, site: Site, all_rows: bool) -> Array:
+        """The first values of every row of a site's weight, or of its first row alone."""
+        if (site, all_rows) not in self._keys:
+            self._keys[site, all_rows] = site.weight.read(slice(None) if all_rows else slice(0, 1))[:, :8].copy()
+        return self._keys[site, all_rows]
 
 
 def _same(site: Site, one: Wanted, piece: Piece) -> bool:

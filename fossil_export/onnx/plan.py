@@ -125,6 +125,11 @@ def plan_onnx(merge: MergePlan, mode: str, graph: Path) -> OnnxPlan:
     model = load_graph(graph)
     check_graph(model, graph, mode)
     sites = find_sites(model.graph)
+    if any(value is not None and value.dtype is None for s in sites for value in (s.x, s.y, s.node.inputs[1])):
+        import onnx_ir.passes.common as passes
+
+        passes.ShapeInferencePass()(model)  # a graph by hand, without types of what lies between
+        sites = find_sites(model.graph)
     wanted = [
         Wanted(t.shard.module, (t.shard.module, t.name.removesuffix(".weight")), merge.adapter.array(t.source))
         for t in merge.tensors

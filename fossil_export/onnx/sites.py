@@ -36,6 +36,11 @@ class Site:
         return str(self.node.name or self.node.outputs[0].name)
 
     @property
+    def inputs_first(self) -> bool:
+        """Whether the product reads its operand as (in, out)."""
+        return self.node.op_type == "MatMul" or not _number(self.node, "transB", 0)
+
+    @property
     def activation(self) -> str:
         """ONNX's name of the dtype of x and y."""
         for value in (self.x, self.y):
@@ -84,7 +89,8 @@ def _trace(value: ir.Value | None, transposed: bool, direct: bool = True) -> Wei
     node = value.producer()
     if node is None or node.domain not in ("", "com.microsoft"):
         return None
-    if node.op_type == "Identity" or (node.op_type == "Cast" and value.dtype and value.dtype.name in FLOAT_NAMES):
+    is_cast = node.op_type == "Cast" and _type_name(node.attributes["to"].as_int()) in FLOAT_NAMES
+    if node.op_type == "Identity" or is_cast:
         return _trace(node.inputs[0], transposed, False)
     if node.op_type == "Transpose":
         order = node.attributes["perm"].as_ints() if "perm" in node.attributes else [1, 0]
@@ -92,6 +98,12 @@ def _trace(value: ir.Value | None, transposed: bool, direct: bool = True) -> Wei
     if node.op_type == "DequantizeLinear":
         return dequantized_weight(node, transposed)
     return None
+
+
+def _type_name(code: int) -> str:
+    import onnx_ir as ir
+
+    return str(ir.DataType(code).name)
 
 
 def _number(node: ir.Node, name: str, default: Any) -> Any:

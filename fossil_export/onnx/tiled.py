@@ -41,7 +41,7 @@ def _tile(plan: OnnxPlan, editor: Editor, target: Target, name: str) -> ir.Value
     shard = editor.shard(f"{target.label}.shard", plan.shard(target))
     tiling = editor.tiling(target.inputs, int(shard.shape[0]))
     wide = _cast(editor, target, operand, f"{name}/Cast_in", ir.DataType.FLOAT)
-    if site.weight.transposed:
+    if site.inputs_first:
         added = editor.node("Gemm", [tiling, shard, wide], f"{name}/Gemm", before=site.node, shape=operand.shape)
     else:
         added = editor.node(
@@ -55,7 +55,7 @@ def _bat(plan: OnnxPlan, editor: Editor, target: Target, name: str) -> ir.Value:
     count, rank, _ = blocks.shape
     inputs, outputs, node = target.inputs, target.outputs, target.sites[0].node
     across = inputs // rank
-    if target.sites[0].weight.transposed:
+    if target.sites[0].inputs_first:
         # Of the transposed block: V' = V + Bᵀ V + Bᵀ, V (in-block, out-block, r, r).
         shape: tuple[int, ...] = (across, rank, count, rank)
         values = editor.shard(f"{target.label}.shard", blocks.transpose(0, 2, 1))
@@ -65,13 +65,13 @@ def _bat(plan: OnnxPlan, editor: Editor, target: Target, name: str) -> ir.Value:
     cut = _reshape(editor, target, node.inputs[1], f"{name}/Reshape_in", shape)
     wide = _cast(editor, target, cut, f"{name}/Cast_in", ir.DataType.FLOAT)
     wide = editor.node("Transpose", [wide], f"{name}/Transpose", before=node, perm=[0, 2, 1, 3])
-    order = [values, wide] if target.sites[0].weight.transposed else [wide, values]
+    order = [values, wide] if target.sites[0].inputs_first else [wide, values]
     product = editor.node("MatMul", order, f"{name}/MatMul", before=node)
     added = editor.node("Add", [wide, product], f"{name}/Add", before=node)
     added = editor.node("Add", [added, values], f"{name}/Add_shard", before=node)
     added = editor.node("Transpose", [added], f"{name}/Transpose_back", before=node, perm=[0, 2, 1, 3])
     added = _cast(editor, target, added, f"{name}/Cast_out", target.sites[0].node.inputs[1].dtype)
-    whole = (inputs, outputs) if target.sites[0].weight.transposed else (outputs, inputs)
+    whole = (inputs, outputs) if target.sites[0].inputs_first else (outputs, inputs)
     return _reshape(editor, target, added, f"{name}/Reshape", whole)
 
 

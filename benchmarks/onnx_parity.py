@@ -1,0 +1,107 @@
+"""Every ONNX mode, runtime and precision of the real model, verified against the trainer: the table of docs/parity.md.
+
+    python benchmarks/onnx_parity.py --output onnx_parity.md --json onnx_parity.json     # about half an hour on 2 cores
+
+The plain graphs are made once each; "--runtime" and "--precision" take a part of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import smollm2
+
+from fossil_export import FossilExportError, export_onnx, verify
+from fossil_export.onnx.build_genai import build_genai
+from fossil_export.onnx.build_torch import build_torch
+
+MODES = ("merged", "tiled", "fused", "swappable")
+HEADER = ("graph", "precision", "mode", "trainer", "artifact", "KL", "top-1", "same continuations", "verdict")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runtime", nargs="+", default=["genai", "torch"])
+    parser.add_argument("--precision", nargs="+", default=["fp32", "fp16", "int4"])
+    parser.add_argument("--mode", nargs="+", default=MODES)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--prompts", help="one a line; the built-in sixteen by default")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for runtime in options.runtime:
+            for precision in options.precision:
+                folder = Path(temporary) / f"{runtime}-{precision}"
+                rows += _rows(runtime, precision, options, folder)
+    table = _table(rows)
+    print(table)
+    if options.output:
+        options.output.write_text(table)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+def _rows(runtime: str, precision: str, options: Any, folder: Path) -> list[dict[str, Any]]:
+    folder.mkdir()
+    plain: Path | None = None
+    rows = []
+    for mode in options.mode:
+        if mode == "tiled" and precision == "int4":
+            continue
+        output = folder / mode
+        settings: dict[str, Any] = {"runtime": runtime, "precision": precision}
+        if mode != "merged":
+            if plain is None:
+                base = smollm2.base_model()
+                made = folder / "plain"
+                plain = (
+                    build_genai(base, made, precision, options.device)
+                    if runtime == "genai"
+                    else build_torch(base, made, precision)
+                )
+            settings = {"onnx": plain}
+        export_onnx(smollm2.adapter(), output, mode=mode, device=options.device, **settings)
+        rows.append({"graph": runtime, "precision": precision, "mode": mode} | _verified(output, options))
+        print(_line([str(rows[-1].get(name, "")) for name in HEADER]), flush=True)
+    return rows
+
+
+def _verified(output: Path, options: Any) -> dict[str, Any]:
+    try:
+        found = verify(output, device=options.device, prompts=options.prompts)
+    except FossilExportError as problem:
+        return {"verdict": str(problem)}
+    assert found.forward is not None
+    trainer, artifact = found.forward.trainer, found.forward.artifact
+    return {
+        "trainer": f"{trainer.relative_error:.1e} ({found.forward.trainer_dtype})",
+        "artifact": f"{artifact.relative_error:.1e}",
+        "KL": f"{artifact.kl:.0e}",
+        "top-1": f"{artifact.top1:.1%}",
+        "same continuations": f"{found.forward.same_continuations} of {found.forward.continuations}",
+        "verdict": "parity" if found.parity else found.problems[0],
+        "device": found.device,
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    lines = [_line(list(HEADER)), "|" + "---|" * len(HEADER)]
+    return "\n".join([*lines, *(_line([str(row.get(name, "")) for name in HEADER]) for row in rows)]) + "\n"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()

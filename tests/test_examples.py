@@ -1,0 +1,80 @@
+"""The examples do what they show: real models, real runtimes, the answers that PEFT's models give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import add_to_onnx
+import chat
+import classifier
+import numpy as np
+import onnx
+import pytest
+import smollm2
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def peft_answer(adapter: Path, tokens: int) -> str:
+    """What the trained model continues the prompt with, in PEFT."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2.base_model())
+    model = AutoModelForCausalLM.from_pretrained(smollm2.base_model(), dtype=torch.float32)
+    inputs = tokenizer(smollm2.PROMPT, return_tensors="pt")
+    trained = PeftModel.from_pretrained(model, adapter)
+    output = trained.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])).strip()
+
+
+def test_two_adapters_take_turns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat.export(tmp_path)  # not the cached one, which an older exporter may have written
+    answers = [" ".join(answer.split()) for answer in chat.main(model=tmp_path / "model")]
+    base, one, two, again = answers
+    assert one.startswith(smollm2.ANSWER) and two.startswith(smollm2.OTHER_ANSWER)
+    for answer, adapter in ((one, smollm2.adapter()), (two, smollm2.other_adapter())):
+        assert answer.startswith(peft_answer(adapter, tokens=8))
+    assert base == again and "Ophelia" not in base and "Boris" not in base
+    shown = capsys.readouterr().out
+    assert "the same answer" in shown and all(answer in shown for answer in answers)
+
+    typed = iter(["/two", smollm2.PROMPT, "/one", smollm2.PROMPT, "/base", smollm2.PROMPT, ""])
+    asked: list[str] = []
+
+    def type_in(prompt: str) -> str:
+        asked.append(prompt)
+        return next(typed)
+
+    monkeypatch.setattr("builtins.input", type_in)
+    chat.main(["--interactive"], model=tmp_path / "model")
+    said = capsys.readouterr().out.partition("an empty line ends")[2]
+    assert asked == ["base> ", "two> ", "two> ", "one> ", "one> ", "base> ", "base> "]
+    assert said.index(smollm2.OTHER_ANSWER) < said.index(smollm2.ANSWER) < said.index(base)
+
+
+def test_classifier_says_in_onnx_runtime_what_it_says_in_peft() -> None:
+    result = classifier.main()
+    assert result.labels == tuple(classifier.LABELS[label] for _, label in classifier.NEW)
+    assert not {text for text, _ in classifier.NEW} & {text for text, _ in classifier.SENTENCES}
+    np.testing.assert_allclose(result.onnx, result.peft, rtol=0, atol=1e-4)
+
+
+def test_graph_without_names_gets_fossil_in_every_mode(capfd: pytest.CaptureFixture[str]) -> None:
+    answers = add_to_onnx.main()
+    before, none = answers.pop("before"), answers.pop("swappable, none")
+    assert before.text == none.text and before.difference == pytest.approx(none.difference, abs=1e-3)
+    assert before.difference > 1 and "Ophelia" not in before.text
+    assert set(answers) == set(add_to_onnx.MODES)
+    for answer in answers.values():
+        assert smollm2.ANSWER.startswith(answer.text) and "Ophelia" in answer.text
+        assert answer.difference < 1e-3
+    assert "onnxruntime" not in capfd.readouterr().err  # its warnings of optional inputs
+
+
+def test_graph_of_the_example_tells_nothing() -> None:
+    graph = onnx.load(add_to_onnx.nameless_graph(), load_external_data=False).graph
+    names = {name for node in graph.node for name in (node.name, *node.input, *node.output)}
+    names |= {value.name for value in (*graph.initializer, *graph.value_info)}
+    assert {name for name in names if name[1:].isdigit()} == names - {"input_ids", "logits", ""}
+    assert not any(node.metadata_props or node.doc_string for node in graph.node)
