@@ -452,12 +452,19 @@ def speed_cells(row: LayerRow | ModelRow) -> list[str]:
     return [*row.head, what, *(f"{speed / 1e9:.2f}" for speed in speeds)]
 
 
-def report(setup: Setup, machine: dict[str, Any], layers: Sequence[LayerRow], models: Sequence[ModelRow]) -> str:
-    """The result as a Markdown document."""
+def report(
+    setup: Setup,
+    machine: dict[str, Any],
+    layers: Sequence[LayerRow],
+    models: Sequence[ModelRow],
+    graphs: str,
+    others: Sequence[Row] = (),
+) -> str:
+    """The result as a Markdown document; `graphs` is the table of the ONNX part, or why it was not run."""
     title = ", ".join(f"{name} {value}" for name, value in machine.items())
     taken: list[LayerRow | ModelRow] = [row for row in layers if any(row.speeds)]
     taken += [row for row in models if row.seconds and len(row.seconds[0]) == REPEATS]
-    found = verdict([*layers, *models])
+    found = verdict([*layers, *models, *others])
     ending = "\n".join(f"- {line}" for line in found) or "Every row is within its bounds."
     return f"""# Merges on the GPU against the CPU and the trained model
 
@@ -482,6 +489,10 @@ Medians of {REPEATS}. merge_slab: one CPU thread; on the device with its transfe
 given) read, write and sync, with threads for every core.
 
 {table(SPEED_COLUMNS, [*map(speed_cells, taken)])}
+
+## ONNX Runtime
+
+{graphs}
 
 ## Verdict
 
@@ -541,15 +552,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     with full_float32(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT's use of transformers
         layers, models = run_all(setup, options.dtypes, options.work)
+        import gpu_onnx
+
+        missing = gpu_onnx.why_not(device)
+        graphs = [] if missing else gpu_onnx.onnx_rows(setup, options.dtypes, options.work)
+    shown = f"Not run: {missing}." if missing else table(gpu_onnx.COLUMNS, [*map(gpu_onnx.cells, graphs)])
     say(f"{time.perf_counter() - started:.0f} s")
-    text = report(setup, machine, layers, models)
-    found = verdict([*layers, *models])
+    text = report(setup, machine, layers, models, shown, graphs)
+    found = verdict([*layers, *models, *graphs])
     print(text)
     if options.output is not None:
         publish(options.output, text)
     if options.json is not None:
         record = {"machine": machine, "setup": asdict(setup), "problems": found}
         rows = {"layers": [asdict(row) for row in layers], "models": [asdict(row) for row in models]}
+        rows["onnx"] = [asdict(row) for row in graphs]
         publish(options.json, json.dumps({**record, **rows}, indent=2, ensure_ascii=False) + "\n")
     for line in found:
         say(line)

@@ -33,6 +33,9 @@ def test_every_variant_and_dtype_is_the_model_that_was_trained(tmp_path: Path) -
     record = json.loads(figures.read_text())
     assert record["problems"] == []
     cases = set(itertools.product(("tile", "ragged", "mini", "bat"), gpu_parity.DTYPES))
+    graphs = record["onnx"]  # four modes for the variants that are branches, two for bat, two layers, no bfloat16
+    assert len(graphs) == (3 * 4 + 2) * 2 * 2 and all(row["swapped_out"] is not False for row in graphs)
+    assert sum(row["swapped_out"] is True for row in graphs) == 3 * 2  # not float16
     for part, layers in (("layers", 4), ("models", 1)):
         rows = record[part]
         assert len(rows) == layers * len(cases)
