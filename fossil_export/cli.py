@@ -149,7 +149,7 @@ def inspect(adapter: str, base: str | None, as_json: bool) -> None:
     type=click.Choice(["weights", "forward", "all"]),
     default="all",
     show_default=True,
-    help="weights: every tensor, streamed; forward: logits against the trainer's.",
+    help="weights: every tensor (the shards, of a graph with branches); forward: logits against the trainer's.",
 )
 @click.option(
     "--device", default="cpu", show_default=True, metavar="DEVICE", help="Where to run models: cpu, cuda, cuda:1."
@@ -169,7 +169,7 @@ def verify(
 ) -> None:
     """Is ARTIFACT what was trained?
 
-    ARTIFACT is a folder that `merge` wrote. Exits with 0 for parity and with 1 otherwise, with the first
+    ARTIFACT is a folder that `merge` or `onnx` wrote. Exits with 0 for parity and with 1 otherwise, with the first
     reason on one line. Writes fossil_parity.json into the folder.
     """
     from fossil_export.verifying import verify as check
@@ -234,7 +234,11 @@ def onnx(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Write ADAPTER and its base as an ONNX folder for ONNX Runtime or GenAI."""
+    """Write ADAPTER and its base as an ONNX folder that ONNX Runtime or GenAI runs.
+
+    The graph is made from the base, or is one you have (--onnx). More adapters for a swappable folder are
+    made by `convert --to onnx-adapter`; `verify` runs the folder against the trained model.
+    """
     from fossil_export.onnx.api import export_onnx
 
     with steps() as progress:

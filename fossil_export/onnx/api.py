@@ -12,7 +12,7 @@ from typing import Any
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.checkpoints.companions import PROVENANCE
 from fossil_export.checkpoints.dtypes import element_count
-from fossil_export.checkpoints.jsonfile import write_json
+from fossil_export.checkpoints.jsonfile import read_json, write_json
 from fossil_export.checkpoints.staging import check_destination, staged_folder
 from fossil_export.errors import OnnxError, OutputError, listed
 from fossil_export.hub import expanded
@@ -261,9 +261,21 @@ def _write_adapter(plan: OnnxPlan | None, folder: Path, graph: Path) -> Path | N
     from fossil_export.onnx.adapter_file import ADAPTER, adapter_arrays, write_adapter
     from fossil_export.onnx.signature import read_signature
 
+    _quiet(folder / "genai_config.json")
     signature = read_signature(graph)
     write_adapter(folder / ADAPTER, adapter_arrays(plan.adapter, signature), signature)
     return folder / ADAPTER
+
+
+def _quiet(config: Path) -> None:
+    """Let GenAI say errors only: ONNX Runtime warns of every optional input when it loads a graph."""
+    if not config.is_file():
+        return
+    record = read_json(config, OnnxError)
+    for part in record.get("model", {}).values():
+        if isinstance(part, dict) and isinstance(part.get("session_options"), dict):
+            part["session_options"].setdefault("log_severity_level", 3)
+    config.write_bytes(write_json(record))
 
 
 def _default_runtime(merge: MergePlan) -> str:

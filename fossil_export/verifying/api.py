@@ -126,6 +126,7 @@ def verify(
                 texts,
                 device,
             )
+            problems += subject.problems
             problems += [forward.problem] if forward.problem else []
             problems += found.afterwards(tokenize(subject.described_by, texts[:SWAPPED]), device)
         except FossilExportError:

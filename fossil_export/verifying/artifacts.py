@@ -10,7 +10,6 @@ from typing import Any, Protocol
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints.checkpoint import Checkpoint, identity, open_checkpoint, sha256
 from fossil_export.checkpoints.dtypes import TORCH_NAME, element_count
-from fossil_export.errors import FossilExportError
 from fossil_export.merging.plan import plan_merge
 from fossil_export.verifying.folder import check_folder, check_record
 from fossil_export.verifying.forward import Subject
@@ -99,11 +98,12 @@ class OnnxFolder:
             return Subject(self.folder, lambda: OnnxRunner(self.folder, device))
         merged = self._mode() == "merged"
 
-        def change(network: Any) -> None:
-            if problems := take_weights(network, self.folder, check=merged):
-                raise FossilExportError("; ".join(problems[:3]))
+        problems: list[str] = []
 
-        return Subject(self.folder, lambda: OnnxRunner(self.folder, device), NOISE, change, merged)
+        def change(network: Any) -> None:
+            problems[:] = take_weights(network, self.folder, check=merged)
+
+        return Subject(self.folder, lambda: OnnxRunner(self.folder, device), NOISE, change, merged, problems)
 
     def dtype(self, base: Checkpoint) -> str:
         from fossil_export.onnx.existing import find_graph

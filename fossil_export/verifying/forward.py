@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +89,7 @@ class Subject:
 
     `described_by` is the folder whose config names the model's class; `noise` is the relative error that its
     runtime's arithmetic explains beside rounding; `change` and `merged` are `open_trainer`'s, for artifacts that
-    store other weights than the trainer's on purpose (quantized ones).
+    store other weights than the trainer's on purpose (quantized ones). What `change` finds wrong is in `problems`.
     """
 
     described_by: Path
@@ -97,6 +97,7 @@ class Subject:
     noise: float = 0.0
     change: Callable[[Any], None] | None = None
     merged: bool = False
+    problems: list[str] = field(default_factory=list)
 
 
 def check_forward(
