@@ -31,7 +31,7 @@ def fused(plan: OnnxPlan, editor: Editor) -> None:
     sums: dict[tuple[int, int, bool], ir.Value] = {}
     shards: dict[str, ir.Value] = {}
     for target, site in _in_order(plan):
-        shard = round_to(plan.shard(target), str(site.x.dtype.name), f"the shard of {target.label}")
+        shard = round_to(plan.shard(target), site.activation, f"the shard of {target.label}")
         rank = shard.shape[0]
         longer = lengthens(site)
         key = (id(site.x), rank, longer)

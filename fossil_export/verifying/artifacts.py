@@ -108,9 +108,14 @@ class OnnxFolder:
     def dtype(self, base: Checkpoint) -> str:
         from fossil_export.onnx.existing import find_graph
         from fossil_export.onnx.plan import load_graph
-        from fossil_export.onnx.sites import find_sites
 
-        found = [site.activation for site in find_sites(load_graph(find_graph(self.folder)).graph)]
+        found = [
+            value.dtype.name
+            for node in load_graph(find_graph(self.folder)).graph
+            if node.op_type in ("MatMul", "Gemm", "MatMulNBits") and "/tiled/" not in str(node.name)
+            for value in node.outputs
+            if value.dtype is not None
+        ]
         names = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
         return names.get(max(set(found), key=found.count), "float32") if found else "float32"
 

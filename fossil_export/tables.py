@@ -1,0 +1,142 @@
+"""The commands' results as short tables on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from fossil_export.console import print_pairs, print_table, readable_bytes
+
+if TYPE_CHECKING:
+    from fossil_export.converting import Conversion
+    from fossil_export.inspection import Inspection
+    from fossil_export.merging import MergePlan, MergeResult
+    from fossil_export.onnx.api import OnnxResult
+    from fossil_export.verifying import Verification
+
+
+def print_export(result: OnnxResult) -> None:
+    made = "brought" if result.runtime == "onnx" else f"{result.runtime}, {result.precision}"
+    pairs = [("mode", result.mode), ("graph", f"{result.graph.name} ({made})")]
+    pairs += [("weights", f"{result.targets} with shards"), ("folder", readable_bytes(result.nbytes))]
+    pairs += [("adapter", str(result.adapter_file))] if result.adapter_file else []
+    print_pairs([*pairs, ("time", f"{result.seconds:.1f} s"), ("model", str(result.output))])
+
+
+def print_conversion(result: Conversion) -> None:
+    pairs = [("written", f"{result.output} ({readable_bytes(result.nbytes)})")]
+    pairs += [(name, str(value)) for name, value in result.details.items()]
+    print_pairs([*pairs, ("time", f"{result.seconds:.1f} s")])
+
+
+def print_verification(result: Verification) -> None:
+    pairs = [("verdict", "parity" if result.parity else "NOT the trained model")]
+    if result.tensors is not None:
+        merged = [check for check in result.tensors if check.action == "merge"]
+        wrong = sum(check.problem is not None for check in result.tensors)
+        worst = max((check.worst for check in merged), default=0.0)
+        pairs.append(("weights", f"{len(result.tensors)} tensors, {len(merged)} merged, {wrong} wrong"))
+        pairs.append(("worst error", f"{worst:.4f} steps of the dtype (0.5 is exact rounding)"))
+    if result.forward is not None:
+        forward = result.forward
+        for name, found in (("trainer", forward.trainer), ("artifact", forward.artifact)):
+            text = f"{found.relative_error:.2e} from the truth, KL {found.kl:.1e}, top-1 {found.top1:.1%}"
+            pairs.append((name, f"{text} ({forward.trainer_dtype})" if name == "trainer" else text))
+        same = f"{forward.same_continuations} of {forward.continuations}"
+        pairs.append(("continuations", f"{same} the same ({forward.prompts} prompts, truth in {forward.truth_dtype})"))
+    pairs += [("device", result.device), ("time", f"{result.seconds:.1f} s")]
+    print_pairs(pairs)
+
+
+def print_plan(plan: MergePlan) -> None:
+    actions = ("merge", "replace", "add", "cast", "copy")
+    print_pairs(
+        [
+            ("adapter", f"{plan.adapter.path} ({plan.adapter.variant}, r={plan.adapter.rank})"),
+            ("base", plan.base_name + (f" at {plan.base_revision}" if plan.base_revision else "")),
+            ("tensors", ", ".join(f"{action} {count}" for action in actions if (count := plan.count(action)))),
+            ("files", f"{len(plan.files)} of weights, {readable_bytes(plan.nbytes)}; {len(plan.companions)} others"),
+            *(
+                [("config.json", ", ".join(f"{k} = {v}" for k, v in plan.config_edits.items()))]
+                if plan.config_edits
+                else []
+            ),
+            *([("left behind", ", ".join(plan.left_behind))] if plan.left_behind else []),
+        ]
+    )
+    rows = [
+        (
+            tensor.action,
+            tensor.name,
+            tensor.dtype,
+            "x".join(map(str, tensor.shape)),
+            tensor.shard.tensor.name if tensor.shard else tensor.source.name,
+        )
+        for tensor in plan.tensors
+        if tensor.action in ("merge", "replace", "add")
+    ]
+    click.echo()
+    print_table(("action", "tensor", "dtype", "shape", "from"), rows)
+
+
+def print_result(result: MergeResult) -> None:
+    plan = result.plan
+    total = result.to_dict()["survival"]["survived"]
+    print_pairs(
+        [
+            (
+                "merged",
+                f"{plan.count('merge')} of {len(plan.tensors)} tensors ({plan.adapter.variant}, r={plan.adapter.rank})",
+            ),
+            ("update kept", "-" if total is None else f"{total:.1%} (sampled rows)"),
+            ("written", readable_bytes(plan.nbytes)),
+            ("time", f"{result.seconds:.1f} s"),
+            ("peak memory", readable_bytes(result.peak_memory)),
+            ("model", str(result.output)),
+        ]
+    )
+
+
+def print_inspection(found: Inspection) -> None:
+    from fossil_export.inspection import dtypes
+
+    adapter = found.adapter
+    saved = ", ".join(info.name for info in adapter.saved.values())
+    pairs = [
+        ("adapter", f"{adapter.path} ({adapter.peft_type})"),
+        ("variant", adapter.variant),
+        ("rank", str(adapter.rank)),
+        ("modules", str(len(adapter.shards))),
+        ("parameters", f"{adapter.parameters:,}"),
+        ("dtype", ", ".join(dtypes(adapter))),
+        ("also holds", saved or "nothing"),
+        ("base", adapter.base_model or "not named"),
+        ("merge", _verdict(found)),
+    ]
+    print_pairs(pairs)
+    click.echo()
+    touched = (
+        {t.shard.module: t.name for t in found.plan.tensors if t.shard is not None} if found.plan is not None else {}
+    )
+    rows: list[Sequence[str]] = [
+        (
+            shard.module,
+            "x".join(map(str, shard.tensor.shape)),
+            f"{found.norms[shard.module]:.4g}",
+            touched.get(shard.module, "-"),
+        )
+        for shard in adapter.shards.values()
+    ]
+    print_table(("module", "shard", "norm", "base tensor"), rows)
+
+
+def _verdict(found: Inspection) -> str:
+    if found.problems:
+        return "stopped: " + "; ".join(found.problems)
+    if found.plan is None:
+        return "not checked: the base is not here, name it with --base"
+    return (
+        f"possible, touches {len(found.plan.tensors) - found.plan.count('copy')} of {len(found.plan.tensors)} tensors"
+    )
