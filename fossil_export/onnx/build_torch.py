@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export.errors import FossilExportError, OnnxError
-from fossil_export.onnx.libraries import required
+from fossil_export.extras import required
 
 OPSET = 20
 TORCH_DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int4": "float32"}

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from fossil_export.errors import OnnxError
-from fossil_export.onnx.libraries import required
+from fossil_export.extras import required
 from fossil_export.onnx.plan import external_files, load_graph
 
 _RUNTIME = "com.microsoft"

@@ -159,7 +159,7 @@ def plan_onnx(merge: MergePlan, mode: str, graph: Path) -> OnnxPlan:
 
 def load_graph(path: Path) -> ir.Model:
     """Read a graph without its external data, whose presence is checked. Raises OnnxError."""
-    from fossil_export.onnx.libraries import required
+    from fossil_export.extras import required
 
     ir = required("onnx_ir")
     try:

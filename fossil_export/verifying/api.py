@@ -77,7 +77,7 @@ def verify(
     report: str | Path | None = None,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> Verification:
-    """Is `artifact` (a folder that `merge` or `export_onnx` wrote) what was trained?
+    """Is `artifact` (a folder that `merge`, `export_onnx` or `convert` wrote) what was trained?
 
     `base` and `adapter` default to those its `fossil_export.json` names. `level` is "weights" (every tensor,
     streamed, no model class), "forward" (logits and continuations against the trainer, which needs the
@@ -116,7 +116,7 @@ def verify(
             together = False
     if level in ("forward", "all") and together:
         try:
-            subject = found.subject(device)
+            subject = found.subject(base_checkpoint, adapter, device)
             forward = check_forward(
                 subject,
                 base_folder,

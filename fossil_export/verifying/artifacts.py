@@ -9,11 +9,13 @@ from typing import Any, Protocol
 
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints.checkpoint import Checkpoint, identity, open_checkpoint, sha256
-from fossil_export.checkpoints.dtypes import TORCH_NAME, element_count
+from fossil_export.checkpoints.dtypes import element_count
 from fossil_export.merging.plan import plan_merge
 from fossil_export.verifying.folder import check_folder, check_record
 from fossil_export.verifying.forward import Subject
+from fossil_export.verifying.lora import LoraFolder, is_lora
 from fossil_export.verifying.models import Tokens, open_artifact
+from fossil_export.verifying.stored import stored_dtype
 from fossil_export.verifying.weights import TensorCheck, check_weights
 
 Progress = Callable[[int], None]
@@ -27,7 +29,7 @@ class Artifact(Protocol):
     ) -> tuple[tuple[TensorCheck, ...] | None, list[str]]:
         """The weights level: the tensors as compared (None where they are no checkpoint's) and what is wrong."""
 
-    def subject(self, device: str) -> Subject:
+    def subject(self, base: Checkpoint, adapter: Adapter, device: str) -> Subject:
         """How to run it."""
 
     def dtype(self, base: Checkpoint) -> str:
@@ -59,7 +61,7 @@ class MergedFolder:
         tensors = check_weights(self.checkpoint, base, adapter, dtype, progress)
         return tensors, problems + [f"{check.name} {check.problem}" for check in tensors if check.problem]
 
-    def subject(self, device: str) -> Subject:
+    def subject(self, base: Checkpoint, adapter: Adapter, device: str) -> Subject:
         return Subject(self.folder, lambda: open_artifact(self.folder, device))
 
     def dtype(self, base: Checkpoint) -> str:
@@ -89,7 +91,7 @@ class OnnxFolder:
         plan_merge(adapter, base.location)  # do they go together?
         return None, [*check_record(base, adapter, record), *check_shards(self.folder, adapter)]
 
-    def subject(self, device: str) -> Subject:
+    def subject(self, base: Checkpoint, adapter: Adapter, device: str) -> Subject:
         from fossil_export.verifying.onnx_models import OnnxRunner, providers
         from fossil_export.verifying.quantized import NOISE, is_quantized, take_weights
 
@@ -162,19 +164,12 @@ class OnnxFolder:
 
 
 def open_any(folder: Path) -> Artifact:
-    """The artifact in a folder: a graph where there is one, else a checkpoint. Raises CheckpointError."""
+    """The artifact in a folder: a graph, a LoRA, else a checkpoint. Raises CheckpointError."""
     if any(folder.glob("*.onnx")):
         return OnnxFolder(folder)
+    if is_lora(folder):
+        return LoraFolder(folder)
     return MergedFolder(folder, open_checkpoint(folder))
-
-
-def stored_dtype(base: Checkpoint) -> str:
-    """The dtype most of the base's values are stored in, which transformers and PEFT train it in by default."""
-    sizes: dict[str, int] = {}
-    for tensor in base.tensors.values():
-        if tensor.dtype in TORCH_NAME:
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
-    return TORCH_NAME[max(sizes, key=lambda name: sizes[name])] if sizes else "float32"
 
 
 def _count(checkpoint: Checkpoint) -> int:

@@ -58,7 +58,7 @@ def check_record(base: Checkpoint, adapter: Adapter, record: Mapping[str, Any] |
     if record is None:
         return
     recorded = {entry["file"]: entry for entry in record.get("base", {}).get("weights", ())}
-    for entry in identity(base):
+    for entry in identity(base) if recorded else ():
         known = recorded.get(entry["file"])
         if known is None or (known["size"], known["header_sha256"]) != (entry["size"], entry["header_sha256"]):
             yield f"the artifact was made from another base than {base.location}: its record differs in {entry['file']}"

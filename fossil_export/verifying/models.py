@@ -194,6 +194,18 @@ def open_trainer(
     return TorchRunner(model, device)
 
 
+def open_lora(folder: Path, base: Path, described_by: Path, dtype: str, device: str) -> TorchRunner:
+    """A LoRA folder on its base in `dtype`, by PEFT; the model's class is the one `described_by`'s config names."""
+    import torch
+    from peft import PeftModel
+
+    kind, config = _class_and_config(described_by, base)
+    with _quiet():
+        model = kind.from_pretrained(base, config=config, dtype=getattr(torch, dtype), ignore_mismatched_sizes=True)
+        _resize(model, described_by)
+        return TorchRunner(PeftModel.from_pretrained(model, str(folder)), device)
+
+
 def open_artifact(path: Path, device: str) -> TorchRunner:
     """The artifact, loaded as a user would: its own class, in its own dtype."""
     kind, _ = _class_and_config(path, path)

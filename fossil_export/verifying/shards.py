@@ -13,9 +13,9 @@ import numpy as np
 
 from fossil_export.adapters import Adapter
 from fossil_export.errors import OnnxError
+from fossil_export.extras import required
 from fossil_export.onnx.adapter_file import ADAPTER
 from fossil_export.onnx.existing import find_graph
-from fossil_export.onnx.libraries import required
 from fossil_export.onnx.plan import load_graph
 from fossil_export.onnx.signature import Outlet, read_mark
 from fossil_export.onnx.weight import stored

@@ -1,4 +1,4 @@
-"""The optional packages this room needs, imported in one place with one message."""
+"""Optional packages, imported when they are needed, with one message that says which extra brings them."""
 
 from __future__ import annotations
 

@@ -1,0 +1,301 @@
+"""To a GGUF LoRA adapter, which llama.cpp (`--lora`) and Ollama (`ADAPTER`) load beside a GGUF of the base.
+
+Tile and mini are LoRAs exactly (see `form`). Each module becomes `<name>.weight.lora_a` (r, in) and `.lora_b` (out, r);
+llama.cpp adds alpha / r · B A x, so alpha is r. Names, the order of rows and what happens to tensors that q8_0 does
+not fit are those of llama.cpp's convert_lora_to_gguf.py and conversion/*.py; the keys, of its src/llama-adapter.cpp.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fossil_export.adapters import Adapter
+from fossil_export.checkpoints.checkpoint import open_checkpoint
+from fossil_export.checkpoints.jsonfile import read_json
+from fossil_export.converting.form import exact_lora
+from fossil_export.converting.options import Options
+from fossil_export.converting.widths import Shapes, layer_shapes
+from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError, OutputError, listed
+from fossil_export.extras import required
+from fossil_export.hub import resolve
+from fossil_export.merging.ties import declared_tie, is_head
+from fossil_export.version import __version__
+
+if TYPE_CHECKING:
+    Array = np.ndarray[Any, Any]
+
+OUTTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
+"""Number formats: the name of gguf's GGMLQuantizationType in small letters, and of its LlamaFileType."""
+
+_LARGEST = {"f32": float("inf"), "f16": 65504.0, "q8_0": 65504.0 * 127}
+# q8_0 keeps a float16 scale for 32 values, which is their largest over 127.
+
+_NOTICEABLE = 0.02
+# Relative error by rounding; q8_0 of plain values is below 0.01, more means that they are too small for its scales.
+
+
+@dataclass(frozen=True)
+class Family:
+    """How llama.cpp knows a kind of models: `arch` in gguf's MODEL_ARCH, `rotary` if it reorders the rows of q and k
+    (`interleaved`), `tied` if transformers ties head and embedding where the config does not say."""
+
+    arch: str
+    rotary: bool = False
+    tied: bool = False
+
+
+FAMILIES = {
+    "llama": Family("LLAMA", rotary=True),
+    "mistral": Family("LLAMA", rotary=True),
+    "smollm3": Family("SMOLLM3", rotary=True, tied=True),
+    "granite": Family("GRANITE", rotary=True),
+    "qwen2": Family("QWEN2"),
+    "qwen3": Family("QWEN3"),
+    "gemma": Family("GEMMA", tied=True),
+    "gemma2": Family("GEMMA2", tied=True),
+    "gemma3": Family("GEMMA3", tied=True),
+    "gemma3_text": Family("GEMMA3", tied=True),
+    "phi3": Family("PHI3"),
+}
+"""By `model_type`. SmolLM and SmolLM2 are llama; Phi-4 is phi3. Source: the classes in llama.cpp's conversion/*.py."""
+
+_HEAD_COUNTS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+_TO_LAYERS = re.compile(r"(?:(?:model\.)?language_model\.(?:model\.)?|model\.text_model\.|model\.)?(?=layers\.\d)")
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The base as its config tells it; `where` the config was found, `text` its part on the language model."""
+
+    where: Path
+    text: Mapping[str, Any]
+    family: Family
+    tied: bool
+
+
+def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
+    """Write `adapter` as one GGUF file, whole or not at all. One module is in memory at a time.
+
+    `relative_error` is the largest of the modules' ‖B' - B‖ / ‖B‖ by rounding to the number format. Raises AdapterError
+    for what is no LoRA, MergeError for what llama.cpp has no tensor for, CheckpointError, OutputError.
+    """
+    _refuse(adapter, output, options)
+    gguf = required("gguf", "gguf", "writing GGUF")
+    base = _base(adapter, options)
+    shapes, _ = layer_shapes(adapter, options)
+    names = _names(gguf, adapter, base)
+    parts = _parts(adapter, shapes, base, options.outtype)
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        error = _write_file(gguf, partial, adapter, options.outtype, base, names, shapes, parts)
+        partial.replace(output)
+    except OSError as problem:
+        raise OutputError(f"{output}: cannot be written: {problem}; choose another --output") from problem
+    finally:
+        partial.unlink(missing_ok=True)
+    return {
+        "architecture": _architecture(gguf, base),
+        "outtype": options.outtype,
+        "rank": adapter.rank,
+        "modules": len(names),
+        "exact": error == 0,
+        "relative_error": error,
+        "warnings": list(_warnings(gguf, adapter, shapes, options.outtype, error)),
+    }
+
+
+def interleaved(rows: Array, heads: int) -> Array:
+    """`rows` (out, r) of q or k in llama.cpp's order: transformers rotates row i of a head with row i + d/2, llama.cpp
+    row 2i with row 2i + 1. Source: LlamaModel.permute in llama.cpp's conversion/llama.py."""
+    outputs, rank = rows.shape
+    return rows.reshape(heads, 2, outputs // heads // 2, rank).swapaxes(1, 2).reshape(outputs, rank)
+
+
+def _refuse(adapter: Adapter, output: Path, options: Options) -> None:
+    if options.outtype not in OUTTYPES:
+        raise FossilExportError(f"outtype is {options.outtype!r}, expected {', '.join(OUTTYPES)}")
+    if adapter.variant == "bat":
+        raise AdapterError(
+            f"{adapter.path}: is a bat adapter, which is no LoRA; get the nearest one by --to lora with --rank or "
+            "--energy, or merge it into the base and convert that"
+        )
+    if options.rank is not None or options.energy is not None:
+        raise AdapterError(f"{adapter.path}: is a LoRA of rank {adapter.rank} exactly; leave --rank and --energy out")
+    if adapter.saved:
+        own = all(name.removesuffix(".weight") in adapter.shards for name in adapter.saved)
+        hint = ", or save the adapter with save_pretrained(..., save_embedding_layers=False) if they are the base's own"
+        raise AdapterError(
+            f"{adapter.path}: holds whole trained tensors ({listed(sorted(adapter.saved))}), for which a LoRA of "
+            f"llama.cpp has no place; merge it into the base and convert that{hint if own else ''}"
+        )
+    if output.is_dir():
+        raise OutputError(f"{output}: is a folder; name a file, such as {output / 'adapter.gguf'}")
+
+
+def _base(adapter: Adapter, options: Options) -> _Base:
+    config: Mapping[str, Any] | None
+    if options.base_config is not None:
+        where = resolve(options.base_config, CheckpointError, "base config")
+        where = where / "config.json" if where.is_dir() else where
+        config = read_json(where, CheckpointError)
+    else:
+        name = options.base if options.base is not None else adapter.base_model
+        if not name:
+            raise CheckpointError(f"{adapter.path}: does not name its base model; name it with --base or --base-config")
+        checkpoint = open_checkpoint(resolve(name, CheckpointError, "base model"))
+        where, config = checkpoint.location, checkpoint.config
+        if config is None:
+            raise CheckpointError(
+                f"{where}: has no config.json, which tells the family of the model; name its folder with --base"
+            )
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    kind = text.get("model_type") or config.get("model_type")
+    if kind not in FAMILIES:
+        raise CheckpointError(
+            f"{where}: model_type is {kind!r}, and llama.cpp's names are known for {', '.join(FAMILIES)}; merge the "
+            "adapter into the base and convert that"
+        )
+    family = FAMILIES[kind]
+    tie = declared_tie(config)
+    return _Base(where, text, family, family.tied if tie is None else tie)
+
+
+def _names(gguf: Any, adapter: Adapter, base: _Base) -> dict[str, str]:
+    """llama.cpp's name of each module's weight. Raises MergeError where there is none."""
+    heads = [module for module in adapter.shards if is_head(module)]
+    if heads and base.tied:
+        raise MergeError(
+            f"{base.where}: ties {heads[0]} to the embedding, so llama.cpp has no head to add to; merge the adapter "
+            "into the base, which parts them, and convert that"
+        )
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[base.family.arch], _count(base, "num_hidden_layers"))
+    found: dict[str, str] = {}
+    for module in adapter.shards:
+        plain = module.rpartition(".")[2] if is_head(module) else _TO_LAYERS.sub("model.", module, count=1)
+        name = known.get_name(plain) if plain.startswith("model.layers.") or is_head(plain) else None
+        if name is not None:
+            found[module] = f"{name}.weight"
+    missing = [module for module in adapter.shards if module not in found]
+    if missing:
+        raise MergeError(
+            f"{adapter.path}: llama.cpp's {_architecture(gguf, base)} has no tensor for {listed(missing)}; merge the "
+            "adapter into the base and convert that"
+        )
+    return found
+
+
+def _parts(adapter: Adapter, shapes: Shapes, base: _Base, outtype: str) -> Iterator[tuple[str, Array, Array]]:
+    """Module, A and B in the shard's dtype, B's rows in llama.cpp's order."""
+    for module, first, second in exact_lora(adapter, shapes):
+        if (largest := float(np.abs(second).max())) > _LARGEST[outtype]:
+            raise AdapterError(
+                f"{adapter.path}: {module} holds {largest:.3g}, more than {outtype} can; use --outtype f32"
+            )
+        key = _HEAD_COUNTS.get(module.rpartition(".")[2])
+        if base.family.rotary and key is not None:
+            heads = _count(base, key)
+            if len(second) % (2 * heads):
+                raise MergeError(
+                    f"{base.where}: {key} is {heads}, which does not halve the {len(second)} rows of {module}; name "
+                    f"the base that {adapter.path} was trained from with --base"
+                )
+            second = interleaved(second, heads)
+        yield module, first, second
+
+
+def _count(base: _Base, key: str) -> int:
+    """A positive number of the config. Where it does not tell the heads of the keys, they are as many as queries'."""
+    value = base.text.get(key)
+    if value is None and key == "num_key_value_heads":
+        return _count(base, "num_attention_heads")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(
+            f"{base.where}: {key} is {value!r}, expected a positive integer; name the base's folder with --base"
+        )
+    return value
+
+
+def _write_file(
+    gguf: Any,
+    path: Path,
+    adapter: Adapter,
+    outtype: str,
+    base: _Base,
+    names: Mapping[str, str],
+    shapes: Shapes,
+    parts: Iterator[tuple[str, Array, Array]],
+) -> float:
+    """Write all of the file; the largest relative error of a B."""
+    writer = gguf.GGUFWriter(path, _architecture(gguf, base))
+    try:
+        _add_keys(gguf, writer, adapter, outtype)
+        for module, name in names.items():
+            outputs, inputs = shapes[module]
+            for ending, shape in (("lora_a", (adapter.rank, inputs)), ("lora_b", (outputs, adapter.rank))):
+                kind = _kind(gguf, outtype, shape)
+                size = int(np.prod(gguf.quant_shape_to_byte_shape(shape, kind)))
+                writer.add_tensor_info(f"{name}.{ending}", shape, np.dtype(np.float32), size, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        error = 0.0
+        for _, first, second in parts:
+            for matrix in (first, second):
+                kind = _kind(gguf, outtype, matrix.shape)
+                stored = gguf.quantize(matrix, kind)
+                writer.write_tensor_data(stored)
+            error = max(error, _relative_error(gguf.dequantize(stored, kind), second))
+        return error
+    finally:
+        writer.close()
+
+
+def _add_keys(gguf: Any, writer: Any, adapter: Adapter, outtype: str) -> None:
+    """What llama.cpp's loader asks for, and where the file comes from."""
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(adapter.rank))
+    writer.add_name(adapter.path.absolute().name)
+    writer.add_description(
+        f"FOSSIL adapter ({adapter.peft_type}, {adapter.variant}, r = {adapter.rank}) in its LoRA form, "
+        f"by fossil-export {__version__}"
+    )
+    if adapter.base_model:
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, Path(adapter.base_model).name)
+    writer.add_file_type(gguf.LlamaFileType[OUTTYPES[outtype]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _warnings(gguf: Any, adapter: Adapter, shapes: Shapes, outtype: str, error: float) -> Iterator[str]:
+    matrices = [shape for out, width in shapes.values() for shape in ((adapter.rank, width), (out, adapter.rank))]
+    kept = sum(_kind(gguf, outtype, shape) != gguf.GGMLQuantizationType[outtype.upper()] for shape in matrices)
+    if kept:
+        yield f"{kept} of {len(matrices)} matrices stay f16, for their rows are no multiple of 32 numbers long"
+    if error > _NOTICEABLE:
+        yield f"{outtype} moved a trained matrix by {error:.1%}; --outtype f32 keeps it"
+
+
+def _architecture(gguf: Any, base: _Base) -> str:
+    name: str = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[base.family.arch]]
+    return name
+
+
+def _kind(gguf: Any, outtype: str, shape: tuple[int, ...]) -> Any:
+    """The GGMLQuantizationType of a matrix: `outtype`, or f16 where q8_0's blocks of 32 do not fill its rows."""
+    kind = gguf.GGMLQuantizationType[outtype.upper()]
+    block, _ = gguf.GGML_QUANT_SIZES[kind]
+    return gguf.GGMLQuantizationType.F16 if shape[-1] % block else kind
+
+
+def _relative_error(found: Array, wanted: Array) -> float:
+    exact = np.asarray(wanted, np.float64)
+    norm = float(np.square(exact).sum())  # np.linalg.norm would start threads for each of many small matrices
+    return math.sqrt(float(np.square(found - exact).sum()) / norm) if norm else 0.0

@@ -1,0 +1,35 @@
+"""`fossil_export.json` of a converted adapter: from what it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fossil_export.adapters import Adapter
+from fossil_export.checkpoints.checkpoint import sha256
+from fossil_export.checkpoints.companions import PROVENANCE
+from fossil_export.checkpoints.jsonfile import write_json
+from fossil_export.converting.options import Options
+from fossil_export.version import __version__
+
+
+def record(folder: Path, adapter: Adapter, options: Options, artifact: str, details: Mapping[str, Any]) -> None:
+    """Write the record into `folder`; `artifact` is the kind of it."""
+    files = [{"file": path.name, "size": path.stat().st_size, "sha256": sha256(path)} for path in adapter.files]
+    value = {
+        "format": 1,
+        "tool": {"name": "fossil-export", "version": __version__},
+        "artifact": artifact,
+        "dtype": "auto",
+        "adapter": {
+            "name": str(adapter.path),
+            "peft_type": adapter.peft_type,
+            "variant": adapter.variant,
+            "rank": adapter.rank,
+            "files": files,
+        },
+        "base": {"name": str(options.base or adapter.base_model or ""), "weights": []},
+        artifact: dict(details),
+    }
+    (folder / PROVENANCE).write_bytes(write_json(value))

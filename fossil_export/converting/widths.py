@@ -1,0 +1,103 @@
+"""How wide each trained layer is: from the headers of the base's weights, or from its config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fossil_export.adapters import Adapter
+from fossil_export.checkpoints.checkpoint import open_checkpoint
+from fossil_export.checkpoints.jsonfile import read_json
+from fossil_export.converting.options import Options
+from fossil_export.errors import CheckpointError, MergeError, listed
+from fossil_export.hub import resolve
+from fossil_export.hub.headers import is_hub_id, remote_shapes
+from fossil_export.merging.match import match_names
+from fossil_export.methods import METHODS
+
+Shapes = dict[str, tuple[int, int]]
+
+
+def layer_shapes(adapter: Adapter, options: Options) -> tuple[Shapes, frozenset[str]]:
+    """(out, in) of each trained module, and the names of all modules of the base with a matrix (empty if unknown).
+
+    The base may be a `user/repo` on the Hub. Reads headers only. Raises MergeError where a shard does not fit,
+    CheckpointError without base and config.
+    """
+    if options.base_config is not None:
+        path = resolve(options.base_config, CheckpointError, "base config")
+        config = read_json(path / "config.json" if path.is_dir() else path, CheckpointError)
+        return _by_config(adapter, config, path), frozenset()
+    name = options.base if options.base is not None else adapter.base_model
+    if not name:
+        raise CheckpointError(f"{adapter.path}: does not name its base model; name it with --base or --base-config")
+    if is_hub_id(str(name)) and not Path(name).exists():
+        where, tensors = str(name), remote_shapes(str(name))
+    else:
+        base = open_checkpoint(resolve(name, CheckpointError, "base model"))
+        where, tensors = str(base.location), {tensor: info.shape for tensor, info in base.tensors.items()}
+    matrices = {
+        tensor.removesuffix(".weight"): shape
+        for tensor, shape in tensors.items()
+        if tensor.endswith(".weight") and len(shape) == 2
+    }
+
+    def fits(module: str, candidate: str) -> bool:
+        shard = adapter.shards[module]
+        return METHODS[shard.variant].mismatch(shard.tensor.shape, matrices[candidate]) is None
+
+    names = match_names([module for module in adapter.shards if module not in _tied(adapter, matrices)], matrices, fits)
+    embedding = next((shape for module, shape in matrices.items() if module.endswith(("embed_tokens", "wte"))), None)
+    found: Shapes = {}
+    for module, shard in adapter.shards.items():
+        shape = matrices.get(names.get(module, module), embedding if module in _tied(adapter, matrices) else None)
+        if shape is None:
+            raise MergeError(
+                f"{where}: has no weights for {module}, which {adapter.path} was trained on; name the base "
+                "it was trained from with --base"
+            )
+        if reason := METHODS[shard.variant].mismatch(shard.tensor.shape, shape):
+            raise MergeError(f"{where}: {module} {list(shape)} does not fit its shard: {reason}")
+        found[module] = (shape[0], shape[1])
+    renamed = {name: module for module, name in names.items()}
+    return found, frozenset(renamed.get(module, module) for module in matrices)
+
+
+def _tied(adapter: Adapter, matrices: Mapping[str, Any]) -> set[str]:
+    """Heads that the base does not store because they are its embedding."""
+    return {module for module in adapter.shards if module.endswith("lm_head") and module not in matrices}
+
+
+def _by_config(adapter: Adapter, config: Mapping[str, Any], path: Path) -> Shapes:
+    """By the names that Llama and its kin give their layers."""
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    keys_of_sizes = ("hidden_size", "intermediate_size", "num_attention_heads")
+    given = [text.get(key) for key in keys_of_sizes]
+    if not all(isinstance(size, int) and size > 0 for size in given):
+        raise CheckpointError(f"{path}: does not tell the sizes of the model's layers; name the model with --base")
+    hidden, inner, heads = (int(size or 0) for size in given)
+    groups = int(text.get("num_key_value_heads") or heads)
+    head = int(text.get("head_dim") or hidden // heads)
+    queries, keys = heads * head, groups * head
+    sizes = {
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "qkv_proj": (queries + 2 * keys, hidden),
+        "o_proj": (hidden, queries),
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "gate_up_proj": (2 * inner, hidden),
+        "down_proj": (hidden, inner),
+        "lm_head": (int(text.get("vocab_size") or 0), hidden),
+    }
+    unknown = [module for module in adapter.shards if module.rpartition(".")[2] not in sizes]
+    if unknown:
+        raise CheckpointError(f"{path}: does not tell the sizes of {listed(unknown)}; name the model with --base")
+    found = {module: sizes[module.rpartition(".")[2]] for module in adapter.shards}
+    for module, shape in found.items():
+        shard = adapter.shards[module]
+        if reason := METHODS[shard.variant].mismatch(shard.tensor.shape, shape):
+            raise MergeError(f"{path}: {module} {list(shape)} does not fit its shard: {reason}")
+    return found

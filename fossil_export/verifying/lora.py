@@ -1,0 +1,107 @@
+"""LoRA folders: the matrices held against the shards, and the folder run by PEFT as a server would take it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fossil_export.adapters import Adapter
+from fossil_export.checkpoints.checkpoint import Checkpoint, sha256
+from fossil_export.checkpoints.dtypes import element_count
+from fossil_export.checkpoints.header import read_header
+from fossil_export.checkpoints.jsonfile import read_json
+from fossil_export.errors import AdapterError
+from fossil_export.merging.plan import MergePlan, plan_merge
+from fossil_export.verifying.folder import check_record
+from fossil_export.verifying.forward import Subject
+from fossil_export.verifying.models import Tokens, TorchRunner, open_lora
+from fossil_export.verifying.stored import stored_dtype
+from fossil_export.verifying.weights import TensorCheck
+
+if TYPE_CHECKING:
+    Array = np.ndarray[Any, Any]
+
+_PREFIX = "base_model.model."
+
+
+def is_lora(folder: Path) -> bool:
+    """Whether a folder is a PEFT LoRA."""
+    config = folder / "adapter_config.json"
+    return config.is_file() and read_json(config, AdapterError).get("peft_type") == "LORA"
+
+
+@dataclass
+class LoraFolder:
+    """A PEFT LoRA folder and the base it is for."""
+
+    folder: Path
+    _plan: MergePlan | None = None
+    _described: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+
+    def weights(
+        self, base: Checkpoint, adapter: Adapter, record: Mapping[str, Any] | None, progress: Any
+    ) -> tuple[tuple[TensorCheck, ...] | None, list[str]]:
+        self._plan = plan_merge(adapter, base.location)
+        return None, [*check_record(base, adapter, record), *_check(self.folder, adapter)]
+
+    def subject(self, base: Checkpoint, adapter: Adapter, device: str) -> Subject:
+        plan = self._plan or plan_merge(adapter, base.location)
+        described = base.location
+        if plan.config is not None:  # the task's own config, as a merge would write it
+            self._described = tempfile.TemporaryDirectory()
+            described = Path(self._described.name)
+            (described / "config.json").write_bytes(plan.config)
+            for name, path in plan.companions.items():
+                if "/" not in name and name != "config.json":
+                    (described / name).write_bytes(path.read_bytes())
+
+        def open_it() -> TorchRunner:
+            return open_lora(self.folder, base.location, described, stored_dtype(base), device)
+
+        return Subject(described, open_it)
+
+    def dtype(self, base: Checkpoint) -> str:
+        return stored_dtype(base)
+
+    def parameters(self, base: Checkpoint) -> int:
+        return sum(element_count(tensor.shape) for tensor in base.tensors.values())
+
+    def afterwards(self, tokens: list[Tokens], device: str) -> list[str]:
+        return []
+
+    def hashes(self) -> list[dict[str, Any]]:
+        paths = [self.folder / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+        return [{"file": path.name, "size": path.stat().st_size, "sha256": sha256(path)} for path in paths]
+
+
+def _check(folder: Path, adapter: Adapter) -> Iterator[str]:
+    """Tile and mini: every A is the tiling and every B the shard's columns; all else is carried as it is."""
+    header = read_header(folder / "adapter_model.safetensors", AdapterError)
+    tensors = {tensor.name: tensor for tensor in header.tensors}
+    config = read_json(folder / "adapter_config.json", AdapterError)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if rank != alpha or config.get("use_rslora") or config.get("use_dora"):
+        yield f"adapter_config.json says r {rank} and lora_alpha {alpha}; its update would be scaled"
+    for info in adapter.saved.values():
+        found = tensors.get(info.name)
+        if found is None or not np.array_equal(adapter.array(found), adapter.array(info)):
+            yield f"{info.name} is not the trained one"
+    for module, shard in adapter.shards.items():
+        first = tensors.get(f"{_PREFIX}{module}.lora_A.weight")
+        second = tensors.get(f"{_PREFIX}{module}.lora_B.weight")
+        if first is None or second is None:
+            yield f"{module} has no lora_A and lora_B"
+        elif adapter.variant != "bat":
+            one, other = adapter.array(first), adapter.array(second)
+            trained = adapter.array(shard.tensor)
+            wanted = trained[:, np.arange(len(other)) % trained.shape[1]].T.astype(other.dtype)
+            columns = np.arange(one.shape[1]) % shard.rank
+            if not np.array_equal(one, (np.arange(shard.rank)[:, None] == columns).astype(one.dtype)):
+                yield f"{module}: its lora_A does not sum the inputs as FOSSIL does"
+            elif not np.array_equal(other, wanted):
+                yield f"{module}: its lora_B is not the trained shard"

@@ -1,0 +1,416 @@
+"""Conversions: a LoRA that PEFT loads and that is the trained model, today's MISS from older files, and refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import edit_json, make_adapter, make_base, weights
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from fossil_export import FossilExportError, convert, load_adapter, merge, verify
+from fossil_export.cli import main
+from fossil_export.converting.lora import target_modules
+from fossil_export.converting.nearest import truncated
+from fossil_export.verifying.layers import attach
+
+TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+def with_lora(base: Path, folder: Path, kind: Any = AutoModelForCausalLM, **options: Any) -> PeftModel:
+    model = PeftModel.from_pretrained(kind.from_pretrained(base, **options), folder)
+    shards = {name.rpartition(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name}
+    stored = {name.rpartition(".lora_A")[0] for name in weights(folder) if ".lora_A." in name}
+    assert shards == stored  # exactly the trained modules are hit
+    return model
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"r": 8},
+        {"r": 7},
+        {"r": 6, "init_weights": "mini", "mini_r": 8},
+        {"r": 5, "target_modules": ["q_proj", "down_proj"]},
+        {"r": 8, "layers_to_transform": [1]},
+        {"r": 8, "target_modules": r"model\.layers\.0\..*(gate|v)_proj"},
+        {"r": 8, "target_modules": "all-linear"},
+    ],
+)
+def test_lora_is_the_trained_model(config: dict[str, Any], base: Path, tmp_path: Path) -> None:
+    trained = make_adapter(tmp_path / "adapter", base, **config)
+    made = convert(tmp_path / "adapter", tmp_path / "lora", to="lora")
+    torch.testing.assert_close(logits(with_lora(base, made.output)), logits(trained), rtol=1e-4, atol=1e-5)
+    stored = json.loads((made.output / "adapter_config.json").read_text())
+    assert stored["r"] == stored["lora_alpha"] == config["r"] and made.details["exact"]
+    assert verify(made.output).parity
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rank=st.integers(1, 48), dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+def test_product_is_the_update_to_the_bit(rank: int, dtype: torch.dtype, tmp_path_factory: Any) -> None:
+    folder = tmp_path_factory.mktemp("case")
+    base = make_base(folder / "base")
+    make_adapter(folder / "adapter", base, r=rank, target_modules=["k_proj", "down_proj"])
+    file = folder / "adapter" / "adapter_model.safetensors"
+    save_file({name: value.to(dtype) for name, value in load_file(file).items()}, file)
+    lora = weights(convert(folder / "adapter", folder / "lora", to="lora").output)
+    for name, shard in load_file(file).items():
+        stem = name.removesuffix(".miss_block")
+        first, second = lora[f"{stem}.lora_A.weight"], lora[f"{stem}.lora_B.weight"]
+        assert first.dtype == second.dtype == dtype
+        columns = torch.arange(first.shape[1]) % rank
+        assert torch.equal(second.double() @ first.double(), shard.double().T[:, columns])
+
+
+def test_real_adapter_without_torch_in_a_second(real_adapter: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, fossil_export; "
+        f"made = fossil_export.convert({str(real_adapter)!r}, {str(tmp_path / 'lora')!r}, to='lora'); "
+        "assert 'torch' not in sys.modules and 'peft' not in sys.modules; print(made.details['modules'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "210\n"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The mascot of the fossil project\n")
+    found = verify(tmp_path / "lora", prompts=prompts)
+    assert found.parity, found.problems
+    assert found.forward is not None and found.forward.same_continuations == 1
+
+
+def test_classifier_bias_and_tokenizer_come_along(base: Path, tmp_path: Path) -> None:
+    class WithLabels:
+        @staticmethod
+        def from_pretrained(path: Path, **options: Any) -> Any:
+            return AutoModelForSequenceClassification.from_pretrained(path, num_labels=3, pad_token_id=0, **options)
+
+    trained = make_adapter(tmp_path / "adapter", base, model_class=WithLabels, task_type="SEQ_CLS")
+    made = convert(tmp_path / "adapter", tmp_path / "lora", to="lora")
+    assert "vLLM refuses" in made.warnings[-1]
+    model = with_lora(base, made.output, AutoModelForSequenceClassification, num_labels=3, pad_token_id=0)
+    torch.testing.assert_close(logits(model), logits(trained), rtol=1e-4, atol=1e-5)
+    assert verify(made.output).parity
+
+
+def test_tied_head_with_a_shard(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", tie=True)
+    trained = make_adapter(tmp_path / "adapter", base, target_modules=["q_proj", "lm_head"])
+    made = convert(tmp_path / "adapter", tmp_path / "lora", to="lora")
+    torch.testing.assert_close(logits(with_lora(base, made.output)), logits(trained), rtol=1e-4, atol=1e-5)
+
+
+def test_config_of_the_base_is_enough(base: Path, tmp_path: Path) -> None:
+    for name, config in {"tile": {}, "mini": {"init_weights": "mini", "mini_r": 8, "r": 6}}.items():
+        make_adapter(tmp_path / name, base, **config)
+        whole = convert(tmp_path / name, tmp_path / f"{name}-whole", to="lora")
+        alone = convert(tmp_path / name, tmp_path / f"{name}-alone", to="lora", base_config=base / "config.json")
+        one, other = (made.output / "adapter_model.safetensors" for made in (whole, alone))
+        assert one.read_bytes() == other.read_bytes()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FossilExportError, match="does not tell the sizes"):
+        convert(tmp_path / "tile", tmp_path / "lora", to="lora", base_config=tmp_path / "config.json")
+
+
+def test_target_modules_hit_what_was_trained() -> None:
+    known = ["a.0.q", "a.1.q", "a.0.k", "b.q_norm"]
+    assert target_modules(["a.0.q", "a.1.q"], known) == ["q"]
+    assert target_modules(["a.0.q"], known) == ["a.0.q"]
+    assert target_modules(["a.0.q", "a.1.q"], []) == ["a.0.q", "a.1.q"]
+
+
+@pytest.mark.parametrize("rank", [1, 4, 20])
+def test_bat_gets_the_nearest_lora(rank: int, base: Path, tmp_path: Path) -> None:
+    trained = make_adapter(tmp_path / "adapter", base, init_weights="bat")
+    with pytest.raises(FossilExportError, match="is no LoRA; ask for the nearest one with --rank"):
+        convert(tmp_path / "adapter", tmp_path / "lora", to="lora")
+    made = convert(tmp_path / "adapter", tmp_path / "lora", to="lora", rank=rank)
+    lora, before = weights(made.output), weights(base)
+    merged = {name: value.detach() for name, value in trained.merge_and_unload().state_dict().items()}
+    lost = total = 0.0
+    for module, error in made.details["relative_error_by_module"].items():
+        update = (merged[f"{module}.weight"] - before[f"{module}.weight"]).double()
+        stem = f"base_model.model.{module}"
+        found = lora[f"{stem}.lora_B.weight"].double() @ lora[f"{stem}.lora_A.weight"].double()
+        sizes = torch.linalg.svdvals(update)
+        best = float(sizes[rank:].square().sum().sqrt() / sizes.square().sum().sqrt())
+        assert float((found - update).norm() / update.norm()) == pytest.approx(best, abs=1e-4)
+        assert error == pytest.approx(best, abs=1e-4)
+        lost, total = lost + float((found - update).square().sum()), total + float(update.square().sum())
+    assert made.details["relative_error"] == pytest.approx((lost / total) ** 0.5, abs=1e-4)
+    assert not made.details["exact"] and "nearest LoRA" in (made.output / "README.md").read_text()
+    with_lora(base, made.output)
+
+
+def test_energy_chooses_the_rank(base: Path, tmp_path: Path) -> None:
+    make_adapter(tmp_path / "adapter", base, init_weights="bat", target_modules=["q_proj", "up_proj"])
+    made = convert(tmp_path / "adapter", tmp_path / "lora", to="lora", energy=0.9)
+    assert max(made.details["relative_error_by_module"].values()) <= 0.1**0.5
+    less = convert(tmp_path / "adapter", tmp_path / "less", to="lora", rank=made.details["rank"] - 1)
+    assert max(less.details["relative_error_by_module"].values()) > 0.1**0.5
+    for options in ({"rank": 0}, {"rank": 49}, {"energy": 1.5}, {"rank": 2, "energy": 0.5}):
+        with pytest.raises(FossilExportError, match=r"--rank|--energy"):
+            convert(tmp_path / "adapter", tmp_path / "other", to="lora", **options)
+    with pytest.raises(FossilExportError, match="depends on the base's weights"):
+        convert(tmp_path / "adapter", tmp_path / "other", to="lora", rank=2, base_config=base / "config.json")
+
+
+def test_sampled_range_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fossil_export.converting import nearest
+
+    generator = np.random.default_rng(0)
+    update = (generator.standard_normal((60, 12)) @ generator.standard_normal((12, 90))).astype(np.float32)
+    update += 1e-3 * generator.standard_normal(update.shape).astype(np.float32)
+    whole = truncated(update, 12)
+    monkeypatch.setattr(nearest, "SHORT", 1)
+    sampled = truncated(update, 12)
+    best = np.linalg.norm(update - whole[1] @ whole[0])
+    assert np.linalg.norm(update - sampled[1] @ sampled[0]) < 1.01 * best
+    assert nearest._rank_for(update, 0.999) == 12
+
+
+class TestMiss:
+    @pytest.mark.parametrize("variant", ["tile", "bat"])
+    def test_bone_folder_loads_in_todays_peft(self, variant: str, base: Path, tmp_path: Path) -> None:
+        init: Any = "bat" if variant == "bat" else True
+        trained = make_adapter(tmp_path / "adapter", base, init_weights=init)
+        state = {key.replace("miss_block", "bone_block"): value for key, value in weights(tmp_path / "adapter").items()}
+        save_file(state, tmp_path / "adapter" / "adapter_model.safetensors")
+        # The first release wrote bat blocks under "init_weights": true.
+        edit_json(tmp_path / "adapter" / "adapter_config.json", peft_type="BONE", init_weights=True, mini_r=...)
+        made = convert(tmp_path / "adapter", tmp_path / "miss", to="miss")
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), made.output)
+        torch.testing.assert_close(logits(model), logits(trained), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("ending", ["disha", "bone"])
+    @pytest.mark.parametrize("variant", ["tile", "bat"])
+    def test_rwkv_state_dict(self, variant: str, ending: str, tmp_path: Path) -> None:
+        """Names as RWKV-PEFT writes them, on layers of those names; the reference layers are the oracle."""
+
+        class Attention(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.receptance, self.key = nn.Linear(24, 16, bias=False), nn.Linear(24, 16, bias=False)
+
+        class Block(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.att = Attention()
+
+        class Rwkv(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.blocks = nn.ModuleList([Block(), Block()])
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return torch.cat([part(x) for block in self.blocks for part in (block.att.receptance, block.att.key)])
+
+        torch.manual_seed(0)
+        model, x = Rwkv(), torch.randn(3, 24)
+        shape = (4, 4, 4) if variant == "bat" else (4, 16)
+        shards = {
+            f"blocks.{n}.att.{part}.{ending}": torch.randn(shape) for n in (0, 1) for part in ("receptance", "key")
+        }
+        torch.save(shards, tmp_path / "trained.pth")
+        adapter = load_adapter(tmp_path / "trained.pth")
+        assert (adapter.variant, adapter.rank) == (variant, 4)
+        import copy
+
+        wanted = attach(copy.deepcopy(model), adapter, torch.float32)(x)
+        made = convert(tmp_path / "trained.pth", tmp_path / "miss", to="miss", base="BlinkDL/rwkv-7")
+        found = PeftModel.from_pretrained(copy.deepcopy(model), made.output)(x)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        assert json.loads((made.output / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+    @pytest.mark.parametrize(
+        ("state", "match"),
+        [
+            ({"blocks.0.att.key.disha": torch.ones(4, 8), "emb.weight": torch.ones(2, 2)}, "holds emb.weight"),
+            ({"blocks.0.att.key.disha": torch.ones(4)}, "neither"),
+            ({"a.key.bone": torch.ones(4, 8), "b.key.bone": torch.ones(3, 8)}, "different variants or ranks"),
+            ({"a.key.bone": torch.ones(4, 8, dtype=torch.int64)}, "no shard"),
+        ],
+    )
+    def test_state_dict_that_is_none(self, state: dict[str, torch.Tensor], match: str, tmp_path: Path) -> None:
+        torch.save(state, tmp_path / "trained.pth")
+        with pytest.raises(FossilExportError, match=match):
+            convert(tmp_path / "trained.pth", tmp_path / "miss", to="miss")
+        assert not (tmp_path / "miss").exists()
+
+
+class TestVerifyingLora:
+    @pytest.fixture
+    def lora(self, adapter: Path, tmp_path: Path) -> Path:
+        return convert(adapter, tmp_path / "lora", to="lora").output
+
+    def damaged(self, lora: Path, change: Any, match: str, level: str = "all") -> None:
+        file = lora / "adapter_model.safetensors"
+        state = load_file(file)
+        change(state)
+        save_file(state, file)
+        found = verify(lora, level=level)
+        assert not found.parity and match in found.problems[0], found.problems
+
+    def test_what_it_catches(self, lora: Path) -> None:
+        stem = "base_model.model.model.layers.0.mlp.up_proj"
+
+        def off(state: dict[str, torch.Tensor]) -> None:
+            state[f"{stem}.lora_B.weight"][3, 2] += 1
+
+        self.damaged(lora, off, "layers.0.mlp.up_proj: its lora_B is not the trained shard", "weights")
+
+        def rolled(state: dict[str, torch.Tensor]) -> None:
+            off(state)
+            state[f"{stem}.lora_A.weight"] = state[f"{stem}.lora_A.weight"].roll(1, 1)
+
+        self.damaged(lora, rolled, "layers.0.mlp.up_proj: its lora_A does not sum")
+
+    def test_scaling(self, lora: Path) -> None:
+        edit_json(lora / "adapter_config.json", lora_alpha=16)
+        found = verify(lora)
+        assert "would be scaled" in found.problems[0]
+        assert any("the logits of" in problem and "first at module" in problem for problem in found.problems)
+
+
+def test_refusals_and_output(adapter: Path, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(FossilExportError, match="target is 'dora', expected lora, gguf-lora"):
+        convert(adapter, tmp_path / "x", to="dora")
+    with pytest.raises(FossilExportError, match="exactly; leave --rank and --energy out"):
+        convert(adapter, tmp_path / "x", to="lora", rank=4)
+    with pytest.raises(FossilExportError, match="does not name its base"):
+        edit_json(adapter / "adapter_config.json", base_model_name_or_path=None)
+        convert(adapter, tmp_path / "x", to="lora")
+    other = make_base(tmp_path / "other")
+    (other / "config.json").unlink()
+    state = {name: value for name, value in weights(other).items() if "layers.1" not in name}
+    for file in other.glob("*.safetensors*"):
+        file.unlink()
+    save_file(state, other / "model.safetensors")
+    with pytest.raises(FossilExportError, match=r"has no weights for model\.layers\.1"):
+        convert(adapter, tmp_path / "x", to="lora", base=other)
+    file = adapter / "adapter_model.safetensors"
+    state = load_file(file)
+    next(iter(state.values()))[0, 0] = float("inf")
+    save_file(state, file)
+    for target in ("lora", "miss"):
+        with pytest.raises(FossilExportError, match="infinite or NaN"):
+            convert(adapter, tmp_path / "x", to=target, base=base)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "other"]
+
+
+def test_command_line(adapter: Path, tmp_path: Path) -> None:
+    command = ["convert", str(adapter), "--to", "lora", "-o", str(tmp_path / "lora")]
+    done = CliRunner().invoke(main, [*command, "--json"])
+    record = json.loads(done.stdout)
+    assert done.exit_code == 0 and record["rank"] == 8 and record["exact"] is True
+    again = CliRunner().invoke(main, command)
+    assert again.exit_code == 1 and "exists already" in again.stderr
+    assert CliRunner().invoke(main, [*command, "--overwrite"]).exit_code == 0
+    assert "exact" in CliRunner().invoke(main, [*command, "--overwrite"]).stdout
+
+
+def test_rank_limits_of_servers(base: Path, tmp_path: Path) -> None:
+    for rank, said in ((8, None), (7, "--max-lora-rank 8"), (40, "--max-lora-rank 64"), (32, "--max-lora-rank 32")):
+        make_adapter(tmp_path / str(rank), base, r=rank, target_modules=["q_proj"])
+        warnings = convert(tmp_path / str(rank), tmp_path / f"{rank}-lora", to="lora").warnings
+        assert (said is None and not warnings) or said in warnings[0]
+
+
+def test_merge_of_the_lora_is_the_merge_of_the_adapter(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """PEFT's own merge of the LoRA against ours of the adapter."""
+    made = convert(adapter, tmp_path / "lora", to="lora")
+    theirs = with_lora(base, made.output).merge_and_unload().state_dict()
+    ours = weights(merge(adapter, tmp_path / "merged").output)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-7)
+
+
+class TestRemoteHeaders:
+    """The Hub's own client against a loopback server that knows one model and counts the bytes it gives."""
+
+    def run(self, base: Path, adapter: Path, tmp_path: Path, name: str) -> tuple[Any, int]:
+        import os
+        import threading
+        from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+        sent = [0]
+
+        class Hub(BaseHTTPRequestHandler):
+            def respond(self, body: bool) -> None:
+                prefix = "/user/model/resolve/main/"
+                file = base / self.path.removeprefix(prefix)
+                if not self.path.startswith(prefix) or not file.is_file():
+                    self.send_response(404)
+                    self.send_header("X-Error-Code", "EntryNotFound" if "user/model" in self.path else "RepoNotFound")
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
+                data, status = file.read_bytes(), 200
+                if wanted := self.headers.get("Range"):
+                    start, _, end = wanted.removeprefix("bytes=").partition("-")
+                    data, status = data[int(start) : int(end) + 1 if end else None], 206
+                self.send_response(status)
+                self.send_header("X-Repo-Commit", "0" * 40)
+                self.send_header("ETag", f'"{file.name}"')
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                if body:
+                    sent[0] += len(data)
+                    self.wfile.write(data)
+
+            def do_GET(self) -> None:
+                self.respond(True)
+
+            def do_HEAD(self) -> None:
+                self.respond(False)
+
+            def log_message(self, *arguments: Any) -> None: ...
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            environment = os.environ | {
+                "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+                "HF_HUB_OFFLINE": "0",
+                "HF_HUB_DISABLE_XET": "1",
+                "HF_HOME": str(tmp_path / "hub"),
+            }
+            command = [sys.executable, "-m", "fossil_export", "convert", str(adapter), "--to", "lora", "--base", name]
+            command += ["-o", str(tmp_path / "remote")]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        finally:
+            server.shutdown()
+            server.server_close()
+        return done, sent[0]
+
+    def test_kilobytes_are_enough(self, tmp_path: Path) -> None:
+        base = make_base(tmp_path / "base", shards="1GB")
+        make_adapter(tmp_path / "adapter", base, r=7)
+        convert(tmp_path / "adapter", tmp_path / "lora", to="lora")
+        done, sent = self.run(base, tmp_path / "adapter", tmp_path, "user/model")
+        assert done.returncode == 0, done.stderr
+        one, other = (tmp_path / name / "adapter_model.safetensors" for name in ("lora", "remote"))
+        assert one.read_bytes() == other.read_bytes()
+        assert sent < 150_000  # the client asks for the first 100 kB, whatever the header's length
+
+    def test_model_that_is_not_there(self, base: Path, adapter: Path, tmp_path: Path) -> None:
+        done, _ = self.run(base, adapter, tmp_path, "user/other")
+        assert done.returncode == 1 and done.stderr.count("\n") == 1
+        assert "headers cannot be read on the Hub" in done.stderr and "--base-config" in done.stderr
+        assert not (tmp_path / "remote").exists()
