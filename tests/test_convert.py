@@ -414,3 +414,19 @@ class TestRemoteHeaders:
         assert done.returncode == 1 and done.stderr.count("\n") == 1
         assert "headers cannot be read on the Hub" in done.stderr and "--base-config" in done.stderr
         assert not (tmp_path / "remote").exists()
+
+
+@pytest.mark.parametrize("bias", ["all", "miss_only"])
+def test_trained_biases_come_along(bias: str, tmp_path: Path) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 120}
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    model.save_pretrained(tmp_path / "base")
+    trained = make_adapter(tmp_path / "adapter", tmp_path / "base", bias=bias, target_modules=["q_proj", "down_proj"])
+    made = convert(tmp_path / "adapter", tmp_path / "lora", to="lora")
+    stored = json.loads((made.output / "adapter_config.json").read_text())
+    assert stored["bias"] == {"all": "all", "miss_only": "lora_only"}[bias]
+    torch.testing.assert_close(logits(with_lora(tmp_path / "base", made.output)), logits(trained), rtol=1e-4, atol=1e-5)
+    assert verify(made.output).parity
