@@ -204,8 +204,10 @@ def run(graph: Path, x: Array, adapter: Path | None = None, feeds: dict[str, Arr
         loaded = ort.LoraAdapter()
         loaded.Load(str(adapter))
         options.add_active_adapter(loaded)
-    kind = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[session.get_inputs()[0].type]
-    return np.stack(session.run(None, feeds or {"x": x.astype(kind)}, options))
+    if feeds is None:
+        kind = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[session.get_inputs()[0].type]
+        feeds = {"x": x.astype(kind)}
+    return np.stack(session.run(None, feeds, options))
 
 
 def answers(model: Any, x: Array) -> Array:

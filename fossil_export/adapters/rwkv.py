@@ -35,6 +35,10 @@ def load_state_dict(path: Path) -> Adapter:
             raise AdapterError(
                 f"{path}: tensor {tensor.name} {list(tensor.shape)} is {tensor.dtype} or empty, no shard"
             )
+        if module in shards:
+            raise AdapterError(
+                f"{path}: holds {module} twice, as {shards[module].tensor.name} and {tensor.name}; keep one"
+            )
         if len(tensor.shape) == 2:
             shards[module] = Shard(module, "tile", tensor.shape[0], tensor)
         elif len(tensor.shape) == 3 and tensor.shape[1] == tensor.shape[2]:

@@ -23,6 +23,8 @@ class Target:
     write: Callable[[Adapter, Path, Options], dict[str, Any]]
     folder: bool
     what: str
+    magic: bytes = b""
+    """How its files begin (or go on after four bytes)."""
 
 
 def _lora(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
@@ -51,9 +53,9 @@ def _onnx_adapter(adapter: Adapter, output: Path, options: Options) -> dict[str,
 
 TARGETS = {
     "lora": Target(_lora, True, "a PEFT LoRA folder, for PEFT, vLLM, SGLang"),
-    "gguf-lora": Target(_gguf_lora, False, "a GGUF LoRA file, for llama.cpp and Ollama"),
+    "gguf-lora": Target(_gguf_lora, False, "a GGUF LoRA file, for llama.cpp and Ollama", b"GGUF"),
     "miss": Target(_miss, True, "today's PEFT MISS folder, from Bone and RWKV files"),
-    "onnx-adapter": Target(_onnx_adapter, False, "an adapter file for a swappable ONNX graph"),
+    "onnx-adapter": Target(_onnx_adapter, False, "an adapter file for a swappable ONNX graph", b"TORT"),
 }
 """What an adapter can be turned into. A new format is one file and one entry here."""
 
@@ -79,6 +81,29 @@ class Conversion:
             **self.details,
             "warnings": list(self.warnings),
         }
+
+
+def _refuse_inputs(path: Path, adapter: Adapter, options: Options) -> None:
+    """Raise OutputError where the output is, or holds, something that is only read."""
+    given = [options.base if options.base is not None else adapter.base_model, options.base_config, options.graph]
+    inputs = [*adapter.files, adapter.path, *(Path(name).expanduser() for name in given if name)]
+    target = path.resolve()
+    for source in inputs:
+        place = source.resolve()
+        if place.exists() and (target == place or target in place.parents):
+            raise OutputError(f"{path}: is or holds {source}, which is only read; choose another --output")
+
+
+def _check_old_file(path: Path, target: Target, overwrite: bool) -> None:
+    """Raise OutputError unless the file at `path` may be replaced: it was asked for, and is one of the same format."""
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder; name a file")
+    if not overwrite:
+        raise OutputError(f"{path}: exists already; choose another --output or add --overwrite")
+    with path.open("rb") as file:
+        beginning = file.read(8)
+    if not any(beginning[at : at + len(target.magic)] == target.magic for at in (0, 4)):
+        raise OutputError(f"{path}: is no file of this format; --overwrite replaces only those, remove it yourself")
 
 
 def convert(
@@ -111,6 +136,7 @@ def convert(
     path = expanded(output, OutputError).absolute()
     if TARGETS[to].folder:
         # A state dict may lie anywhere; PEFT's folder is only read.
+        _refuse_inputs(path, adapter, options)
         check_destination(path, [adapter.path] if adapter.peft_type != "RWKV" else [], overwrite)
         needed = 4 * sum(file.stat().st_size for file in adapter.files)
         with staged_folder(path, needed, overwrite) as folder:
@@ -121,8 +147,9 @@ def convert(
                     f"{output}: writing failed: {problem.strerror}; make room or choose another"
                 ) from problem
     else:
-        if path.exists() and not overwrite:
-            raise OutputError(f"{output}: exists already; choose another --output or add --overwrite")
+        _refuse_inputs(path, adapter, options)
+        if path.exists():
+            _check_old_file(path, TARGETS[to], overwrite)
         if not path.parent.is_dir():
             raise OutputError(f"{output}: cannot be written: its folder does not exist; make it first")
         details = TARGETS[to].write(adapter, path, options)

@@ -89,8 +89,8 @@ def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
     _refuse(adapter, output, options)
     gguf = required("gguf", "gguf", "writing GGUF")
     base = _base(adapter, options)
-    shapes, _ = layer_shapes(adapter, options)
     names = _names(gguf, adapter, base)
+    shapes, _ = layer_shapes(adapter, options)
     parts = _parts(adapter, shapes, base, options.outtype)
     partial = output.with_name(f".{output.name}.partial")
     try:

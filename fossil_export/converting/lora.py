@@ -56,9 +56,10 @@ def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
     dtypes = {adapter.shards[module].tensor.dtype for module in shapes}
     dtype = "F32" if approximate or len(dtypes) > 1 else dtypes.pop()
     _write_weights(output / "adapter_model.safetensors", adapter, shapes, rank, dtype, parts)
-    config = _config(adapter, rank, known)
+    base = str(options.base) if options.base is not None else adapter.base_model
+    config = _config(adapter, rank, known) | {"base_model_name_or_path": base}
     (output / "adapter_config.json").write_bytes(write_json(config))
-    (output / "README.md").write_text(_card(adapter, rank, approximate, details))
+    (output / "README.md").write_text(_card(adapter, base, rank, approximate, details))
     for name, path in tokenizer_of(adapter.path if adapter.path.is_dir() else adapter.path.parent).items():
         (output / name).write_bytes(path.read_bytes())
     record(output, adapter, options, "lora", {"rank": rank, **details})
@@ -86,7 +87,6 @@ def _config(adapter: Adapter, rank: int, known: frozenset[str]) -> dict[str, Any
         raise AdapterError(f"{adapter.path}: bias is {bias!r}, for which LoRA has no word")
     return {
         "auto_mapping": given.get("auto_mapping"),
-        "base_model_name_or_path": adapter.base_model,
         "bias": _BIASES[bias],
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -135,8 +135,8 @@ def _warnings(adapter: Adapter, rank: int) -> Iterator[str]:
         yield f"it carries {count} whole trained tensors, which PEFT loads and vLLM refuses; merge for vLLM"
 
 
-def _card(adapter: Adapter, rank: int, approximate: bool, details: Mapping[str, Any]) -> str:
-    base = adapter.base_model or "the base model"
+def _card(adapter: Adapter, base: str | None, rank: int, approximate: bool, details: Mapping[str, Any]) -> str:
+    base = base or "the base model"
     if approximate:
         how = f"the nearest LoRA of rank {rank} (relative error of the update: {details['relative_error']:.2g})"
     else:

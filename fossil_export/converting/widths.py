@@ -19,6 +19,12 @@ from fossil_export.methods import METHODS
 Shapes = dict[str, tuple[int, int]]
 
 
+_PLAIN = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "granite",
+)  # fmt: skip
+# Families all of whose layers have the sizes that the config names.
+
+
 def layer_shapes(adapter: Adapter, options: Options) -> tuple[Shapes, frozenset[str]]:
     """(out, in) of each trained module, and the names of all modules of the base with a matrix (empty if unknown).
 
@@ -72,13 +78,19 @@ def _tied(adapter: Adapter, matrices: Mapping[str, Any]) -> set[str]:
 def _by_config(adapter: Adapter, config: Mapping[str, Any], path: Path) -> Shapes:
     """By the names that Llama and its kin give their layers."""
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    kind = text.get("model_type")
+    if kind not in _PLAIN or any("experts" in module or "vision" in module for module in adapter.shards):
+        raise CheckpointError(
+            f"{path}: is of type {kind!r}, whose layers' sizes a config alone does not tell; name the model with --base"
+        )
     keys_of_sizes = ("hidden_size", "intermediate_size", "num_attention_heads")
     given = [text.get(key) for key in keys_of_sizes]
     if not all(isinstance(size, int) and size > 0 for size in given):
         raise CheckpointError(f"{path}: does not tell the sizes of the model's layers; name the model with --base")
     hidden, inner, heads = (int(size or 0) for size in given)
-    groups = int(text.get("num_key_value_heads") or heads)
-    head = int(text.get("head_dim") or hidden // heads)
+    groups, head = text.get("num_key_value_heads") or heads, text.get("head_dim") or hidden // heads
+    if not isinstance(groups, int) or not isinstance(head, int):
+        raise CheckpointError(f"{path}: has sizes that are no numbers; fetch it again")
     queries, keys = heads * head, groups * head
     sizes = {
         "q_proj": (queries, hidden),

@@ -50,7 +50,7 @@ def adapter_arrays(adapter: Adapter, signature: Signature) -> dict[str, Array]:
     widths: dict[str, int] = defaultdict(int)
     for slot in signature.slots:
         for piece in slot.pieces:
-            widths[piece.module] += piece.count
+            widths[piece.module] = max(widths[piece.module], piece.start + piece.count)
     for module, shard in renamed.items():
         trained = shard.tensor.shape[-1]
         if (shard.variant == "tile" and trained != widths[module]) or widths[module] % trained:
@@ -106,7 +106,8 @@ def write_adapter(path: Path, arrays: Mapping[str, Array], signature: Signature)
         adapter.export_adapter(str(partial.absolute()))
         partial.replace(path)
     except (OSError, RuntimeError) as problem:
-        raise OnnxError(f"{path}: cannot be written: {problem}; choose another --output") from problem
+        why = str(problem).splitlines()[-1]
+        raise OnnxError(f"{path}: cannot be written: {why}; choose another --output") from problem
     finally:
         partial.unlink(missing_ok=True)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export.adapters import Adapter, load_adapter
-from fossil_export.checkpoints.companions import PROVENANCE
+from fossil_export.checkpoints.companions import PROVENANCE, TOKENIZER_FILES, tokenizer_of
 from fossil_export.checkpoints.dtypes import element_count
 from fossil_export.checkpoints.jsonfile import read_json, write_json
 from fossil_export.checkpoints.staging import check_destination, staged_folder
@@ -196,8 +196,10 @@ def _on_existing(
     progress("placing the shards")
     plan = plan_onnx(merge, mode, graph)
     check_saved(plan)
-    bring_companions(graph, folder)
-    for name, path in merge.companions.items():
+    adapter_folder = merge.adapter.path if merge.adapter.path.is_dir() else merge.adapter.path.parent
+    own = tokenizer_of(adapter_folder)
+    bring_companions(graph, folder, without=TOKENIZER_FILES if own else ())
+    for name, path in {**merge.companions, **own}.items():
         if "/" not in name and name in COMPANIONS and not (folder / name).exists():
             shutil.copyfile(path, folder / name)
     if not (folder / "config.json").exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,10 +84,10 @@ def _clone(source: Path, target: Path) -> bool:
             return False
 
 
-def bring_companions(graph: Path, folder: Path) -> None:
-    """Copy tokenizer and configs that lie beside `graph`."""
+def bring_companions(graph: Path, folder: Path, without: Sequence[str] = ()) -> None:
+    """Copy tokenizer and configs that lie beside `graph`, but those named in `without`."""
     for name in COMPANIONS:
-        if (graph.parent / name).is_file():
+        if name not in without and (graph.parent / name).is_file():
             shutil.copyfile(graph.parent / name, folder / name)
 
 

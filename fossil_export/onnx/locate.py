@@ -36,9 +36,11 @@ PACKS: dict[str, tuple[tuple[str, ...], ...]] = {
 
 SAMPLE_ROWS = 16
 
-_TOLERANCE = {"FLOAT": 1e-6, "DOUBLE": 1e-6, "FLOAT16": 1e-3, "BFLOAT16": 2.0**-8}
-_QUANTIZED_TOLERANCE = {8: 0.03, 4: 0.35, 2: 0.8}
-# Relative, of sampled rows. Rounding to nearest in blocks of 32 leaves about 0.1 in 4 bits; unrelated weights, 1.4.
+_TOLERANCE = {"FLOAT": 2.0**-23, "DOUBLE": 2.0**-23, "FLOAT16": 2.0**-11, "BFLOAT16": 2.0**-8}
+_SMALLEST = {"FLOAT": 1e-30, "DOUBLE": 1e-30, "FLOAT16": 2.0**-24, "BFLOAT16": 1e-30}
+QUANTIZED_TOLERANCE = {8: 0.03, 4: 0.35, 2: 0.8}
+# Relative; of float values one by one, of quantized ones over the sampled rows, where rounding to nearest in
+# blocks of 32 leaves about 0.1 in 4 bits and unrelated weights 1.4.
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def locate(wanted: Sequence[Wanted], sites: Sequence[Site], siblings: Mapping[st
                 f"{graph}: module {one.module} could be {listed(names)}, which hold equal weights; "
                 "export the graph with names, or use --runtime to have it made here"
             )
-        for site, piece in places:
+        for site, piece in finder.calls(one, places):
             found[site].append(piece)
     if missing:
         where = (
@@ -130,6 +132,23 @@ class _Finder:
         if parts:
             return parts, []
         return list(self._by_content(one)), differing
+
+    def calls(self, one: Wanted, places: list[tuple[Site, Piece]]) -> list[tuple[Site, Piece]]:
+        """`places`, and the further calls of the same module: products of the same weight, or of a copy of it under
+        the same name with a number at its end, as exporters give them."""
+        taken = {id(site) for site, _ in places}
+        further = []
+        for site, piece in places:
+            names = {_unnumbered(path) for path in (*site.paths, *one.names)}
+            for other in self._sites:
+                if id(other) in taken or _shape(other) != _shape(site):
+                    continue
+                if other.weight.value is site.weight.value or (
+                    names & {_unnumbered(path) for path in (*other.paths, *other.scopes)} and _same(other, one, piece)
+                ):
+                    taken.add(id(other))
+                    further.append((other, piece))
+        return places + further
 
     def _named_exactly(self, one: Wanted) -> list[tuple[Site, Piece]]:
         whole = Piece(one.module, 0, 0, one.outputs)
@@ -217,17 +236,27 @@ def _same(site: Site, one: Wanted, piece: Piece) -> bool:
             rounded = want.astype(numpy_dtype(SAFETENSORS_NAME[site.weight.dtype])).astype(np.float32)
         if np.array_equal(stored, rounded):
             return True
+        if site.weight.bits is None:
+            # Every value by itself: an update that is small in the norm is not small in the small values.
+            return bool(
+                (np.abs(stored - want) <= 2 * _tolerance(site) * np.abs(want) + _SMALLEST[site.weight.dtype]).all()
+            )
         size = float(np.linalg.norm(want))
         return size > 0 and float(np.linalg.norm(stored - want)) <= _tolerance(site) * size
 
 
 def _tolerance(site: Site) -> float:
     bits = site.weight.bits
-    return _TOLERANCE[site.weight.dtype] if bits is None else _QUANTIZED_TOLERANCE.get(bits, 0.03)
+    return _TOLERANCE[site.weight.dtype] if bits is None else QUANTIZED_TOLERANCE.get(bits, 0.03)
 
 
 def _shape(site: Site) -> tuple[int, int]:
     return site.weight.outputs, site.weight.inputs
+
+
+def _unnumbered(name: str) -> str:
+    """A name without the number that a repeated call gets: `ffn_2` is a call of `ffn`."""
+    return re.sub(r"_\d+(?=\.|$)", "", name)
 
 
 def _tail(name: str) -> tuple[tuple[str, ...], str]:

@@ -149,6 +149,12 @@ def plan_onnx(merge: MergePlan, mode: str, graph: Path) -> OnnxPlan:
                 f"{graph}: {listed(coded)} are quantized, and shards cannot be added to codes; use --mode fused "
                 "or swappable"
             )
+    _refuse_other_products(targets, graph)
+    wide = [target.label for target in targets if target.sites[0].weight.dtype == "DOUBLE"]
+    if wide and mode in ("merged", "tiled"):
+        raise OnnxError(
+            f"{graph}: {listed(wide)} are stored as DOUBLE, and shards are added in float32; use --mode fused"
+        )
     ranks: dict[str, set[int]] = defaultdict(set)
     for target in targets:
         ranks[target.kind] |= {merge.adapter.shards[piece.module].rank for piece in target.pieces}
@@ -183,7 +189,8 @@ def external_files(model: ir.Model) -> dict[Path, int]:
     import onnx_ir as ir
 
     files: dict[Path, int] = {}
-    for value in model.graph.initializers.values():
+    initializers = [value for graph in model.graphs() for value in graph.initializers.values()]
+    for value in initializers:
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
             path = Path(tensor.base_dir) / tensor.location
@@ -241,6 +248,29 @@ def _label(target: Target) -> str:
         return paths[0]
     parent = modules[0].rpartition(".")[0]
     return f"{parent}.{'_'.join(module.rpartition('.')[2] for module in modules)}".lstrip(".")
+
+
+_PASSES_ON = ("Cast", "DequantizeLinear", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+
+
+def _refuse_other_products(targets: tuple[Target, ...], graph: Path) -> None:
+    """Raise OnnxError where a weight is also read by a product that gets no shard, in a branch of the graph, say."""
+    for target in targets:
+        ours = {id(site.node) for site in target.sites}
+        values, seen = [target.sites[0].weight.value], set()
+        while values:
+            for usage in values.pop().uses():
+                node = usage.node
+                if id(node) in ours or id(node) in seen:
+                    continue
+                seen.add(id(node))
+                if node.op_type in _PASSES_ON:
+                    values += node.outputs
+                elif "MatMul" in node.op_type or node.op_type in ("Gemm", "Conv", "Einsum", "Attention"):
+                    raise OnnxError(
+                        f"{graph}: the weight of {target.label} is also read by {node.name or node.op_type}, which "
+                        "cannot take a shard; export the graph again without optimisations"
+                    )
 
 
 def round_to(values: Array, dtype: str, what: str) -> Array:

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from fossil_export.errors import OnnxError
 from fossil_export.onnx.edit import Editor
-from fossil_export.onnx.plan import OnnxPlan, Target
+from fossil_export.onnx.plan import OnnxPlan, Target, round_to
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
@@ -38,7 +38,9 @@ def rewrite(plan: OnnxPlan, editor: Editor) -> None:
 def _tile(plan: OnnxPlan, editor: Editor, target: Target, name: str) -> ir.Value:
     site = target.sites[0]
     operand = site.node.inputs[1]
-    shard = editor.shard(f"{target.label}.shard", plan.shard(target))
+    values = plan.shard(target)
+    round_to(values, site.weight.dtype, f"the shard of {target.label}")
+    shard = editor.shard(f"{target.label}.shard", values)
     tiling = editor.tiling(target.inputs, int(shard.shape[0]))
     wide = _cast(editor, target, operand, f"{name}/Cast_in", ir.DataType.FLOAT)
     if site.inputs_first:

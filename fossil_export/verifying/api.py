@@ -105,6 +105,8 @@ def verify(
     if report is not None and not Path(report).expanduser().absolute().parent.is_dir():
         raise FossilExportError(f"{report}: cannot be written: its folder does not exist; make it first")
 
+    if level == "weights" and (why := found.incomparable()):
+        raise FossilExportError(f"{folder}: {why}")
     problems: list[str] = []
     tensors = forward = None
     together = True

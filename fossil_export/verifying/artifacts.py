@@ -29,6 +29,9 @@ class Artifact(Protocol):
     ) -> tuple[tuple[TensorCheck, ...] | None, list[str]]:
         """The weights level: the tensors as compared (None where they are no checkpoint's) and what is wrong."""
 
+    def incomparable(self) -> str | None:
+        """Why the weights level alone would say nothing; None where it compares something."""
+
     def subject(self, base: Checkpoint, adapter: Adapter, device: str) -> Subject:
         """How to run it."""
 
@@ -61,6 +64,9 @@ class MergedFolder:
         tensors = check_weights(self.checkpoint, base, adapter, dtype, progress)
         return tensors, problems + [f"{check.name} {check.problem}" for check in tensors if check.problem]
 
+    def incomparable(self) -> str | None:
+        return None
+
     def subject(self, base: Checkpoint, adapter: Adapter, device: str) -> Subject:
         return Subject(self.folder, lambda: open_artifact(self.folder, device))
 
@@ -90,6 +96,13 @@ class OnnxFolder:
 
         plan_merge(adapter, base.location)  # do they go together?
         return None, [*check_record(base, adapter, record), *check_shards(self.folder, adapter)]
+
+    def incomparable(self) -> str | None:
+        from fossil_export.verifying.quantized import is_quantized
+
+        if self._mode() == "swappable" or (self._mode() == "fused" and is_quantized(self.folder)):
+            return None
+        return f"a {self._mode()} graph has no shards of its own; it is checked by running it, with --level forward"
 
     def subject(self, base: Checkpoint, adapter: Adapter, device: str) -> Subject:
         from fossil_export.verifying.onnx_models import OnnxRunner, providers

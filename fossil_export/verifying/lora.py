@@ -15,7 +15,7 @@ from fossil_export.checkpoints.checkpoint import Checkpoint, sha256
 from fossil_export.checkpoints.dtypes import element_count
 from fossil_export.checkpoints.header import read_header
 from fossil_export.checkpoints.jsonfile import read_json
-from fossil_export.errors import AdapterError
+from fossil_export.errors import AdapterError, listed
 from fossil_export.merging.plan import MergePlan, plan_merge
 from fossil_export.verifying.folder import check_record
 from fossil_export.verifying.forward import Subject
@@ -47,7 +47,10 @@ class LoraFolder:
         self, base: Checkpoint, adapter: Adapter, record: Mapping[str, Any] | None, progress: Any
     ) -> tuple[tuple[TensorCheck, ...] | None, list[str]]:
         self._plan = plan_merge(adapter, base.location)
-        return None, [*check_record(base, adapter, record), *_check(self.folder, adapter)]
+        return None, [*check_record(base, adapter, record), *_check(self.folder, adapter, self._plan)]
+
+    def incomparable(self) -> str | None:
+        return None
 
     def subject(self, base: Checkpoint, adapter: Adapter, device: str) -> Subject:
         plan = self._plan or plan_merge(adapter, base.location)
@@ -79,7 +82,7 @@ class LoraFolder:
         return [{"file": path.name, "size": path.stat().st_size, "sha256": sha256(path)} for path in paths]
 
 
-def _check(folder: Path, adapter: Adapter) -> Iterator[str]:
+def _check(folder: Path, adapter: Adapter, plan: MergePlan) -> Iterator[str]:
     """Tile and mini: every A is the tiling and every B the shard's columns; all else is carried as it is."""
     header = read_header(folder / "adapter_model.safetensors", AdapterError)
     tensors = {tensor.name: tensor for tensor in header.tensors}
@@ -87,6 +90,18 @@ def _check(folder: Path, adapter: Adapter) -> Iterator[str]:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if rank != alpha or config.get("use_rslora") or config.get("use_dora"):
         yield f"adapter_config.json says r {rank} and lora_alpha {alpha}; its update would be scaled"
+    for name in ("alpha_pattern", "rank_pattern", "fan_in_fan_out", "layers_to_transform", "exclude_modules"):
+        if config.get(name):
+            yield f"adapter_config.json sets {name}, which changes what the matrices mean"
+    targets = config.get("target_modules")
+    if isinstance(targets, list):
+        bare = [m for m in adapter.shards if not any(m == target or m.endswith(f".{target}") for target in targets)]
+        if bare:
+            yield f"target_modules does not cover {listed(bare)}"
+    wanted_names = {f"{_PREFIX}{m}.lora_{part}.weight" for m in adapter.shards for part in "AB"}
+    if extra := sorted(set(tensors) - wanted_names - {info.name for info in adapter.saved.values()}):
+        yield f"holds {listed(extra)}, which the adapter does not"
+    sizes = {tensor.shard.module: tensor.shape for tensor in plan.tensors if tensor.shard is not None}
     for info in adapter.saved.values():
         found = tensors.get(info.name)
         if found is None or not np.array_equal(adapter.array(found), adapter.array(info)):
@@ -96,7 +111,13 @@ def _check(folder: Path, adapter: Adapter) -> Iterator[str]:
         second = tensors.get(f"{_PREFIX}{module}.lora_B.weight")
         if first is None or second is None:
             yield f"{module} has no lora_A and lora_B"
-        elif adapter.variant != "bat":
+        elif (second.shape[0], first.shape[1]) != sizes[module] or first.shape[0] != second.shape[1]:
+            fit = f"do not fit {list(sizes[module])}"
+            yield f"{module}: its matrices {list(second.shape)} and {list(first.shape)} {fit}"
+        elif adapter.variant == "bat":
+            if not adapter.array(first).any() or not adapter.array(second).any():
+                yield f"{module}: its matrices are zero"
+        else:
             one, other = adapter.array(first), adapter.array(second)
             trained = adapter.array(shard.tensor)
             wanted = trained[:, np.arange(len(other)) % trained.shape[1]].T.astype(other.dtype)

@@ -15,7 +15,7 @@ import numpy as np
 
 from fossil_export.errors import OnnxError
 from fossil_export.onnx.existing import find_graph
-from fossil_export.onnx.locate import Found, Wanted, locate
+from fossil_export.onnx.locate import QUANTIZED_TOLERANCE, Found, Wanted, locate
 from fossil_export.onnx.plan import load_graph
 from fossil_export.onnx.sites import find_sites
 
@@ -40,8 +40,9 @@ def is_quantized(folder: Path) -> bool:
 def take_weights(network: Any, folder: Path, check: bool) -> list[str]:
     """Give the linear layers of a transformers model the weights of the graph's quantized products, in place.
 
-    With `check`, the model's own weights are what the codes were made from, and the result lists the layers,
-    one line each, with values further from their code than `STEPS`.
+    The result lists the layers, one line each, whose codes are not the model's weights: with `check`, where the
+    model's own weights are what was quantized, any value further from its code than `STEPS`; else those that
+    are further off as a whole than any quantizer leaves them.
     """
     import torch
 
@@ -62,8 +63,7 @@ def take_weights(network: Any, folder: Path, check: bool) -> list[str]:
         except OnnxError:
             continue  # not quantized (a head in full precision), or of another model: the logits will tell
         layer = layers[one.module]
-        if check:
-            problems += _outside(one, found)
+        problems += _outside(one, found) if check else _far(one, found)
         with torch.no_grad():
             for site, piece in _pairs(found):
                 values = torch.from_numpy(site.weight.read(slice(piece.at, piece.at + piece.count)).copy())
@@ -75,6 +75,15 @@ def _pairs(found: Found) -> Iterator[tuple[Any, Any]]:
     for site, pieces in found.items():
         for piece in pieces:
             yield site, piece
+
+
+def _far(one: Wanted, found: Found) -> Iterator[str]:
+    """Codes that are further from the base's weight, as a whole, than quantizing takes them."""
+    for site, piece in _pairs(found):
+        base = one.weight[piece.start : piece.start + piece.count]
+        error = np.linalg.norm(site.weight.read(slice(piece.at, piece.at + piece.count)) - base)
+        if not error <= QUANTIZED_TOLERANCE.get(site.weight.bits or 8, 0.03) * np.linalg.norm(base):
+            yield f"{one.module}: its codes in the graph are {error / np.linalg.norm(base):.0%} off the base's weight"
 
 
 def _outside(one: Wanted, found: Found) -> Iterator[str]:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fossil_export.adapters import Adapter
-from fossil_export.errors import OnnxError
+from fossil_export.errors import OnnxError, listed
 from fossil_export.extras import required
 from fossil_export.onnx.adapter_file import ADAPTER
 from fossil_export.onnx.existing import find_graph
+from fossil_export.onnx.locate import Piece
 from fossil_export.onnx.plan import load_graph
-from fossil_export.onnx.signature import Outlet, read_mark
+from fossil_export.onnx.signature import Outlet, read_mark, read_signature
 from fossil_export.onnx.weight import stored
 
 if TYPE_CHECKING:
@@ -31,36 +32,54 @@ def check_shards(folder: Path, adapter: Adapter) -> list[str]:
     mark = read_mark(graph, model)
     if mark.get("mode") not in ("fused", "swappable"):
         return []
-    file = _parameters(folder / ADAPTER) if mark["mode"] == "swappable" else {}
+    if mark["mode"] == "swappable":
+        return list(_check_file(folder, graph, adapter))
     values = {value.name: value for node in model.graph for value in node.outputs}
-    problems = []
+    problems: list[str] = []
     for outlet in (Outlet(**entry) for entry in mark.get("outlets", ())):
-        shard = adapter.shards.get(outlet.module)
-        node = _gemm(values.get(outlet.value))
-        if shard is None or node is None:
-            continue
-        operand = node.inputs[1]
-        if operand.is_graph_input():
-            if operand.name not in file:
-                problems.append(f"{outlet.module} has no shard in {ADAPTER}")
-                continue
-            found = file[operand.name]
-        else:
-            found = stored(operand.const_value)
-        problems += _compare(outlet, found, np.asarray(adapter.array(shard.tensor), np.float32))
+        shard, node = adapter.shards.get(outlet.module), _gemm(values.get(outlet.value))
+        if shard is not None and node is not None:
+            trained = np.asarray(adapter.array(shard.tensor), np.float32)
+            problems += _compare(
+                Piece(outlet.module, 0, outlet.at, outlet.count), stored(node.inputs[1].const_value), trained
+            )
     return problems
 
 
-def _compare(outlet: Outlet, found: Array, trained: Array) -> Iterator[str]:
-    outputs = outlet.count
-    wanted = trained[:, np.arange(outputs) % trained.shape[1]].astype(found.dtype)
-    part = found[:, outlet.at : outlet.at + outputs]
+def _check_file(folder: Path, graph: Path, adapter: Adapter) -> Iterator[str]:
+    """The adapter file against the trained shards, by the slots of the graph's signature."""
+    signature = read_signature(graph)
+    file = _parameters(folder / ADAPTER)
+    known = {piece.module for slot in signature.slots for piece in slot.pieces}
+    if missing := [module for module in adapter.shards if module not in known]:
+        yield f"the graph has no inputs for {listed(missing)}"
+    for slot in signature.slots:
+        trained = [piece for piece in slot.pieces if piece.module in adapter.shards]
+        values = file.get(slot.name)
+        if values is None:
+            if trained:
+                yield f"{trained[0].module} has no shard in {ADAPTER}"
+            continue
+        covered = np.zeros(slot.outputs, bool)
+        for piece in trained:
+            yield from _compare(
+                piece, values, np.asarray(adapter.array(adapter.shards[piece.module].tensor), np.float32)
+            )
+            covered[piece.at : piece.at + piece.count] = True
+        if values[:, ~covered].any():
+            yield f"{slot.name}: has values for modules that were not trained"
+
+
+def _compare(piece: Piece, found: Array, trained: Array) -> Iterator[str]:
+    columns = np.arange(piece.start, piece.start + piece.count) % trained.shape[1]
+    wanted = trained[:, columns].astype(found.dtype)
+    part = found[:, piece.at : piece.at + piece.count]
     if part.shape != wanted.shape:
-        yield f"{outlet.module}: its shard in the graph is {list(part.shape)}, the trained one {list(wanted.shape)}"
+        yield f"{piece.module}: its shard in the graph is {list(part.shape)}, the trained one {list(wanted.shape)}"
     elif not np.array_equal(part, wanted):
         row, column = np.argwhere(part != wanted)[0]
         yield (
-            f"{outlet.module}: its shard in the graph has {float(part[row, column]):g} at [{row}, {column}], the "
+            f"{piece.module}: its shard in the graph has {float(part[row, column]):g} at [{row}, {column}], the "
             f"trained one {float(wanted[row, column]):g}"
         )
 
@@ -71,14 +90,11 @@ def _gemm(value: Any) -> Any:
         node = value.producer()
         if node is None:
             return None
-        if node.op_type == "If":
-            value = node.attributes["then_branch"].as_graph().outputs[value.index()]
-            continue
         if node.op_type == "Gemm" and "/fossil/" in str(node.name):
             return node
         if node.op_type not in ("Reshape", "Add"):
             return None
-        value = node.inputs[0]
+        value = next((operand for operand in node.inputs if operand.const_value is None), None)  # not the bias
     return None
 
 
