@@ -50,6 +50,7 @@ def certificate(result: Verification) -> dict[str, Any]:
             "trainer": {"dtype": forward.trainer_dtype, **_distance(forward.trainer)},
             "artifact": _distance(forward.artifact),
             "allowed_factor": FACTOR,
+            "allowed_noise": forward.noise,
             "same_continuations": [forward.same_continuations, forward.continuations],
             "first_module_outside": forward.first_outside,
         }

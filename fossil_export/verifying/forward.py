@@ -58,17 +58,19 @@ class ModuleError:
     module: str
     trainer: float
     artifact: float
+    noise: float = 0.0
 
     @property
     def outside(self) -> bool:
         """Whether the artifact has left the band around the trainer."""
-        return not self.artifact <= MODULE_FACTOR * self.trainer + FLOOR
+        return not self.artifact <= MODULE_FACTOR * self.trainer + FLOOR + self.noise
 
 
 @dataclass(frozen=True)
 class ForwardCheck:
     """`first_outside` is the module, in the order they run, where the artifact first leaves the band; looked
-    for only when `problem` says that the logits do. `same_continuations` counts, of `continuations`."""
+    for only when `problem` says that the logits do. `same_continuations` counts, of `continuations`. `noise` is
+    the relative error that the artifact's runtime explains beside rounding (`Subject`)."""
 
     prompts: int
     truth_dtype: str
@@ -81,6 +83,7 @@ class ForwardCheck:
     modules: tuple[ModuleError, ...]
     first_outside: str | None
     problem: str | None
+    noise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def check_forward(
     found, artifact_modules, continued = _run(runner, tokens, truth, true_modules)
 
     modules = tuple(
-        ModuleError(name, trainer_modules[name], artifact_modules[name])
+        ModuleError(name, trainer_modules[name], artifact_modules[name], subject.noise)
         for name in true_modules
         if name in trainer_modules and name in artifact_modules
     )
@@ -135,6 +138,7 @@ def check_forward(
         modules=modules,
         first_outside=first,
         problem=problem,
+        noise=subject.noise,
     )
 
 

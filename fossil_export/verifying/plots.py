@@ -33,7 +33,7 @@ def module_plot(found: ForwardCheck) -> str:
     modules = found.modules
     if not modules:
         return ""
-    edges = [MODULE_FACTOR * error.trainer + FLOOR for error in modules]
+    edges = [MODULE_FACTOR * error.trainer + FLOOR + error.noise for error in modules]
     low, high = _decades([*edges, *(value for error in modules for value in (error.trainer, error.artifact))])
     step = (WIDTH - LEFT - RIGHT) / len(modules)
     across = [LEFT + (index + 0.5) * step for index in range(len(modules))]
@@ -64,7 +64,7 @@ def module_plot(found: ForwardCheck) -> str:
     return (
         "<section><h2>Error by module</h2><figure><figcaption>Relative error of each module's output on the first "
         f"prompt. The shaded band is what rounding explains: up to {MODULE_FACTOR:g} times the trainer's error plus "
-        f"<span class='number'>{FLOOR:g}</span>.{first}</figcaption>"
+        f"<span class='number'>{FLOOR + found.noise:g}</span>.{first}</figcaption>"
         '<div class="legend"><span><i class="t"></i>trainer</span><span><i></i>artifact</span>'
         '<span><i class="b"></i>band</span></div>'
         f"{_svg('modules', WIDTH, HEIGHT, 'Relative error by module, trainer and artifact', shapes)}"

@@ -132,16 +132,16 @@ def _weights_figures(tensors: Sequence[TensorCheck]) -> str:
 
 
 def _forward_figures(found: ForwardCheck) -> str:
-    def error(name: str, trainer: float, artifact: float, limited: bool) -> list[str]:
-        allowed = number(FACTOR * trainer + FLOOR) if limited else ""
+    def error(name: str, trainer: float, artifact: float, noise: float | None = None) -> list[str]:
+        allowed = number(FACTOR * trainer + FLOOR + noise) if noise is not None else ""
         return [name, number(trainer), number(artifact), allowed]
 
     trainer, artifact = found.trainer, found.artifact
     same = f"{found.same_continuations} of {found.continuations}" if found.continuations else "none made"
     rows = [
-        error("Relative error, median position", trainer.relative_error, artifact.relative_error, True),
-        error("Relative error, worst tenth", trainer.worst_tenth, artifact.worst_tenth, True),
-        error("KL divergence, nats", trainer.kl, artifact.kl, False),
+        error("Relative error, median position", trainer.relative_error, artifact.relative_error, found.noise),
+        error("Relative error, worst tenth", trainer.worst_tenth, artifact.worst_tenth, 2 * found.noise),
+        error("KL divergence, nats", trainer.kl, artifact.kl),
         ["Same likeliest token", share_text(trainer.top1), share_text(artifact.top1), ""],
         ["Same continuation as the trainer", "", same, ""],
     ]
