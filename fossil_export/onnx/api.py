@@ -274,7 +274,7 @@ def _quiet(config: Path) -> None:
     if not config.is_file():
         return
     record = read_json(config, OnnxError)
-    for part in record.get("model", {}).values():
+    for part in (record.get("model") or {}).values():
         if isinstance(part, dict) and isinstance(part.get("session_options"), dict):
             part["session_options"].setdefault("log_severity_level", 3)
     config.write_bytes(write_json(record))
