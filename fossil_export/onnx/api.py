@@ -22,7 +22,7 @@ from fossil_export.merging.plan import MergePlan, plan_merge
 from fossil_export.merging.provenance import provenance
 from fossil_export.merging.run import run
 from fossil_export.onnx.check import check
-from fossil_export.onnx.plan import MODES, OnnxPlan, check_mode, plan_onnx
+from fossil_export.onnx.plan import OnnxPlan, check_mode, plan_onnx
 
 RUNTIMES = ("genai", "torch")
 PRECISIONS = ("fp32", "fp16", "bf16", "int4")
@@ -108,7 +108,12 @@ def export_onnx(
         assert graph is not None
         if target.resolve() in graph.resolve().parents:
             raise OutputError(f"{output}: holds {graph}, which would be replaced; choose another --output")
-        runtime, needed = "onnx", sum(_sizes(graph)) + (64 << 20)
+        # Shared weights take no room; where they must be copied after all, a full disk is an error of its own.
+        shared = mode in ("tiled", "swappable") and not copy_data
+        runtime, needed = (
+            "onnx",
+            (graph.stat().st_size if shared else sum(_sizes(graph))) + 4 * adapter.parameters + (64 << 20),
+        )
     else:
         graph = None
         runtime, precision = runtime or _default_runtime(merge), precision or "fp32"
@@ -301,4 +306,4 @@ def _warnings(merge: MergePlan, mode: str, linked: list[str]) -> Iterator[str]:
         )
 
 
-__all__ = ["MODES", "OnnxResult", "export_onnx"]
+__all__ = ["OnnxResult", "export_onnx"]

@@ -163,11 +163,6 @@ def providers(device: str) -> list[str]:
     return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
 
-def is_onnx(folder: Path) -> bool:
-    """Whether the folder's model is a graph."""
-    return any(folder.glob("*.onnx"))
-
-
 def _dimension(size: Any, index: int, sizes: dict[str, int]) -> int:
     if isinstance(size, int):
         return size
