@@ -31,6 +31,8 @@ import smollm2
 from fossil_export import load_adapter
 from fossil_export.converting import gguf_lora
 from fossil_export.converting.options import Options
+from fossil_export.errors import CheckpointError
+from fossil_export.hub import locate
 
 Array = np.ndarray[Any, Any]
 
@@ -78,7 +80,7 @@ def _real(outtypes: list[str], tokens: int) -> bool:
             for outtype in outtypes:
                 path = Path(temporary) / f"{folder.name}-{outtype}.gguf"
                 started = time.perf_counter()
-                made = gguf_lora.write(load_adapter(folder), path, Options(base=smollm2.base_model(), outtype=outtype))
+                made = gguf_lora.write(load_adapter(folder), path, options(smollm2.base_model(), outtype))
                 seconds = time.perf_counter() - started
                 answer = _answer(path, tokens)
                 right = expected in answer
@@ -87,6 +89,10 @@ def _real(outtypes: list[str], tokens: int) -> bool:
                 cells += [f"{made['relative_error']:.1e}", answer, "as trained" if right else "WRONG"]
                 print(_line(cells), flush=True)
     return good
+
+
+def options(base: Path, outtype: str = "f32") -> Options:
+    return Options(locate(base, CheckpointError, "base model"), str(base), outtype=outtype)
 
 
 def _families() -> bool:
@@ -100,7 +106,7 @@ def _families() -> bool:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             plain, trained = _tiny(kind, folder)
-            made = gguf_lora.write(load_adapter(folder / "adapter"), folder / "lora.gguf", Options(folder / "base"))
+            made = gguf_lora.write(load_adapter(folder / "adapter"), folder / "lora.gguf", options(folder / "base"))
             _write_gguf(folder / "base", folder / "base.gguf", gguf_lora.FAMILIES[kind])
             before = _distance(_logits(folder / "base.gguf", None), plain)
             after = _distance(_logits(folder / "base.gguf", folder / "lora.gguf"), trained)

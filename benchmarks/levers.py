@@ -63,21 +63,13 @@ def read_instead_of_map() -> None:
 
 def copy_then_patch() -> None:
     """Copy whole files inside the kernel first, then write only the merged rows over them."""
-    original = run._write_file
 
-    class Patched(output.OutputFile):
-        def __init__(self, path: Path, size: int) -> None:
-            self._direct = output._open_direct(path)
-            self._refused = None
-            self._buffered = os.open(path, os.O_WRONLY)
+    def write(self: Any, file: Any, path: Path, moved: Any = None) -> Any:
+        base = file.tensors[0][0].source.path
+        shutil.copyfile(base, path)
+        return self.change(file, path, base)
 
-    def write_file(file: Any, path: Path, worker: Any, pool: Any, progress: Any) -> None:
-        shutil.copyfile(file.tensors[0][0].source.path, path)
-        worker._copy = lambda step, output: None
-        original(file, path, worker, pool, progress)
-
-    patch(run, "OutputFile", Patched)
-    patch(run, "_write_file", write_file)
+    patch(run.Runner, "write", write)
 
 
 def keep_mapped_pages() -> None:

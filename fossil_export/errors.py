@@ -27,6 +27,10 @@ class OnnxError(FossilExportError):
     """A graph cannot be read, is not the base model's, or cannot take the adapter in the mode asked for."""
 
 
+class HubError(FossilExportError):
+    """The Hub refuses, cannot be reached, or has something else than was asked for."""
+
+
 class OutputError(FossilExportError):
     """The output cannot be written where it was asked for."""
 

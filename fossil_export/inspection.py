@@ -14,6 +14,7 @@ from fossil_export.checkpoints.dtypes import TORCH_NAME
 from fossil_export.errors import FossilExportError
 from fossil_export.merging import MergePlan, plan_merge
 from fossil_export.merging.layout import tensor_record
+from fossil_export.merging.plan import find_base
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class Inspection:
     norms: Mapping[str, float]
     plan: MergePlan | None
     problems: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As `--json` prints it."""
         adapter = self.adapter
         return {
-            "adapter": str(adapter.path),
+            "adapter": adapter.name,
+            "revision": adapter.revision,
             "peft_type": adapter.peft_type,
             "variant": adapter.variant,
             "rank": adapter.rank,
@@ -56,12 +59,13 @@ class Inspection:
             if self.plan is None
             else [tensor_record(tensor) for tensor in self.plan.tensors if tensor.action not in ("copy", "cast")],
             "problems": list(self.problems),
-            "warnings": list(self.plan.warnings) if self.plan is not None else [],
+            "warnings": list(self.warnings),
         }
 
 
 def inspect(adapter: Adapter | str | Path, base: str | Path | None = None) -> Inspection:
-    """Look at `adapter`, and at `base` where there is one (default: the adapter's own, if it lies here).
+    """Look at `adapter`, and at `base` where there is one (default: the adapter's own, if it can be had); paths or ids
+    on the Hub, of whose base only headers are read.
 
     Raises AdapterError for an adapter that cannot be read; what would stop a merge is reported in `problems`.
     """
@@ -74,13 +78,22 @@ def inspect(adapter: Adapter | str | Path, base: str | Path | None = None) -> In
         if not math.isfinite(norm)
     ]
     plan = None
-    wanted = base if base is not None else adapter.base_model
-    if base is not None or (wanted is not None and Path(wanted).exists()):
+    warnings = adapter.notes
+    try:
+        found = find_base(adapter, base) if base is not None or adapter.base_model is not None else None
+    except FossilExportError as problem:
+        found = None
+        if base is not None:
+            problems.append(str(problem))
+        else:  # the adapter can be looked at without it
+            warnings += (f"the base was not looked at: {problem}",)
+    if found is not None:
         try:
-            plan = plan_merge(adapter, base)
+            plan = plan_merge(adapter, found)
+            warnings = plan.warnings
         except FossilExportError as problem:
             problems.append(str(problem))
-    return Inspection(adapter, norms, plan, tuple(problems))
+    return Inspection(adapter, norms, plan, tuple(problems), warnings)
 
 
 def dtypes(adapter: Adapter) -> dict[str, int]:

@@ -38,6 +38,7 @@ class Adapter:
     `shards` is by module; `saved` holds whole tensors that were trained or stored beside the shards, by the
     base model's parameter name (`lm_head.weight`, `model.layers.0.self_attn.q_proj.bias`). Nothing is read
     into memory until `array` is called; arrays of pickled adapters, which are no byte ranges, are in `pickled`.
+    `name` is what records call it (its id on the Hub, else the path as given) and `revision` its commit there.
     """
 
     path: Path
@@ -51,6 +52,9 @@ class Adapter:
     saved: Mapping[str, TensorInfo]
     files: tuple[Path, ...]
     pickled: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict, repr=False)
+    name: str = ""
+    revision: str | None = None
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def parameters(self) -> int:

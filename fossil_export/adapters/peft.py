@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fossil_export.adapters.adapter import Adapter, Shard
 from fossil_export.adapters.pickled import read_pickled
 from fossil_export.adapters.rwkv import is_state_dict, load_state_dict
+from fossil_export.checkpoints.companions import TOKENIZER_FILES
 from fossil_export.checkpoints.dtypes import FLOATS
 from fossil_export.checkpoints.header import TensorInfo, read_header
 from fossil_export.checkpoints.jsonfile import read_json
@@ -44,15 +46,26 @@ _TYPES: dict[str, tuple[type, ...]] = {
 def load_adapter(path: str | Path) -> Adapter:
     """Read a FOSSIL adapter: a folder that PEFT saved, the weights file in it, or a state dict of RWKV-PEFT (.pth).
 
-    Only headers and the config are read. The dimensions of the tensors decide the variant (2-D tile or mini,
-    3-D bat); the config must agree. Raises AdapterError for anything that is damaged, contradictory or not
-    understood: nothing the adapter holds is ever left out silently.
+    `path` may also be an id on the Hub, `user/repo[@revision]` or `hf://…`, whose files are fetched. Only headers and
+    the config are read. The dimensions of the tensors decide the variant (2-D tile or mini, 3-D bat); the config
+    must agree. Raises AdapterError for anything that is damaged, contradictory or not understood: nothing the
+    adapter holds is ever left out silently. HubError says what the Hub refuses.
     """
-    from fossil_export.hub import resolve
+    from fossil_export.hub import locate
 
-    given = resolve(path, AdapterError, "adapter")
-    if is_state_dict(given):
-        return load_state_dict(given)
+    found = locate(path, AdapterError, "adapter")
+    given = found.fetched(_needed(found.names(), found.file)) if found.source is not None else found.path
+    adapter = load_state_dict(given) if is_state_dict(given) else _load_folder(given)
+    return replace(adapter, name=found.name, revision=found.revision, notes=found.notes)
+
+
+def _needed(names: list[str], file: str | None) -> list[str]:
+    """Which files of an adapter on the Hub are read: config, one file of weights, tokenizer."""
+    weights = [file] if file not in (None, CONFIG) else [name for name in WEIGHTS if name in names][:1]
+    return [name for name in (CONFIG, *TOKENIZER_FILES) if name in names] + [name for name in weights if name]
+
+
+def _load_folder(given: Path) -> Adapter:
     folder = given if given.is_dir() else given.parent
     config = _read_config(folder)
     weights = given if given.is_file() and given.name != CONFIG else find_weights(folder)

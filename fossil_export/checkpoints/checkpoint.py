@@ -1,15 +1,17 @@
-"""A base model on disk: its safetensors files, index and config, opened read-only."""
+"""A base model: its safetensors files, index and config, opened read-only, here or on the Hub."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fossil_export.checkpoints.header import Header, TensorInfo, read_header
-from fossil_export.checkpoints.jsonfile import read_json
+from fossil_export.checkpoints.dtypes import numpy_dtype
+from fossil_export.checkpoints.folder import Folder, LocalFolder
+from fossil_export.checkpoints.header import Header, TensorInfo
+from fossil_export.checkpoints.jsonfile import parse_json
 from fossil_export.errors import CheckpointError, listed
 
 WEIGHTS = "model.safetensors"
@@ -20,10 +22,11 @@ INDEX_ENDING = ".safetensors.index.json"
 class Checkpoint:
     """The weights of one model and the folder they lie in.
 
-    `folder` is None for a lone weights file, which has no companions (config, tokenizer). `index_path` is
-    None when one file holds everything.
+    `source` is where all of it is read from; `folder` is None for a lone weights file, which has no companions
+    (config, tokenizer). `index_path` is None when one file holds everything.
     """
 
+    source: Folder
     folder: Path | None
     files: tuple[Header, ...]
     index_path: Path | None
@@ -41,42 +44,75 @@ class Checkpoint:
         return sum(header.size for header in self.files)
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a model folder, or one safetensors file of it, without reading any weights.
+class Rows:
+    """A tensor (n, …) of which some rows are read: `rows[indices]`, wherever the file lies."""
 
-    In a folder `model.safetensors` wins over its index, as in transformers, and that over the only other
-    index or safetensors file. Raises CheckpointError when there are no weights, several sets of them, or damage.
+    def __init__(self, source: Folder, info: TensorInfo) -> None:
+        self._source = source
+        self._info = info
+
+    def __len__(self) -> int:
+        return self._info.shape[0]
+
+    def __getitem__(self, rows: Iterable[int]) -> Any:
+        import numpy as np
+
+        info = self._info
+        size = info.nbytes // max(1, len(self))
+        found = [self._source.view(info.path.name, (info.offset or 0) + int(row) * size, size) for row in rows]
+        return np.concatenate(found).view(numpy_dtype(info.dtype)).reshape(-1, *info.shape[1:])
+
+
+def open_checkpoint(where: Path | Folder, file: str | None = None) -> Checkpoint:
+    """Open a model folder, or one safetensors file or index of it, without reading any weights.
+
+    `where` is a path, or a folder elsewhere, of which `file` names the one to open. In a folder
+    `model.safetensors` wins over its index, as in transformers, and that over the only other index or
+    safetensors file. Raises CheckpointError when there are no weights, several sets of them, or damage.
     """
-    if path.is_dir():
-        folder: Path | None = path
-        index_path, weights = _choose(path)
-    elif path.is_file():
-        folder = path.parent if (path.parent / "config.json").is_file() else None
-        if path.name.endswith(INDEX_ENDING):
-            folder, index_path, weights = path.parent, path, None
-        elif path.suffix == ".safetensors":
-            _refuse_part(path)
-            index_path, weights = None, path
-        else:
-            raise CheckpointError(f"{path}: not a safetensors file; {_RESAVE}")
+    if isinstance(where, Path):
+        if not where.is_dir() and not where.is_file():
+            raise CheckpointError(f"{where}: no such file or folder; name the base model with --base")
+        source: Folder = LocalFolder(where if where.is_dir() else where.parent)
+        file = None if where.is_dir() else where.name
     else:
-        raise CheckpointError(f"{path}: no such file or folder; name the base model with --base")
+        source = where
+    root = source.root_names()
+    folder = source.path if file is None or "config.json" in root else None
+    if file is None:
+        index_name, weights = _choose(source)
+    elif file.endswith(INDEX_ENDING):
+        folder, index_name, weights = source.path, file, None
+    elif file.endswith(".safetensors"):
+        _refuse_part(source, file)
+        index_name, weights = None, file
+    else:
+        raise CheckpointError(f"{source.path / file}: not a safetensors file; {_RESAVE}")
 
-    index = None
-    if index_path is not None:
-        index = read_json(index_path, CheckpointError)
-        files = tuple(read_header(file) for file in _indexed_files(index_path, index))
+    index = index_path = None
+    if index_name is not None:
+        index_path = source.path / index_name
+        index = _json(source, index_name)
+        files = source.headers(_indexed_files(source, index_path, index))
     else:
         assert weights is not None
-        files = (read_header(weights),)
+        files = source.headers([weights])
     tensors = _by_name(files)
     if index is not None and index_path is not None:
         _check_index(index_path, index["weight_map"], tensors)
     config = None
-    if folder is not None and (folder / "config.json").is_file():
-        config = read_json(folder / "config.json", CheckpointError)
+    if folder is not None and "config.json" in root:
+        config = _json(source, "config.json")
         _check_config(folder / "config.json", config)
-    return Checkpoint(folder, files, index_path, index, config, tensors)
+    return Checkpoint(source, folder, files, index_path, index, config, tensors)
+
+
+def _json(source: Folder, name: str) -> dict[str, Any]:
+    try:
+        text = source.read(name)
+    except OSError as problem:
+        raise CheckpointError(f"{source.path / name}: cannot be read: {problem.strerror}") from problem
+    return parse_json(text, source.path / name, CheckpointError)
 
 
 _RESAVE = (
@@ -85,40 +121,43 @@ _RESAVE = (
 )
 
 
-def _refuse_part(path: Path) -> None:
+def _refuse_part(source: Folder, file: str) -> None:
     """A file that an index beside it lists with others is not a model."""
-    for index_path in path.parent.glob(f"*{INDEX_ENDING}"):
-        weight_map = read_json(index_path, CheckpointError).get("weight_map")
+    for name in source.root_names():
+        if not name.endswith(INDEX_ENDING):
+            continue
+        weight_map = _json(source, name).get("weight_map")
         files = set(weight_map.values()) if isinstance(weight_map, dict) else set()
-        if path.name in files and len(files) > 1:
-            raise CheckpointError(f"{path}: is one of the {len(files)} files of a model; name their folder instead")
+        if file in files and len(files) > 1:
+            raise CheckpointError(
+                f"{source.path / file}: is one of the {len(files)} files of a model; name their folder instead"
+            )
 
 
-def _choose(folder: Path) -> tuple[Path | None, Path | None]:
-    """The index or else the one weights file of `folder`."""
-    default = folder / f"model{INDEX_ENDING}"
-    if (folder / WEIGHTS).is_file():
-        return None, folder / WEIGHTS
-    if default.is_file():
+def _choose(source: Folder) -> tuple[str | None, str | None]:
+    """The index or else the one weights file of a folder."""
+    folder, names = source.path, source.root_names()
+    default = f"model{INDEX_ENDING}"
+    if WEIGHTS in names:
+        return None, WEIGHTS
+    if default in names:
         return default, None
-    indexes = sorted(folder.glob(f"*{INDEX_ENDING}"))
-    files = sorted(folder.glob("*.safetensors"))
+    indexes = [name for name in names if name.endswith(INDEX_ENDING)]
+    files = [name for name in names if name.endswith(".safetensors")]
     if len(indexes) == 1:
         return indexes[0], None
     if len(indexes) > 1:
-        raise CheckpointError(
-            f"{folder}: holds several sets of weights ({listed([file.name for file in indexes])}); name one of these"
-        )
+        raise CheckpointError(f"{folder}: holds several sets of weights ({listed(indexes)}); name one of these")
     if len(files) == 1:
         return None, files[0]
     if len(files) > 1:
         raise CheckpointError(
-            f"{folder}: holds {len(files)} safetensors files but no index of them; fetch the model's {default.name}, "
+            f"{folder}: holds {len(files)} safetensors files but no index of them; fetch the model's {default}, "
             "or name the one file to merge into"
         )
-    if (folder / "adapter_config.json").is_file():
+    if "adapter_config.json" in names:
         raise CheckpointError(f"{folder}: is an adapter, not a base model; name the base model with --base")
-    pickled = [file.name for file in sorted(folder.iterdir()) if file.suffix in {".bin", ".pt", ".pth"}]
+    pickled = [name for name in names if Path(name).suffix in {".bin", ".pt", ".pth"}]
     if pickled:
         raise CheckpointError(f"{folder}: has weights only as {listed(pickled)}; {_RESAVE}")
     raise CheckpointError(f"{folder}: holds no safetensors weights; {_RESAVE}")
@@ -131,7 +170,7 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{path}: {name} is {config[name]!r}, not a {kind.__name__}; fetch it again")
 
 
-def _indexed_files(index_path: Path, index: Mapping[str, Any]) -> list[Path]:
+def _indexed_files(source: Folder, index_path: Path, index: Mapping[str, Any]) -> list[str]:
     """The files an index names, in the order of their names, each checked to lie in its folder."""
     weight_map = index.get("weight_map")
     if not isinstance(index.get("metadata") or {}, dict):
@@ -140,16 +179,15 @@ def _indexed_files(index_path: Path, index: Mapping[str, Any]) -> list[Path]:
         raise CheckpointError(f"{index_path}: has no weight_map of tensor to file; fetch it again")
     if not weight_map:
         raise CheckpointError(f"{index_path}: its weight_map is empty; fetch it again")
-    paths = []
+    found, root = [], set(source.root_names())
     for name in sorted(set(weight_map.values())):
         parts = PurePosixPath(name).parts
         if len(parts) != 1 or name != parts[0] or parts[0] in {"..", "/"} or "\\" in name:
             raise CheckpointError(f"{index_path}: names {name!r}, which is no file in its own folder; fetch it again")
-        path = index_path.parent / name
-        if not path.is_file():
+        if name not in root:
             raise CheckpointError(f"{index_path}: names {name}, which is missing; fetch that file")
-        paths.append(path)
-    return paths
+        found.append(name)
+    return found
 
 
 def _by_name(files: tuple[Header, ...]) -> dict[str, TensorInfo]:
@@ -184,16 +222,16 @@ def identity(checkpoint: Checkpoint, full: bool = False) -> list[dict[str, Any]]
     """
     records = []
     for header in checkpoint.files:
-        with header.path.open("rb") as file:
-            record: dict[str, Any] = {
-                "file": header.path.name,
-                "size": header.size,
-                "header_sha256": hashlib.sha256(file.read(header.length)).hexdigest(),
-            }
-        if blob := _hub_blob(header.path):
+        record: dict[str, Any] = {
+            "file": header.path.name,
+            "size": header.size,
+            "header_sha256": hashlib.sha256(header.encoded).hexdigest(),
+        }
+        if blob := checkpoint.source.blob(header.path.name):
             record["hub_blob"] = blob
         if full:
-            record["sha256"] = sha256(header.path)
+            known = blob is not None and len(blob) == 64 and not header.path.is_file()
+            record["sha256"] = blob if known else sha256(header.path)
         records.append(record)
     return records
 
@@ -213,10 +251,3 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _hub_blob(path: Path) -> str | None:
-    if not path.is_symlink():
-        return None
-    target = path.readlink()
-    return target.name if target.parent.name == "blobs" else None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
-from fossil_export.errors import CheckpointError
+from fossil_export.checkpoints.folder import Folder
 
 PROVENANCE = "fossil_export.json"
 CERTIFICATE = "fossil_parity.json"
+CARD = "README.md"
 
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|ggml|onnx|onnx[._]data\w*|tflite|ot|npz)$"
@@ -44,40 +44,24 @@ VOCABULARIES = (
 )
 
 
-def companions(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """Files of a base's `folder` that belong in a merged model, and those that are left behind.
+def companions(source: Folder) -> tuple[dict[str, Path], list[str]]:
+    """Files of a base that belong in a merged model, and those that are left behind.
 
-    Keys are paths relative to `folder` with forward slashes. Hidden files and folders are passed over
-    (version control, caches); a sentence-transformers model keeps the weights of its other modules.
+    Keys are paths relative to the folder with forward slashes. Hidden files and folders are passed over
+    (version control, caches); a sentence-transformers model keeps the weights of its other modules. The base's
+    README.md, its model card, is of another model than the merged one.
     """
+    names = source.names()
+    known = set(names)
     keep: dict[str, Path] = {}
     left: list[str] = []
-    seen = {folder.resolve()}
-    has_modules = (folder / "modules.json").is_file()
-
-    def unreadable(problem: OSError) -> None:
-        raise CheckpointError(f"{problem.filename}: cannot be read: {problem.strerror}")
-
-    for root, names, files in os.walk(folder, onerror=unreadable, followlinks=True):
-        names[:] = sorted(name for name in names if not name.startswith("."))
-        for name in [name for name in names if (Path(root) / name).is_symlink()]:
-            target = (Path(root) / name).resolve()
-            if target in seen or target in folder.resolve().parents:
-                names.remove(name)  # a link that leads round in a circle
-            seen.add(target)
-        for name in sorted(files):
-            if name.startswith("."):
-                continue
-            path = Path(root) / name
-            if not path.is_file():
-                raise CheckpointError(f"{path}: is a broken link or no regular file; fetch it again or remove it")
-            relative = path.relative_to(folder).as_posix()
-            of_module = has_modules and "/" in relative and (path.parent / "config.json").is_file()
-            stale = is_weights(name) and not of_module
-            if stale or relative in TRAINING_LEFTOVERS:
-                left.append(relative)
-            else:
-                keep[relative] = path
+    for name in names:
+        folder = name.rpartition("/")[0]
+        of_module = "modules.json" in known and folder != "" and f"{folder}/config.json" in known
+        if (is_weights(name) and not of_module) or name in TRAINING_LEFTOVERS or name == CARD:
+            left.append(name)
+        else:
+            keep[name] = source.path / name
     return keep, left
 
 

@@ -40,10 +40,10 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """One safetensors file: `length` is where the tensors' bytes begin, `size` the whole file, both in bytes."""
+    """One safetensors file: `encoded` is what stands before the tensors, `size` the whole file in bytes."""
 
     path: Path
-    length: int
+    encoded: bytes
     size: int
     tensors: tuple[TensorInfo, ...]
     metadata: Mapping[str, str]
@@ -54,24 +54,33 @@ def read_header(path: Path, error: type[FossilExportError] = CheckpointError) ->
 
     Raises `error` with the file, the tensor and what is wrong.
     """
-
-    def broken(what: str) -> FossilExportError:
-        return error(f"{path}: {what}; the file is cut or corrupt, fetch or save it again")
-
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
-            if len(prefix) < 8:
-                raise broken(f"{size} bytes are too few for a safetensors file")
-            count = int.from_bytes(prefix, "little")
-            if count > MAX_HEADER or count > size - 8:
-                raise broken(f"the header claims {count} bytes, the file has {size}")
-            text = file.read(count)
+            return parse_header(path, prefix + file.read(header_length(path, prefix, size, error) - 8), size, error)
     except OSError as problem:
         raise error(f"{path}: cannot be read: {problem.strerror}") from problem
+
+
+def header_length(path: Path, prefix: bytes, size: int, error: type[FossilExportError] = CheckpointError) -> int:
+    """Bytes before the tensors of a file of `size` bytes that begins with the 8 bytes `prefix`; raises `error`."""
+    if len(prefix) < 8:
+        raise _broken(path, error, f"{size} bytes are too few for a safetensors file")
+    count = int.from_bytes(prefix, "little")
+    if count > MAX_HEADER or count > size - 8:
+        raise _broken(path, error, f"the header claims {count} bytes, the file has {size}")
+    return 8 + count
+
+
+def parse_header(path: Path, encoded: bytes, size: int, error: type[FossilExportError] = CheckpointError) -> Header:
+    """Check the header `encoded` (all bytes before the tensors) of the file at `path`, which has `size` bytes."""
+
+    def broken(what: str) -> FossilExportError:
+        return _broken(path, error, what)
+
     try:
-        entries = json.loads(text, object_pairs_hook=_without_repeats)
+        entries = json.loads(encoded[8:], object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as problem:
         raise broken(f"the header is not valid JSON ({problem})") from problem
     if not isinstance(entries, dict):
@@ -80,7 +89,7 @@ def read_header(path: Path, error: type[FossilExportError] = CheckpointError) ->
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise broken("__metadata__ is not a map of strings")
-    start = 8 + count
+    start = len(encoded)
     tensors = sorted((_tensor(path, start, name, entry, broken) for name, entry in entries.items()), key=_position)
     end = start
     for tensor in tensors:
@@ -90,7 +99,7 @@ def read_header(path: Path, error: type[FossilExportError] = CheckpointError) ->
         end += tensor.nbytes
     if end != size:
         raise broken(f"the tensors end at byte {end}, the file at {size}")
-    return Header(path, start, size, tuple(tensors), metadata)
+    return Header(path, encoded, size, tuple(tensors), metadata)
 
 
 def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
@@ -106,6 +115,10 @@ def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata:
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def _broken(path: Path, error: type[FossilExportError], what: str) -> FossilExportError:
+    return error(f"{path}: {what}; the file is cut or corrupt, fetch or save it again")
 
 
 def _position(tensor: TensorInfo) -> tuple[int, int]:

@@ -12,9 +12,16 @@ from fossil_export.errors import FossilExportError
 def read_json(path: Path, error: type[FossilExportError]) -> dict[str, Any]:
     """The JSON object in `path`; raises `error` when it cannot be read, is not JSON or not an object."""
     try:
-        value = json.loads(path.read_bytes())
+        text = path.read_bytes()
     except OSError as problem:
         raise error(f"{path}: cannot be read: {problem.strerror}") from problem
+    return parse_json(text, path, error)
+
+
+def parse_json(text: bytes, path: Path, error: type[FossilExportError]) -> dict[str, Any]:
+    """The JSON object that `text`, the content of `path`, is; raises `error`."""
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError) as problem:
         raise error(f"{path}: is not valid JSON ({problem}); fetch or save it again") from problem
     if not isinstance(value, dict):

@@ -23,16 +23,19 @@ _UNSUPPORTED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
 class OutputFile:
     """A new file of `size` bytes, written at any offset by any thread, durable once `close` returns.
 
+    With `existing` it is a file that has them already, of which parts are written anew.
+
     The room is taken at once, so a full disk shows before the work, as OSError. Partial pages at the ends
     of a write go through the page cache, whole ones past it; no page is ever written both ways.
     """
 
-    def __init__(self, path: Path, size: int, direct: bool = True) -> None:
+    def __init__(self, path: Path, size: int, direct: bool = True, existing: bool = False) -> None:
         self._direct: int | None = None
         self._refused: int | None = None
-        self._buffered = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._buffered = os.open(path, os.O_WRONLY if existing else os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            _allocate(self._buffered, size)
+            if not existing:
+                _allocate(self._buffered, size)
             if direct and hasattr(os, "O_DIRECT"):
                 self._direct = _open_direct(path)
         except BaseException:

@@ -70,7 +70,7 @@ def staged_folder(output: Path, needed: int, overwrite: bool = False) -> Iterato
                     "make room or choose another disk"
                 )
             folder.mkdir()
-            lock = _lock(folder)
+            lock = lock_folder(folder)
         except OSError as problem:
             raise OutputError(f"{output}: cannot be written: {problem.strerror}; choose another --output") from problem
         yield folder
@@ -108,7 +108,7 @@ def _make_parents(folder: Path) -> list[Path]:
     return missing
 
 
-def _lock(folder: Path) -> int | None:
+def lock_folder(folder: Path) -> int | None:
     """Hold `folder` for as long as this process lives; None where the filesystem knows no locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -122,7 +122,7 @@ def _lock(folder: Path) -> int | None:
 def _remove_dead(output: Path) -> None:
     """Remove staged folders of `output` whose process is gone; give back a folder it had set aside."""
     for leftover in output.parent.glob(f".{escape(output.name)}.partial-*"):
-        if (lock := _lock(leftover)) is not None:
+        if (lock := lock_folder(leftover)) is not None:
             shutil.rmtree(leftover, ignore_errors=True)
             os.close(lock)
     for leftover in output.parent.glob(f".{escape(output.name)}.replaced-*"):

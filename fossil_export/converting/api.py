@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.checkpoints.staging import check_destination, staged_folder
 from fossil_export.converting.options import Options
-from fossil_export.errors import FossilExportError, OutputError
+from fossil_export.errors import CheckpointError, FossilExportError, OutputError
 from fossil_export.hub import expanded
+from fossil_export.hub.resolve import repository_of
+from fossil_export.merging.plan import find_base
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Target:
     write: Callable[[Adapter, Path, Options], dict[str, Any]]
     folder: bool
     what: str
+    reads_base: bool = True
     magic: bytes = b""
     """How its files begin (or go on after four bytes)."""
 
@@ -53,9 +56,9 @@ def _onnx_adapter(adapter: Adapter, output: Path, options: Options) -> dict[str,
 
 TARGETS = {
     "lora": Target(_lora, True, "a PEFT LoRA folder, for PEFT, vLLM, SGLang"),
-    "gguf-lora": Target(_gguf_lora, False, "a GGUF LoRA file, for llama.cpp and Ollama", b"GGUF"),
-    "miss": Target(_miss, True, "today's PEFT MISS folder, from Bone and RWKV files"),
-    "onnx-adapter": Target(_onnx_adapter, False, "an adapter file for a swappable ONNX graph", b"TORT"),
+    "gguf-lora": Target(_gguf_lora, False, "a GGUF LoRA file, for llama.cpp and Ollama", magic=b"GGUF"),
+    "miss": Target(_miss, True, "today's PEFT MISS folder, from Bone and RWKV files", reads_base=False),
+    "onnx-adapter": Target(_onnx_adapter, False, "an adapter file for a swappable ONNX graph", magic=b"TORT"),
 }
 """What an adapter can be turned into. A new format is one file and one entry here."""
 
@@ -85,7 +88,7 @@ class Conversion:
 
 def _refuse_inputs(path: Path, adapter: Adapter, options: Options) -> None:
     """Raise OutputError where the output is, or holds, something that is only read."""
-    given = [options.base if options.base is not None else adapter.base_model, options.base_config, options.graph]
+    given = [options.base_name, options.base_config, options.graph]
     inputs = [*adapter.files, adapter.path, *(Path(name).expanduser() for name in given if name)]
     target = path.resolve()
     for source in inputs:
@@ -106,6 +109,19 @@ def _check_old_file(path: Path, target: Target, overwrite: bool) -> None:
         raise OutputError(f"{path}: is no file of this format; --overwrite replaces only those, remove it yourself")
 
 
+def _base(adapter: Adapter, to: str, base: str | Path | None, base_config: str | Path | None) -> Options:
+    """The base of the conversion, found where it is read, and what the result will call it."""
+    if not TARGETS[to].reads_base or base_config is not None:
+        name, revision = (str(base), None) if base is not None else (adapter.base_model, adapter.base_revision)
+        return Options(None, name, revision, base_config)
+    if base is None and not adapter.base_model:
+        raise CheckpointError(f"{adapter.path}: does not name its base model; name it with --base or --base-config")
+    found = find_base(adapter, base)
+    # PEFT loads by repository and revision.
+    name = repository_of(found.name) if found.source is not None and found.file is None else found.name
+    return Options(found, name, found.revision if found.source is not None else adapter.base_revision)
+
+
 def convert(
     adapter: Adapter | str | Path,
     output: str | Path,
@@ -121,18 +137,18 @@ def convert(
 ) -> Conversion:
     """Write `adapter` as another format at `output`; `to` is one of `TARGETS`.
 
-    "lora" and "miss" make folders, "gguf-lora" and "onnx-adapter" files. `base` (by default the one the adapter
-    names) tells the layers' sizes, by its headers; `base_config` is enough where it tells them too. `graph` is
-    the swappable ONNX folder that "onnx-adapter" is for. `rank` or `energy` ask for the nearest LoRA of a bat
-    adapter. `outtype` is "f32", "f16" or "q8_0", for "gguf-lora". Raises a FossilExportError with one line that
-    names the remedy; nothing is half-written.
+    "lora" and "miss" make folders, "gguf-lora" and "onnx-adapter" files. `adapter` and `base` are paths or ids on the
+    Hub; `base` (by default the one the adapter names) tells the layers' sizes, by its headers; `base_config` is
+    enough where it tells them too. `graph` is the swappable ONNX folder that "onnx-adapter" is for. `rank` or
+    `energy` ask for the nearest LoRA of a bat adapter. `outtype` is "f32", "f16" or "q8_0", for "gguf-lora". Raises
+    a FossilExportError with one line that names the remedy; nothing is half-written.
     """
     started = time.perf_counter()
     if to not in TARGETS:
         raise FossilExportError(f"target is {to!r}, expected {', '.join(TARGETS)}")
     if not isinstance(adapter, Adapter):
         adapter = load_adapter(adapter)
-    options = Options(base, base_config, graph, rank, energy, outtype)
+    options = replace(_base(adapter, to, base, base_config), graph=graph, rank=rank, energy=energy, outtype=outtype)
     path = expanded(output, OutputError).absolute()
     if TARGETS[to].folder:
         # A state dict may lie anywhere; PEFT's folder is only read.
@@ -155,5 +171,6 @@ def convert(
         details = TARGETS[to].write(adapter, path, options)
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
-    warnings = tuple(details.pop("warnings", ()))
+    notes = adapter.notes + (options.base.notes if options.base is not None else ())
+    warnings = notes + tuple(details.pop("warnings", ()))
     return Conversion(path, to, size, time.perf_counter() - started, details, warnings)

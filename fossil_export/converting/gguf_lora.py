@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fossil_export.adapters import Adapter
-from fossil_export.checkpoints.checkpoint import open_checkpoint
 from fossil_export.checkpoints.jsonfile import read_json
 from fossil_export.converting.form import exact_lora
 from fossil_export.converting.options import Options
@@ -146,10 +145,8 @@ def _base(adapter: Adapter, options: Options) -> _Base:
         where = where / "config.json" if where.is_dir() else where
         config = read_json(where, CheckpointError)
     else:
-        name = options.base if options.base is not None else adapter.base_model
-        if not name:
-            raise CheckpointError(f"{adapter.path}: does not name its base model; name it with --base or --base-config")
-        checkpoint = open_checkpoint(resolve(name, CheckpointError, "base model"))
+        assert options.base is not None
+        checkpoint = options.base.checkpoint()
         where, config = checkpoint.location, checkpoint.config
         if config is None:
             raise CheckpointError(

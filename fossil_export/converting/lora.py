@@ -56,8 +56,8 @@ def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
     dtypes = {adapter.shards[module].tensor.dtype for module in shapes}
     dtype = "F32" if approximate or len(dtypes) > 1 else dtypes.pop()
     _write_weights(output / "adapter_model.safetensors", adapter, shapes, rank, dtype, parts)
-    base = str(options.base) if options.base is not None else adapter.base_model
-    config = _config(adapter, rank, known) | {"base_model_name_or_path": base}
+    base = options.base_name
+    config = _config(adapter, rank, known) | {"base_model_name_or_path": base, "revision": options.base_revision}
     (output / "adapter_config.json").write_bytes(write_json(config))
     (output / "README.md").write_text(_card(adapter, base, rank, approximate, details))
     for name, path in tokenizer_of(adapter.path if adapter.path.is_dir() else adapter.path.parent).items():
@@ -96,7 +96,6 @@ def _config(adapter: Adapter, rank: int, known: frozenset[str]) -> dict[str, Any
         "modules_to_save": given.get("modules_to_save"),
         "peft_type": "LORA",
         "r": rank,
-        "revision": adapter.base_revision,
         "target_modules": target_modules(adapter.shards, known),
         "task_type": given.get("task_type"),
         "use_dora": False,

@@ -49,7 +49,7 @@ def _config(adapter: Adapter, options: Options) -> dict[str, Any]:
     first = next(iter(adapter.shards.values()))
     return {
         **{name: given.get(name) for name in kept},
-        "base_model_name_or_path": str(options.base) if options.base is not None else adapter.base_model,
+        "base_model_name_or_path": options.base_name,
         "bias": _BIASES.get(bias, bias),
         "inference_mode": True,
         "init_weights": {"bat": "bat", "mini": "mini", "tile": True}[adapter.variant],
@@ -57,6 +57,6 @@ def _config(adapter: Adapter, options: Options) -> dict[str, Any]:
         "miss_dropout": 0.0,
         "peft_type": "MISS",
         "r": adapter.rank,
-        "revision": adapter.base_revision,
+        "revision": options.base_revision,
         "target_modules": given.get("target_modules") or sorted(adapter.shards),
     }

@@ -111,6 +111,7 @@ class _Updates:
             raise MergeError("the update of a bat adapter depends on the base's weights; name the model with --base")
         self._adapter = adapter
         plan = plan_merge(adapter, options.base)
+        plan.fetch()
         self._sources = {t.shard.module: t.source for t in plan.tensors if t.shard is not None}
 
     def of(self, module: str) -> Array:

@@ -23,13 +23,14 @@ def record(folder: Path, adapter: Adapter, options: Options, artifact: str, deta
         "artifact": artifact,
         "dtype": "auto",
         "adapter": {
-            "name": str(adapter.path),
+            "name": adapter.name,
+            "revision": adapter.revision,
             "peft_type": adapter.peft_type,
             "variant": adapter.variant,
             "rank": adapter.rank,
             "files": files,
         },
-        "base": {"name": str(options.base or adapter.base_model or ""), "weights": []},
+        "base": {"name": options.base_name or "", "revision": options.base_revision, "weights": []},
         artifact: dict(details),
     }
     (folder / PROVENANCE).write_bytes(write_json(value))

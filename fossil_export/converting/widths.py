@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export.adapters import Adapter
-from fossil_export.checkpoints.checkpoint import open_checkpoint
 from fossil_export.checkpoints.jsonfile import read_json
 from fossil_export.converting.options import Options
 from fossil_export.errors import CheckpointError, MergeError, listed
 from fossil_export.hub import resolve
-from fossil_export.hub.headers import is_hub_id, remote_shapes
 from fossil_export.merging.match import match_names
 from fossil_export.methods import METHODS
 
@@ -28,21 +26,16 @@ _PLAIN = (
 def layer_shapes(adapter: Adapter, options: Options) -> tuple[Shapes, frozenset[str]]:
     """(out, in) of each trained module, and the names of all modules of the base with a matrix (empty if unknown).
 
-    The base may be a `user/repo` on the Hub. Reads headers only. Raises MergeError where a shard does not fit,
+    Reads headers only. Raises MergeError where a shard does not fit,
     CheckpointError without base and config.
     """
     if options.base_config is not None:
         path = resolve(options.base_config, CheckpointError, "base config")
         config = read_json(path / "config.json" if path.is_dir() else path, CheckpointError)
         return _by_config(adapter, config, path), frozenset()
-    name = options.base if options.base is not None else adapter.base_model
-    if not name:
-        raise CheckpointError(f"{adapter.path}: does not name its base model; name it with --base or --base-config")
-    if is_hub_id(str(name)) and not Path(name).exists():
-        where, tensors = str(name), remote_shapes(str(name))
-    else:
-        base = open_checkpoint(resolve(name, CheckpointError, "base model"))
-        where, tensors = str(base.location), {tensor: info.shape for tensor, info in base.tensors.items()}
+    assert options.base is not None
+    base = options.base.checkpoint()
+    where, tensors = options.base.name, {tensor: info.shape for tensor, info in base.tensors.items()}
     matrices = {
         tensor.removesuffix(".weight"): shape
         for tensor, shape in tensors.items()

@@ -1,29 +1,84 @@
-"""The one place where what the user typed becomes a path."""
+"""The one place where what the user typed becomes files: a path, `user/repo[@revision]` or `hf://…`."""
 
 from __future__ import annotations
 
 import os
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fossil_export.errors import FossilExportError
+from fossil_export.checkpoints.checkpoint import Checkpoint, hub_revision, open_checkpoint
+from fossil_export.checkpoints.folder import Folder
+from fossil_export.errors import FossilExportError, HubError
+
+_ID = re.compile(r"[\w.-]+/[\w.-]+(@\S+)?")
+_OLD_ID = re.compile(r"[\w.-]+(@\S+)?")
+# A few of the oldest models have no owner: gpt2, bert-base-uncased.
+_URLS = ("hf://", "https://", "http://")
+
+
+@dataclass(frozen=True)
+class Located:
+    """What the user named.
+
+    `name` is for records: the id of a model on the Hub, otherwise what was typed; `revision` its commit, where it
+    is known. `path` is where it lies or, on the Hub, will lie once `source`, the folder, has fetched it; `file` is
+    the file in it that was meant, None for all of it.
+    """
+
+    name: str
+    path: Path
+    revision: str | None = None
+    source: Folder | None = None
+    file: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def fetched(self, names: list[str] | None = None) -> Path:
+        """The path, once these files of the folder (default: all, or the one that was meant) are there."""
+        if self.source is not None:
+            self.source.fetch(names if names is not None else [self.file] if self.file else self.source.names())
+        return self.path
+
+    def names(self) -> list[str]:
+        """Names of the files in the folder's root."""
+        if self.source is not None:
+            return self.source.root_names()
+        return sorted(path.name for path in self.path.iterdir() if path.is_file())
+
+    def checkpoint(self) -> Checkpoint:
+        """The model that lies there, opened by its headers."""
+        return open_checkpoint(self.path if self.source is None else self.source, self.file)
+
+
+def locate(given: str | Path, error: type[FossilExportError], what: str) -> Located:
+    """What `given` names; a path that exists wins over a model of that name on the Hub.
+
+    `what` is the word for it in messages ("adapter", "base model"). Raises `error` where there is nothing or it may
+    not be read, HubError for what the Hub refuses.
+    """
+    text = str(given)
+    if text.startswith(_URLS):
+        return _on_hub(text, error)
+    path = expanded(given, error)
+    if _exists(path, given, error):
+        notes: tuple[str, ...] = ()
+        if isinstance(given, str) and is_hub_id(text):
+            notes = (f"{text}: the {what} in this folder is taken, not the Hub's; write hf://{text} for that one",)
+        return Located(text, path, hub_revision(path), notes=notes)
+    if isinstance(given, str) and (is_hub_id(text) or (what == "base model" and _OLD_ID.fullmatch(text))):
+        try:
+            return _on_hub(text, error)
+        except HubError as problem:
+            hint = "; name another with --base" if what == "base model" else ""
+            raise HubError(f"{problem}{hint} (there is no such file or folder here)") from problem
+    raise error(_nothing_there(given, what))
 
 
 def resolve(given: str | Path, error: type[FossilExportError], what: str) -> Path:
-    """The local file or folder that `given` names; raises `error` when there is none or it may not be read.
-
-    `what` is the word for it in the message ("adapter", "base model").
-    """
+    """The local file or folder that `given` names; raises `error` when there is none or it may not be read."""
     path = expanded(given, error)
-    try:
-        found = path.exists()
-        readable = not found or os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK)
-    except (OSError, ValueError) as problem:
-        raise error(f"{given}: is no usable path: {problem}") from problem
-    if not found:
-        option = " with --base" if what == "base model" else ""
-        raise error(f"{given}: no such file or folder; download the {what} and name its folder{option}")
-    if not readable:
-        raise error(f"{given}: cannot be read: Permission denied; change its permissions")
+    if not _exists(path, given, error):
+        raise error(_nothing_there(given, what))
     return path
 
 
@@ -34,3 +89,84 @@ def expanded(given: str | Path, error: type[FossilExportError]) -> Path:
         return Path(given).expanduser()
     except (RuntimeError, UnicodeEncodeError) as problem:
         raise error(f"{os.fsencode(given)!r}: is no usable path: {problem}") from problem
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` reads as `user/repo[@revision]`; a path that exists is looked for before."""
+    return _ID.fullmatch(name) is not None and not name.startswith((".", "/", "~"))
+
+
+def is_on_hub(name: str | None) -> bool:
+    """Whether a record's `name` is a model on the Hub: an id that is no path here."""
+    return name is not None and (name.startswith("hf://") or (is_hub_id(name) and not Path(name).exists()))
+
+
+def repository_of(name: str) -> str:
+    """The repository's id in a record's `name` on the Hub."""
+    return "/".join(name.removeprefix("hf://").partition("@")[0].split("/")[:2])
+
+
+def pinned(name: str, revision: str | None) -> str:
+    """A record's `name` with its commit, so that the same model is read again; a path stays as it is."""
+    if revision is None or "@" in name or not is_on_hub(name):
+        return name
+    if not name.startswith("hf://"):
+        return f"{name}@{revision}"
+    repository = repository_of(name)
+    return f"hf://{repository}@{revision}{name.removeprefix('hf://' + repository)}"
+
+
+def _on_hub(text: str, error: type[FossilExportError]) -> Located:
+    from fossil_export.hub.remote import HubFolder, open_repository
+
+    repository, revision, inside = _parsed(text, error)
+    inside = inside.strip("/")
+    parent, _, last = inside.rpartition("/")
+    # Whether the last part is a file or a folder only the listing tells.
+    source, commit, notes = open_repository(repository, revision, "")
+    if inside and isinstance(source, HubFolder):
+        is_file = inside in source.entries
+    else:
+        is_file = inside != "" and (source.path / inside).is_file()
+    name = f"hf://{repository}/{inside}" if inside else repository
+    if inside:
+        prefix = (parent if is_file else inside) + "/" if (parent or not is_file) else ""
+        source, commit, notes = open_repository(repository, commit, prefix)
+        if not source.names():
+            raise HubError(f"{repository}: has no {inside} at {commit[:12]}; see its files on the Hub")
+    located = Located(name, source.path, commit, source, None, notes)
+    return replace(located, path=source.path / last, file=last) if is_file else located
+
+
+def _parsed(text: str, error: type[FossilExportError]) -> tuple[str, str | None, str]:
+    """Repository, revision and path within it."""
+    if not text.startswith(_URLS):
+        repository, _, revision = text.partition("@")
+        return repository, revision or None, ""
+    from huggingface_hub import constants, parse_hf_uri
+
+    try:
+        uri = parse_hf_uri(text, endpoint=constants.ENDPOINT)
+    except ValueError as problem:
+        why = next(iter(str(problem).splitlines()), "")
+        raise error(f"{text}: is no address of a model ({why}); write hf://user/repo[@revision][/folder]") from problem
+    if uri.type != "model":
+        raise error(f"{text}: is a {uri.type}, not a model")
+    return uri.id, uri.revision, uri.path_in_repo
+
+
+def _exists(path: Path, given: str | Path, error: type[FossilExportError]) -> bool:
+    """Raises `error` for a path that exists and may not be read."""
+    try:
+        found = path.exists()
+        readable = not found or os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK)
+    except (OSError, ValueError) as problem:
+        raise error(f"{given}: is no usable path: {problem}") from problem
+    if not readable:
+        raise error(f"{given}: cannot be read: Permission denied; change its permissions")
+    return found
+
+
+def _nothing_there(given: str | Path, what: str) -> str:
+    option = " with --base" if what == "base model" else ""
+    return f"{given}: no such file or folder; download the {what} and name its folder{option}"

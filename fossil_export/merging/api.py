@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export.adapters import Adapter, load_adapter
+from fossil_export.checkpoints.checkpoint import sha256
 from fossil_export.checkpoints.companions import PROVENANCE
 from fossil_export.checkpoints.jsonfile import write_json
 from fossil_export.checkpoints.staging import check_destination, staged_folder
@@ -99,12 +100,14 @@ def run_plan(
     started = time.perf_counter() if started is None else started
     target = expanded(output, OutputError).absolute()
     check_destination(target, [plan.base.location, plan.adapter.path], overwrite)
+    plan.fetch()
     needed = plan.nbytes + sum(path.stat().st_size for path in plan.companions.values()) + (1 << 20)
     with staged_folder(target, needed, overwrite) as folder:
         try:
             survival = run(plan, folder, device, progress)
             write_companions(plan, folder)
-            record = provenance(plan, survival, folder if hash else None)
+            digests = {file.name: sha256(folder / file.name) for file in plan.files} if hash else None
+            record = provenance(plan, survival, digests)
             (folder / PROVENANCE).write_bytes(write_json(record))
         except OSError as problem:
             name = f" ({problem.filename})" if problem.filename else ""
@@ -117,7 +120,7 @@ def run_plan(
         survival=survival,
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory(),
-        warnings=plan.warnings + tuple(_survival_warnings(plan, survival)),
+        warnings=plan.warnings + tuple(survival_warnings(plan, survival)),
     )
 
 
@@ -144,7 +147,7 @@ def write_companions(plan: MergePlan, folder: Path) -> None:
         (folder / "config.json").write_bytes(plan.config)
 
 
-def _survival_warnings(plan: MergePlan, survival: Mapping[str, Survival]) -> list[str]:
+def survival_warnings(plan: MergePlan, survival: Mapping[str, Survival]) -> list[str]:
     total = sum(survival.values(), Survival()).survived
     if total is None:
         return ["every shard is zero: the adapter was not trained, and the merged model is the base"]

@@ -92,11 +92,11 @@ def lay_out(
     return files, _index(base, files)
 
 
-def parse_size(size: int | str) -> int:
+def parse_size(size: int | str, what: str = "max_shard_size") -> int:
     """Bytes from a number or a string like "5GB" or "500MiB", as huggingface_hub reads it (GB is 10**9)."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", str(size).strip().upper())
     if match is None or Decimal(match[1]) <= 0:
-        raise MergeError(f"max_shard_size is {size!r}, expected bytes or a size like 5GB")
+        raise MergeError(f"{what} is {size!r}, expected bytes or a size like 5GB")
     step = 1024 if match[3] else 1000
     return int(Decimal(match[1]) * step ** " KMGT".index(match[2] or " "))
 
@@ -118,8 +118,7 @@ def _cut(tensors: list[TensorPlan], limit: int) -> dict[str, list[TensorPlan]]:
 
 def _file(name: str, tensors: list[TensorPlan], header: Header | None, metadata: Mapping[str, str]) -> FilePlan:
     if header is not None and _unchanged(tensors, header):
-        with header.path.open("rb") as file:
-            encoded = file.read(header.length)
+        encoded = header.encoded
     else:
         # Widest dtypes first, otherwise in order, so that every tensor stays aligned to its elements.
         tensors = sorted(tensors, key=lambda tensor: -BITS[tensor.dtype])
@@ -140,7 +139,7 @@ def _index(base: Checkpoint, files: tuple[FilePlan, ...]) -> tuple[str, bytes]:
     total = sum(tensor.nbytes for file in files for tensor, _ in file.tensors)
     before = sum(tensor.nbytes for tensor in base.tensors.values())
     if base.index_path is not None and weight_map == old.get("weight_map") and total == before:
-        return name, base.index_path.read_bytes()
+        return name, base.source.read(name)
     metadata = dict(old.get("metadata") or {}) | {"total_size": total}
     if "total_parameters" in metadata:
         metadata["total_parameters"] = sum(element_count(tensor.shape) for file in files for tensor, _ in file.tensors)

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export.adapters import Adapter, load_adapter
-from fossil_export.checkpoints.checkpoint import Checkpoint, hub_revision, open_checkpoint
+from fossil_export.checkpoints.checkpoint import Checkpoint
 from fossil_export.checkpoints.companions import TOKENIZER_FILES, companions, tokenizer_of
 from fossil_export.checkpoints.dtypes import BY_TORCH_NAME, FLOATS
 from fossil_export.checkpoints.header import TensorInfo
 from fossil_export.checkpoints.jsonfile import write_json
 from fossil_export.errors import CheckpointError, MergeError, listed
-from fossil_export.hub import resolve
+from fossil_export.hub import Located, locate, pinned
 from fossil_export.merging.config import difference, edited_config
 from fossil_export.merging.layout import FilePlan, TensorPlan, lay_out, parse_size, tensor_record
 from fossil_export.merging.place import place
@@ -46,6 +46,18 @@ class MergePlan:
     left_behind: tuple[str, ...]
     warnings: tuple[str, ...]
 
+    def fetch(self) -> None:
+        """Bring the base's files here that the run reads; only for a base on the Hub there is something to do."""
+        base = self.base
+        names = [header.path.name for header in base.files]
+        names += [path.relative_to(base.source.path).as_posix() for path in self._base_companions()]
+        if base.index_path is not None:
+            names.append(base.index_path.name)
+        base.source.fetch(names)
+
+    def _base_companions(self) -> list[Path]:
+        return [path for path in self.companions.values() if path.is_relative_to(self.base.source.path)]
+
     @property
     def tensors(self) -> tuple[TensorPlan, ...]:
         return tuple(tensor for file in self.files for tensor, _ in file.tensors)
@@ -62,7 +74,13 @@ class MergePlan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON shows it: the files, and every tensor that is not simply copied."""
         return {
-            "adapter": {"path": str(self.adapter.path), "variant": self.adapter.variant, "rank": self.adapter.rank},
+            "adapter": {
+                "name": self.adapter.name,
+                "revision": self.adapter.revision,
+                "path": str(self.adapter.path),
+                "variant": self.adapter.variant,
+                "rank": self.adapter.rank,
+            },
             "base": {"name": self.base_name, "revision": self.base_revision, "path": str(self.base.location)},
             "dtype": self.dtype,
             "bytes": self.nbytes,
@@ -78,25 +96,24 @@ class MergePlan:
 
 def plan_merge(
     adapter: Adapter | str | Path,
-    base: str | Path | None = None,
+    base: str | Path | Located | None = None,
     *,
     dtype: str = "auto",
     max_shard_size: int | str | None = None,
 ) -> MergePlan:
     """Decide how `adapter` is merged into `base`, reading only headers and configs.
 
-    `base` defaults to the adapter's `base_model_name_or_path`. `dtype` is "auto" (each tensor keeps its own)
-    or a torch dtype's name for all floating-point tensors; `max_shard_size` is in bytes or like "5GB", and
-    re-cuts the files; None keeps the base's. Raises AdapterError, CheckpointError or MergeError.
+    Both are paths or ids on the Hub; `base` defaults to the adapter's `base_model_name_or_path`, at the revision it
+    names. Of a base on the Hub only headers are read, by ranges. `dtype` is "auto" (each tensor keeps its own) or a
+    torch dtype's name for all floating-point tensors; `max_shard_size` is in bytes or like "5GB", and re-cuts the
+    files; None keeps the base's. Raises AdapterError, CheckpointError, HubError or MergeError.
     """
     if not isinstance(adapter, Adapter):
         adapter = load_adapter(adapter)
     if dtype != "auto" and dtype not in BY_TORCH_NAME:
         raise MergeError(f"dtype is {dtype!r}, expected auto, {', '.join(BY_TORCH_NAME)}")
-    base_name = str(base if base is not None else adapter.base_model or "")
-    if not base_name:
-        raise MergeError(f"{adapter.path}: does not name its base model; name it with --base")
-    checkpoint = open_checkpoint(resolve(base_name, CheckpointError, "base model"))
+    found = base if isinstance(base, Located) else find_base(adapter, base)
+    checkpoint = found.checkpoint()
     placement = place(adapter, checkpoint)
 
     by_file: dict[str, list[TensorPlan]] = {}
@@ -110,7 +127,7 @@ def plan_merge(
     files, index = lay_out(checkpoint, by_file, limit)
 
     config_edits, config = _config(adapter, checkpoint, placement, dtype)
-    keep, left = companions(checkpoint.folder) if checkpoint.folder is not None else ({}, [])
+    keep, left = companions(checkpoint.source) if checkpoint.folder is not None else ({}, [])
     adapter_folder = adapter.path if adapter.path.is_dir() else adapter.path.parent
     if tokenizer := tokenizer_of(adapter_folder):
         # The model was trained with the tokenizer and chat template that lie beside the shards.
@@ -120,8 +137,8 @@ def plan_merge(
     return MergePlan(
         adapter=adapter,
         base=checkpoint,
-        base_name=base_name,
-        base_revision=hub_revision(checkpoint.location) or (adapter.base_revision if base is None else None),
+        base_name=found.name,
+        base_revision=found.revision or (adapter.base_revision if base is None else None),
         dtype=dtype,
         files=files,
         index=index,
@@ -129,8 +146,16 @@ def plan_merge(
         config_edits=config_edits,
         companions=keep,
         left_behind=tuple(name for name in left if name not in names),
-        warnings=placement.warnings,
+        warnings=adapter.notes + found.notes + placement.warnings,
     )
+
+
+def find_base(adapter: Adapter, base: str | Path | None = None) -> Located:
+    """Where `base` lies, by default the model that `adapter` names, at its revision; raises CheckpointError."""
+    if base is None and not adapter.base_model:
+        raise MergeError(f"{adapter.path}: does not name its base model; name it with --base")
+    wanted = base if base is not None else pinned(str(adapter.base_model), adapter.base_revision)
+    return locate(wanted, CheckpointError, "base model")
 
 
 def _tensor_plan(name: str, info: TensorInfo | None, placement: Placement, dtype: str) -> TensorPlan:

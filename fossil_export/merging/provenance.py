@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from fossil_export.checkpoints.checkpoint import hub_revision, identity, sha256
+from fossil_export.checkpoints.checkpoint import identity, sha256
 from fossil_export.merging.layout import tensor_record
 from fossil_export.merging.plan import MergePlan
 from fossil_export.merging.survival import SAMPLE_ROWS, Survival
@@ -19,16 +18,19 @@ from fossil_export.version import __version__
 FORMAT = 1
 
 
-def provenance(plan: MergePlan, survival: Mapping[str, Survival], folder: Path | None = None) -> dict[str, Any]:
-    """The record of a merge; with `folder` (the finished weights) it holds full digests of base and result."""
+def provenance(
+    plan: MergePlan, survival: Mapping[str, Survival], digests: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The record of a merge; with `digests` (SHA-256 of each finished weights file) it holds those of the base too."""
     adapter, base = plan.adapter, plan.base
     record: dict[str, Any] = {
         "format": FORMAT,
         "tool": {"name": "fossil-export", "version": __version__},
         "artifact": "merged",
         "adapter": {
-            "name": str(adapter.path),
-            "revision": hub_revision(adapter.path),
+            "name": adapter.name,
+            "revision": adapter.revision,
+            "base_model": adapter.base_model,
             "peft_type": adapter.peft_type,
             "variant": adapter.variant,
             "rank": adapter.rank,
@@ -40,11 +42,12 @@ def provenance(plan: MergePlan, survival: Mapping[str, Survival], folder: Path |
         "base": {
             "name": plan.base_name,
             "revision": plan.base_revision,
-            "weights": identity(base, full=folder is not None),
+            "weights": identity(base, full=digests is not None),
             "configs": _configs(plan),
         },
         "dtype": plan.dtype,
         "config_edits": dict(plan.config_edits),
+        "companions": sorted(plan.companions),
         "left_behind": list(plan.left_behind),
         "survival": survival_record(survival),
         "tensors": [],
@@ -55,10 +58,8 @@ def provenance(plan: MergePlan, survival: Mapping[str, Survival], folder: Path |
             if tensor.name in survival:
                 entry |= survival[tensor.name].to_dict()
             record["tensors"].append(entry)
-    if folder is not None:
-        record["files"] = [
-            {"file": file.name, "size": file.size, "sha256": sha256(folder / file.name)} for file in plan.files
-        ]
+    if digests is not None:
+        record["files"] = [{"file": file.name, "size": file.size, "sha256": digests[file.name]} for file in plan.files]
     return record
 
 
@@ -71,5 +72,6 @@ def _configs(plan: MergePlan) -> dict[str, str]:
     """SHA-256 of the base's JSON files and index, small files that tell one revision from another."""
     if plan.base.folder is None:
         return {}
-    paths = sorted(plan.base.folder.glob("*.json"))
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}
+    source = plan.base.source
+    names = [name for name in source.root_names() if name.endswith(".json")]
+    return {name: hashlib.sha256(source.read(name)).hexdigest() for name in names}

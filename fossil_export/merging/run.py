@@ -10,14 +10,14 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export.checkpoints.dtypes import numpy_dtype
-from fossil_export.checkpoints.header import TensorInfo
+from fossil_export.checkpoints.header import Header, TensorInfo
 from fossil_export.checkpoints.output import ALIGNMENT, OutputFile
 from fossil_export.checkpoints.source import MappedFile
 from fossil_export.errors import MergeError
@@ -48,22 +48,75 @@ def run(
     `progress` is called with the bytes written, from several threads. Raises MergeError for a result that
     is not finite, naming the tensor, and OSError when the disk refuses.
     """
-    worker = _Worker(plan, choose_engine(device, plan.tensors))
-    try:
-        with one_blas_thread(), ThreadPoolExecutor(THREADS) as pool:
-            for file in plan.files:
-                _write_file(file, folder / file.name, worker, pool, progress)
-    finally:
-        worker.close()
-    return {tensor.name: worker.survival(tensor) for tensor in plan.tensors if tensor.shard is not None}
+    survival: dict[str, Survival] = {}
+    with Runner(plan, device, progress) as runner:
+        for file in plan.files:
+            survival |= runner.write(file, folder / file.name)
+    return survival
+
+
+class Runner:
+    """Writes the files of a plan one by one; what `run` does for all of them. Close it, or use it in a `with`."""
+
+    def __init__(
+        self, plan: MergePlan, device: str = "cpu", progress: Callable[[int], None] = lambda nbytes: None
+    ) -> None:
+        self._plan = plan
+        self._progress = progress
+        self._engine = choose_engine(device, plan.tensors)
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self._engine.close()
+
+    def write(self, file: FilePlan, path: Path, moved: Mapping[Path, Path] | None = None) -> dict[str, Survival]:
+        """Write `file` at `path`. `moved` says where files lie that the plan has elsewhere."""
+        output = OutputFile(path, file.size)
+        return self._work(file, output, steps(file), moved or {})
+
+    def change(self, file: FilePlan, path: Path, base: Path) -> dict[str, Survival]:
+        """Merge within `path`, a copy of the base's file `base` which has the layout of `file` (see `in_place`)."""
+        # Through the page cache: what one slab writes and the next one reads are halves of one page.
+        output = OutputFile(path, file.size, direct=False, existing=True)
+        left = (step for step in steps(file) if not (isinstance(step, CopyStep) and step.path == base))
+        return self._work(file, output, left, {base: path})
+
+    def _work(
+        self,
+        file: FilePlan,
+        output: OutputFile,
+        wanted: Iterable[CopyStep | RowsStep],
+        moved: Mapping[Path, Path],
+    ) -> dict[str, Survival]:
+        worker = _Worker(self._plan, self._engine, moved)
+        try:
+            with one_blas_thread(), ThreadPoolExecutor(THREADS) as pool:
+                _write_file(file, output, wanted, worker, pool, self._progress)
+        finally:
+            worker.close()
+        return {tensor.name: worker.survival(tensor) for tensor, _ in file.tensors if tensor.shard is not None}
+
+
+def in_place(file: FilePlan, base: Header) -> bool:
+    """Whether `file` is the base's file with other values: same header, every tensor where it was."""
+    return file.header == base.encoded and all(
+        tensor.origin != "base" or (tensor.source.path, tensor.source.offset) == (base.path, offset)
+        for tensor, offset in file.tensors
+    )
 
 
 def _write_file(
-    file: FilePlan, path: Path, worker: _Worker, pool: ThreadPoolExecutor, progress: Callable[[int], None]
+    file: FilePlan,
+    output: OutputFile,
+    wanted: Iterable[CopyStep | RowsStep],
+    worker: _Worker,
+    pool: ThreadPoolExecutor,
+    progress: Callable[[int], None],
 ) -> None:
     import numpy as np
 
-    output = OutputFile(path, file.size)
     futures: list[Future[None]] = []
     stop = threading.Event()
     done = False
@@ -75,7 +128,7 @@ def _write_file(
 
     try:
         output.write(0, np.frombuffer(file.header, np.uint8))
-        futures = [pool.submit(work, step) for step in steps(file)]
+        futures = [pool.submit(work, step) for step in wanted]
         finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
         for future in finished:
             future.result()
@@ -89,9 +142,10 @@ def _write_file(
 class _Worker:
     """What the threads share: mapped sources, the shards in use, a buffer for each thread, the sums so far."""
 
-    def __init__(self, plan: MergePlan, engine: Engine) -> None:
+    def __init__(self, plan: MergePlan, engine: Engine, moved: Mapping[Path, Path]) -> None:
         self._adapter = plan.adapter
         self._engine = engine
+        self._moved = moved
         self._sources: dict[Path, MappedFile] = {}
         self._sums: dict[str, dict[int, Survival]] = {}
         self._lock = threading.Lock()
@@ -102,7 +156,6 @@ class _Worker:
     def close(self) -> None:
         for source in self._sources.values():
             source.close()
-        self._engine.close()
 
     def survival(self, tensor: TensorPlan) -> Survival:
         """The sums over a merged tensor, added up in the order of its rows and taken for the whole of it."""
@@ -182,7 +235,7 @@ class _Worker:
     def _source(self, path: Path) -> MappedFile:
         with self._lock:
             if path not in self._sources:
-                self._sources[path] = MappedFile(path)
+                self._sources[path] = MappedFile(self._moved.get(path, path))
             return self._sources[path]
 
     def _buffer(self, nbytes: int, target: int) -> Array:

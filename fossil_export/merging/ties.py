@@ -13,8 +13,6 @@ from typing import Any
 
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints.checkpoint import Checkpoint
-from fossil_export.checkpoints.dtypes import numpy_dtype
-from fossil_export.checkpoints.header import TensorInfo
 from fossil_export.errors import MergeError
 from fossil_export.merging.placement import Placement
 
@@ -119,19 +117,21 @@ def _conventional_head(embedding: str, adapter: Adapter, base: Checkpoint) -> st
 
 def _equal(adapter: Adapter, base: Checkpoint, placement: Placement, embedding: str, head: str) -> bool:
     """Whether the head that the adapter saved is the embedding it will be stored beside, byte for byte."""
-    import numpy as np
-
     second = placement.saved[head]
     first = placement.saved.get(embedding) or base.tensors[embedding]
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
 
-    def values(info: TensorInfo) -> Any:
-        if embedding not in placement.saved and info is first:
-            raw = np.memmap(info.path, np.uint8, "r", info.offset or 0, (info.nbytes,))
-            return raw.view(numpy_dtype(info.dtype)).reshape(info.shape)
-        return adapter.array(info)
-
-    one, other = values(first), values(second)
-    rows = max(1, (1 << 22) // max(1, one[0].nbytes))  # a few megabytes at a time
-    return all(one[at : at + rows].tobytes() == other[at : at + rows].tobytes() for at in range(0, len(one), rows))
+    size = max(1, first.nbytes // max(1, first.shape[0]))
+    rows = max(1, (1 << 25) // size)  # some megabytes at a time
+    own = None if embedding not in placement.saved else adapter.array(first)
+    trained = adapter.array(second)
+    for at in range(0, first.shape[0], rows):
+        count = min(rows, first.shape[0] - at)
+        if own is not None:
+            one = own[at : at + count].tobytes()
+        else:
+            one = base.source.view(first.path.name, (first.offset or 0) + at * size, count * size).tobytes()
+        if one != trained[at : at + count].tobytes():
+            return False
+    return True

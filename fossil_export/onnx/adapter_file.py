@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fossil_export.adapters import Adapter
+from fossil_export.checkpoints.checkpoint import Rows
 from fossil_export.errors import FossilExportError, OnnxError, listed
 from fossil_export.extras import required
 from fossil_export.merging.match import match_names
@@ -70,7 +71,7 @@ def check_base(plan: MergePlan, signature: Signature, graph: Path) -> None:
     """Raise OnnxError unless the graph was made from the base that the adapter was trained on."""
     missing = [name for name in signature.tensors if name not in plan.base.tensors]
     if not missing:
-        found = fingerprint(plan.adapter.array(plan.base.tensors[name]) for name in signature.tensors)
+        found = fingerprint(Rows(plan.base.source, plan.base.tensors[name]) for name in signature.tensors)
         if found == signature.fingerprint:
             return _check_saved(plan, signature, graph)
     raise OnnxError(

@@ -122,6 +122,8 @@ def export_onnx(
         if merge.base.folder is None or merge.base.config is None:
             raise OnnxError(f"{merge.base.location}: has no config.json, from which a graph is made; name the folder")
     check_destination(target, inputs, overwrite)
+    progress("fetching the base")
+    merge.fetch()
     linked: list[str] = []
     with staged_folder(target, needed, overwrite) as folder:
         try:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export.adapters import Adapter, load_adapter
-from fossil_export.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from fossil_export.checkpoints.companions import CERTIFICATE, PROVENANCE
+from fossil_export.checkpoints.checkpoint import Checkpoint
+from fossil_export.checkpoints.companions import CERTIFICATE, PROVENANCE, is_weights
 from fossil_export.checkpoints.dtypes import BY_TORCH_NAME
 from fossil_export.checkpoints.jsonfile import read_json, write_json
 from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError
-from fossil_export.hub import resolve
+from fossil_export.hub import Located, locate, pinned
+from fossil_export.merging.plan import plan_merge
 from fossil_export.verifying.artifacts import open_any
 from fossil_export.verifying.certificate import certificate, device_name, finite, hashes
 from fossil_export.verifying.forward import ForwardCheck, check_forward
@@ -79,24 +80,27 @@ def verify(
 ) -> Verification:
     """Is `artifact` (a folder that `merge`, `export_onnx` or `convert` wrote) what was trained?
 
-    `base` and `adapter` default to those its `fossil_export.json` names. `level` is "weights" (every tensor,
-    streamed, no model class), "forward" (logits and continuations against the trainer, which needs the
-    extra [peft]) or "all". `prompts` is a text file, one a line; `report` an HTML file to write. Writes
-    `fossil_parity.json` beside the weights. `progress` is called with the bytes compared.
+    All three may be ids on the Hub; an artifact there gets no certificate. `base` and `adapter` default to those its
+    `fossil_export.json` names. `level` is "weights" (every tensor, streamed, no model class), "forward" (logits and
+    continuations against the trainer, which needs the extra [peft]) or "all". `prompts` is a text file, one a line;
+    `report` an HTML file to write. Writes `fossil_parity.json` beside the weights. `progress` is called with the
+    bytes compared.
 
     Raises a FossilExportError when something cannot be read or run; a difference is no error but a verdict.
     """
     started = time.perf_counter()
     if level not in LEVELS:
         raise FossilExportError(f"level is {level!r}, expected {', '.join(LEVELS)}")
-    folder = resolve(artifact, CheckpointError, "artifact")
+    found_artifact = locate(artifact, CheckpointError, "artifact")
+    folder = found_artifact.fetched(None if found_artifact.source is None else _parts(found_artifact.source.names()))
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is no model folder; name the folder that the file lies in")
     record = _read_record(folder)
     if not isinstance(adapter, Adapter):
         adapter = load_adapter(_named(adapter, record, "adapter", folder))
-    base_folder = resolve(_named(base, record, "base", folder), CheckpointError, "base model")
-    base_checkpoint, found = open_checkpoint(base_folder), open_any(folder)
+    found_base = locate(_named(base, record, "base", folder), CheckpointError, "base model")
+    base_checkpoint, found = _whole(found_base, adapter), open_any(folder)
+    base_folder = found_base.path
     texts = read_prompts(prompts) if prompts is not None else PROMPTS
     if level != "weights":
         check_device(device)
@@ -147,11 +151,13 @@ def verify(
         forward=forward,
         device=device_name(device),
         seconds=time.perf_counter() - started,
+        warnings=found_artifact.notes + found_base.notes + adapter.notes,
     )
-    try:
-        _write(folder / CERTIFICATE, write_json({**certificate(result), "hashes": hashes(result)}))
-    except FossilExportError as problem:  # an artifact that may only be read has its verdict all the same
-        result = replace(result, warnings=(str(problem),))
+    if found_artifact.source is None:
+        try:
+            _write(folder / CERTIFICATE, write_json({**certificate(result), "hashes": hashes(result)}))
+        except FossilExportError as problem:  # an artifact that may only be read has its verdict all the same
+            result = replace(result, warnings=(*result.warnings, str(problem)))
     if report is not None:
         from fossil_export.verifying.report import html
 
@@ -181,11 +187,26 @@ def _named(given: Any, record: Mapping[str, Any] | None, part: str, folder: Path
     if given is not None:
         path: str | Path = given
         return path
-    name = (record or {}).get(part, {}).get("name")
+    entry = (record or {}).get(part, {})
+    name = entry.get("name")
     if not name:
         error = AdapterError if part == "adapter" else CheckpointError
         raise error(f"{folder}: has no {PROVENANCE} that names its {part}; name it with --{part}")
-    return str(name)
+    return pinned(str(name), entry.get("revision"))
+
+
+def _parts(names: list[str]) -> list[str]:
+    """The files of an artifact on the Hub, without weights in formats that are looked at in none."""
+    if any(name.endswith(".onnx") for name in names):
+        return names
+    return [name for name in names if not is_weights(name) or ".safetensors" in name]
+
+
+def _whole(base: Located, adapter: Adapter) -> Checkpoint:
+    """The base with all its files here; of a model on the Hub only those a merge takes are fetched."""
+    if base.source is not None:
+        plan_merge(adapter, base).fetch()
+    return base.checkpoint()
 
 
 def _tensor(check: TensorCheck) -> dict[str, Any]:

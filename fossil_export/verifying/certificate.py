@@ -23,7 +23,12 @@ def certificate(result: Verification) -> dict[str, Any]:
         "tool": {"name": "fossil-export", "version": __version__},
         "parity": result.parity,
         "reason": result.problems[0] if result.problems else None,
-        "adapter": {"name": str(result.adapter.path), "variant": result.adapter.variant, "rank": result.adapter.rank},
+        "adapter": {
+            "name": result.adapter.name,
+            "revision": result.adapter.revision,
+            "variant": result.adapter.variant,
+            "rank": result.adapter.rank,
+        },
         "base": str(result.base.location),
         "device": result.device,
         "versions": versions(),

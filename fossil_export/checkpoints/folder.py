@@ -1,0 +1,106 @@
+"""A model's files, wherever they lie: a local folder here, a repository on the Hub in `hub/remote.py`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fossil_export.checkpoints.header import Header, read_header
+from fossil_export.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Folder(Protocol):
+    """Names are relative to the folder, with forward slashes.
+
+    What a plan needs (names, headers, small files) can be had at once; `fetch` brings whole files here.
+    """
+
+    @property
+    def path(self) -> Path:
+        """Where the files lie, or will lie once they are fetched."""
+
+    def names(self) -> list[str]:
+        """Every file, but hidden files and those in hidden folders."""
+
+    def root_names(self) -> list[str]:
+        """The files that lie in no subfolder, sorted."""
+
+    def headers(self, names: Iterable[str]) -> tuple[Header, ...]:
+        """The headers of safetensors files; raises CheckpointError."""
+
+    def read(self, name: str) -> bytes:
+        """The whole of a small file."""
+
+    def view(self, name: str, offset: int, nbytes: int) -> np.ndarray[Any, Any]:
+        """`nbytes` bytes of a file from `offset` on, as uint8."""
+
+    def blob(self, name: str) -> str | None:
+        """The Hub's id of a file's content, where it is known: SHA-256 of a large file, git's SHA-1 of a small one."""
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """See that these files are at `path`, whole."""
+
+
+class LocalFolder:
+    """A folder on this machine."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def names(self) -> list[str]:
+        """Raises CheckpointError for what is neither file nor folder. Links are followed, but never in a circle."""
+        found = []
+        seen = {self.path.resolve()}
+
+        def unreadable(problem: OSError) -> None:
+            raise CheckpointError(f"{problem.filename}: cannot be read: {problem.strerror}")
+
+        for root, folders, files in os.walk(self.path, onerror=unreadable, followlinks=True):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in [name for name in folders if (Path(root) / name).is_symlink()]:
+                target = (Path(root) / name).resolve()
+                if target in seen or target in self.path.resolve().parents:
+                    folders.remove(name)
+                seen.add(target)
+            for name in sorted(name for name in files if not name.startswith(".")):
+                path = Path(root) / name
+                if not path.is_file():
+                    raise CheckpointError(f"{path}: is a broken link or no regular file; fetch it again or remove it")
+                found.append(path.relative_to(self.path).as_posix())
+        return found
+
+    def root_names(self) -> list[str]:
+        try:
+            return sorted(path.name for path in self.path.iterdir() if path.is_file())
+        except OSError as problem:
+            raise CheckpointError(f"{self.path}: cannot be read: {problem.strerror}") from problem
+
+    def headers(self, names: Iterable[str]) -> tuple[Header, ...]:
+        return tuple(read_header(self.path / name) for name in names)
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def view(self, name: str, offset: int, nbytes: int) -> np.ndarray[Any, Any]:
+        import numpy as np
+
+        return np.memmap(self.path / name, np.uint8, "r", offset, (nbytes,))
+
+    def blob(self, name: str) -> str | None:
+        return hub_blob(self.path / name)
+
+    def fetch(self, names: Iterable[str]) -> None:
+        pass
+
+
+def hub_blob(path: Path) -> str | None:
+    """The id of the blob that a link in the Hub's cache points to; None elsewhere."""
+    if not path.is_symlink():
+        return None
+    target = path.readlink()
+    return target.name if target.parent.name == "blobs" else None

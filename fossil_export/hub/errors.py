@@ -1,0 +1,145 @@
+"""What the Hub's client raises, in one line with the remedy. No message holds a token or a signed address."""
+
+from __future__ import annotations
+
+import errno
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from fossil_export.errors import FossilExportError, HubError
+
+T = TypeVar("T")
+
+ATTEMPTS = 5
+PAUSE = 1.0
+"""Seconds before the second attempt; each further pause is twice as long."""
+
+_SECRETS = re.compile(r"hf_\w{6,}|(?<=Bearer )\S+|(?<=\?)\S*=\S*")
+
+
+def redacted(text: str) -> str:
+    """`text` without tokens and without the queries of addresses, which may be signed."""
+    return _SECRETS.sub("…", text)
+
+
+def endpoint() -> str:
+    """The address of the Hub: HF_ENDPOINT, as the client read it."""
+    from huggingface_hub import constants
+
+    return str(constants.ENDPOINT)
+
+
+def explained(problem: BaseException, name: str, doing: str = "") -> FossilExportError:
+    """The error to raise for `problem`, met while dealing with repository `name`; `doing` says at what."""
+    if isinstance(problem, FossilExportError):
+        return problem
+    what = f"{name}: {doing}: " if doing else f"{name}: "
+    return HubError(what + next(filter(None, map(_remedy, _causes(problem))), _first_line(problem)).format(name=name))
+
+
+def is_unreachable(problem: BaseException) -> bool:
+    """Whether the Hub did not answer, or not sensibly: what is cached may then be used."""
+    return any(_status(cause) >= 500 or _is_network(cause) or _is_offline(cause) for cause in _causes(problem))
+
+
+def is_conflict(problem: BaseException) -> bool:
+    """Whether the branch has moved since its head was looked at."""
+    return any(_status(cause) in (409, 412) for cause in _causes(problem))
+
+
+def is_transient(problem: BaseException) -> bool:
+    """Whether the same request may well succeed a little later."""
+    return any(_status(cause) in (408, 429, 500, 502, 503, 504) or _is_network(cause) for cause in _causes(problem))
+
+
+def retried(run: Callable[[], T], name: str, doing: str = "") -> T:
+    """`run()`, again a few times where the Hub had trouble that its client gives up on. Raises as `explained` says."""
+    pause = PAUSE
+    for attempt in range(ATTEMPTS):
+        try:
+            return run()
+        except Exception as problem:
+            if attempt == ATTEMPTS - 1 or not is_transient(problem):
+                raise explained(problem, name, doing) from problem
+        time.sleep(pause)
+        pause *= 2
+    raise AssertionError("unreachable")
+
+
+def _causes(problem: BaseException) -> Iterator[BaseException]:
+    """What lies behind `problem`, the cause before what it caused: the client wraps the telling error in others."""
+    behind = problem.__cause__ or problem.__context__
+    if behind is not None:
+        yield from _causes(behind)
+    yield problem
+
+
+def _status(problem: BaseException) -> int:
+    response = getattr(problem, "response", None)
+    return int(getattr(response, "status_code", 0) or 0)
+
+
+def _is_network(problem: BaseException) -> bool:
+    # The client's HTTP library (httpx, or its successor) is no dependency of ours.
+    names = {kind.__name__ for kind in type(problem).__mro__}
+    return bool(names & {"TransportError", "TimeoutException", "NetworkError"}) or (
+        isinstance(problem, ConnectionError) and not _is_offline(problem)
+    )
+
+
+def _is_offline(problem: BaseException) -> bool:
+    return type(problem).__name__ == "OfflineModeIsEnabled"
+
+
+def _remedy(problem: BaseException) -> str | None:
+    from huggingface_hub import errors
+
+    page, status = f"{endpoint()}/{{name}}", _status(problem)
+    if isinstance(problem, errors.GatedRepoError):
+        return f"is gated; accept the licence at {page} and log in with `hf auth login`"
+    if isinstance(problem, errors.RevisionNotFoundError):
+        return f"has no such revision; see {page}/tree/main for its branches and tags"
+    if isinstance(problem, errors.RemoteEntryNotFoundError):
+        return f"a file is missing there; see {page}/tree/main"
+    if status == 401 and "Invalid credentials" in str(problem):
+        return "the Hub does not know this token; log in again with `hf auth login`, or set HF_TOKEN"
+    if isinstance(problem, errors.RepositoryNotFoundError):
+        return "no such model on the Hub, or it is private; check the name, or log in with `hf auth login`"
+    if status == 401:
+        return "the Hub wants to know who you are; log in with `hf auth login`, or set HF_TOKEN"
+    if status == 403:
+        return (
+            "your token may not do that; take one with write access to it from "
+            f"{endpoint()}/settings/tokens and log in with `hf auth login`{_said(problem)}"
+        )
+    if status == 429:
+        return "the Hub asks for fewer requests; wait a few minutes and run the same command again"
+    if status in (409, 412):
+        return f"somebody else changed it at the same time; run the same command again{_said(problem)}"
+    if status >= 500:
+        return f"the Hub has trouble of its own (status {status}); run the same command again later"
+    if status >= 400:
+        return f"the Hub refuses this (status {status}){_said(problem)}; see {page}"
+    if _is_offline(problem):
+        return "is not in the Hub's cache, and HF_HUB_OFFLINE is set; unset it, or fetch the model first"
+    if _is_network(problem):
+        return (
+            f"{endpoint()} cannot be reached ({_first_line(problem)}); check the network, HTTPS_PROXY and "
+            "HF_ENDPOINT, and run the same command again"
+        ).replace("{", "{{")
+    if isinstance(problem, OSError) and problem.errno == errno.ENOSPC:
+        return "no room left on the disk; make some, or move the cache with HF_HOME"
+    return None
+
+
+def _said(problem: BaseException) -> str:
+    """What the server itself had to say."""
+    said = redacted(" ".join(str(getattr(problem, "server_message", None) or "").split()))
+    return f" ({said})".replace("{", "{{").replace("}", "}}") if said else ""
+
+
+def _first_line(problem: BaseException) -> str:
+    line = next((line.strip() for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
+    return redacted(line).replace("{", "{{").replace("}", "}}")

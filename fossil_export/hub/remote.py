@@ -1,0 +1,234 @@
+"""A model on the Hub as a folder: names and headers at once, whole files when they are asked for.
+
+Everything is read at one commit, through the Hub's own client and cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from glob import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fossil_export.checkpoints.folder import Folder, LocalFolder, hub_blob
+from fossil_export.checkpoints.header import Header, header_length, parse_header, read_header
+from fossil_export.errors import HubError, listed
+from fossil_export.hub.errors import explained, is_unreachable, retried
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_TOLD_FIRST = ("config.json", "adapter_config.json", "modules.json", "*.safetensors.index.json")
+# Small files that every plan needs.
+
+_FIRST_READ = 1 << 16
+"""Bytes asked for of a file whose header is wanted; most headers are shorter, others take a second request."""
+
+_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file as the Hub lists it: bytes, and SHA-256 (large files) or git's SHA-1 of its content."""
+
+    size: int
+    blob: str
+
+
+class HubFolder:
+    """The files of `repository` at `commit`, those under `prefix` ("" or "sub/folder/")."""
+
+    def __init__(self, repository: str, commit: str, prefix: str, snapshot: Path, entries: dict[str, Entry]) -> None:
+        self.repository = repository
+        self.commit = commit
+        self.prefix = prefix
+        self.path = snapshot / prefix if prefix else snapshot
+        self.entries = entries
+        """By name within the folder."""
+
+    @cached_property
+    def _visible(self) -> list[str]:
+        return sorted(name for name in self.entries if not any(part.startswith(".") for part in name.split("/")))
+
+    def names(self) -> list[str]:
+        return list(self._visible)
+
+    def root_names(self) -> list[str]:
+        return [name for name in self._visible if "/" not in name]
+
+    def headers(self, names: Iterable[str]) -> tuple[Header, ...]:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return tuple(pool.map(self._header, names))
+
+    def _header(self, name: str) -> Header:
+        path = self.path / name
+        if path.is_file():
+            return read_header(path)
+        size = self.entries[name].size
+        begin = self._range(name, 0, min(size, _FIRST_READ))
+        length = header_length(path, begin[:8], size)
+        if length > len(begin):
+            begin += self._range(name, len(begin), length)
+        return parse_header(path, begin[:length], size)
+
+    def read(self, name: str) -> bytes:
+        self.fetch([name])
+        return (self.path / name).read_bytes()
+
+    def view(self, name: str, offset: int, nbytes: int) -> np.ndarray[Any, Any]:
+        if (self.path / name).is_file():
+            return LocalFolder(self.path).view(name, offset, nbytes)
+        import numpy as np
+
+        return np.frombuffer(self._range(name, offset, offset + nbytes), np.uint8)
+
+    def blob(self, name: str) -> str | None:
+        return hub_blob(self.path / name) or self.entries[name].blob
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` that are not in the cache."""
+        return [name for name in names if not (self.path / name).is_file()]
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Through the Hub's cache; what came is held against the hashes the Hub lists. Raises HubError."""
+        from huggingface_hub import snapshot_download
+
+        missing = self.missing(names)
+        if not missing:
+            return
+        if unknown := [name for name in missing if name not in self.entries]:
+            raise HubError(f"{self.repository}: has no {listed(unknown)} at {self.commit[:12]}")
+        self._check_room(sum(self.entries[name].size for name in missing))
+        wanted = [escape(self.prefix + name) for name in missing]
+        small = all(self.entries[name].size < 1 << 20 for name in missing)
+
+        def run() -> None:
+            snapshot_download(
+                self.repository,
+                revision=self.commit,
+                allow_patterns=wanted,
+                tqdm_class=_silent() if small else None,
+            )
+
+        retried(run, self.repository)
+        with ThreadPoolExecutor(2) as pool:
+            sound = list(pool.map(self._is_sound, missing))
+        damaged = [name for name, is_whole in zip(missing, sound, strict=True) if not is_whole]
+        for name in damaged:  # nothing wrong stays in the cache
+            (self.path / name).resolve().unlink(missing_ok=True)
+            (self.path / name).unlink(missing_ok=True)
+        if damaged:
+            raise HubError(
+                f"{self.repository}: {listed(damaged)} came with other bytes than the Hub lists; "
+                "run the same command again"
+            )
+
+    def _is_sound(self, name: str) -> bool:
+        return is_sound(self.path / name, self.entries[name])
+
+    def _check_room(self, nbytes: int) -> None:
+        from huggingface_hub import constants
+
+        place = Path(constants.HF_HUB_CACHE)
+        while not place.exists():
+            place = place.parent
+        free = shutil.disk_usage(place).free
+        if free < nbytes:
+            raise HubError(
+                f"{self.repository}: fetching it takes {nbytes:,} bytes, {place} has {free:,} free; make room, or move "
+                "the cache with HF_HOME"
+            )
+
+    def _range(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a file, and no more, whatever the server sends."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
+        url = hf_hub_url(self.repository, self.prefix + name, revision=self.commit)
+        headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        try:
+            for attempt in range(5):
+                try:
+                    with http_stream_backoff("GET", url, headers=headers, follow_redirects=True) as response:
+                        hf_raise_for_status(response)
+                        skip = start if response.status_code == 200 else 0
+                        found = bytearray()
+                        for chunk in response.iter_bytes():
+                            found += chunk
+                            if len(found) >= skip + stop - start:
+                                break
+                    if len(found) >= skip + stop - start:
+                        return bytes(found[skip : skip + stop - start])
+                except Exception as problem:  # a connection that breaks while the body is read is not retried there
+                    if attempt == 4 or not is_unreachable(problem):
+                        raise
+        except Exception as problem:
+            raise explained(problem, self.repository) from problem
+        raise HubError(f"{self.repository}: {name} ends before byte {stop}; run the same command again")
+
+
+def open_repository(repository: str, revision: str | None, prefix: str) -> tuple[Folder, str, tuple[str, ...]]:
+    """The folder of a model on the Hub, the commit that `revision` (default: main) is, and what to tell the user.
+
+    Without a connection, or with HF_HUB_OFFLINE, it is the copy in the cache. Raises HubError.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    first = [prefix + name for name in _TOLD_FIRST]
+    snapshot = Path(
+        retried(
+            lambda: snapshot_download(repository, revision=revision, allow_patterns=first, tqdm_class=_silent()),
+            repository,
+        )
+    )
+    commit = snapshot.name
+    try:
+        listing = list(HfApi().list_repo_tree(repository, recursive=True, revision=commit))
+    except Exception as problem:
+        if not is_unreachable(problem) or not snapshot.is_dir():
+            raise explained(problem, repository) from problem
+        folder = LocalFolder(snapshot / prefix if prefix else snapshot)
+        return folder, commit, _note_of(problem, repository, commit)
+    entries = {
+        file.path.removeprefix(prefix): Entry(file.size, file.lfs.sha256 if file.lfs is not None else file.blob_id)
+        for file in listing
+        if hasattr(file, "size") and file.path.startswith(prefix)
+    }
+    return HubFolder(repository, commit, prefix, snapshot, entries), commit, ()
+
+
+def is_sound(path: Path, entry: Entry) -> bool:
+    """Whether a file has the size and the hash that the Hub lists."""
+    size = path.stat().st_size
+    if size != entry.size:
+        return False
+    digest = hashlib.sha256() if len(entry.blob) == 64 else hashlib.sha1(b"blob %d\0" % size)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest() == entry.blob
+
+
+def _note_of(problem: Exception, repository: str, commit: str) -> tuple[str, ...]:
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        return ()  # as asked for
+    why = str(explained(problem, repository)).partition(": ")[2].partition(";")[0]
+    return (f"{repository}: the copy in the Hub's cache is taken, of commit {commit[:12]}, since {why}",)
+
+
+def _silent() -> Any:
+    """A progress bar that is not shown: files of kilobytes are there before it would be read."""
+    from huggingface_hub.utils import tqdm
+
+    class Silent(tqdm):  # type: ignore[misc]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **{**options, "disable": True})
+
+    return Silent
