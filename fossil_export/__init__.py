@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fossil_export.inspection import Inspection, inspect
     from fossil_export.merging import MergePlan, MergeResult, merge, plan_merge
     from fossil_export.onnx.api import OnnxResult, export_onnx
+    from fossil_export.publishing import PushResult, StreamPlan, StreamResult, merge_to_hub, plan_stream, push
     from fossil_export.verifying import Verification, verify
 
 _HOMES = {
@@ -30,13 +31,19 @@ _HOMES = {
     "MergePlan": "merging",
     "MergeResult": "merging",
     "OnnxResult": "onnx.api",
+    "PushResult": "publishing",
+    "StreamPlan": "publishing",
+    "StreamResult": "publishing",
     "Verification": "verifying",
     "convert": "converting",
     "export_onnx": "onnx.api",
     "inspect": "inspection",
     "load_adapter": "adapters",
     "merge": "merging",
+    "merge_to_hub": "publishing",
     "plan_merge": "merging",
+    "plan_stream": "publishing",
+    "push": "publishing",
     "verify": "verifying",
 }
 
@@ -48,6 +55,9 @@ __all__ = [
     "MergePlan",
     "MergeResult",
     "OnnxResult",
+    "PushResult",
+    "StreamPlan",
+    "StreamResult",
     "Verification",
     "__version__",
     "convert",
@@ -55,7 +65,10 @@ __all__ = [
     "inspect",
     "load_adapter",
     "merge",
+    "merge_to_hub",
     "plan_merge",
+    "plan_stream",
+    "push",
     "verify",
 ]
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -60,6 +63,30 @@ def progress_bar(total: int, title: str) -> Iterator[Callable[[int], None]]:
 
     with tqdm(total=total, desc=title, unit="B", unit_scale=True, leave=False) as bar:
         yield lambda nbytes: bar.update(nbytes) and None
+
+
+@contextmanager
+def lines() -> Iterator[Callable[[str], None]]:
+    """A line on stderr for each step, where the steps have progress bars of their own; silent when that is no
+    terminal."""
+
+    def show(step: str) -> None:
+        if sys.stderr.isatty():
+            click.echo(step, err=True)
+
+    yield show
+
+
+def quiet_hub() -> None:
+    """Keep the Hub's client from drawing progress bars into pipes and from logging signed addresses."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("huggingface_hub.utils._http").addFilter(_without_queries)
+
+
+def _without_queries(record: logging.LogRecord) -> bool:
+    record.msg, record.args = re.sub(r"\?\S+", "", record.getMessage()), ()
+    return True
 
 
 @contextmanager

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 import click
 
 from fossil_export.console import print_pairs, print_table, readable_bytes
+from fossil_export.errors import listed
 
 if TYPE_CHECKING:
     from fossil_export.converting import Conversion
     from fossil_export.inspection import Inspection
     from fossil_export.merging import MergePlan, MergeResult
     from fossil_export.onnx.api import OnnxResult
+    from fossil_export.publishing import PushResult, StreamPlan, StreamResult
     from fossil_export.verifying import Verification
 
 
@@ -31,6 +33,62 @@ def print_conversion(result: Conversion) -> None:
         if not isinstance(value, dict):  # figures by module are for --json
             pairs.append((name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value)))
     print_pairs([*pairs, ("time", f"{result.seconds:.1f} s")])
+
+
+def print_push(result: PushResult) -> None:
+    pairs = [
+        ("published", result.url if result.changed else f"{result.url} (holds just this already)"),
+        ("commit", result.commit[:12] + (f" on {result.revision}" if result.revision != "main" else "")),
+        ("files", f"{len(result.files)}, {readable_bytes(result.nbytes)}"),
+    ]
+    if result.left_behind:
+        pairs.append(("left behind", listed(list(result.left_behind))))
+    print_pairs([*pairs, ("time", f"{result.seconds:.1f} s")])
+
+
+def print_streamed(result: StreamResult) -> None:
+    from fossil_export.merging.survival import Survival
+
+    plan = result.plan
+    kept = sum(result.survival.values(), Survival()).survived
+    pairs = [
+        ("merged", f"{len(result.survival)} of {len(plan.merge.tensors)} tensors"),
+        ("update kept", "-" if kept is None else f"{kept:.1%} (sampled rows)"),
+        ("copied there", f"{len(result.copied)} files" if result.copied else "none"),
+        ("disk", f"{readable_bytes(plan.disk)} at most"),
+    ]
+    if result.resumed:
+        pairs.append(("taken up", f"{result.resumed} files were uploaded before"))
+    print_pairs(pairs)
+    print_push(result.push)
+
+
+def print_moves(plan: StreamPlan) -> None:
+    """What a streamed merge would do with each file."""
+    print_plan(plan.merge)
+    words = {
+        "copy": "copied on the Hub",
+        "send": "sent as it is",
+        "change": "fetched, merged, sent",
+        "write": "merged, sent",
+    }
+    click.echo()
+    print_table(
+        ("file", "bytes", "way", "on the disk"),
+        [
+            (move.file.name, f"{move.file.size:,}", words[move.way], f"{move.disk:,}" if move.disk else "-")
+            for move in plan.moves
+        ],
+    )
+    click.echo()
+    print_pairs(
+        [
+            ("to fetch", readable_bytes(plan.fetched)),
+            ("to send", readable_bytes(plan.nbytes("send", "change", "write"))),
+            ("copied there", readable_bytes(plan.nbytes("copy"))),
+            ("disk", f"{readable_bytes(plan.disk)} at most"),
+        ]
+    )
 
 
 def print_verification(result: Verification) -> None:

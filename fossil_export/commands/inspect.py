@@ -1,0 +1,32 @@
+"""`fossil-export inspect`."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from fossil_export.commands.shared import BASE_HELP
+from fossil_export.console import print_json, print_warnings
+from fossil_export.tables import print_inspection
+
+
+@click.command()
+@click.argument("adapter")
+@click.option("--base", metavar="BASE", help=BASE_HELP)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(adapter: str, base: str | None, as_json: bool) -> None:
+    """Show what ADAPTER holds, which base tensors it touches and what would stop a merge.
+
+    Exits with 1 when something would.
+    """
+    from fossil_export.inspection import inspect as look
+
+    found = look(adapter, base)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print_inspection(found)
+    print_warnings(found.warnings)
+    if found.problems:
+        sys.exit(1)

@@ -1,0 +1,134 @@
+"""The plan of a streamed merge: how each file of the merged model gets to the Hub, and what disk that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fossil_export.errors import OutputError
+from fossil_export.hub.remote import HubFolder
+from fossil_export.merging.layout import FilePlan
+from fossil_export.merging.plan import MergePlan
+from fossil_export.merging.run import in_place
+
+
+@dataclass(frozen=True)
+class Move:
+    """One weights file. `way` is "copy" (untouched, copied by the Hub), "send" (untouched, from the local base),
+    "change" (fetched, merged where it lies) or "write" (written anew from `sources`, files of the base).
+
+    `disk` is what lies on the disk while it is done, in bytes; `drop` are sources that no later file needs.
+    """
+
+    file: FilePlan
+    way: str
+    sources: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
+    disk: int = 0
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """A merge to the Hub, file by file, with no more than `max_disk` bytes on the disk at once."""
+
+    merge: MergePlan
+    moves: tuple[Move, ...]
+    max_disk: int | None = None
+
+    @property
+    def remote(self) -> HubFolder | None:
+        """The base's repository, None for a base on this machine."""
+        source = self.merge.base.source
+        return source if isinstance(source, HubFolder) else None
+
+    @property
+    def disk(self) -> int:
+        """The most bytes on the disk at any time: the adapter, if it comes from the Hub, and the files at hand."""
+        return self.adapter_bytes + max((move.disk for move in self.moves), default=0)
+
+    @property
+    def adapter_bytes(self) -> int:
+        adapter = self.merge.adapter
+        return sum(path.stat().st_size for path in adapter.files) if adapter.revision is not None else 0
+
+    def count(self, way: str) -> int:
+        return sum(move.way == way for move in self.moves)
+
+    def nbytes(self, *ways: str) -> int:
+        """Bytes of the merged files that go these ways."""
+        return sum(move.file.size for move in self.moves if move.way in ways)
+
+    @property
+    def fetched(self) -> int:
+        """Bytes to come from the Hub."""
+        if self.remote is None:
+            return 0
+        names = {name for move in self.moves for name in move.sources}
+        return sum(self.remote.entries[name].size for name in names)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON shows it."""
+        return {
+            **self.merge.to_dict(),
+            "stream": {
+                "files": [
+                    {"file": move.file.name, "bytes": move.file.size, "way": move.way, "disk": move.disk}
+                    for move in self.moves
+                ],
+                "bytes_fetched": self.fetched,
+                "bytes_uploaded": self.nbytes("send", "change", "write"),
+                "bytes_copied": self.nbytes("copy"),
+                "disk": self.disk,
+            },
+        }
+
+
+def plan_moves(merge: MergePlan, max_disk: int | None = None) -> StreamPlan:
+    """Decide how each file of `merge` is published. Raises OutputError where `max_disk` bytes are too few."""
+    headers = {header.path.name: header for header in merge.base.files}
+    remote = isinstance(merge.base.source, HubFolder)
+    ways: list[tuple[FilePlan, str, tuple[str, ...]]] = []
+    for file in merge.files:
+        header = headers.get(file.name)
+        same = header is not None and in_place(file, header)
+        if same and all(tensor.action == "copy" for tensor, _ in file.tensors):
+            ways.append((file, "copy" if remote else "send", ()))
+        elif same and remote:
+            ways.append((file, "change", (file.name,)))
+        else:
+            ways.append((file, "write", _sources(file) if remote else ()))
+    plan = StreamPlan(merge, tuple(_moves(ways, {name: header.size for name, header in headers.items()})), max_disk)
+    if max_disk is not None and plan.disk > max_disk:
+        most = max(plan.moves, key=lambda move: move.disk)
+        raise OutputError(
+            f"--max-disk {max_disk:,} is too little: {most.file.name} takes {most.disk:,} bytes at once"
+            + (f", the adapter {plan.adapter_bytes:,}" if plan.adapter_bytes else "")
+            + f"; allow {plan.disk:,}"
+        )
+    return plan
+
+
+def _sources(file: FilePlan) -> tuple[str, ...]:
+    """The base's files that `file` is written from."""
+    return tuple(sorted({tensor.source.path.name for tensor, _ in file.tensors if tensor.origin == "base"}))
+
+
+def _moves(ways: list[tuple[FilePlan, str, tuple[str, ...]]], sizes: Mapping[str, int]) -> list[Move]:
+    """With what each leaves on the disk for the ones after it."""
+    moves = []
+    held: set[str] = set()
+    for index, (file, way, sources) in enumerate(ways):
+        later = {name for _, other, names in ways[index + 1 :] if other == "write" for name in names}
+        held |= set(sources) if way == "write" else set()
+        disk = sum(sizes[name] for name in held) + (file.size if way in ("change", "write") else 0)
+        drop = tuple(sorted(held - later))
+        held -= set(drop)
+        moves.append(Move(file, way, sources, drop, disk))
+    return moves
+
+
+def base_path(merge: MergePlan, name: str) -> Path:
+    """Where the plan has a file of the base."""
+    return merge.base.source.path / name

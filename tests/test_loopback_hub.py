@@ -1,0 +1,308 @@
+"""The loopback Hub, driven by the real client: what other tests rely on it for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from loopback_hub import Fault, LoopbackHub, environment, point_client_at
+
+pytest.importorskip("huggingface_hub", minversion="2.4")
+
+import httpx2
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, constants, hf_hub_url
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+
+ADA, BOB = "hf_adaadaada", "hf_bobbobbob"
+WEIGHTS = os.urandom(3_000_000)
+FILES = {"config.json": b'{"a": 1}', "README.md": b"---\nlicense: mit\n---\nHello", "model.safetensors": WEIGHTS}
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[LoopbackHub]:
+    with LoopbackHub(tmp_path / "storage", {ADA: "ada", BOB: "bob"}, multipart_above=4_000_000) as hub:
+        yield hub
+        assert hub.incidents == []  # the server did not fail, and no token came to the storage host
+
+
+@pytest.fixture
+def api(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> HfApi:
+    point_client_at(monkeypatch, hub, tmp_path / "home", ADA)
+    return HfApi()
+
+
+@pytest.fixture
+def source(hub: LoopbackHub) -> str:
+    hub.create("bob/base")
+    hub.commit("bob/base", FILES, "Add files")
+    return "bob/base"
+
+
+def folder_of(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def add(api: HfApi, repo_id: str, files: dict[str, bytes], **how: object) -> str:
+    operations = [CommitOperationAdd(path, content) for path, content in files.items()]
+    return str(api.create_commit(repo_id, operations, commit_message="Add", **how).oid)  # type: ignore[arg-type]
+
+
+def read_range(repo_id: str, path: str, first: int, last: int) -> bytes:
+    headers = build_hf_headers() | {"Range": f"bytes={first}-{last}"}
+    answer = http_backoff("GET", hf_hub_url(repo_id, path), headers=headers, follow_redirects=True)
+    hf_raise_for_status(answer)
+    assert answer.status_code == 206
+    return bytes(answer.content)
+
+
+def test_round_trip(hub: LoopbackHub, api: HfApi, tmp_path: Path) -> None:
+    files = FILES | {"onnx/model.onnx": b"onnx", "onnx/tokenizer.json": b"{" * 100_001, "empty.bin": b""}
+    folder = folder_of(tmp_path / "folder", files)
+    for _ in range(2):
+        assert api.create_repo("ada/new", private=True, exist_ok=True).repo_id == "ada/new"
+    api.upload_folder(repo_id="ada/new", folder_path=folder)
+    assert {path: hub.read("ada/new", path) for path in files} == files
+    assert hub.commits("ada/new") == ["Upload folder using huggingface_hub", "initial commit"]
+
+    copy = Path(api.snapshot_download("ada/new"))
+    assert {path: (copy / path).read_bytes() for path in files} == files
+    info = api.model_info("ada/new", files_metadata=True)
+    assert info.sha == hub.head("ada/new") and info.private and info.card_data and info.card_data.license == "mit"
+    sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or []}
+    assert sizes == {path: size for path, (size, _) in hub.files("ada/new").items()}
+    tree = {entry.path: entry for entry in api.list_repo_tree("ada/new", recursive=True, expand=True)}
+    assert tree["onnx/tokenizer.json"].lfs.sha256 == hub.files("ada/new")["onnx/tokenizer.json"][1]
+    assert tree["config.json"].lfs is None and tree["config.json"].last_commit.oid == info.sha
+    assert [entry.path for entry in api.list_repo_tree("ada/new", "onnx")] == ["onnx/model.onnx", "onnx/tokenizer.json"]
+    assert api.whoami()["name"] == "ada"
+    assert api.list_repo_commits("ada/new")[0].title == "Upload folder using huggingface_hub"
+
+
+def test_unchanged_files_are_not_committed_again(hub: LoopbackHub, api: HfApi, source: str) -> None:
+    hub.create("ada/new")
+    first = add(api, "ada/new", FILES)
+    hub.reset_log()
+    assert add(api, "ada/new", FILES) == first == hub.head("ada/new")
+    assert hub.moved()[1] < 10_000
+
+
+def test_range_of_an_lfs_file(hub: LoopbackHub, api: HfApi, source: str) -> None:
+    hub.reset_log()
+    assert read_range(source, "model.safetensors", 1000, 2999) == WEIGHTS[1000:3000]
+    assert read_range(source, "config.json", 2, 100) == FILES["config.json"][2:]
+    assert hub.moved()[0] < 5000
+    assert [(request.has_token, request.status) for request in hub.log] == [(True, 302), (False, 206), (True, 206)]
+    with pytest.raises(hub_errors.HfHubHTTPError) as refused:
+        read_range(source, "model.safetensors", len(WEIGHTS), len(WEIGHTS) + 5)
+    assert refused.value.response.status_code == 416
+
+
+def test_multipart_upload(hub: LoopbackHub, api: HfApi) -> None:
+    hub.create("ada/new")
+    large = os.urandom(9_000_001)
+    hub.fault(Fault("PUT", r"/storage/.*/2$", cut_after=100_000))
+    hub.fault(Fault("POST", "complete_multipart", lost=True))
+    add(api, "ada/new", {"model.safetensors": large})
+    assert hub.read("ada/new", "model.safetensors") == large
+    assert sum(request.method == "PUT" for request in hub.log) == 4
+
+
+def test_copies_move_nothing(hub: LoopbackHub, api: HfApi, source: str) -> None:
+    hub.create("ada/new")
+    copies = [CommitOperationCopy("model.safetensors", "a.safetensors", src_repo_id=source, src_repo_type="model")]
+    hub.reset_log()
+    api.create_commit("ada/new", copies, commit_message="Copy")
+    assert hub.read("ada/new", "a.safetensors") == WEIGHTS
+    assert sum(hub.moved()) < 5000
+
+    hub.create("ada/other")
+    hub.refuse_copies = True
+    copies = [CommitOperationCopy("model.safetensors", "a.safetensors", src_repo_id=source, src_repo_type="model")]
+    with pytest.raises(hub_errors.FileDuplicationError):
+        api.create_commit("ada/other", copies, commit_message="Copy")
+    hub.refuse_copies, hub.no_xet = False, True
+    with pytest.raises(ValueError, match="no xet hash"):
+        api.create_commit("ada/other", copies, commit_message="Copy")
+    hub.no_xet = False
+    hub.fault(Fault("POST", "lfs-files/duplicate", status=403, headers={"X-Error-Message": "not yours"}))
+    with pytest.raises(hub_errors.HfHubHTTPError, match="not yours"):
+        api.create_commit("ada/other", copies, commit_message="Copy")
+    assert hub.commits("ada/other") == ["initial commit"]
+
+
+def test_objects_belong_to_one_repository(hub: LoopbackHub, api: HfApi, source: str) -> None:
+    hub.create("ada/new")
+    operation = CommitOperationAdd("model.safetensors", WEIGHTS)
+    operation._upload_mode, operation._is_uploaded = "lfs", True  # claim what is not so
+    with pytest.raises(hub_errors.BadRequestError, match="was not uploaded"):
+        api.create_commit("ada/new", [operation], commit_message="Add")
+    assert set(hub.files("ada/new")) == {".gitattributes"}
+
+
+def test_pull_request_and_branch(hub: LoopbackHub, api: HfApi, source: str) -> None:
+    before = hub.head(source)
+    made = api.create_commit(
+        source, [CommitOperationAdd("a.bin", b"abc")], commit_message="Propose", create_pr=True, parent_commit=before
+    )
+    assert made.pr_num == 1 and made.pr_revision == "refs/pr/1"
+    assert hub.head(source) == before and hub.read(source, "a.bin", "refs/pr/1") == b"abc"
+    assert [(pull.num, pull.title) for pull in api.get_repo_discussions(source)] == [(1, "Propose")]
+    assert [ref.ref for ref in api.list_repo_refs(source, include_pull_requests=True).pull_requests] == ["refs/pr/1"]
+    assert Path(api.hf_hub_download(source, "a.bin", revision="refs/pr/1")).read_bytes() == b"abc"
+
+    hub.create("ada/new")
+    for _ in range(2):
+        api.create_branch("ada/new", branch="v1/x", exist_ok=True)
+    with pytest.raises(hub_errors.HfHubHTTPError, match="409"):
+        api.create_branch("ada/new", branch="v1/x")
+    add(api, "ada/new", {"a.txt": b"a"}, revision="v1/x")
+    assert "a.txt" in hub.files("ada/new", "v1/x") and "a.txt" not in hub.files("ada/new")
+
+
+def test_parent_commit_and_deletions(hub: LoopbackHub, api: HfApi) -> None:
+    hub.create("ada/new")
+    first = add(api, "ada/new", {"a.txt": b"a", "b/c.txt": b"c"})
+    hub.fault(Fault("POST", "/commit/", before=lambda: hub.commit("ada/new", {"other.txt": b"o"})))
+    with pytest.raises(hub_errors.HfHubHTTPError, match="A commit has happened since") as raised:
+        add(api, "ada/new", {"a.txt": b"mine"}, parent_commit=first)
+    assert raised.value.response.status_code == 412 and hub.read("ada/new", "a.txt") == b"a"
+    deletions = [CommitOperationDelete("a.txt"), CommitOperationDelete("b/")]
+    api.create_commit("ada/new", deletions, commit_message="Delete", parent_commit=hub.head("ada/new"))
+    assert set(hub.files("ada/new")) == {".gitattributes", "other.txt"}
+    with pytest.raises(hub_errors.EntryNotFoundError):
+        api.create_commit("ada/new", [CommitOperationDelete("no.txt")], commit_message="Delete")
+
+
+def test_refusals_are_the_right_exceptions(hub: LoopbackHub, api: HfApi, source: str) -> None:
+    hub.create("bob/secret", private=True)
+    hub.create("bob/gated", gated=True)
+    hub.commit("bob/gated", FILES)
+    anonymous, wrong = HfApi(token=False), HfApi(token="hf_wrong")
+    for caller, repo_id, status in [(api, "bob/none", 404), (api, "bob/secret", 404), (anonymous, "bob/secret", 401)]:
+        with pytest.raises(hub_errors.RepositoryNotFoundError) as missing:
+            caller.model_info(repo_id)
+        assert missing.value.response.status_code == status
+    with pytest.raises(hub_errors.HfHubHTTPError, match="Invalid credentials") as invalid:
+        wrong.model_info(source)
+    assert type(invalid.value) is hub_errors.HfHubHTTPError and invalid.value.response.status_code == 401
+
+    assert api.model_info("bob/gated").gated == "auto"
+    for caller, status in [(api, 403), (anonymous, 401)]:
+        with pytest.raises(hub_errors.GatedRepoError) as gated:
+            caller.hf_hub_download("bob/gated", "config.json")
+        assert gated.value.response.status_code == status
+    hub.granted.add("ada")
+    assert Path(api.hf_hub_download("bob/gated", "config.json")).read_bytes() == FILES["config.json"]
+
+    with pytest.raises(hub_errors.RevisionNotFoundError):
+        api.hf_hub_download(source, "config.json", revision="none")
+    with pytest.raises(hub_errors.RevisionNotFoundError):
+        add(api, source, {"a.txt": b"a"}, revision="none", create_pr=True)
+    with pytest.raises(hub_errors.EntryNotFoundError):
+        api.hf_hub_download(source, "none.json")
+    for refused in (lambda: add(api, source, {"a.txt": b"a"}), lambda: api.create_repo("bob/new")):
+        with pytest.raises(hub_errors.HfHubHTTPError) as forbidden:
+            refused()
+        assert forbidden.value.response.status_code == 403
+    with pytest.raises(hub_errors.RepositoryNotFoundError):
+        add(anonymous, source, {"a.txt": b"a"})
+    with pytest.raises(ValueError, match=r"Invalid metadata in README\.md"):
+        add(api, source, {"README.md": b"---\na: [\n---\n"})
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_passing_error_is_retried(hub: LoopbackHub, api: HfApi, source: str, status: int) -> None:
+    fault = Fault("GET", "/resolve/", status=status, headers={"Retry-After": "0"}, times=2)
+    hub.fault(fault)
+    assert read_range(source, "model.safetensors", 0, 9) == WEIGHTS[:10]
+    assert fault.times == 0
+    hub.fault(Fault("PUT", "/storage/", status=status, times=2))
+    hub.create("ada/new")
+    add(api, "ada/new", {"model.safetensors": WEIGHTS})
+    assert hub.read("ada/new", "model.safetensors") == WEIGHTS
+
+
+def test_a_cut_download_is_resumed(hub: LoopbackHub, api: HfApi, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The client resumes at a multiple of this, which is 10 MB: a smaller file starts again.
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 500_000)
+    hub.fault(Fault("GET", "/cdn/", cut_after=1_000_000))
+    assert Path(api.hf_hub_download(source, "model.safetensors")).read_bytes() == WEIGHTS
+    assert hub.moved()[0] < len(WEIGHTS) + 10_000
+
+
+def test_a_reset_download_is_not(hub: LoopbackHub, api: HfApi, source: str, tmp_path: Path) -> None:
+    hub.fault(Fault("GET", "/cdn/", cut_after=1_000_000, reset=True))
+    with pytest.raises(httpx2.ReadError):
+        api.hf_hub_download(source, "model.safetensors")
+    assert not list((tmp_path / "home").rglob("*.incomplete"))
+
+
+@pytest.mark.parametrize("cut", [0, 1_000_000])
+def test_a_cut_upload_is_retried(hub: LoopbackHub, api: HfApi, cut: int) -> None:
+    hub.create("ada/new")
+    hub.fault(Fault("PUT", "/storage/", cut_after=cut))
+    add(api, "ada/new", {"model.safetensors": WEIGHTS})
+    assert hub.read("ada/new", "model.safetensors") == WEIGHTS
+
+
+def test_a_corrupt_upload_is_refused(hub: LoopbackHub, api: HfApi) -> None:
+    hub.create("ada/new")
+    hub.fault(Fault("PUT", "/storage/", corrupt=True))
+    with pytest.raises(RuntimeError, match=r"Error while uploading 'model\.safetensors'") as raised:
+        add(api, "ada/new", {"model.safetensors": WEIGHTS})
+    assert isinstance(raised.value.__cause__, hub_errors.HfHubHTTPError)
+    assert raised.value.__cause__.response.status_code == 422
+    assert set(hub.files("ada/new")) == {".gitattributes"}
+    add(api, "ada/new", {"model.safetensors": WEIGHTS})
+    assert hub.read("ada/new", "model.safetensors") == WEIGHTS
+
+
+def test_a_corrupt_download_passes_the_client(hub: LoopbackHub, api: HfApi, source: str) -> None:
+    hub.fault(Fault("GET", "/cdn/", corrupt=True, trickle=(1 << 20, 0.001)))
+    got = Path(api.hf_hub_download(source, "model.safetensors")).read_bytes()
+    assert len(got) == len(WEIGHTS) and sum(a != b for a, b in zip(got, WEIGHTS, strict=True)) == 1
+
+
+def test_a_lost_commit_has_happened(hub: LoopbackHub, api: HfApi) -> None:
+    hub.create("ada/new")
+    happened: list[str] = []
+    hub.fault(Fault("POST", "/commit/", after=lambda: happened.append(hub.head("ada/new")), lost=True))
+    with pytest.raises(httpx2.RemoteProtocolError):
+        add(api, "ada/new", {"a.txt": b"a"})
+    assert hub.read("ada/new", "a.txt") == b"a" and happened == [hub.head("ada/new")]
+    hub.fault(Fault("POST", "/commit/", status=500))
+    with pytest.raises(hub_errors.HfHubHTTPError):
+        add(api, "ada/new", {"b.txt": b"b"})
+    hub.fault(Fault("POST", "/commit/", cut_after=10))
+    with pytest.raises(httpx2.TransportError):
+        add(api, "ada/new", {"b.txt": b"b"})
+    hub.fault(Fault(status=500, times=None, skip=1))
+    assert api.whoami()["name"] == "ada"
+    with pytest.raises(hub_errors.HfHubHTTPError):
+        api.whoami()
+    hub.clear_faults()
+    assert "b.txt" not in hub.files("ada/new")
+
+
+def test_the_storage_host_takes_no_token(hub: LoopbackHub, api: HfApi, source: str) -> None:
+    oid = hub.files(source)["model.safetensors"][1]
+    answer = httpx2.get(hub.signed(f"/cdn/{oid}"), headers={"Authorization": f"Bearer {ADA}"})
+    assert answer.status_code == 400 and len(hub.incidents) == 1
+    hub.incidents.clear()
+    assert httpx2.get(hub.signed(f"/cdn/{oid}").split("?")[0]).status_code == 403
+
+
+def test_a_child_process(hub: LoopbackHub, source: str, tmp_path: Path) -> None:
+    script = f"import huggingface_hub; print(huggingface_hub.hf_hub_download({source!r}, 'model.safetensors'))"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment(hub, tmp_path / "home"), capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()).read_bytes() == WEIGHTS
+    assert str(tmp_path) in done.stdout and not any(request.has_token for request in hub.log)
