@@ -52,8 +52,8 @@ def other_adapter(rank: int = 32, steps: int = 20) -> Path:
     return once(f"adapter-other-r{rank}-s{steps}", lambda folder: _train(folder, "tile", rank, steps, OTHER_SENTENCES))
 
 
-def answer(model_folder: Path, prompt: str = PROMPT, tokens: int = 12) -> str:
-    """The greedy continuation of `prompt` by the model in a folder, in float32."""
+def answer(model_folder: Path | str, prompt: str = PROMPT, tokens: int = 12) -> str:
+    """The greedy continuation of `prompt` by the model in a folder, or of that id on the Hub, in float32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

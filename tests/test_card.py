@@ -378,7 +378,7 @@ OURS = ("base_model", "base_model_relation", "library_name", "pipeline_tag", "li
 BODIES = st.text(max_size=200) | st.lists(
     st.sampled_from(["# Title", "---", "", "text", "```", f"see {BEGIN}", "| a |", "\t", "a: b"]), max_size=8
 ).map("\n".join)
-QUICK = settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @QUICK

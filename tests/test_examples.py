@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import add_to_onnx
@@ -9,9 +11,11 @@ import chat
 import classifier
 import numpy as np
 import onnx
+import publish
 import pytest
 import smollm2
 import torch
+from loopback_hub import LoopbackHub, environment
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -78,3 +82,24 @@ def test_graph_of_the_example_tells_nothing() -> None:
     names |= {value.name for value in (*graph.initializer, *graph.value_info)}
     assert {name for name in names if name[1:].isdigit()} == names - {"input_ids", "logits", ""}
     assert not any(node.metadata_props or node.doc_string for node in graph.node)
+
+
+def test_trained_pushed_merged_by_ids_and_loaded_again(tmp_path: Path) -> None:
+    with LoopbackHub(tmp_path / "storage", {"hf_example": "ada"}) as hub:
+        done = subprocess.run(
+            [sys.executable, str(Path(publish.__file__)), "ada"],
+            env=environment(hub, tmp_path / "home", "hf_example"),
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "hf_example" not in done.stdout + done.stderr and hub.incidents == []
+        answers = [line.partition(":")[2].strip() for line in done.stdout.splitlines()[-2:]]
+        assert answers[0].startswith(smollm2.ANSWER) and answers[0] == answers[1]
+        base, merged = hub.files("ada/smollm2-135m-instruct"), hub.files("ada/mascot")
+        weights = [name for name in merged if name.endswith(".safetensors")]
+        assert len(weights) > 2 and all(merged[name] != base[name] for name in weights)
+        assert merged["tokenizer.json"] == base["tokenizer.json"]
+        assert hub.commits("ada/mascot") == ["Upload merged model with fossil-export", "initial commit"]
+        assert "base_model: ada/smollm2-135m-instruct" in hub.read("ada/mascot", "README.md").decode()

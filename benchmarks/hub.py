@@ -1,0 +1,156 @@
+"""A merge to the Hub: streamed, against download-merge-upload by fossil-export and by PEFT, over loopback HTTP.
+
+    python benchmarks/hub.py --size 2 --rounds 3 --peft 1
+
+makes a random Llama-shaped bfloat16 base of about that many GB in four files (benchmarks/merge.py), of which the
+first holds the embedding alone, and a q,v-only adapter (tile, r = 64); both lie on a Hub on this machine
+(tests/loopback_hub.py). Every contestant is a whole process with an empty cache. Prints, as Markdown, medians of the
+bytes that moved and of the wall time, and the most bytes on the client's disk, looked at every few milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import merge
+from loopback_hub import LoopbackHub, environment  # type: ignore[import-not-found]
+
+TOKEN = "hf_benchmark"
+
+PEFT_MERGE = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, adapter, target = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+PeftModel.from_pretrained(model, adapter).merge_and_unload().push_to_hub(target)
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Seconds; bytes from the Hub, to the Hub, on the client's disk at most, and of untouched files either way."""
+
+    seconds: float
+    down: int
+    up: int
+    disk: int
+    untouched: int
+
+
+def contestants(base: str, adapter: str, target: str, home: Path) -> dict[str, list[str]]:
+    tool = [sys.executable, "-m", "fossil_export", "merge", adapter, "--push-to-hub", target]
+    return {
+        "fossil-export, streamed": [*tool, "--stream", "--cache-dir", str(home / "stream")],
+        "fossil-export, to a folder and pushed": [*tool, "--output", str(home / "merged")],
+        "PEFT, `push_to_hub`": [sys.executable, "-c", PEFT_MERGE, base, adapter, target],
+    }
+
+
+def run(hub: Any, command: list[str], target: str, home: Path) -> Run:
+    """One contestant with an empty home, which is removed afterwards."""
+    home.mkdir()
+    (home / "tmp").mkdir()
+    hub.reset_log()
+    started = time.perf_counter()
+    with largest(home) as sizes:
+        done = subprocess.run(
+            command, env={**environment(hub, home, TOKEN), "TMPDIR": str(home / "tmp")}, capture_output=True, text=True
+        )
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command[:5])} failed:\n{done.stderr}")
+    down, up = hub.moved()
+    shutil.rmtree(home)
+    same = {digest for name, (_, digest) in hub.files("ada/base").items() if name.endswith(".safetensors")}
+    same &= {digest for _, digest in hub.files(target).values()}
+    untouched = sum(r.sent + r.received for r in hub.log if any(digest in r.path for digest in same))
+    return Run(seconds, down, up, max(sizes), untouched)
+
+
+@contextmanager
+def largest(folder: Path) -> Iterator[list[int]]:
+    """The sizes of everything in `folder`, again and again until the block ends."""
+    sizes = [0]
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.wait(0.005):
+            sizes.append(sum(taken(Path(root) / name) for root, _, names in os.walk(folder) for name in names))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield sizes
+    finally:
+        stop.set()
+        thread.join()
+
+
+def taken(path: Path) -> int:
+    """Bytes that a file takes on the disk; links take none."""
+    try:
+        return 0 if path.is_symlink() or not path.is_file() else path.stat().st_blocks * 512
+    except OSError:
+        return 0  # gone meanwhile
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=float, default=2, help="of the base, in GB (default 2)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of fossil-export (default 3)")
+    parser.add_argument("--peft", type=int, default=1, help="runs of PEFT (default 1)")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "fossil-export-benchmark")
+    options = parser.parse_args()
+    base = options.work / f"base-{options.size:g}"
+    layers = merge.make_base(base, options.size)
+    adapter = options.work / "hub-qv"
+    merge.make_adapter(adapter, Path("ada/base"), layers, ["q_proj", "v_proj"])
+    files = {path.name: path.stat().st_size for path in sorted(base.glob("*.safetensors"))}
+
+    results: dict[str, list[Run]] = {}
+    with (
+        tempfile.TemporaryDirectory(dir=options.work) as temporary,
+        LoopbackHub(Path(temporary) / "hub", {TOKEN: "ada"}) as hub,
+    ):
+        hub.add_folder("ada/base", base)
+        hub.add_folder("ada/adapter", adapter)
+        for number in range(max(options.rounds, options.peft)):
+            home, target = Path(temporary) / "home", f"ada/merged-{number}"
+            for index, (name, command) in enumerate(contestants("ada/base", "ada/adapter", "TARGET", home).items()):
+                if number < (options.peft if name.startswith("PEFT") else options.rounds):
+                    mine = [f"{target}-{index}" if word == "TARGET" else word for word in command]
+                    results.setdefault(name, []).append(run(hub, mine, f"{target}-{index}", home))
+                    print(f"{name}: {results[name][-1]}", file=sys.stderr, flush=True)
+
+    total, most = sum(files.values()), max(files.values())
+    sizes = ", ".join(f"{size / 1e6:.0f}" for size in files.values())
+    print(f"{total / 1e9:.2f} GB in files of {sizes} MB; {os.cpu_count()} cores\n")
+    print(
+        "| | from the Hub | to the Hub | of these, untouched files | peak disk | against the largest file | seconds |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for name, runs in results.items():
+        down, up = (statistics.median(getattr(one, what) for one in runs) / 1e6 for what in ("down", "up"))
+        disk, seconds = max(one.disk for one in runs), statistics.median(one.seconds for one in runs)
+        print(f"| {name} | {down:.0f} MB | {up:.0f} MB | {disk / 1e6:.0f} MB | {disk / most:.2f}× | {seconds:.1f} |")
+    untouched = max((one.untouched for one in results.get("fossil-export, streamed", [])), default=0)
+    print(f"\nOf the untouched files, streamed: {untouched:,} bytes moved, headers included.")
+
+
+if __name__ == "__main__":
+    main()
