@@ -78,10 +78,12 @@ def lines() -> Iterator[Callable[[str], None]]:
 
 
 def quiet_hub() -> None:
-    """Keep the Hub's client from drawing progress bars into pipes and from logging signed addresses."""
+    """Keep the Hub's client from writing bars and retries into pipes, and from logging signed addresses."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("huggingface_hub.utils._http").addFilter(_without_queries)
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    for name in ("huggingface_hub.utils._http", "huggingface_hub.file_download", "httpx", "httpx2"):
+        logging.getLogger(name).addFilter(_without_queries)
 
 
 def _without_queries(record: logging.LogRecord) -> bool:

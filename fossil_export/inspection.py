@@ -11,7 +11,7 @@ from typing import Any
 
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.checkpoints.dtypes import TORCH_NAME
-from fossil_export.errors import FossilExportError
+from fossil_export.errors import FossilExportError, HubError
 from fossil_export.merging import MergePlan, plan_merge
 from fossil_export.merging.layout import tensor_record
 from fossil_export.merging.plan import find_base
@@ -79,19 +79,16 @@ def inspect(adapter: Adapter | str | Path, base: str | Path | None = None) -> In
     ]
     plan = None
     warnings = adapter.notes
+    found = None
     try:
         found = find_base(adapter, base) if base is not None or adapter.base_model is not None else None
-    except FossilExportError as problem:
-        found = None
-        if base is not None:
-            problems.append(str(problem))
-        else:  # the adapter can be looked at without it
-            warnings += (f"the base was not looked at: {problem}",)
-    if found is not None:
-        try:
+        if found is not None:
             plan = plan_merge(adapter, found)
             warnings = plan.warnings
-        except FossilExportError as problem:
+    except FossilExportError as problem:
+        if base is None and (found is None or isinstance(problem, HubError)):  # the adapter can be looked at without
+            warnings += (f"the base was not looked at: {problem}",)
+        else:
             problems.append(str(problem))
     return Inspection(adapter, norms, plan, tuple(problems), warnings)
 

@@ -9,19 +9,21 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import smollm2
 import torch
+from loopback_hub import LoopbackHub, point_client_at
 from peft import MissConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Randomise = Callable[[torch.nn.Module], None]
+ADA, BOB = "hf_adaadaada", "hf_bobbobbob"  # tokens of two users of the loopback Hub
 
 
 @pytest.fixture(scope="session")
@@ -126,3 +128,47 @@ def base(tmp_path: Path) -> Path:
 def adapter(tmp_path: Path, base: Path) -> Path:
     make_adapter(tmp_path / "adapter", base)
     return tmp_path / "adapter"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A running loopback Hub; the client of this process uses it, as ada, with its cache in `tmp_path / "home"`."""
+    with LoopbackHub(tmp_path / "storage", {ADA: "ada", BOB: "bob"}) as running:
+        point_client_at(monkeypatch, running, tmp_path / "home", ADA)
+        monkeypatch.setattr("fossil_export.hub.errors.PAUSE", 0.01)
+        yield running
+        assert running.incidents == []  # the server did not fail, and no token came to the storage host
+
+
+NOISE = [
+    "pytorch_model.bin",
+    "tf_model.h5",
+    "model.gguf",
+    "onnx/model.onnx",
+    "original/consolidated.00.pth",
+    "README.md",
+]
+# What repositories hold beside what a merge takes.
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base in several files, an adapter that names it as ada/base, and another training of it in a subfolder."""
+    folder = tmp_path_factory.mktemp("models")
+    base = make_base(folder / "base", shards="100KB")
+    for name in NOISE:
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_bytes(b"noise" * 1000)
+    make_adapter(folder / "adapter", base)
+    make_adapter(folder / "adapter" / "checkpoint-100", base, r=4, target_modules=["q_proj"])
+    for path in folder.rglob("adapter_config.json"):
+        edit_json(path, base_model_name_or_path="ada/base")
+    return folder
+
+
+@pytest.fixture
+def hosted(hub: LoopbackHub, models: Path) -> LoopbackHub:
+    """The Hub with these as ada/base and ada/adapter."""
+    hub.add_folder("ada/base", models / "base")
+    hub.add_folder("ada/adapter", models / "adapter")
+    return hub

@@ -7,7 +7,7 @@ peft/utils/save_and_load.py for what else lies in the file.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,12 @@ def load_adapter(path: str | Path) -> Adapter:
     from fossil_export.hub import locate
 
     found = locate(path, AdapterError, "adapter")
-    given = found.fetched(_needed(found.names(), found.file)) if found.source is not None else found.path
+    given = found.path
+    if found.source is not None:
+        needed = _needed(found.names(), found.file)
+        if CONFIG not in needed and not given.suffix == ".pth":
+            raise AdapterError(f"{found.name}: not an adapter, {CONFIG} is missing{_hint(found.names())}")
+        found.fetched(needed)
     adapter = load_state_dict(given) if is_state_dict(given) else _load_folder(given)
     return replace(adapter, name=found.name, revision=found.revision, notes=found.notes)
 
@@ -129,10 +134,8 @@ def _load_folder(given: Path) -> Adapter:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
-        hint = ""
-        if (folder / "config.json").is_file():
-            hint = "; it looks like a model, and the adapter is the folder that PEFT saved"
-        raise AdapterError(f"{folder}: not an adapter, {CONFIG} is missing{hint}")
+        names = [name for name in ("config.json",) if (folder / name).is_file()]
+        raise AdapterError(f"{folder}: not an adapter, {CONFIG} is missing{_hint(names)}")
     config = read_json(path, AdapterError)
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str) or peft_type not in SHARD_KEYS:
@@ -159,6 +162,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "the merge could be wrong, so it stops here (a newer version may know it)"
         )
     return config
+
+
+def _hint(names: Sequence[str]) -> str:
+    """What a folder with these files may be instead of an adapter."""
+    if "config.json" in names:
+        return "; it looks like a model, and the adapter is the folder that PEFT saved"
+    return ""
 
 
 def find_weights(folder: Path) -> Path:

@@ -25,7 +25,7 @@ class Folder(Protocol):
         """Where the files lie, or will lie once they are fetched."""
 
     def names(self) -> list[str]:
-        """Every file, but hidden files and those in hidden folders."""
+        """Every file, sorted, but hidden files and those in hidden folders."""
 
     def root_names(self) -> list[str]:
         """The files that lie in no subfolder, sorted."""
@@ -44,6 +44,9 @@ class Folder(Protocol):
 
     def fetch(self, names: Iterable[str]) -> None:
         """See that these files are at `path`, whole."""
+
+    def check(self, headers: Iterable[Header]) -> None:
+        """Hold files that are at `path` now against the headers that were read before they were."""
 
 
 class LocalFolder:
@@ -72,7 +75,7 @@ class LocalFolder:
                 if not path.is_file():
                     raise CheckpointError(f"{path}: is a broken link or no regular file; fetch it again or remove it")
                 found.append(path.relative_to(self.path).as_posix())
-        return found
+        return sorted(found)
 
     def root_names(self) -> list[str]:
         try:
@@ -95,6 +98,9 @@ class LocalFolder:
         return hub_blob(self.path / name)
 
     def fetch(self, names: Iterable[str]) -> None:
+        pass
+
+    def check(self, headers: Iterable[Header]) -> None:
         pass
 
 

@@ -88,7 +88,8 @@ class Conversion:
 
 def _refuse_inputs(path: Path, adapter: Adapter, options: Options) -> None:
     """Raise OutputError where the output is, or holds, something that is only read."""
-    given = [options.base_name, options.base_config, options.graph]
+    base = options.base.path if options.base is not None else options.base_name
+    given = [base, options.base_config, options.graph]
     inputs = [*adapter.files, adapter.path, *(Path(name).expanduser() for name in given if name)]
     target = path.resolve()
     for source in inputs:

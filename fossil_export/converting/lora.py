@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fossil_export.adapters import Adapter
+from fossil_export.cards.frontmatter import BEGIN, END
 from fossil_export.checkpoints.companions import tokenizer_of
 from fossil_export.checkpoints.dtypes import numpy_dtype
 from fossil_export.checkpoints.header import encode_header
@@ -135,6 +136,7 @@ def _warnings(adapter: Adapter, rank: int) -> Iterator[str]:
 
 
 def _card(adapter: Adapter, base: str | None, rank: int, approximate: bool, details: Mapping[str, Any]) -> str:
+    """What the folder is; `push` puts the whole model card in its place."""
     base = base or "the base model"
     if approximate:
         how = f"the nearest LoRA of rank {rank} (relative error of the update: {details['relative_error']:.2g})"
@@ -149,6 +151,7 @@ tags:
 
 # LoRA form of a FOSSIL adapter
 
+{BEGIN}
 For {base}; {how}. Made by fossil-export {__version__} from a {adapter.peft_type} adapter
 ({adapter.variant}, r = {adapter.rank}).
 
@@ -158,4 +161,5 @@ from transformers import AutoModelForCausalLM
 
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "this-folder")
 ```
+{END}
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -12,9 +13,18 @@ from fossil_export.errors import FossilExportError, HubError
 
 T = TypeVar("T")
 
+
+class NotThereError(HubError):
+    """The Hub (or, offline, its cache) has no model of this name, or does not show it."""
+
+
 ATTEMPTS = 5
 PAUSE = 1.0
 """Seconds before the second attempt; each further pause is twice as long."""
+PATIENCE = 60.0
+"""Seconds after which a Hub that answers, but only with errors, is given up."""
+
+NOT_CACHED = "is not, or not wholly, in the Hub's cache, and HF_HUB_OFFLINE is set; unset it, or fetch the model first"
 
 _SECRETS = re.compile(r"hf_\w{6,}|(?<=Bearer )\S+|(?<=\?)\S*=\S*")
 
@@ -36,7 +46,10 @@ def explained(problem: BaseException, name: str, doing: str = "") -> FossilExpor
     if isinstance(problem, FossilExportError):
         return problem
     what = f"{name}: {doing}: " if doing else f"{name}: "
-    return HubError(what + next(filter(None, map(_remedy, _causes(problem))), _first_line(problem)).format(name=name))
+    page = f"{endpoint()}/{name}"
+    remedies = (_remedy(cause, page) for cause in _causes(problem))
+    kind = NotThereError if any(map(_is_not_there, _causes(problem))) else HubError
+    return kind(what + next(filter(None, remedies), _line(problem)))
 
 
 def is_unreachable(problem: BaseException) -> bool:
@@ -54,23 +67,30 @@ def is_transient(problem: BaseException) -> bool:
     return any(_status(cause) in (408, 429, 500, 502, 503, 504) or _is_network(cause) for cause in _causes(problem))
 
 
-def retried(run: Callable[[], T], name: str, doing: str = "") -> T:
-    """`run()`, again a few times where the Hub had trouble that its client gives up on. Raises as `explained` says."""
+def retried(run: Callable[[], T], name: str, doing: str = "", attempts: int = ATTEMPTS) -> T:
+    """`run()`, again a few times where the Hub had trouble that its client gives up on. Raises as `explained` says.
+
+    A pause is as long as the Hub asks for, unless it would be over `PATIENCE`.
+    """
     pause = PAUSE
-    for attempt in range(ATTEMPTS):
+    until = None
+    for attempt in range(attempts):
         try:
             return run()
         except Exception as problem:
-            if attempt == ATTEMPTS - 1 or not is_transient(problem):
+            until = until or time.monotonic() + PATIENCE
+            wait = max(pause, _retry_after(problem))
+            late = any(map(_status, _causes(problem))) and time.monotonic() + wait > until
+            if attempt == attempts - 1 or late or not is_transient(problem):
                 raise explained(problem, name, doing) from problem
-        time.sleep(pause)
+        time.sleep(wait)
         pause *= 2
     raise AssertionError("unreachable")
 
 
 def _causes(problem: BaseException) -> Iterator[BaseException]:
     """What lies behind `problem`, the cause before what it caused: the client wraps the telling error in others."""
-    behind = problem.__cause__ or problem.__context__
+    behind = problem.__cause__ or (None if problem.__suppress_context__ else problem.__context__)
     if behind is not None:
         yield from _causes(behind)
     yield problem
@@ -89,14 +109,28 @@ def _is_network(problem: BaseException) -> bool:
     )
 
 
+def _retry_after(problem: BaseException) -> float:
+    """The seconds that the Hub itself asks to wait."""
+    for cause in _causes(problem):
+        asked = getattr(getattr(cause, "response", None), "headers", {}).get("Retry-After", "")
+        if asked.isdigit():
+            return float(asked)
+    return 0.0
+
+
+def _is_not_there(problem: BaseException) -> bool:
+    return type(problem).__name__ in ("RepositoryNotFoundError", "HFValidationError") or _is_offline(problem)
+
+
 def _is_offline(problem: BaseException) -> bool:
     return type(problem).__name__ == "OfflineModeIsEnabled"
 
 
-def _remedy(problem: BaseException) -> str | None:
-    from huggingface_hub import errors
+def _remedy(problem: BaseException, page: str) -> str | None:
+    from huggingface_hub import constants, errors
 
-    page, status = f"{endpoint()}/{{name}}", _status(problem)
+    # Behind each of them is the HTTP library's own error, which knows no more than the status.
+    status = _status(problem) if isinstance(problem, errors.HfHubHTTPError) else 0
     if isinstance(problem, errors.GatedRepoError):
         return f"is gated; accept the licence at {page} and log in with `hf auth login`"
     if isinstance(problem, errors.RevisionNotFoundError):
@@ -107,11 +141,13 @@ def _remedy(problem: BaseException) -> str | None:
         return "the Hub does not know this token; log in again with `hf auth login`, or set HF_TOKEN"
     if isinstance(problem, errors.RepositoryNotFoundError):
         return "no such model on the Hub, or it is private; check the name, or log in with `hf auth login`"
+    if isinstance(problem, errors.HFValidationError):
+        return f"is no name of a model on the Hub ({_line(problem).removesuffix('.')}); write user/repo"
     if status == 401:
         return "the Hub wants to know who you are; log in with `hf auth login`, or set HF_TOKEN"
     if status == 403:
         return (
-            "your token may not do that; take one with write access to it from "
+            "your token may not do that; take one that may (to publish, with write access) from "
             f"{endpoint()}/settings/tokens and log in with `hf auth login`{_said(problem)}"
         )
     if status == 429:
@@ -123,23 +159,28 @@ def _remedy(problem: BaseException) -> str | None:
     if status >= 400:
         return f"the Hub refuses this (status {status}){_said(problem)}; see {page}"
     if _is_offline(problem):
-        return "is not in the Hub's cache, and HF_HUB_OFFLINE is set; unset it, or fetch the model first"
+        return NOT_CACHED
     if _is_network(problem):
         return (
-            f"{endpoint()} cannot be reached ({_first_line(problem)}); check the network, HTTPS_PROXY and "
-            "HF_ENDPOINT, and run the same command again"
-        ).replace("{", "{{")
+            f"{endpoint()} cannot be reached ({_line(problem)}); check the network, HTTPS_PROXY and HF_ENDPOINT, "
+            "and run the same command again"
+        )
+    if isinstance(problem, json.JSONDecodeError):
+        return f"{endpoint()} answers, but not as the Hub does; check HTTPS_PROXY and HF_ENDPOINT"
     if isinstance(problem, OSError) and problem.errno == errno.ENOSPC:
         return "no room left on the disk; make some, or move the cache with HF_HOME"
+    if isinstance(problem, OSError) and str(problem.filename).startswith(str(constants.HF_HUB_CACHE)):
+        return f"{problem.filename}: {problem.strerror}; see to the Hub's cache, or move it with HF_HOME"
     return None
 
 
 def _said(problem: BaseException) -> str:
     """What the server itself had to say."""
     said = redacted(" ".join(str(getattr(problem, "server_message", None) or "").split()))
-    return f" ({said})".replace("{", "{{").replace("}", "}}") if said else ""
+    return f" ({said})" if said else ""
 
 
-def _first_line(problem: BaseException) -> str:
+def _line(problem: BaseException) -> str:
+    """The first line of its message."""
     line = next((line.strip() for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
-    return redacted(line).replace("{", "{{").replace("}", "}}")
+    return redacted(line)

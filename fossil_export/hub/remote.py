@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,16 +15,13 @@ from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fossil_export.checkpoints.folder import Folder, LocalFolder, hub_blob
+from fossil_export.checkpoints.folder import LocalFolder, hub_blob
 from fossil_export.checkpoints.header import Header, header_length, parse_header, read_header
 from fossil_export.errors import HubError, listed
-from fossil_export.hub.errors import explained, is_unreachable, retried
+from fossil_export.hub.errors import retried
 
 if TYPE_CHECKING:
     import numpy as np
-
-_TOLD_FIRST = ("config.json", "adapter_config.json", "modules.json", "*.safetensors.index.json")
-# Small files that every plan needs.
 
 _FIRST_READ = 1 << 16
 """Bytes asked for of a file whose header is wanted; most headers are shorter, others take a second request."""
@@ -41,19 +38,27 @@ class Entry:
 
 
 class HubFolder:
-    """The files of `repository` at `commit`, those under `prefix` ("" or "sub/folder/")."""
+    """The files of `repository` at `commit`; `entries` is what the Hub lists, by name within the folder.
 
-    def __init__(self, repository: str, commit: str, prefix: str, snapshot: Path, entries: dict[str, Entry]) -> None:
+    `prefix` is "", or the folder in the repository that this one is: "sub/folder/".
+    """
+
+    def __init__(self, repository: str, commit: str, entries: Mapping[str, Entry], prefix: str = "") -> None:
         self.repository = repository
         self.commit = commit
-        self.prefix = prefix
-        self.path = snapshot / prefix if prefix else snapshot
         self.entries = entries
-        """By name within the folder."""
+        self.prefix = prefix
+        self.path = storage_of(repository) / "snapshots" / commit / prefix
+
+    def within(self, folder: str) -> HubFolder:
+        """The folder of this name in it."""
+        prefix = f"{folder}/"
+        inside = {name.removeprefix(prefix): entry for name, entry in self.entries.items() if name.startswith(prefix)}
+        return HubFolder(self.repository, self.commit, inside, self.prefix + prefix)
 
     @cached_property
     def _visible(self) -> list[str]:
-        return sorted(name for name in self.entries if not any(part.startswith(".") for part in name.split("/")))
+        return sorted(name for name in self.entries if all(part[:1] not in ("", ".") for part in name.split("/")))
 
     def names(self) -> list[str]:
         return list(self._visible)
@@ -116,6 +121,8 @@ class HubFolder:
             )
 
         retried(run, self.repository)
+        if absent := self.missing(missing):  # the client takes what is cached where the Hub has trouble
+            raise HubError(f"{self.repository}: {listed(absent)} did not come; run the same command again")
         with ThreadPoolExecutor(2) as pool:
             sound = list(pool.map(self._is_sound, missing))
         damaged = [name for name, is_whole in zip(missing, sound, strict=True) if not is_whole]
@@ -123,10 +130,19 @@ class HubFolder:
             (self.path / name).resolve().unlink(missing_ok=True)
             (self.path / name).unlink(missing_ok=True)
         if damaged:
-            raise HubError(
-                f"{self.repository}: {listed(damaged)} came with other bytes than the Hub lists; "
-                "run the same command again"
-            )
+            raise self.damaged(damaged)
+
+    def check(self, headers: Iterable[Header]) -> None:
+        """A header that came damaged, in a range without a hash, must not decide where the tensors are."""
+        changed = [header.path.name for header in headers if read_header(header.path).encoded != header.encoded]
+        if changed:
+            raise self.damaged(changed)
+
+    def damaged(self, names: list[str]) -> HubError:
+        """The error for files that are not what the Hub lists."""
+        return HubError(
+            f"{self.repository}: {listed(names)} came with other bytes than the Hub lists; run the same command again"
+        )
 
     def _is_sound(self, name: str) -> bool:
         return is_sound(self.path / name, self.entries[name])
@@ -146,60 +162,38 @@ class HubFolder:
 
     def _range(self, name: str, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of a file, and no more, whatever the server sends."""
-        from huggingface_hub import hf_hub_url
+        if stop <= start:
+            return b""
+        from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
         url = hf_hub_url(self.repository, self.prefix + name, revision=self.commit)
         headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        try:
-            for attempt in range(5):
-                try:
-                    with http_stream_backoff("GET", url, headers=headers, follow_redirects=True) as response:
-                        hf_raise_for_status(response)
-                        skip = start if response.status_code == 200 else 0
-                        found = bytearray()
-                        for chunk in response.iter_bytes():
-                            found += chunk
-                            if len(found) >= skip + stop - start:
-                                break
+        once: dict[str, Any] = {"retry_on_exceptions": (), "retry_on_status_codes": ()}
+
+        def run() -> bytes:
+            with http_stream_backoff(
+                "GET", url, headers=headers, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, **once
+            ) as response:
+                hf_raise_for_status(response)
+                skip = start if response.status_code == 200 else 0
+                found = bytearray()
+                for chunk in response.iter_bytes():
+                    found += chunk
                     if len(found) >= skip + stop - start:
                         return bytes(found[skip : skip + stop - start])
-                except Exception as problem:  # a connection that breaks while the body is read is not retried there
-                    if attempt == 4 or not is_unreachable(problem):
-                        raise
-        except Exception as problem:
-            raise explained(problem, self.repository) from problem
-        raise HubError(f"{self.repository}: {name} ends before byte {stop}; run the same command again")
+            raise ConnectionError(f"{name} ends before byte {stop}")
+
+        return retried(run, self.repository)
 
 
-def open_repository(repository: str, revision: str | None, prefix: str) -> tuple[Folder, str, tuple[str, ...]]:
-    """The folder of a model on the Hub, the commit that `revision` (default: main) is, and what to tell the user.
+def storage_of(repository: str) -> Path:
+    """Where the Hub's cache keeps a model. Raises ValueError for what is no name of one."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
 
-    Without a connection, or with HF_HUB_OFFLINE, it is the copy in the cache. Raises HubError.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-
-    first = [prefix + name for name in _TOLD_FIRST]
-    snapshot = Path(
-        retried(
-            lambda: snapshot_download(repository, revision=revision, allow_patterns=first, tqdm_class=_silent()),
-            repository,
-        )
-    )
-    commit = snapshot.name
-    try:
-        listing = list(HfApi().list_repo_tree(repository, recursive=True, revision=commit))
-    except Exception as problem:
-        if not is_unreachable(problem) or not snapshot.is_dir():
-            raise explained(problem, repository) from problem
-        folder = LocalFolder(snapshot / prefix if prefix else snapshot)
-        return folder, commit, _note_of(problem, repository, commit)
-    entries = {
-        file.path.removeprefix(prefix): Entry(file.size, file.lfs.sha256 if file.lfs is not None else file.blob_id)
-        for file in listing
-        if hasattr(file, "size") and file.path.startswith(prefix)
-    }
-    return HubFolder(repository, commit, prefix, snapshot, entries), commit, ()
+    cache = Path(constants.HF_HUB_CACHE).expanduser().resolve()
+    return cache / str(repo_folder_name(repo_id=repository, repo_type="model"))
 
 
 def is_sound(path: Path, entry: Entry) -> bool:
@@ -212,15 +206,6 @@ def is_sound(path: Path, entry: Entry) -> bool:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest() == entry.blob
-
-
-def _note_of(problem: Exception, repository: str, commit: str) -> tuple[str, ...]:
-    from huggingface_hub import constants
-
-    if constants.is_offline_mode():
-        return ()  # as asked for
-    why = str(explained(problem, repository)).partition(": ")[2].partition(";")[0]
-    return (f"{repository}: the copy in the Hub's cache is taken, of commit {commit[:12]}, since {why}",)
 
 
 def _silent() -> Any:

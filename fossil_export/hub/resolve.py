@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from fossil_export.checkpoints.checkpoint import Checkpoint, hub_revision, open_checkpoint
-from fossil_export.checkpoints.folder import Folder
-from fossil_export.errors import FossilExportError, HubError
+from fossil_export.checkpoints.folder import Folder, LocalFolder
+from fossil_export.errors import CheckpointError, FossilExportError, HubError
+from fossil_export.hub.errors import NotThereError, endpoint, redacted
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+(@\S+)?")
 _OLD_ID = re.compile(r"[\w.-]+(@\S+)?")
@@ -47,7 +48,13 @@ class Located:
 
     def checkpoint(self) -> Checkpoint:
         """The model that lies there, opened by its headers."""
-        return open_checkpoint(self.path if self.source is None else self.source, self.file)
+        if self.source is None:
+            return open_checkpoint(self.path, self.file)
+        try:
+            return open_checkpoint(self.source, self.file)
+        except CheckpointError as problem:  # where it would lie is nothing that the user knows
+            folder = self.name.removesuffix(f"/{self.file}")
+            raise CheckpointError(str(problem).replace(str(self.source.path), folder)) from problem
 
 
 def locate(given: str | Path, error: type[FossilExportError], what: str) -> Located:
@@ -57,9 +64,9 @@ def locate(given: str | Path, error: type[FossilExportError], what: str) -> Loca
     not be read, HubError for what the Hub refuses.
     """
     text = str(given)
+    path = expanded(given, error)
     if text.startswith(_URLS):
         return _on_hub(text, error)
-    path = expanded(given, error)
     if _exists(path, given, error):
         notes: tuple[str, ...] = ()
         if isinstance(given, str) and is_hub_id(text):
@@ -68,8 +75,8 @@ def locate(given: str | Path, error: type[FossilExportError], what: str) -> Loca
     if isinstance(given, str) and (is_hub_id(text) or (what == "base model" and _OLD_ID.fullmatch(text))):
         try:
             return _on_hub(text, error)
-        except HubError as problem:
-            hint = "; name another with --base" if what == "base model" else ""
+        except NotThereError as problem:
+            hint = ", or name another base with --base" if what == "base model" else ""
             raise HubError(f"{problem}{hint} (there is no such file or folder here)") from problem
     raise error(_nothing_there(given, what))
 
@@ -87,8 +94,8 @@ def expanded(given: str | Path, error: type[FossilExportError]) -> Path:
     try:
         str(given).encode()  # it will stand in JSON files
         return Path(given).expanduser()
-    except (RuntimeError, UnicodeEncodeError) as problem:
-        raise error(f"{os.fsencode(given)!r}: is no usable path: {problem}") from problem
+    except (RuntimeError, ValueError) as problem:
+        raise error(f"{str(given)!a}: is no usable path: {problem}") from problem
 
 
 def is_hub_id(name: str) -> bool:
@@ -98,44 +105,47 @@ def is_hub_id(name: str) -> bool:
 
 def is_on_hub(name: str | None) -> bool:
     """Whether a record's `name` is a model on the Hub: an id that is no path here."""
-    return name is not None and (name.startswith("hf://") or (is_hub_id(name) and not Path(name).exists()))
+    return name is not None and (name.startswith("hf://") or (is_hub_id(name) and not _is_path(name)))
 
 
 def repository_of(name: str) -> str:
     """The repository's id in a record's `name` on the Hub."""
-    return "/".join(name.removeprefix("hf://").partition("@")[0].split("/")[:2])
+    user, _, rest = name.removeprefix("hf://").partition("/")
+    return f"{user}/{rest.partition('/')[0].partition('@')[0]}"
 
 
 def pinned(name: str, revision: str | None) -> str:
     """A record's `name` with its commit, so that the same model is read again; a path stays as it is."""
-    if revision is None or "@" in name or not is_on_hub(name):
+    if revision is None or not is_on_hub(name):
         return name
     if not name.startswith("hf://"):
-        return f"{name}@{revision}"
+        return name if "@" in name else f"{name}@{revision}"
     repository = repository_of(name)
-    return f"hf://{repository}@{revision}{name.removeprefix('hf://' + repository)}"
+    inside = name.removeprefix(f"hf://{repository}")
+    return name if inside.startswith("@") else f"hf://{repository}@{revision}{inside}"
 
 
 def _on_hub(text: str, error: type[FossilExportError]) -> Located:
-    from fossil_export.hub.remote import HubFolder, open_repository
+    from fossil_export.hub.opening import open_repository
+    from fossil_export.hub.remote import HubFolder
 
     repository, revision, inside = _parsed(text, error)
-    inside = inside.strip("/")
-    parent, _, last = inside.rpartition("/")
+    folder, repository, commit, notes = open_repository(repository, revision)
+    if not inside:
+        return Located(repository, folder.path, commit, folder, None, notes)
     # Whether the last part is a file or a folder only the listing tells.
-    source, commit, notes = open_repository(repository, revision, "")
-    if inside and isinstance(source, HubFolder):
-        is_file = inside in source.entries
-    else:
-        is_file = inside != "" and (source.path / inside).is_file()
-    name = f"hf://{repository}/{inside}" if inside else repository
-    if inside:
-        prefix = (parent if is_file else inside) + "/" if (parent or not is_file) else ""
-        source, commit, notes = open_repository(repository, commit, prefix)
-        if not source.names():
-            raise HubError(f"{repository}: has no {inside} at {commit[:12]}; see its files on the Hub")
-    located = Located(name, source.path, commit, source, None, notes)
-    return replace(located, path=source.path / last, file=last) if is_file else located
+    names = folder.names()
+    parent, _, last = inside.rpartition("/")
+    is_file = inside in names
+    if not is_file and not any(name.startswith(f"{inside}/") for name in names):
+        raise HubError(
+            f"{repository}: has no {inside} at {commit[:12]}; see its files at {endpoint()}/{repository}/tree/main"
+        )
+    within = parent if is_file else inside
+    if within:
+        folder = folder.within(within) if isinstance(folder, HubFolder) else LocalFolder(folder.path / within)
+    file = last if is_file else None
+    return Located(f"hf://{repository}/{inside}", folder.path / (file or ""), commit, folder, file, notes)
 
 
 def _parsed(text: str, error: type[FossilExportError]) -> tuple[str, str | None, str]:
@@ -148,11 +158,12 @@ def _parsed(text: str, error: type[FossilExportError]) -> tuple[str, str | None,
     try:
         uri = parse_hf_uri(text, endpoint=constants.ENDPOINT)
     except ValueError as problem:
-        why = next(iter(str(problem).splitlines()), "")
-        raise error(f"{text}: is no address of a model ({why}); write hf://user/repo[@revision][/folder]") from problem
+        why = " ".join(str(getattr(problem, "msg", problem)).split()).rstrip(".")
+        shown = redacted(text)
+        raise error(f"{shown}: is no address of a model ({why}); write hf://user/repo[@revision][/folder]") from problem
     if uri.type != "model":
-        raise error(f"{text}: is a {uri.type}, not a model")
-    return uri.id, uri.revision, uri.path_in_repo
+        raise error(f"{text}: is a {uri.type}, not a model; write hf://user/repo[@revision][/folder]")
+    return uri.id, uri.revision, uri.path_in_repo.strip("/")
 
 
 def _exists(path: Path, given: str | Path, error: type[FossilExportError]) -> bool:
@@ -165,6 +176,13 @@ def _exists(path: Path, given: str | Path, error: type[FossilExportError]) -> bo
     if not readable:
         raise error(f"{given}: cannot be read: Permission denied; change its permissions")
     return found
+
+
+def _is_path(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _nothing_there(given: str | Path, what: str) -> str:

@@ -48,12 +48,13 @@ class MergePlan:
 
     def fetch(self) -> None:
         """Bring the base's files here that the run reads; only for a base on the Hub there is something to do."""
-        base = self.base
-        names = [header.path.name for header in base.files]
-        names += [path.relative_to(base.source.path).as_posix() for path in self._base_companions()]
-        if base.index_path is not None:
-            names.append(base.index_path.name)
-        base.source.fetch(names)
+        source = self.base.source
+        names = [header.path.name for header in self.base.files]
+        names += [path.relative_to(source.path).as_posix() for path in self._base_companions()]
+        if self.base.folder is not None:  # the record tells one revision from another by them
+            names += [name for name in source.root_names() if name.endswith(".json")]
+        source.fetch(dict.fromkeys(names))
+        source.check(self.base.files)
 
     def _base_companions(self) -> list[Path]:
         return [path for path in self.companions.values() if path.is_relative_to(self.base.source.path)]
