@@ -378,7 +378,8 @@ class _Handler(BaseHTTPRequestHandler):
         commit = found.at(revision)
         card: dict[str, Any] = {}
         if "README.md" in commit.files:
-            card = front_matter(self.hub.read(repo, "README.md", commit.sha).decode())
+            with contextlib.suppress(Exception):  # as the Hub, which shows a warning instead
+                card = front_matter(self.hub.read(repo, "README.md", commit.sha).decode())
         siblings = [self._sibling(path, blob) for path, blob in commit.files.items()]
         tags = [*card.get("tags", []), *([card["library_name"]] if "library_name" in card else [])]
         tags += [f"{key}:{value}" for key in ("base_model", "license") for value in _listed(card.get(key))]

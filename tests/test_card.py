@@ -29,9 +29,9 @@ from transformers import (
 )
 
 from fossil_export import convert
+from fossil_export.cards import BEGIN, END, KINDS, Facts, model_card, warnings
+from fossil_export.cards.snippets import pipeline_tag
 from fossil_export.errors import FossilExportError
-from fossil_export.publishing.card import BEGIN, END, KINDS, Facts, model_card, warnings
-from fossil_export.publishing.snippets import pipeline_tag
 
 BASE, ADAPTER, LOCAL = "meta-llama/Llama-3.2-1B", "ada/mascot-miss", "/home/ada/models/base"
 REVISION, ADAPTER_REVISION = "a" * 40, "b" * 40
@@ -498,8 +498,9 @@ def test_the_card_of_convert_is_replaced(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "lora" / "fossil_export.json").read_text())
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     card = model_card(local("lora", record=record, config=config), existing)
-    assert str(tmp_path) not in card and "this-folder" not in card and "# mascot" in card
-    assert "this-folder" in model_card(local("lora"), existing + "\nMy words.\n")
+    assert str(tmp_path) not in card and "this-folder" not in card and card.count("# LoRA form") == 1
+    own = model_card(local("lora"), existing + "\nMy words.\n")
+    assert "this-folder" not in own and own.endswith("\nMy words.\n")
 
 
 # The snippets

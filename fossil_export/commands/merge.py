@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import click
 
 from fossil_export.commands.shared import BASE_HELP, publishing, show
 from fossil_export.console import lines, print_json, print_warnings, progress_bar
+from fossil_export.errors import FossilExportError
 from fossil_export.tables import print_moves, print_plan, print_push, print_result, print_streamed
 
 
@@ -79,6 +81,10 @@ def merge(
         raise click.UsageError("--max-disk and --cache-dir want --stream.")
     if stream and (output is not None or overwrite):
         raise click.UsageError("--stream keeps nothing here; leave out --output and --overwrite.")
+    if push_to_hub is not None:
+        from fossil_export.publishing.repository import Repository
+
+        Repository(push_to_hub)  # a wrong name shows now
     if stream and push_to_hub is not None:
         from fossil_export.publishing.stream import plan_stream, run_stream
 
@@ -111,8 +117,16 @@ def merge(
     if push_to_hub is not None:
         from fossil_export.publishing import push as publish
 
-        with lines() as report:
-            published = publish(result.output, push_to_hub, progress=report, **target)
+        try:
+            with lines() as report:
+                published = publish(result.output, push_to_hub, progress=report, **target)
+        except FossilExportError as problem:
+            # The same command would find its output there already.
+            rest = ["fossil-export push", shlex.quote(str(result.output)), push_to_hub]
+            rest += ["--private"] * private + ["--create-pr"] * create_pr
+            rest += ["--revision", shlex.quote(revision)] if revision else []
+            problem.args = (f"{problem} (the merged model is at {result.output}; go on with `{' '.join(rest)}`)",)
+            raise
         found["push"] = published.to_dict()
     show(found if as_json else None, print_result, result)
     if published is not None and not as_json:

@@ -1,15 +1,24 @@
-"""What the model card says, gathered from the artifact's records and the base's own card."""
+"""What the model card says, gathered from the artifact's records, the base's own card and the one that is there."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fossil_export.cards import Facts, model_card, warnings
+from fossil_export.cards.facts import part
+from fossil_export.cards.frontmatter import MARKED, is_template, read_card
 from fossil_export.checkpoints.companions import CARD
-from fossil_export.hub.errors import explained
+from fossil_export.errors import FossilExportError, HubError
+from fossil_export.hub.errors import retried
 from fossil_export.hub.resolve import is_on_hub, repository_of
-from fossil_export.publishing.card import Facts
+from fossil_export.publishing.repository import Repository
+
+_LOCATED = ("merged", "onnx")
+"""Artifacts whose base was read: where it was on the Hub, the record has its commit."""
+_MACHINES = {"base_model", "library_name", "tags"}
+"""Metadata that trainers and `convert` write too."""
 
 
 def facts_of(
@@ -21,12 +30,12 @@ def facts_of(
     config: Mapping[str, Any] | None,
 ) -> tuple[Facts, list[str]]:
     """What is known of an artifact that goes to `repo_id`, and what could not be found out."""
-    base, adapter = dict((record or {}).get("base") or {}), dict((record or {}).get("adapter") or {})
+    base, adapter = part(record, "base"), part(record, "adapter")
     if not base.get("name") and config is not None:  # an adapter as PEFT saved it
         base = {"name": config.get("base_model_name_or_path"), "revision": config.get("revision")}
-    metadata, problems = _base_card(base.get("name"), base.get("revision"))
-    on_hub = is_on_hub(base.get("name"))
-    adapter_on_hub = is_on_hub(adapter.get("name"))
+    kind_of_record = (record or {}).get("artifact")
+    on_hub, adapter_on_hub = _is_on_hub(base, kind_of_record), _is_on_hub(adapter, "merged")
+    metadata, problems = _base_card(base.get("name"), base.get("revision"), on_hub)
     facts = Facts(
         repo_id=repo_id,
         kind=kind,
@@ -43,26 +52,97 @@ def facts_of(
     return facts, problems
 
 
-def _base_card(name: str | None, revision: str | None) -> tuple[dict[str, Any] | None, list[str]]:
+def local_names(
+    record: Mapping[str, Any] | None,
+    certificate: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Iterator[str]:
+    """What records and config call base and adapter where these are not on the Hub."""
+    kind = (record or {}).get("artifact")
+    for name, artifact in (("base", kind), ("adapter", "merged")):
+        entry = part(record, name)
+        if isinstance(entry.get("name"), str) and not _is_on_hub(entry, artifact):
+            yield entry["name"]
+    others = [part(record, "adapter").get("base_model"), (certificate or {}).get("base")]
+    others += [part(certificate, "adapter").get("name"), (config or {}).get("base_model_name_or_path")]
+    yield from (name for name in others if isinstance(name, str) and name and not is_on_hub(name))
+
+
+def card_for(
+    repository: Repository, facts: Facts, own: str | None, head: str, there: Mapping[str, str]
+) -> tuple[bytes, list[str]]:
+    """The card, and what to say of it, for a commit on top of `head`, which holds the files `there`.
+
+    It extends `own`, the card in the folder, where the user has written in it, else the one that is there.
+    """
+    found = repository.read(CARD, head) if CARD in there else None
+    words = _words(own)
+    try:
+        others = _words(found)
+    except FossilExportError as problem:
+        raise HubError(f"{facts.repo_id}: {problem}") from problem
+    notes = []
+    if found is None or words or (own is not None and not others and _has_metadata(own)):
+        existing = own
+        if others and others != words:
+            notes.append(f"{facts.repo_id}: its README.md gave way to the folder's; its history still has it")
+    else:
+        existing = found
+        if own is not None and _has_metadata(own):
+            notes.append(f"the metadata of the folder's README.md was not taken: {facts.repo_id} has a card with text")
+    return model_card(facts, existing).encode(), [*notes, *warnings(facts, existing)]
+
+
+def _words(card: str | None) -> list[str]:
+    """The lines of a card that are neither metadata nor headings nor written by a program."""
+    text = read_card(card)[1]
+    if is_template(text):
+        return []
+    return [line.strip() for line in MARKED.sub("", text).splitlines() if line.strip() and not line.startswith("# ")]
+
+
+def _has_metadata(card: str) -> bool:
+    """Whether its metadata is more than programs write."""
+    _, text, data = read_card(card)
+    return bool(data.keys() - _MACHINES) and not is_template(text)
+
+
+def _is_on_hub(entry: Mapping[str, Any], artifact: Any) -> bool:
+    name = entry.get("name")
+    return isinstance(name, str) and is_on_hub(name) and (entry.get("revision") is not None or artifact not in _LOCATED)
+
+
+def _base_card(name: Any, revision: str | None, on_hub: bool) -> tuple[dict[str, Any] | None, list[str]]:
     """The metadata of the base's card, from its folder here or from the Hub."""
     from huggingface_hub import hf_hub_download, metadata_load
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    if not name:
+    if not isinstance(name, str) or not name:
         return None, []
-    if not is_on_hub(name):
-        path = Path(name).expanduser()
-        path = (path if path.is_dir() else path.parent) / CARD
-        if not path.is_file():
-            return None, []
-    else:
+    if on_hub:
         repository = repository_of(name)
+
+        def run() -> str | None:
+            try:
+                return str(hf_hub_download(repository, CARD, revision=revision))
+            except RemoteEntryNotFoundError:
+                return None
+
         try:
-            path = Path(hf_hub_download(repository, CARD, revision=revision))
-        except EntryNotFoundError:
+            fetched = retried(run, repository)
+        except HubError as problem:
+            return None, [f"the base's card was not read: {problem}"]
+        if fetched is None:
             return {}, []
-        except Exception as problem:
-            return None, [f"the base's card was not read: {explained(problem, repository)}"]
+        path = Path(fetched)
+    else:
+        try:
+            given = Path(name).expanduser()
+            path = (given.parent if given.is_file() else given) / CARD
+            if not path.is_file():
+                return None, []
+        except (RuntimeError, OSError):
+            return None, []
     try:
         return dict(metadata_load(path) or {}), []
     except Exception as problem:  # whatever YAML makes of it

@@ -19,7 +19,8 @@ class Move:
     """One weights file. `way` is "copy" (untouched, copied by the Hub), "send" (untouched, from the local base),
     "change" (fetched, merged where it lies) or "write" (written anew from `sources`, files of the base).
 
-    `disk` is what lies on the disk while it is done, in bytes; `drop` are sources that no later file needs.
+    `disk` is what lies on the disk while it is done and `fetch` what comes from the Hub for it, in bytes; `drop` are
+    sources that no later file is written from.
     """
 
     file: FilePlan
@@ -27,6 +28,7 @@ class Move:
     sources: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
     disk: int = 0
+    fetch: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,7 @@ class StreamPlan:
     @property
     def fetched(self) -> int:
         """Bytes to come from the Hub."""
-        if self.remote is None:
-            return 0
-        names = {name for move in self.moves for name in move.sources}
-        return sum(self.remote.entries[name].size for name in names)
+        return sum(move.fetch for move in self.moves)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON shows it."""
@@ -93,7 +92,8 @@ def plan_moves(merge: MergePlan, max_disk: int | None = None) -> StreamPlan:
     for file in merge.files:
         header = headers.get(file.name)
         same = header is not None and in_place(file, header)
-        if same and all(tensor.action == "copy" for tensor, _ in file.tensors):
+        untouched = all(tensor.action == "copy" for tensor, _ in file.tensors)
+        if same and untouched and (not remote or _is_large(merge, file.name)):
             ways.append((file, "copy" if remote else "send", ()))
         elif same and remote:
             ways.append((file, "change", (file.name,)))
@@ -110,6 +110,11 @@ def plan_moves(merge: MergePlan, max_disk: int | None = None) -> StreamPlan:
     return plan
 
 
+def _is_large(merge: MergePlan, name: str) -> bool:
+    """Whether the Hub keeps a file of the base outside of git, where it can copy it."""
+    return len(merge.base.source.blob(name) or "") == 64
+
+
 def _sources(file: FilePlan) -> tuple[str, ...]:
     """The base's files that `file` is written from."""
     return tuple(sorted({tensor.source.path.name for tensor, _ in file.tensors if tensor.origin == "base"}))
@@ -121,11 +126,13 @@ def _moves(ways: list[tuple[FilePlan, str, tuple[str, ...]]], sizes: Mapping[str
     held: set[str] = set()
     for index, (file, way, sources) in enumerate(ways):
         later = {name for _, other, names in ways[index + 1 :] if other == "write" for name in names}
-        held |= set(sources) if way == "write" else set()
+        fetch = sum(sizes[name] for name in sources if name not in held)
+        # A file that is merged where it lies is the base's no more.
+        held = held | set(sources) if way == "write" else held - set(sources)
         disk = sum(sizes[name] for name in held) + (file.size if way in ("change", "write") else 0)
         drop = tuple(sorted(held - later))
         held -= set(drop)
-        moves.append(Move(file, way, sources, drop, disk))
+        moves.append(Move(file, way, sources, drop, disk, fetch))
     return moves
 
 

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fossil_export.checkpoints.companions import CARD, CERTIFICATE, PROVENANCE, is_weights
-from fossil_export.checkpoints.jsonfile import write_json
-from fossil_export.errors import CheckpointError, HubError, listed
-from fossil_export.hub import resolve
-from fossil_export.hub.resolve import is_on_hub
-from fossil_export.publishing.about import facts_of
-from fossil_export.publishing.card import BEGIN, END, Facts, model_card, warnings
+from fossil_export.checkpoints.companions import CARD
+from fossil_export.errors import CheckpointError
+from fossil_export.hub import expanded, resolve
+from fossil_export.publishing.about import card_for, facts_of, local_names
 from fossil_export.publishing.parts import parts_of
-from fossil_export.publishing.repository import Commit, Repository, digest_of
+from fossil_export.publishing.paths import ADAPTER_CONFIG, Paths, is_path
+from fossil_export.publishing.repository import Commit, Repository
+from fossil_export.publishing.stale import removal_warnings, stale
 
 Progress = Callable[[str], None]
 
@@ -77,46 +76,50 @@ def push(
     the one that is there extended. Everything appears in one commit; interrupted, the same call goes on with what is
     not uploaded yet. `progress` is called with the name of each step. Raises a FossilExportError in one line.
     """
-    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     started = time.perf_counter()
-    parts = parts_of(resolve(folder, CheckpointError, "artifact"))
-    if not parts.names:
-        raise CheckpointError(f"{folder}: holds nothing to push")
     repository = Repository(repo_id, revision, create_pr)
+    parts = parts_of(_found(folder))
     progress(f"opening {repo_id}")
     repository.prepare(private)
-    facts, problems = facts_of(
-        repository.repo_id, parts.kind, parts.names, parts.record, parts.certificate, parts.config
-    )
-    # Records go without the paths of this machine.
-    replaced = {
-        PROVENANCE: None if parts.record is None else without_paths(parts.record),
-        CERTIFICATE: None if parts.certificate is None else without_paths(parts.certificate, parts.record),
-    }
+    names = (*parts.names, CARD)
+    paths = Paths([parts.folder], local_names(parts.record, parts.certificate, parts.config))
+    certificate = parts.certificate
+    if certificate is not None:  # which the card quotes
+        certificate = {**certificate, "reason": paths.without(certificate).get("reason")}
+    facts, problems = facts_of(repository.repo_id, parts.kind, names, parts.record, certificate, parts.config)
+    head = repository.head()
+    there = repository.files(head)
+    stale(facts, there)  # what will be refused is refused before anything is sent
+    problems += repository.validate(card_for(repository, facts, parts.card, head, there)[0])
     additions = []
     for name in parts.names:
-        new = replaced.get(name)
-        additions.append(CommitOperationAdd(name, parts.path(name) if new is None else write_json(new)))
+        path = parts.path(name).absolute()
+        content = paths.published(name, path.read_bytes()) if name.endswith(".json") else None
+        additions.append(CommitOperationAdd(name, path if content is None else content))
     large = [addition for addition in additions if addition.upload_info.size >= LARGE]
     for addition in sorted(large, key=lambda one: -one.upload_info.size):
         progress(f"uploading {addition.path_in_repo}")
         repository.upload(addition)
     repository.upload(*(addition for addition in additions if addition not in large))
-    own = parts.path(CARD).read_text(encoding="utf-8") if parts.path(CARD).is_file() else None
+    notes: list[str] = []
     removed: list[str] = []
 
-    def build() -> list[Any]:
-        card, stale = card_and_stale(repository, facts, own)
-        removed[:] = [operation.path_in_repo for operation in stale]
+    def build(head: str, there: Mapping[str, str]) -> list[Any]:
+        text, notes[:] = card_for(repository, facts, parts.card, head, there)
+        card = CommitOperationAdd(CARD, text)
         repository.upload(card)
-        return [*additions, card, *stale]
+        removed[:] = stale(facts, there)
+        return [*additions, card, *(CommitOperationDelete(name) for name in removed)]
 
     progress("committing")
     commit = repository.commit(build, commit_message or message(parts.kind))
-    progress("checking what is published")
-    repository.check(commit, {addition.path_in_repo: digest_of(addition) for addition in additions})
-    found = [*repository.warnings, *problems, *warnings(facts, own), *removal_warnings(repository, removed)]
+    if is_path(str((parts.config or {}).get("base_model_name_or_path") or "a/b")):
+        problems.append(
+            f"{ADAPTER_CONFIG} names the base by a path, which was left out; if it is on the Hub, write its id there"
+        )
+    found = [*repository.notes, *problems, *notes, *removal_warnings(repository.repo_id, removed)]
     return PushResult(
         repo_id=repository.repo_id,
         revision=revision or "main",
@@ -124,7 +127,7 @@ def push(
         url=address(repository, commit),
         pr_url=commit.pr_url,
         changed=commit.changed,
-        files=(*parts.names, CARD),
+        files=names,
         removed=tuple(removed),
         left_behind=parts.left_behind,
         nbytes=sum(addition.upload_info.size for addition in additions),
@@ -141,74 +144,15 @@ def message(kind: str) -> str:
 
 def address(repository: Repository, commit: Commit) -> str:
     """Where to look at what was published."""
-    if commit.pr_url is not None:
-        return commit.pr_url
-    return repository.page if repository.revision is None else f"{repository.page}/tree/{repository.revision}"
+    return commit.pr_url or repository.page
 
 
-def card_and_stale(repository: Repository, facts: Facts, own: str | None) -> tuple[Any, list[Any]]:
-    """The card as an addition, and deletions of what would be loaded instead of a merged model.
-
-    The card extends `own`, the one in the folder, where that has words of the user's, else the one on the Hub.
-    Raises HubError where the repository holds an adapter, with which loaders would take the model for its base.
-    """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-    there = repository.files()
-    existing = own
-    if (own is None or not _words(own)) and CARD in there:
-        existing = repository.card() or own
-    stale = []
-    if facts.kind == "merged":
-        if "adapter_config.json" in there:
-            raise HubError(
-                f"{repository.repo_id}: holds an adapter, which loaders would put on top of the merged model; choose "
-                "another repository"
-            )
-        stale = [name for name in there if "/" not in name and _is_loaded(name) and name not in facts.files]
-    card = CommitOperationAdd(CARD, model_card(facts, existing).encode())
-    return card, [CommitOperationDelete(name) for name in stale]
-
-
-def removal_warnings(repository: Repository, removed: list[str]) -> list[str]:
-    if not removed:
-        return []
-    return [
-        f"{repository.repo_id}: {listed(removed)} of an earlier model would have been loaded instead and went with "
-        "this commit; its history still has them"
-    ]
-
-
-def without_paths(record: Mapping[str, Any], names: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A record without the paths of this machine: their last part stands for them.
-
-    `names` is the record whose base name a certificate takes over.
-    """
-    result = dict(record)
-    for part in ("base", "adapter"):
-        entry = result.get(part)
-        if isinstance(entry, dict) and isinstance(entry.get("name"), str):
-            result[part] = {**entry, "name": _without_path(entry["name"], entry.get("revision"))}
-        elif isinstance(entry, str):
-            other = ((names or {}).get(part) or {}) if names is not None else {}
-            result[part] = _without_path(other.get("name") or entry, other.get("revision"))
-    return result
-
-
-def _without_path(name: str, revision: Any) -> str:
-    return name if revision is not None and is_on_hub(name) else Path(name).name
-
-
-def _is_loaded(name: str) -> bool:
-    """Whether transformers may take the file for the model's weights."""
-    return is_weights(name) and any(ending in name for ending in (".safetensors", ".bin"))
-
-
-def _words(card: str) -> bool:
-    """Whether a card holds more than metadata and what fossil-export wrote."""
-    body = card
-    if BEGIN in body and END in body:
-        body = body[: body.index(BEGIN)] + body[body.index(END) + len(END) :]
-    if body.lstrip().startswith("---"):
-        body = body.lstrip()[3:].partition("\n---")[2]
-    return any(line.strip() and not line.startswith("# ") for line in body.splitlines())
+def _found(folder: str | Path) -> Path:
+    path = expanded(folder, CheckpointError)
+    try:
+        there = path.exists()
+    except (OSError, ValueError):
+        there = True  # what is wrong with it is said below
+    if not there:
+        raise CheckpointError(f"{folder}: no such file or folder; name one that `merge`, `convert` or `onnx` wrote")
+    return resolve(folder, CheckpointError, "artifact")

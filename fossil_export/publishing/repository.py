@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from fossil_export.errors import FossilExportError, HubError, listed
-from fossil_export.hub.errors import ATTEMPTS, PAUSE, endpoint, explained, is_conflict, is_transient, retried
+from fossil_export.hub import errors
+from fossil_export.hub.errors import ATTEMPTS, endpoint, explained, is_conflict, is_transient, retried
+from fossil_export.publishing.operations import Copy, Operation, digest_of, for_client, name_of
+from fossil_export.publishing.refusals import below_first_line, is_copy_refusal, is_damaged, why_not_copied
+
+_BATCH = 256
+"""Files asked about in one request, as the client does."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,11 @@ class Commit:
 
 
 class CopyRefusedError(FossilExportError):
-    """The Hub does not copy these files from one repository to the other."""
+    """The Hub does not copy these files from one repository to the other; the message is why, in a few words."""
+
+
+Build = Callable[[str, Mapping[str, str]], Sequence[Operation]]
+"""From a commit and what it holds (names to hashes) to what is to be done on top of it."""
 
 
 class Repository:
@@ -40,37 +51,51 @@ class Repository:
         try:
             validate_repo_id(repo_id)
         except ValueError as problem:
-            raise HubError(f"{repo_id}: is no name of a repository ({problem}); write user/name") from problem
+            where = "; a branch goes into --revision" if "@" in repo_id else ""
+            raise HubError(
+                f"{repo_id}: is no name of a repository on the Hub; write user/name, in letters, digits, '-', '_' and "
+                f"'.' (no '--' or '..', none of them at the ends){where}"
+            ) from problem
         self.repo_id = repo_id
-        self.revision = revision
+        self.revision = revision or None
         self.create_pr = create_pr
-        self.warnings: list[str] = []
+        self.notes: list[str] = []
         self._api = HfApi(library_name="fossil-export")
 
     @property
     def page(self) -> str:
-        return f"{endpoint()}/{self.repo_id}"
+        """Where to look at what is published."""
+        page = f"{endpoint()}/{self.repo_id}"
+        return page if self.revision is None else f"{page}/tree/{quote(self.revision, safe='')}"
 
     def prepare(self, private: bool = False) -> None:
         """See that repository and branch exist and may be written to. `private` is for a new one."""
+        from huggingface_hub import constants
 
-        def run() -> None:
+        if constants.is_offline_mode():
+            raise HubError(f"{self.repo_id}: HF_HUB_OFFLINE is set; unset it to publish")
+
+        def run() -> bool:
             if "/" not in self.repo_id or not self._api.repo_exists(self.repo_id):
                 self.repo_id = self._api.create_repo(self.repo_id, private=private, exist_ok=True).repo_id
-            elif private and not self._api.model_info(self.repo_id).private:
-                self.warnings.append(f"{self.repo_id}: exists already and stays public; --private is for a new one")
             if self.revision is not None and not self.create_pr and not self.revision.startswith("refs/"):
                 self._api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+            return private and not self._api.model_info(self.repo_id).private
 
-        retried(run, self.repo_id, "opening it")
+        if retried(run, self.repo_id, "opening it"):
+            self.notes.append(f"{self.repo_id}: exists already and stays public; --private is for a new one")
 
-    def files(self, revision: str | None = None) -> dict[str, str]:
+    def head(self) -> str:
+        """The commit that the branch is at."""
+        return retried(
+            lambda: str(self._api.model_info(self.repo_id, revision=self.revision).sha), self.repo_id, "opening it"
+        )
+
+    def files(self, revision: str) -> dict[str, str]:
         """What is there: name to SHA-256 (large files) or git's SHA-1."""
 
         def run() -> dict[str, str]:
-            listing = self._api.list_repo_tree(
-                self.repo_id, recursive=True, revision=revision or self.revision, expand=False
-            )
+            listing = self._api.list_repo_tree(self.repo_id, recursive=True, revision=revision)
             return {
                 file.path: file.lfs.sha256 if file.lfs is not None else file.blob_id
                 for file in listing
@@ -79,26 +104,43 @@ class Repository:
 
         return retried(run, self.repo_id, "listing it")
 
-    def card(self) -> str | None:
-        """The README.md that is there."""
+    def read(self, name: str, commit: str) -> str:
+        """A small text file at a commit, with its own line ends. Raises HubError, also where it is not there."""
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
 
-        def run() -> str | None:
+        path = retried(lambda: hf_hub_download(self.repo_id, name, revision=commit), self.repo_id, f"reading {name}")
+        try:
+            return Path(path).read_bytes().decode()
+        except UnicodeDecodeError as problem:
+            raise HubError(f"{self.repo_id}: {name} is not UTF-8; save it as that") from problem
+
+    def validate(self, card: bytes) -> list[str]:
+        """What the Hub has to say against the metadata of a card. Raises HubError where it would refuse it."""
+
+        def run() -> None:
+            self._api._validate_yaml(card.decode(), repo_type="model")
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
             try:
-                path = hf_hub_download(self.repo_id, "README.md", revision=self.revision)
-            except EntryNotFoundError:
-                return None
-            return Path(path).read_text(encoding="utf-8")
-
-        return retried(run, self.repo_id, "reading its README.md")
+                retried(run, self.repo_id, "checking its card")
+            except HubError as problem:
+                if not isinstance(problem.__cause__, ValueError):
+                    raise
+                why = below_first_line(problem.__cause__)
+                raise HubError(f"{self.repo_id}: the Hub refuses README.md's metadata: {why}; correct it") from problem
+        return [
+            f"the Hub says of README.md's metadata: {below_first_line(one.message)}"
+            for one in caught
+            if below_first_line(one.message)
+        ]
 
     def upload(self, *additions: Any) -> None:
         """Bring the content of large files to the Hub, where no commit shows it yet; small ones go with the commit.
 
         `additions` are CommitOperationAdd. What the Hub has already is not sent again.
         """
-        names = [addition.path_in_repo for addition in additions]
+        doing = f"uploading {listed([addition.path_in_repo for addition in additions])}"
 
         def run() -> None:
             self._api.preupload_lfs_files(
@@ -109,7 +151,21 @@ class Repository:
                 free_memory=False,
             )
 
-        retried(run, self.repo_id, f"uploading {listed(names)}")
+        for again in (False, True):
+            try:
+                retried(run, self.repo_id, doing)
+                break
+            except HubError as problem:
+                cause = problem.__cause__
+                if isinstance(cause, ValueError) and str(cause).startswith("LFS batch"):  # the reason is further below
+                    said = errors.redacted(" ".join(str(cause).split()))
+                    raise HubError(f"{self.repo_id}: {doing}: {said}; run the same command again") from cause
+                if not is_damaged(problem):
+                    raise
+                if again:
+                    raise HubError(
+                        f"{self.repo_id}: {doing}: arrived damaged twice; run the same command again later"
+                    ) from problem
         if ignored := [addition.path_in_repo for addition in additions if addition._should_ignore]:
             raise HubError(
                 f"{self.repo_id}: its .gitignore leaves out {listed(ignored)}; change it, then run the command again"
@@ -119,108 +175,107 @@ class Repository:
         """SHA-256 of those contents (UploadInfo) that the Hub has for this repository."""
         from huggingface_hub.lfs import post_lfs_batch_info
 
-        uploads = list(uploads)
-        if not uploads:
-            return set()
+        wanted = list(uploads)
+        # Whoever opens a pull request need not be allowed to write to the branch.
+        revision = None if self.create_pr else quote(self.revision or "main", safe="")
 
-        def run() -> set[str]:
+        def run(some: list[Any]) -> set[str]:
             found, _, _ = post_lfs_batch_info(
-                upload_infos=uploads,
+                upload_infos=some,
                 token=None,
                 repo_type="model",
                 repo_id=self.repo_id,
-                revision=self.revision or "main",
+                revision=revision,
                 endpoint=endpoint(),
             )
             return {entry["oid"] for entry in found if not entry.get("actions")}
 
-        return retried(run, self.repo_id, "asking what it holds")
+        held: set[str] = set()
+        for start in range(0, len(wanted), _BATCH):
+            some = wanted[start : start + _BATCH]
+            held |= retried(lambda: run(some), self.repo_id, "asking what it holds")  # noqa: B023  called at once
+        return held
 
-    def commit(self, build: Callable[[], list[Any]], message: str, description: str = "") -> Commit:
-        """One commit of the operations that `build` gives; it is asked again where the branch moved meanwhile.
+    def commit(self, build: Build, message: str) -> Commit:
+        """One commit of what `build` gives, held against what the Hub then lists; `build` is asked again where the
+        branch has moved meanwhile.
 
         A commit whose answer was lost is recognised by its files. Raises CopyRefusedError where only the copies
         are in the way, HubError otherwise.
         """
-        pause = PAUSE
+        pause = errors.PAUSE
         for attempt in range(ATTEMPTS):
-            operations = build()
-            head = None if self.create_pr else self._head()
+            # All that is decided is decided for this commit, and nothing is put on top of any other.
+            head = self.head()
+            there = self.files(head)
+            operations = build(head, there)
+            expected = {name_of(operation): digest_of(operation) for operation in operations}
+            pending = [one for one in operations if there.get(name_of(one)) != expected[name_of(one)]]
+            if not pending:
+                return Commit(head, f"{endpoint()}/{self.repo_id}/commit/{head}", None, False)
             try:
-                info = self._api.create_commit(
-                    self.repo_id,
-                    operations,
-                    commit_message=message,
-                    commit_description=description,
-                    revision=self.revision,
-                    create_pr=self.create_pr or None,
-                    parent_commit=head,
-                )
-                return Commit(info.oid, info.commit_url, info.pr_url, info.oid != head)
+                commit = self._send(pending, head, message)
             except Exception as problem:
-                copies = any(hasattr(operation, "src_path_in_repo") for operation in operations)
-                if copies and _is_copy_refusal(problem):
-                    raise CopyRefusedError(str(explained(problem, self.repo_id, "copying on the Hub"))) from problem
-                again = not self.create_pr and (is_conflict(problem) or is_transient(problem))
-                if again and (now := self._head()) != head and self._has(operations, now):
-                    return Commit(now, f"{self.page}/commit/{now}", None, True)
-                if not again or attempt == ATTEMPTS - 1:
+                if any(isinstance(one, Copy) for one in pending) and is_copy_refusal(problem):
+                    raise CopyRefusedError(why_not_copied(problem)) from problem
+                if not (is_conflict(problem) or is_transient(problem)):
                     raise explained(problem, self.repo_id, "committing") from problem
-            time.sleep(pause)
-            pause *= 2
+                landed = self._landed(expected, head, message)
+                if landed is None:
+                    wait = max(pause, errors._retry_after(problem))
+                    if attempt == ATTEMPTS - 1 or wait > errors.PATIENCE:
+                        raise explained(problem, self.repo_id, "committing") from problem
+                    time.sleep(wait)
+                    pause *= 2
+                    continue
+                commit = landed
+            self._check(commit, expected)
+            return commit
         raise AssertionError("unreachable")
 
-    def check(self, commit: Commit, expected: Mapping[str, str]) -> None:
-        """Hold what is published against the hashes of what was meant. Raises HubError."""
-        from urllib.parse import urlsplit
+    def _send(self, operations: Iterable[Operation], head: str, message: str) -> Commit:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the card, which `validate` tells
+            info = self._api.create_commit(
+                self.repo_id,
+                [for_client(operation, self.repo_id) for operation in operations],
+                commit_message=message,
+                revision=self.revision,
+                create_pr=self.create_pr or None,
+                parent_commit=head,
+            )
+        return Commit(info.oid, info.commit_url, info.pr_url, True)
 
+    def _landed(self, expected: Mapping[str, str | None], head: str, message: str) -> Commit | None:
+        """The commit that was made although no answer came."""
+        if not self.create_pr:
+            now = self.head()
+            if now == head or self._differing(now, expected):
+                return None
+            return Commit(now, f"{endpoint()}/{self.repo_id}/commit/{now}", None, True)
+
+        def run() -> list[Any]:
+            found = self._api.get_repo_discussions(
+                self.repo_id, discussion_type="pull_request", discussion_status="open"
+            )
+            return [pull for pull in found if pull.title == message]
+
+        for pull in retried(run, self.repo_id, "listing its pull requests"):
+            if not self._differing(f"refs/pr/{pull.num}", expected):
+                page = f"{endpoint()}/{self.repo_id}/discussions/{pull.num}"
+                oid = str(self._api.model_info(self.repo_id, revision=f"refs/pr/{pull.num}").sha)
+                return Commit(oid, page, page, True)
+        return None
+
+    def _differing(self, revision: str, expected: Mapping[str, str | None]) -> list[str]:
+        """Names of files that are not what is expected (None: gone) at a revision."""
+        found = self.files(revision)
+        return [name for name, digest in expected.items() if found.get(name) != digest]
+
+    def _check(self, commit: Commit, expected: Mapping[str, str | None]) -> None:
+        """Hold what is published against the hashes of what was meant. Raises HubError."""
         revision = commit.oid
         if commit.pr_url is not None:
-            revision = f"refs/pr/{urlsplit(commit.pr_url).path.rstrip('/').rpartition('/')[2]}"
-        found = self.files(revision)
-        wrong = [name for name, digest in expected.items() if found.get(name) != digest]
-        if wrong:
+            revision = f"refs/pr/{commit.pr_url.rstrip('/').rpartition('/')[2]}"
+        if wrong := self._differing(revision, expected):
             raise HubError(f"{self.repo_id}: {listed(wrong)} is not what was uploaded; run the same command again")
-
-    def _head(self) -> str:
-        return retried(
-            lambda: str(self._api.model_info(self.repo_id, revision=self.revision).sha), self.repo_id, "opening it"
-        )
-
-    def _has(self, operations: Iterable[Any], revision: str) -> bool:
-        """Whether that revision holds what the operations add."""
-        found = self.files(revision)
-        additions = [operation for operation in operations if hasattr(operation, "upload_info")]
-        return all(found.get(addition.path_in_repo) == digest_of(addition) for addition in additions)
-
-
-def digest_of(addition: Any) -> str:
-    """What the Hub will list as the hash of an addition: SHA-256 of a large file, git's SHA-1 of a small one."""
-    if addition._upload_mode == "lfs":
-        return str(addition.upload_info.sha256.hex())
-    with addition.as_file() as file:
-        content = file.read()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def uploaded(name: str, size: int, sha256: str, sample: bytes) -> Any:
-    """The operation for a file whose content the Hub has already and this machine has no more."""
-    from huggingface_hub import CommitOperationAdd
-    from huggingface_hub.lfs import UploadInfo
-
-    operation = CommitOperationAdd(name, b"")
-    operation.upload_info = UploadInfo(size=size, sample=sample, sha256=bytes.fromhex(sha256))
-    operation._upload_mode = "lfs"
-    operation._should_ignore = False
-    operation._is_uploaded = True
-    return operation
-
-
-def _is_copy_refusal(problem: BaseException) -> bool:
-    """Whether it was the copying between repositories that failed, and not for want of an answer."""
-    if is_transient(problem):
-        return False
-    if type(problem).__name__ == "FileDuplicationError" or str(problem).startswith("Cannot duplicate"):
-        return True
-    response = getattr(problem, "response", None)
-    return response is not None and str(response.url.path).endswith("/lfs-files/duplicate")

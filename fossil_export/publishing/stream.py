@@ -6,47 +6,33 @@ that an interrupted merge goes on with the next file.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
-import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fossil_export.adapters import Adapter, load_adapter
-from fossil_export.checkpoints.checkpoint import identity, sha256
-from fossil_export.checkpoints.companions import PROVENANCE
+from fossil_export.cards import Facts
+from fossil_export.checkpoints.companions import CARD, PROVENANCE
 from fossil_export.checkpoints.jsonfile import write_json
-from fossil_export.checkpoints.staging import lock_folder
-from fossil_export.errors import FossilExportError, HubError, OutputError
-from fossil_export.hub import expanded
-from fossil_export.hub.errors import retried
-from fossil_export.hub.remote import HubFolder, is_sound
+from fossil_export.errors import FossilExportError, HubError
 from fossil_export.merging.api import survival_warnings
 from fossil_export.merging.layout import parse_size
 from fossil_export.merging.plan import plan_merge
 from fossil_export.merging.provenance import provenance, survival_record
 from fossil_export.merging.run import Runner
 from fossil_export.merging.survival import Survival
-from fossil_export.publishing.about import facts_of
-from fossil_export.publishing.card import warnings as card_warnings
-from fossil_export.publishing.moves import Move, StreamPlan, base_path, plan_moves
-from fossil_export.publishing.push import (
-    Progress,
-    PushResult,
-    address,
-    card_and_stale,
-    message,
-    removal_warnings,
-    without_paths,
-)
-from fossil_export.publishing.repository import CopyRefusedError, Repository, digest_of, uploaded
-from fossil_export.version import __version__
+from fossil_export.publishing.about import card_for, facts_of, local_names
+from fossil_export.publishing.carrier import Carrier
+from fossil_export.publishing.moves import StreamPlan, plan_moves
+from fossil_export.publishing.paths import Paths
+from fossil_export.publishing.push import Progress, PushResult, address, message
+from fossil_export.publishing.repository import Commit, CopyRefusedError, Repository
+from fossil_export.publishing.stale import removal_warnings, stale
+from fossil_export.publishing.workplace import workplace
 
 
 @dataclass(frozen=True)
@@ -143,21 +129,24 @@ def run_stream(
     """Carry out a plan that `plan_stream` made; arguments as for `merge_to_hub`."""
     started = time.perf_counter()
     repository = Repository(repo_id, revision, create_pr)
-    with _workplace(plan, repository, cache_dir) as folder:
+    merge = plan.merge
+    with Runner(merge, device) as runner, workplace(plan, repository, cache_dir) as folder:
         progress(f"opening {repo_id}")
         repository.prepare(private)
-        stream = _Stream(plan, repository, folder, device, progress)
+        _refuse_target(plan, repository)
+        carrier = Carrier(plan, repository, folder, progress)
         try:
-            commit, facts, problems, removed, copied = stream.run(hash, commit_message or message("merged"))
+            carrier.take_up()
+            carrier.carry(runner)
+            published = _publish(carrier, repository, hash, commit_message or message("merged"), progress)
         except FossilExportError as problem:
-            if stream.journal.done:
-                done = f"{len(stream.journal.done)} of {len(plan.moves) - plan.count('copy')} files are uploaded"
-                raise type(problem)(f"{problem} ({done}; the same command goes on from there)") from problem
+            if carrier.state:
+                problem.args = (f"{problem} ({carrier.state})",)
             raise
         shutil.rmtree(folder, ignore_errors=True)
-    merge = plan.merge
-    notes = [*repository.warnings, *merge.warnings, *problems, *card_warnings(facts)]
-    notes += [*removal_warnings(repository, removed), *survival_warnings(merge, stream.survival)]
+    commit = published.commit
+    notes = [*repository.notes, *merge.warnings, *published.notes]
+    notes += [*removal_warnings(repository.repo_id, published.removed), *survival_warnings(merge, carrier.survival)]
     return StreamResult(
         push=PushResult(
             repo_id=repository.repo_id,
@@ -166,365 +155,85 @@ def run_stream(
             url=address(repository, commit),
             pr_url=commit.pr_url,
             changed=commit.changed,
-            files=facts.files,
-            removed=tuple(removed),
+            files=published.files,
+            removed=tuple(published.removed),
             left_behind=merge.left_behind,
             nbytes=merge.nbytes,
             seconds=time.perf_counter() - started,
             warnings=tuple(notes),
         ),
         plan=plan,
-        survival=stream.survival,
-        copied=tuple(copied),
-        resumed=stream.resumed,
+        survival=carrier.survival,
+        copied=carrier.copied,
+        resumed=carrier.resumed,
     )
 
 
-class Journal:
-    """What is uploaded but not committed yet, in a file that is replaced whole: by name its size, SHA-256 and first
-    bytes, and the survival of its tensors."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.done: dict[str, dict[str, Any]] = {}
-        if path.is_file():
-            try:
-                self.done = dict(json.loads(path.read_bytes()))
-            except ValueError:  # cut off by a crash
-                path.unlink()
-
-    def add(self, name: str, upload: Any, survival: Mapping[str, Survival]) -> None:
-        self.done[name] = {
-            "size": upload.size,
-            "sha256": upload.sha256.hex(),
-            "sample": base64.b64encode(upload.sample).decode(),
-            "survival": {tensor: asdict(sums) for tensor, sums in survival.items()},
-        }
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.done))
-        partial.replace(self._path)
-
-    def operation(self, name: str) -> Any:
-        entry = self.done[name]
-        return uploaded(name, entry["size"], entry["sha256"], base64.b64decode(entry["sample"]))
-
-    def survival(self, name: str) -> dict[str, Survival]:
-        return {tensor: Survival(**sums) for tensor, sums in self.done[name]["survival"].items()}
+@dataclass(frozen=True)
+class _Published:
+    commit: Commit
+    files: tuple[str, ...]
+    removed: list[str]
+    notes: list[str]
 
 
-class _Stream:
-    def __init__(self, plan: StreamPlan, repository: Repository, folder: Path, device: str, progress: Progress) -> None:
-        self.plan = plan
-        self.merge = plan.merge
-        self.repository = repository
-        self.folder = folder
-        self.progress = progress
-        self.device = device
-        self.journal = Journal(folder / "journal.json")
-        self.operations: dict[str, Any] = {}
-        self.survival: dict[str, Survival] = {}
-        self.resumed = 0
-
-    def run(self, with_hash: bool, title: str) -> tuple[Any, Any, list[str], list[str], list[str]]:
-        """Files, then everything else, then the commit; returns it with what is to be said of it."""
-        self._take_up()
-        with Runner(self.merge, self.device) as runner:
-            for number, move in enumerate(self.plan.moves, 1):
-                if move.file.name not in self.operations:
-                    self._do(move, runner, f"[{number}/{len(self.plan.moves)}] {move.file.name}")
-        copies = [move.file.name for move in self.plan.moves if move.way == "copy"]
-        small = self._companions()
-        copies += [name for name, operation in small.items() if hasattr(operation, "src_path_in_repo")]
-        removed: list[str] = []
-        while True:
-            record = provenance(self.merge, self.survival, self._digests() if with_hash else None)
-            names = (*(file.name for file in self.merge.files), *small, PROVENANCE)
-            facts, problems = facts_of(
-                self.repository.repo_id, "merged", (*names, "README.md"), record, None, self._config(small)
-            )
-            published = self._addition(PROVENANCE, write_json(without_paths(record)))
-            self.repository.upload(published)
-
-            def build() -> list[Any]:
-                card, stale = card_and_stale(self.repository, facts, None)  # noqa: B023  used before the next round
-                self.repository.upload(card)
-                removed[:] = [operation.path_in_repo for operation in stale]
-                weights = [self._operation(move) for move in self.plan.moves]
-                return [*weights, *map(_fresh, small.values()), published, card, *stale]  # noqa: B023
-
-            self.progress("committing")
-            try:
-                commit = self.repository.commit(build, title)
-                break
-            except CopyRefusedError as problem:
-                self._pass_through(copies, small, problem)
-                copies = []
-        self.progress("checking what is published")
-        self.repository.check(commit, self._expected(small))
-        return commit, facts, problems, removed, copies
-
-    def _take_up(self) -> None:
-        """Go on from the journal of an earlier run, as far as the Hub still has what it uploaded."""
-        shutil.rmtree(self.folder / "merging", ignore_errors=True)
-        found = self.repository.holds(self.journal.operation(name).upload_info for name in self.journal.done)
-        for name in [name for name, entry in self.journal.done.items() if entry["sha256"] not in found]:
-            del self.journal.done[name]
-        for name in self.journal.done:
-            self.operations[name] = self.journal.operation(name)
-            self.survival |= self.journal.survival(name)
-        self.resumed = len(self.operations)
-        self._tidy()
-
-    def _tidy(self) -> None:
-        """Of files of the base that an earlier run fetched, keep those that come next, whole or in part."""
-        pending = (move for move in self.plan.moves if move.way != "copy" and move.file.name not in self.operations)
-        remote, first = self.plan.remote, next(pending, None)
-        wanted = {} if remote is None or first is None else {n: remote.entries[n].blob for n in first.sources}
-        names = {self._local(name) for name in wanted}
-        for path in (self.folder / "base").rglob("*"):
-            if path.is_file() and path not in names and not any(blob in path.name for blob in wanted.values()):
-                path.unlink()
-
-    def _do(self, move: Move, runner: Runner, title: str) -> None:
-        """One file: fetched, merged, uploaded, deleted."""
-        file, name = move.file, move.file.name
-        if move.way == "copy":
-            return
-        if move.way == "send":
-            self.progress(f"{title}: uploading")
-            self._upload(name, base_path(self.merge, name), {})
-            return
-        moved: dict[Path, Path] = {}
-        for source in move.sources:
-            self.progress(f"{title}: fetching" + ("" if source == name else f" {source}"))
-            moved[base_path(self.merge, source)] = self._fetched(source)
-        work = self.folder / "merging"
-        work.mkdir(exist_ok=True)
-        path = work / name
-        self.progress(f"{title}: merging")
-        try:
-            if move.way == "change":
-                # From here on it is no file of the base, and must not be taken for one after a crash.
-                moved[base_path(self.merge, name)].replace(path)
-                survival = runner.change(file, path, base_path(self.merge, name))
-            else:
-                path.unlink(missing_ok=True)
-                survival = runner.write(file, path, moved)
-        except OSError as problem:
-            raise OutputError(
-                f"{path}: writing failed: {problem.strerror}; make room, or work elsewhere with --cache-dir"
-            ) from problem
-        for source in move.drop:
-            self._local(source).unlink(missing_ok=True)
-        self.progress(f"{title}: uploading")
-        self._upload(name, path, survival)
-        path.unlink()
-
-    def _upload(self, name: str, path: Path, survival: Mapping[str, Survival]) -> None:
-        from huggingface_hub import CommitOperationAdd
-
-        operation = CommitOperationAdd(name, path)
-        self.repository.upload(operation)
-        if operation._upload_mode == "regular":  # so small that it goes with the commit itself
-            operation = CommitOperationAdd(name, path.read_bytes())
-            self.repository.upload(operation)
-        else:
-            self.journal.add(name, operation.upload_info, survival)
-        self.operations[name] = operation
-        self.survival |= survival
-
-    def _local(self, name: str) -> Path:
-        remote = self.plan.remote
-        assert remote is not None
-        return self.folder / "base" / (remote.prefix + name)
-
-    def _fetched(self, name: str) -> Path:
-        """A file of the base on this disk, and nowhere else; held against the hash that the Hub lists."""
-        from huggingface_hub import hf_hub_download
-
-        remote, path = self.plan.remote, self._local(name)
-        assert remote is not None
-        for attempt in range(2):
-            retried(
-                lambda: hf_hub_download(
-                    remote.repository,
-                    remote.prefix + name,
-                    revision=remote.commit,
-                    local_dir=self.folder / "base",
-                    force_download=attempt > 0,  # noqa: B023  called at once
-                ),
-                remote.repository,
-                f"fetching {name}",
-            )
-            if is_sound(path, remote.entries[name]):
-                return path
-            path.unlink()
+def _refuse_target(plan: StreamPlan, repository: Repository) -> None:
+    """Raise HubError where what the repository holds would stop the commit, hours from now."""
+    head, remote = repository.head(), plan.remote
+    onto_itself = remote is not None and (remote.repository, remote.commit) == (repository.repo_id, head)
+    if onto_itself and not repository.create_pr and repository.revision in (None, "main"):
         raise HubError(
-            f"{remote.repository}: {name} came twice with other bytes than the Hub lists; run the same command again "
-            "later"
+            f"{repository.repo_id}: is the base itself, and the next merge would be on top of this one; choose another "
+            "repository, or --revision or --create-pr"
         )
-
-    def _companions(self) -> dict[str, Any]:
-        """What a model folder has beside its weights and records, as operations by name."""
-        from huggingface_hub import CommitOperationCopy
-
-        merge, remote = self.merge, self.plan.remote
-        found: dict[str, Any] = {}
-        small = [name for name, path in merge.companions.items() if self._is_small(name, path)]
-        merge.base.source.fetch([name for name in small if merge.companions[name] == base_path(merge, name)])
-        for name, path in merge.companions.items():
-            if name in small or remote is None:
-                found[name] = self._addition(name, path)
-            else:
-                found[name] = CommitOperationCopy(
-                    remote.prefix + name, name, remote.commit, **self._source_repository(remote)
-                )
-        if merge.index is not None:
-            found[merge.index[0]] = self._addition(*merge.index)
-        if merge.config is not None:
-            found["config.json"] = self._addition("config.json", merge.config)
-        self.repository.upload(*(operation for operation in found.values() if hasattr(operation, "upload_info")))
-        return found
-
-    def _is_small(self, name: str, path: Path) -> bool:
-        """Whether a companion is sent: it is the adapter's, or so small that the Hub keeps it in git."""
-        remote = self.plan.remote
-        ours = path != base_path(self.merge, name)
-        return ours or remote is None or len(remote.entries[name].blob) != 64
-
-    def _addition(self, name: str, content: Path | bytes) -> Any:
-        from huggingface_hub import CommitOperationAdd
-
-        return CommitOperationAdd(name, content)
-
-    def _operation(self, move: Move) -> Any:
-        from huggingface_hub import CommitOperationCopy
-
-        name, remote = move.file.name, self.plan.remote
-        if name in self.operations:
-            return self.operations[name]
-        assert remote is not None
-        return CommitOperationCopy(remote.prefix + name, name, remote.commit, **self._source_repository(remote))
-
-    def _source_repository(self, remote: HubFolder) -> dict[str, str]:
-        if remote.repository == self.repository.repo_id:
-            return {}
-        return {"src_repo_id": remote.repository, "src_repo_type": "model"}
-
-    def _pass_through(self, copies: list[str], small: dict[str, Any], problem: Exception) -> None:
-        """Fetch and upload, one by one, what the Hub does not copy."""
-        remote = self.plan.remote
-        assert remote is not None
-        if not copies:
-            raise HubError(str(problem)) from problem
-        biggest = max(remote.entries[name].size for name in copies)
-        limit = self.plan.max_disk
-        if limit is not None and biggest + self.plan.adapter_bytes > limit:
-            raise OutputError(
-                f"the Hub does not copy from {remote.repository}, and passing its files through takes "
-                f"{biggest + self.plan.adapter_bytes:,} bytes at once, --max-disk allows {limit:,}; allow more"
-            )
-        self.repository.warnings.append(
-            f"the Hub does not copy from {remote.repository} to {self.repository.repo_id}; {len(copies)} untouched "
-            "files were passed through this machine"
-        )
-        _check_room(self.folder, biggest)
-        weights = {move.file.name for move in self.plan.moves}
-        for number, name in enumerate(copies, 1):
-            self.progress(f"[{number}/{len(copies)}] {name}: passing through, as the Hub does not copy it")
-            if name in weights:
-                self._upload(name, self._fetched(name), {})
-            else:
-                content = self._fetched(name).read_bytes()
-                small[name] = self._addition(name, content)
-                self.repository.upload(small[name])
-            self._local(name).unlink()
-
-    def _config(self, small: Mapping[str, Any]) -> dict[str, Any] | None:
-        if "config.json" not in small:
-            return None
-        with small["config.json"].as_file() as file:
-            return dict(json.loads(file.read()))
-
-    def _digests(self) -> dict[str, str]:
-        """SHA-256 of every published weights file."""
-        untouched = {
-            entry["file"]: entry["sha256"] for entry in identity(self.merge.base, full=True) if entry["sha256"]
-        }
-        done = {name: operation.upload_info.sha256.hex() for name, operation in self.operations.items()}
-        return {file.name: done.get(file.name) or untouched[file.name] for file in self.merge.files}
-
-    def _expected(self, small: Mapping[str, Any]) -> dict[str, str]:
-        """By name, what the Hub must list as the hash of each file."""
-        expected = {name: digest_of(operation) for name, operation in self.operations.items()}
-        remote = self.plan.remote
-        for name in (*(file.name for file in self.merge.files), *small):
-            operation = small.get(name)
-            if operation is not None and not hasattr(operation, "src_path_in_repo"):
-                expected[name] = digest_of(operation)
-            elif name not in expected and remote is not None:
-                expected[name] = remote.entries[name].blob
-        return expected
+    source = plan.merge.base.source
+    configs = [name for name in source.root_names() if name.endswith(".json")]
+    source.fetch([name for name in configs if len(source.blob(name) or "") != 64])  # the record has their hashes
+    facts, _ = _facts(plan, repository, provenance(plan.merge, {}), tuple(file.name for file in plan.merge.files))
+    there = repository.files(head)
+    stale(facts, there)
+    repository.notes += repository.validate(card_for(repository, facts, None, head, there)[0])
 
 
-def _fresh(operation: Any) -> Any:
-    """The client marks copies as done once they were tried; every attempt takes a new one."""
-    from huggingface_hub import CommitOperationCopy
+def _publish(carrier: Carrier, repository: Repository, with_hash: bool, title: str, progress: Progress) -> _Published:
+    """What goes beside the weights, and the commit."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    if not isinstance(operation, CommitOperationCopy):
-        return operation
-    return CommitOperationCopy(
-        operation.src_path_in_repo,
-        operation.path_in_repo,
-        operation.src_revision,
-        operation.src_repo_id,
-        operation.src_repo_type,
-    )
-
-
-@contextmanager
-def _workplace(plan: StreamPlan, repository: Repository, cache_dir: str | Path | None) -> Iterator[Path]:
-    """This merge's own folder, held for as long as it runs. Raises OutputError for want of room or permission."""
-    root = expanded(cache_dir, OutputError) if cache_dir is not None else _default_cache()
-    folder = root.absolute() / "stream" / _key(plan, repository)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(folder)
-    except OSError as problem:
-        raise OutputError(f"{folder}: cannot be written: {problem.strerror}; choose another --cache-dir") from problem
-    if lock is None:
-        raise OutputError(f"{folder}: the same merge is running already; wait for it")
-    try:
-        _check_room(folder, max((move.disk for move in plan.moves), default=0))
-        yield folder
-    finally:
-        os.close(lock)
-
-
-def _check_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free + sum(
-        path.stat().st_size for path in folder.rglob("*") if path.is_file()
-    )  # what an interrupted run left is used or removed
-    if free < needed:
-        raise OutputError(
-            f"{folder}: takes {needed:,} bytes at once, {free:,} are free; make room, or work elsewhere with "
-            "--cache-dir"
-        )
-
-
-def _default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fossil-export"
-
-
-def _key(plan: StreamPlan, repository: Repository) -> str:
-    """Tells this merge to this place from every other one."""
+    plan = carrier.plan
     merge = plan.merge
-    what = {
-        "version": __version__,
-        "to": [repository.repo_id, repository.revision, repository.create_pr],
-        "base": [merge.base_name, merge.base_revision, identity(merge.base)],
-        "times": [] if plan.remote is not None else [header.path.stat().st_mtime_ns for header in merge.base.files],
-        "adapter": [sha256(path) for path in merge.adapter.files],
-        "files": [[file.name, file.size, hashlib.sha256(file.header).hexdigest()] for file in merge.files],
-    }
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    paths = Paths([merge.base.location, merge.adapter.path], local_names(provenance(merge, {})))
+    carrier.companions(paths)
+    removed: list[str] = []
+    notes: list[str] = []
+    while True:
+        record = provenance(merge, carrier.survival, carrier.digests() if with_hash else None)
+        carrier.send(PROVENANCE, paths.published(PROVENANCE, write_json(record)))
+        names = (*sorted(carrier.operations), CARD)
+        facts, problems = _facts(plan, repository, record, names)
+
+        def build(head: str, there: Mapping[str, str]) -> list[Any]:
+            text, notes[:] = card_for(repository, facts, None, head, there)  # noqa: B023  used before the next round
+            card = CommitOperationAdd(CARD, text)
+            repository.upload(card)
+            removed[:] = stale(facts, there)  # noqa: B023
+            return [*carrier.operations.values(), card, *(CommitOperationDelete(name) for name in removed)]
+
+        progress("committing")
+        try:
+            commit = repository.commit(build, title)
+        except CopyRefusedError as problem:
+            carrier.pass_through(str(problem))
+            continue
+        # There is no folder here to verify.
+        branch = f"refs/pr/{commit.pr_url.rpartition('/')[2]}" if commit.pr_url else repository.revision
+        where = repository.repo_id + (f"@{branch}" if branch else "")
+        said = [note.replace("verify DIR` first", f"verify {where}`") for note in notes]
+        return _Published(commit, names, removed, [*problems, *said])
+
+
+def _facts(
+    plan: StreamPlan, repository: Repository, record: Mapping[str, Any], names: tuple[str, ...]
+) -> tuple[Facts, list[str]]:
+    merge = plan.merge
+    config = merge.base.config if merge.config is None else json.loads(merge.config)
+    return facts_of(repository.repo_id, "merged", names, record, None, None if config is None else dict(config))
