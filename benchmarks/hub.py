@@ -140,10 +140,7 @@ def main() -> None:
     total, most = sum(files.values()), max(files.values())
     sizes = ", ".join(f"{size / 1e6:.0f}" for size in files.values())
     print(f"{total / 1e9:.2f} GB in files of {sizes} MB; {os.cpu_count()} cores\n")
-    print(
-        "| | from the Hub | to the Hub | of these, untouched files | peak disk | against the largest file | seconds |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    print("| | from the Hub | to the Hub | peak disk | against the largest file | seconds |\n|---|---|---|---|---|---|")
     for name, runs in results.items():
         down, up = (statistics.median(getattr(one, what) for one in runs) / 1e6 for what in ("down", "up"))
         disk, seconds = max(one.disk for one in runs), statistics.median(one.seconds for one in runs)
