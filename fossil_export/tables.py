@@ -36,6 +36,10 @@ def print_conversion(result: Conversion) -> None:
 
 
 def print_push(result: PushResult) -> None:
+    print_pairs(_push_pairs(result))
+
+
+def _push_pairs(result: PushResult) -> list[tuple[str, str]]:
     pairs = [
         ("published", result.url if result.changed else f"{result.url} (holds just this already)"),
         ("commit", result.commit[:12] + (f" on {result.revision}" if result.revision != "main" else "")),
@@ -43,7 +47,7 @@ def print_push(result: PushResult) -> None:
     ]
     if result.left_behind:
         pairs.append(("left behind", listed(list(result.left_behind))))
-    print_pairs([*pairs, ("time", f"{result.seconds:.1f} s")])
+    return [*pairs, ("time", f"{result.seconds:.1f} s")]
 
 
 def print_streamed(result: StreamResult) -> None:
@@ -54,18 +58,17 @@ def print_streamed(result: StreamResult) -> None:
     pairs = [
         ("merged", f"{len(result.survival)} of {len(plan.merge.tensors)} tensors"),
         ("update kept", "-" if kept is None else f"{kept:.1%} (sampled rows)"),
-        ("copied there", f"{len(result.copied)} files" if result.copied else "none"),
+        ("copied there", listed(list(result.copied)) or "nothing"),
         ("disk", f"{readable_bytes(plan.disk)} at most"),
     ]
     if result.resumed:
         pairs.append(("taken up", f"{result.resumed} files were uploaded before"))
-    print_pairs(pairs)
-    print_push(result.push)
+    print_pairs([*pairs, *_push_pairs(result.push)])
 
 
 def print_moves(plan: StreamPlan) -> None:
     """What a streamed merge would do with each file."""
-    print_plan(plan.merge)
+    print_plan(plan.merge, tensors=False)
     words = {
         "copy": "copied on the Hub",
         "send": "sent as it is",
@@ -110,12 +113,13 @@ def print_verification(result: Verification) -> None:
     print_pairs(pairs)
 
 
-def print_plan(plan: MergePlan) -> None:
-    actions = ("merge", "replace", "add", "cast", "copy")
+def print_plan(plan: MergePlan, tensors: bool = True) -> None:
+    """The plan, with a line for each of the `tensors` that is not simply copied."""
+    actions, adapter = ("merge", "replace", "add", "cast", "copy"), plan.adapter
     print_pairs(
         [
-            ("adapter", f"{plan.adapter.path} ({plan.adapter.variant}, r={plan.adapter.rank})"),
-            ("base", plan.base_name + (f" at {plan.base_revision}" if plan.base_revision else "")),
+            ("adapter", f"{_at(adapter.name, adapter.revision)} ({adapter.variant}, r={adapter.rank})"),
+            ("base", _at(plan.base_name, plan.base_revision)),
             ("tensors", ", ".join(f"{action} {count}" for action in actions if (count := plan.count(action)))),
             ("files", f"{len(plan.files)} of weights, {readable_bytes(plan.nbytes)}; {len(plan.companions)} others"),
             *(
@@ -126,6 +130,8 @@ def print_plan(plan: MergePlan) -> None:
             *([("left behind", ", ".join(plan.left_behind))] if plan.left_behind else []),
         ]
     )
+    if not tensors:
+        return
     rows = [
         (
             tensor.action,
@@ -165,7 +171,7 @@ def print_inspection(found: Inspection) -> None:
     adapter = found.adapter
     saved = ", ".join(info.name for info in adapter.saved.values())
     pairs = [
-        ("adapter", f"{adapter.path} ({adapter.peft_type})"),
+        ("adapter", f"{_at(adapter.name, adapter.revision)} ({adapter.peft_type})"),
         ("variant", adapter.variant),
         ("rank", str(adapter.rank)),
         ("modules", str(len(adapter.shards))),
@@ -200,3 +206,7 @@ def _verdict(found: Inspection) -> str:
     return (
         f"possible, touches {len(found.plan.tensors) - found.plan.count('copy')} of {len(found.plan.tensors)} tensors"
     )
+
+
+def _at(name: str, revision: str | None) -> str:
+    return name + (f" at {revision}" if revision else "")

@@ -116,13 +116,20 @@ def test_pictures_and_chat_templates_go_along(hub: LoopbackHub, tmp_path: Path) 
     assert "base-of-it" in result.files
 
 
-def test_uploads_in_parts_and_odd_names(hosted: LoopbackHub, models: Path, tmp_path: Path) -> None:
+def test_uploads_in_parts_and_odd_names(
+    hosted: LoopbackHub, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A model fetched from the Hub, which lies there as links, with files of names that addresses cannot hold."""
     odd = "sub folder/ä #1?.txt"
     hosted.commit("ada/base", {odd: b"odd", "README.md": b"# Base\nWords.\n"})
     hosted.multipart_above = hosted.part_size = 30_000
+    monkeypatch.setattr(sys.modules["fossil_export.publishing.push"], "LARGE", 50_000)  # such a file by itself
     folder = merge("ada/adapter", tmp_path / "merged").output
-    push(folder, "ada/new")
+    steps: list[str] = []
+    push(folder, "ada/new", progress=steps.append)
+    weights = sorted((path for path in folder.glob("*.safetensors")), key=lambda path: -path.stat().st_size)
+    large = [f"uploading {path.name}" for path in weights if path.stat().st_size >= 50_000]
+    assert steps == ["opening ada/new", *large, "committing"] and large
     assert hosted.read("ada/new", odd) == b"odd" and content(folder).items() < published(hosted).items()
     assert sum("complete_multipart" in seen.path for seen in hosted.log) == 3
     fetched = Path(snapshot_download("ada/new"))
@@ -214,6 +221,22 @@ def test_the_card_quotes_verification_and_the_bases_license(hosted: LoopbackHub,
     assert "| Verdict | parity |" in text and "fossil_parity.json" in result.files
 
 
+def test_the_card_of_a_base_that_is_here(hub: LoopbackHub, models: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(models / "base", tmp_path / "base"))
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    merged = merge(models / "adapter", tmp_path / "merged", base=base).output
+    assert not any("license" in line for line in push(merged, "ada/new").warnings)
+    assert card_of(hub, tmp_path)[0]["license"] == "mit" and "base_model" not in card_of(hub, tmp_path)[0]
+    (base / "README.md").write_text("---\na: [\n---\n")
+    (said, *_) = push(merged, "ada/other").warnings
+    assert said.startswith(f"{base}/README.md: its metadata cannot be read (")
+    # A README.md that lies about where the base was is of something else.
+    shutil.move(base, tmp_path / "elsewhere")
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    push(merged, "ada/third")
+    assert "license" not in card_of(hub, tmp_path, "ada/third")[0]
+
+
 # What of this machine stays here
 
 
@@ -264,6 +287,8 @@ def test_paths_are_found_in_any_text(parts: list[str], around: str) -> None:
     record = {"a": [{"b": path}], "reason": f"{around} {home}/base/x: {around}", "c": f"see {home}/base: {around}"}
     cleaned = json.dumps(paths.without(record))
     assert "/home" not in cleaned
+    told = {"reason": f"{path.strip()}/x.bin: tensor a/b at 1/2 differs"}
+    assert paths.without(told)["reason"].endswith("x.bin: tensor a/b at 1/2 differs")
     plain = {"name": "user/repo", "node": "/model/layers.0/MatMul", "url": "https://a.b/home/someone/x", "n": 1}
     assert paths.without(plain) == plain
 

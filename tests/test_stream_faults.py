@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -242,6 +244,7 @@ def test_a_damaged_journal(scene: LoopbackHub, tmp_path: Path) -> None:
         json.dumps({FIRST: {}}),
         text.replace('"sha256": "', '"sha256": "zz'),
         text.replace('"sample": "', '"sample": "!'),
+        text.replace('"size": 37', '"size": 0.37'),
         text.replace('"survival": {', '"survival": {"a": {"lost": 1}, '),
         "\x00\xff" * 100,
     ):
@@ -375,6 +378,27 @@ def test_two_at_once(scene: LoopbackHub, tmp_path: Path) -> None:
     first.join()
     assert len(results) == 1 and same(scene) and same(scene, "ada/other")
     assert not list((tmp_path / "cache" / "stream").iterdir())
+
+
+def test_locks(scene: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the file system knows none, and where the run before removes the folder just now."""
+    calls: list[int] = []
+
+    def removed(descriptor: int, how: int) -> None:
+        if not calls:
+            (folder,) = (tmp_path / "cache" / "stream").iterdir()
+            folder.rmdir()
+        calls.append(descriptor)
+        fcntl.flock(descriptor, how)
+
+    def unknown(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    for flock, changed in ((removed, True), (unknown, False)):
+        mine = SimpleNamespace(**{**vars(fcntl), "flock": flock})
+        monkeypatch.setattr("fossil_export.publishing.workplace.fcntl", mine)
+        assert stream(tmp_path).push.changed == changed and same(scene)
+    assert len(calls) == 2
 
 
 def test_no_place_to_work(scene: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

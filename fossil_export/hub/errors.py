@@ -47,24 +47,24 @@ def explained(problem: BaseException, name: str, doing: str = "") -> FossilExpor
         return problem
     what = f"{name}: {doing}: " if doing else f"{name}: "
     page = f"{endpoint()}/{name}"
-    remedies = (_remedy(cause, page) for cause in _causes(problem))
-    kind = NotThereError if any(map(_is_not_there, _causes(problem))) else HubError
+    remedies = (_remedy(cause, page) for cause in causes_of(problem))
+    kind = NotThereError if any(map(_is_not_there, causes_of(problem))) else HubError
     return kind(what + next(filter(None, remedies), _line(problem)))
 
 
 def is_unreachable(problem: BaseException) -> bool:
     """Whether the Hub did not answer, or not sensibly: what is cached may then be used."""
-    return any(_status(cause) >= 500 or _is_network(cause) or _is_offline(cause) for cause in _causes(problem))
+    return any(status_of(cause) >= 500 or _is_network(cause) or _is_offline(cause) for cause in causes_of(problem))
 
 
 def is_conflict(problem: BaseException) -> bool:
     """Whether the branch has moved since its head was looked at."""
-    return any(_status(cause) in (409, 412) for cause in _causes(problem))
+    return any(status_of(cause) in (409, 412) for cause in causes_of(problem))
 
 
 def is_transient(problem: BaseException) -> bool:
     """Whether the same request may well succeed a little later."""
-    return any(_status(cause) in (408, 429, 500, 502, 503, 504) or _is_network(cause) for cause in _causes(problem))
+    return any(status_of(cause) in (408, 429, 500, 502, 503, 504) or _is_network(cause) for cause in causes_of(problem))
 
 
 def retried(run: Callable[[], T], name: str, doing: str = "", attempts: int = ATTEMPTS) -> T:
@@ -77,10 +77,12 @@ def retried(run: Callable[[], T], name: str, doing: str = "", attempts: int = AT
     for attempt in range(attempts):
         try:
             return run()
+        except FossilExportError:
+            raise
         except Exception as problem:
             until = until or time.monotonic() + PATIENCE
-            wait = max(pause, _retry_after(problem))
-            late = any(map(_status, _causes(problem))) and time.monotonic() + wait > until
+            wait = max(pause, asked_pause(problem))
+            late = any(map(status_of, causes_of(problem))) and time.monotonic() + wait > until
             if attempt == attempts - 1 or late or not is_transient(problem):
                 raise explained(problem, name, doing) from problem
         time.sleep(wait)
@@ -88,15 +90,15 @@ def retried(run: Callable[[], T], name: str, doing: str = "", attempts: int = AT
     raise AssertionError("unreachable")
 
 
-def _causes(problem: BaseException) -> Iterator[BaseException]:
+def causes_of(problem: BaseException) -> Iterator[BaseException]:
     """What lies behind `problem`, the cause before what it caused: the client wraps the telling error in others."""
     behind = problem.__cause__ or (None if problem.__suppress_context__ else problem.__context__)
     if behind is not None:
-        yield from _causes(behind)
+        yield from causes_of(behind)
     yield problem
 
 
-def _status(problem: BaseException) -> int:
+def status_of(problem: BaseException) -> int:
     response = getattr(problem, "response", None)
     return int(getattr(response, "status_code", 0) or 0)
 
@@ -109,9 +111,9 @@ def _is_network(problem: BaseException) -> bool:
     )
 
 
-def _retry_after(problem: BaseException) -> float:
+def asked_pause(problem: BaseException) -> float:
     """The seconds that the Hub itself asks to wait."""
-    for cause in _causes(problem):
+    for cause in causes_of(problem):
         asked = getattr(getattr(cause, "response", None), "headers", {}).get("Retry-After", "")
         if asked.isdigit():
             return float(asked)
@@ -130,7 +132,7 @@ def _remedy(problem: BaseException, page: str) -> str | None:
     from huggingface_hub import constants, errors
 
     # Behind each of them is the HTTP library's own error, which knows no more than the status.
-    status = _status(problem) if isinstance(problem, errors.HfHubHTTPError) else 0
+    status = status_of(problem) if isinstance(problem, errors.HfHubHTTPError) else 0
     if isinstance(problem, errors.GatedRepoError):
         return f"is gated; accept the licence at {page} and log in with `hf auth login`"
     if isinstance(problem, errors.RevisionNotFoundError):

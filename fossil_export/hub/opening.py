@@ -82,7 +82,7 @@ def _cached(repository: str, revision: str | None) -> tuple[Folder, str, tuple[s
     except CachedRepoTreeNotFoundError:  # another program, or an older client, has fetched it
         note = f"{repository}: is taken as it lies in the Hub's cache, where nothing tells whether that is all of it"
         return LocalFolder(snapshot), commit, (note,)
-    entries = {file.path: Entry(file.size, file.blob_id) for file in listing}
+    entries = {file.path: Entry(file.size, "") for file in listing}  # it has no hashes of large files
     return HubFolder(repository, commit, entries), commit, ()
 
 

@@ -28,7 +28,7 @@ _THREADS = 8
 
 @dataclass(frozen=True)
 class Entry:
-    """A file as the Hub lists it: bytes, and SHA-256 (large files) or git's SHA-1 of its content."""
+    """A file as the Hub lists it: bytes, and SHA-256 (large files) or git's SHA-1 of its content; "" if unknown."""
 
     size: int
     blob: str
@@ -89,7 +89,7 @@ class HubFolder:
         return np.frombuffer(self._range(name, offset, offset + nbytes), np.uint8)
 
     def blob(self, name: str) -> str | None:
-        return hub_blob(self.path / name) or self.entries[name].blob
+        return hub_blob(self.path / name) or self.entries[name].blob or None
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that are not in the cache."""
@@ -195,8 +195,8 @@ def storage_of(repository: str) -> Path:
 def is_sound(path: Path, entry: Entry) -> bool:
     """Whether a file has the size and the hash that the Hub lists."""
     size = path.stat().st_size
-    if size != entry.size:
-        return False
+    if size != entry.size or not entry.blob:
+        return size == entry.size
     digest = hashlib.sha256() if len(entry.blob) == 64 else hashlib.sha1(b"blob %d\0" % size)
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):

@@ -39,9 +39,12 @@ class Paths:
 
     def without(self, value: Any) -> Any:
         """A record without them."""
-        if isinstance(value, Mapping) and isinstance(reason := value.get("reason"), str):
-            value = {**value, "reason": _IN_TEXT.sub(r"\1", self._shortened(reason))}
-        return _mapped(value, self._shortened)
+        result = _mapped(value, self._shortened)
+        if isinstance(value, Mapping) and isinstance(
+            reason := value.get("reason"), str
+        ):  # a sentence, of paths anywhere
+            result["reason"] = _IN_TEXT.sub(r"\1", self._within.sub(_last_part, reason))
+        return result
 
     def published(self, name: str, content: bytes) -> bytes:
         """What is published of a file: `content` itself wherever nothing in it is a path of this machine."""
@@ -66,7 +69,11 @@ class Paths:
     def _shortened(self, text: str) -> str:
         if self._whole.fullmatch(text):
             return Path(text).name
-        return self._names.get(text) or self._within.sub(lambda found: Path(found[0]).name, text)
+        return self._names.get(text) or self._within.sub(_last_part, text)
+
+
+def _last_part(found: re.Match[str]) -> str:
+    return Path(found[0]).name
 
 
 def is_path(name: str) -> bool:

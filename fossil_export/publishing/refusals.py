@@ -8,7 +8,7 @@ from fossil_export.hub.errors import is_transient
 
 def is_damaged(problem: BaseException) -> bool:
     """Whether an upload arrived as something else than was sent."""
-    return any(errors._status(cause) == 422 for cause in errors._causes(problem))
+    return any(errors.status_of(cause) == 422 for cause in errors.causes_of(problem))
 
 
 def below_first_line(problem: object) -> str:
@@ -34,4 +34,4 @@ def why_not_copied(problem: BaseException) -> str:
     if str(problem).startswith("Cannot duplicate"):
         return "it keeps them in its older storage"
     said = str(getattr(problem, "server_message", None) or "")
-    return errors.redacted(" ".join(said.split())) or f"status {errors._status(problem)}"
+    return errors.redacted(" ".join(said.split())) or f"status {errors.status_of(problem)}"

@@ -222,7 +222,7 @@ class Repository:
                     raise explained(problem, self.repo_id, "committing") from problem
                 landed = self._landed(expected, head, message)
                 if landed is None:
-                    wait = max(pause, errors._retry_after(problem))
+                    wait = max(pause, errors.asked_pause(problem))
                     if attempt == ATTEMPTS - 1 or wait > errors.PATIENCE:
                         raise explained(problem, self.repo_id, "committing") from problem
                     time.sleep(wait)
