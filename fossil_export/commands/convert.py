@@ -48,7 +48,7 @@ def convert(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Write ADAPTER in another format. The model itself is not loaded."""
+    """Write ADAPTER, a path or an id on the Hub, in another format. The model itself is not loaded."""
     from fossil_export.converting import convert as run_conversion
 
     result = run_conversion(

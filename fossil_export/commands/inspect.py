@@ -18,7 +18,7 @@ from fossil_export.tables import print_inspection
 def inspect(adapter: str, base: str | None, as_json: bool) -> None:
     """Show what ADAPTER holds, which base tensors it touches and what would stop a merge.
 
-    Exits with 1 when something would.
+    ADAPTER is a path or an id on the Hub. Exits with 1 when something would.
     """
     from fossil_export.inspection import inspect as look
 

@@ -49,8 +49,9 @@ def onnx(
 ) -> None:
     """Write ADAPTER and its base as an ONNX folder that ONNX Runtime or GenAI runs.
 
-    The graph is made from the base, or is one you have (--onnx). More adapters for a swappable folder are
-    made by `convert --to onnx-adapter`; `verify` runs the folder against the trained model.
+    ADAPTER is a path or an id on the Hub. The graph is made from the base, or is one you have (--onnx). More
+    adapters for a swappable folder are made by `convert --to onnx-adapter`; `verify` runs the folder against the
+    trained model.
     """
     from fossil_export.onnx.api import export_onnx
 

@@ -39,8 +39,8 @@ def verify(
 ) -> None:
     """Is ARTIFACT what was trained?
 
-    ARTIFACT is a folder that `merge`, `onnx` or `convert --to lora` wrote. Exits with 0 for parity and with 1
-    otherwise, with the first reason on one line. Writes fossil_parity.json into the folder.
+    ARTIFACT is a folder that `merge`, `onnx` or `convert --to lora` wrote, or its id on the Hub. Exits with 0 for
+    parity and with 1 otherwise, with the first reason on one line. Writes fossil_parity.json into the folder.
     """
     from fossil_export.verifying import verify as check
 
