@@ -80,8 +80,14 @@ class _Cut(Exception):
 
 
 class LoopbackHub(Repos):
-    def __init__(self, storage: Path, tokens: Mapping[str, str] | None = None, multipart_above: int = 1 << 40) -> None:
-        super().__init__(storage, tokens)
+    def __init__(
+        self,
+        storage: Path,
+        tokens: Mapping[str, str] | None = None,
+        multipart_above: int = 1 << 40,
+        xet: bool = False,
+    ) -> None:
+        super().__init__(storage, tokens, xet)
         self.multipart_above, self.part_size = multipart_above, max(1, min(multipart_above, 16 << 20))
         self.log: list[Request] = []
         self.incidents: list[str] = []
@@ -443,7 +449,7 @@ class _Handler(BaseHTTPRequestHandler):
         if blob.content is None:
             told["lfs"] = {"oid": blob.sha256, "size": blob.size, "pointerSize": len(blob.pointer)}
             if not self.hub.no_xet:
-                told["xetHash"] = blob.xet_hash
+                told["xetHash"] = self.hub.xet_hash(blob.sha256)
         if expand:
             last = repo.last_change(commit, path)
             told["lastCommit"] = {"id": last.sha, "title": last.title, "date": last.date}
@@ -506,6 +512,9 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(404, "Entry not found", "EntryNotFound", **headers)
         if blob.content is None:
             headers |= {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(blob.size), "Accept-Ranges": "bytes"}
+            if self.hub.xet is not None:
+                route = f"{self.hub.endpoint}/api/models/{repo}/xet-read-token/{commit.sha}"
+                headers |= {"X-Xet-Hash": self.hub.xet_hash(blob.sha256), "Link": f'<{route}>; rel="xet-auth"'}
             return Reply(302, headers=headers | {"Location": self.hub.signed(f"/cdn/{blob.sha256}")})
         status, first, length = self._ranged(blob.size, headers)
         headers |= {"ETag": f'"{blob.oid}"', "Content-Type": "text/plain; charset=utf-8"}
@@ -518,6 +527,18 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{oid}"', "Content-Type": "application/octet-stream"}
         status, first, length = self._ranged(stored.stat().st_size, headers)
         return Reply(status, headers=headers, file=(stored, first, length))
+
+    def xet_token(self, repo: str, right: str, revision: str) -> Reply:
+        store = self.hub.xet
+        if store is None:
+            raise Refusal(404, "This Hub has no Xet storage")
+        if right == "write":
+            self.hub.writable(self.user, repo, through_pull_request=self._flag("create_pr"))
+        else:
+            self.hub.content_readable(self.user, repo)
+        told = {"casUrl": store.url, "accessToken": secrets.token_hex(8), "exp": int(time.time()) + 3600}
+        names = ("X-Xet-Cas-Url", "X-Xet-Access-Token", "X-Xet-Token-Expiration")
+        return _json(told, headers=dict(zip(names, map(str, told.values()), strict=True)))
 
     # Uploads
 
@@ -542,7 +563,7 @@ class _Handler(BaseHTTPRequestHandler):
             oid, size = item["oid"], item["size"]
             answer: dict[str, Any] = {"oid": oid, "size": size}
             objects.append(answer)
-            if found.objects.get(oid) == size:
+            if self.hub.size_of(found, oid) == size:
                 continue
             base = f"/storage/{repo}/{oid}"
             upload: dict[str, Any] = {"href": self.hub.signed(f"{base}/{size}/0")}
@@ -606,6 +627,7 @@ _ROUTES: list[tuple[str, str, str]] = [
     ("GET", f"{_MODEL}/commits/{_REV}", "commits"),
     ("GET", f"{_MODEL}/discussions", "discussions"),
     ("POST", f"{_MODEL}/branch/(?P<branch>[^/]+)", "branch"),
+    ("GET", f"{_MODEL}/xet-(?P<right>read|write)-token/{_REV}", "xet_token"),
     ("POST", f"{_MODEL}/preupload/{_REV}", "preupload"),
     ("POST", f"{_MODEL}/lfs-files/duplicate", "duplicate"),
     ("POST", f"{_MODEL}/commit/{_REV}", "commit"),
@@ -657,7 +679,8 @@ def front_matter(text: str) -> dict[str, Any]:
 def environment(hub: LoopbackHub, home: Path, token: str | None = None) -> dict[str, str]:
     """The whole environment of a child process whose client uses this Hub; it inherits nothing about the real one."""
     mine = {key: value for key, value in os.environ.items() if not re.match(r"HF_|HUGGING|TRANSFORMERS_OFFLINE", key)}
-    mine |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    mine |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+    mine |= {"HF_HUB_DISABLE_XET": "1" if hub.xet is None else "0"}
     mine |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1,localhost"}
     return mine if token is None else mine | {"HF_TOKEN": token}
 

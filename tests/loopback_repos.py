@@ -13,6 +13,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from loopback_xet import XetStore
+
 CHUNK = 1 << 18
 LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".onnx", ".onnx.data", ".onnx_adapter")
 # The Hub starts every repository with this file, in a first commit of its own.
@@ -50,10 +52,6 @@ class Blob:
     def oid(self) -> str:
         stored = self.pointer if self.content is None else self.content
         return hashlib.sha1(b"blob %d\0" % len(stored) + stored).hexdigest()
-
-    @property
-    def xet_hash(self) -> str:
-        return hashlib.sha256(b"xet" + self.sha256.encode()).hexdigest()
 
     @classmethod
     def regular(cls, content: bytes) -> Blob:
@@ -110,8 +108,9 @@ class Repo:
 
 
 class Repos:
-    def __init__(self, storage: Path, tokens: Mapping[str, str] | None = None) -> None:
+    def __init__(self, storage: Path, tokens: Mapping[str, str] | None = None, xet: bool = False) -> None:
         self.tokens = dict(tokens or {})
+        self.xet = XetStore(storage / "xet") if xet else None
         self.granted: set[str] = set()  # users who were let into every gated repository
         self.refuse_copies = False
         self.no_xet = False
@@ -140,7 +139,11 @@ class Repos:
     ) -> str:
         """A commit made behind the client's back; an unknown branch starts from main."""
         repo = self._repos[repo_id]
-        changes: dict[str, Blob | None] = {path: self._take(repo, path, content) for path, content in files.items()}
+        taken = {path: self._take(repo, path, content) for path, content in files.items()}
+        large = [self.object_path(blob.sha256) for blob in taken.values() if blob.content is None]
+        if self.xet is not None and large:
+            self.xet.put(*large)
+        changes: dict[str, Blob | None] = {**taken}
         with self.lock:
             repo.branches.setdefault(branch, repo.branches["main"])
             return self.advance(repo, branch, message, changes | dict.fromkeys(delete)).sha
@@ -250,7 +253,7 @@ class Repos:
             raw = base64.b64decode(content) if value.get("encoding") == "base64" else content.encode()
             return {path: Blob.regular(raw)}
         if key == "lfsFile":
-            size = repo.objects.get(value["oid"])
+            size = self.size_of(repo, value["oid"])
             if size is None or value.get("size", size) != size:
                 raise Refusal(400, f"LFS pointer of {path} points to a file that was not uploaded to {repo.id}")
             return {path: Blob(size, value["oid"])}
@@ -265,7 +268,26 @@ class Repos:
     # LFS objects: sent, joined, then known to the one repository once their hash is right
 
     def object_path(self, oid: str) -> Path:
-        return self._objects / oid
+        path = self._objects / oid
+        if self.xet is not None and not path.exists() and oid in self.xet.files():
+            self.xet.get(oid, path)
+        return path
+
+    def size_of(self, repo: Repo, oid: str) -> int | None:
+        """Of an object that the repository may refer to; what came through Xet is told by its SHA-256 alone."""
+        if self.xet is not None and oid not in repo.objects and oid in self.xet.files():
+            repo.objects[oid] = self.xet.files()[oid][1]
+        return repo.objects.get(oid)
+
+    def xet_hash(self, oid: str) -> str:
+        if self.xet is None:
+            return hashlib.sha256(b"xet" + oid.encode()).hexdigest()
+        return self.xet.files()[oid][0]
+
+    @property
+    def xet_store(self) -> XetStore:
+        assert self.xet is not None
+        return self.xet
 
     def receive(
         self, repo_id: str, oid: str, size: int, part: int, pieces: Iterable[bytes], corrupt: bool = False
@@ -328,7 +350,7 @@ class Repos:
             oid = file["sha256"]
             if self.refuse_copies:
                 answer["failed"].append({"sha256": oid, "error": "Repositories are in different storage regions"})
-            elif oid not in source.objects or file["xetHash"] != Blob(0, oid).xet_hash:
+            elif oid not in source.objects or file["xetHash"] != self.xet_hash(oid):
                 answer["failed"].append({"sha256": oid, "error": "File not found in the source repository"})
             else:
                 target.objects[oid] = source.objects[oid]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from fossil_export.errors import FossilExportError, HubError
+from fossil_export.hub import xet
 
 T = TypeVar("T")
 
@@ -83,7 +84,9 @@ def retried(run: Callable[[], T], name: str, doing: str = "", attempts: int = AT
             until = until or time.monotonic() + PATIENCE
             wait = max(pause, asked_pause(problem))
             late = any(map(status_of, causes_of(problem))) and time.monotonic() + wait > until
-            if attempt == attempts - 1 or late or not is_transient(problem):
+            # hf_xet has tried for minutes already.
+            last = min(attempts - 1, 1) if xet.is_xet(problem) else attempts - 1
+            if attempt >= last or late or not is_transient(problem):
                 raise explained(problem, name, doing) from problem
         time.sleep(wait)
         pause *= 2
@@ -100,12 +103,20 @@ def causes_of(problem: BaseException) -> Iterator[BaseException]:
 
 def status_of(problem: BaseException) -> int:
     response = getattr(problem, "response", None)
-    return int(getattr(response, "status_code", 0) or 0)
+    return int(getattr(response, "status_code", 0) or 0) or xet.status_of(problem)
+
+
+def errno_of(problem: BaseException | None) -> int | None:
+    """The system's number of an error with a file or the disk."""
+    found = problem.errno if isinstance(problem, OSError) else None
+    return found if found is not None or problem is None else xet.errno_of(problem)
 
 
 def _is_network(problem: BaseException) -> bool:
     # The client's HTTP library (httpx, or its successor) is no dependency of ours.
     names = {kind.__name__ for kind in type(problem).__mro__}
+    if xet.is_xet(problem):
+        return xet.is_unreachable(problem)
     return bool(names & {"TransportError", "TimeoutException", "NetworkError"}) or (
         isinstance(problem, ConnectionError) and not _is_offline(problem)
     )
@@ -131,8 +142,9 @@ def _is_offline(problem: BaseException) -> bool:
 def _remedy(problem: BaseException, page: str) -> str | None:
     from huggingface_hub import constants, errors
 
-    # Behind each of them is the HTTP library's own error, which knows no more than the status.
-    status = status_of(problem) if isinstance(problem, errors.HfHubHTTPError) else 0
+    by_xet = xet.is_xet(problem)
+    # Behind each of the client's errors is the HTTP library's own, which knows no more than the status.
+    status = status_of(problem) if by_xet or isinstance(problem, errors.HfHubHTTPError) else 0
     if isinstance(problem, errors.GatedRepoError):
         return f"is gated; accept the licence at {page} and log in with `hf auth login`"
     if isinstance(problem, errors.RevisionNotFoundError):
@@ -169,10 +181,12 @@ def _remedy(problem: BaseException, page: str) -> str | None:
         )
     if isinstance(problem, json.JSONDecodeError):
         return f"{endpoint()} answers, but not as the Hub does; check HTTPS_PROXY and HF_ENDPOINT"
-    if isinstance(problem, OSError) and problem.errno == errno.ENOSPC:
+    if errno_of(problem) == errno.ENOSPC:
         return "no room left on the disk; make some, or move the cache with HF_HOME"
     if isinstance(problem, OSError) and str(problem.filename).startswith(str(constants.HF_HUB_CACHE)):
         return f"{problem.filename}: {problem.strerror}; see to the Hub's cache, or move it with HF_HOME"
+    if by_xet:
+        return f"{_line(problem)}; run the same command again, or with HF_HUB_DISABLE_XET=1 to go without hf_xet"
     return None
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from fossil_export.checkpoints.header import read_header
 from fossil_export.errors import HubError, OutputError
-from fossil_export.hub.errors import retried
+from fossil_export.hub.errors import errno_of, retried
 from fossil_export.hub.remote import is_sound
+from fossil_export.hub.xet import index_bytes
 from fossil_export.merging.run import Runner
 from fossil_export.merging.survival import Survival
 from fossil_export.publishing.journal import Journal
@@ -85,7 +87,7 @@ class Carrier:
         """What a model folder has beside its weights and records."""
         merge = self.merge
         small: dict[str, Path | bytes] = {}
-        sent = [name for name, path in merge.companions.items() if self._is_sent(name, path)]
+        sent = [name for name in merge.companions if self.plan.is_sent(name)]
         merge.base.source.fetch([name for name in sent if merge.companions[name] == base_path(merge, name)])
         for name, path in merge.companions.items():
             if name in sent:
@@ -107,14 +109,14 @@ class Carrier:
         remote, copies = self.plan.remote, self.copied
         assert remote is not None
         self._refused = True
-        biggest = max(remote.entries[name].size for name in copies)
-        limit, needed = self.plan.max_disk, biggest + self.plan.adapter_bytes
+        sizes = [remote.entries[name].size for name in copies]
+        limit, needed = self.plan.max_disk, max(sizes) + self.plan.kept + index_bytes(sizes)
         if limit is not None and needed > limit:
             raise OutputError(
                 f"the Hub does not copy from {remote.repository}, and passing its files through takes {needed:,} bytes "
                 f"at once; --max-disk allows {limit:,}, allow {needed:,}"
             )
-        check_room(self._folder, biggest)
+        check_room(self._folder, max(sizes))
         weights = {move.file.name for move in self.plan.moves}
         for number, name in enumerate(copies, 1):
             self._progress(f"[{number}/{len(copies)}] {name}: passing through, as the Hub does not copy it")
@@ -208,12 +210,6 @@ class Carrier:
             self._repository.upload(*additions)
         self.operations |= {addition.path_in_repo: addition for addition in additions}
 
-    def _is_sent(self, name: str, path: Path) -> bool:
-        """Whether a companion goes through this machine: it is not the base's, or so small that the Hub has it in
-        git, which copies nothing."""
-        remote = self.plan.remote
-        return remote is None or path != base_path(self.merge, name) or len(remote.entries[name].blob) != 64
-
     def _local(self, name: str) -> Path:
         remote = self.plan.remote
         assert remote is not None
@@ -245,9 +241,8 @@ class Carrier:
             try:
                 retried(lambda: run(again), remote.repository, f"fetching {name}")  # noqa: B023  called at once
             except HubError as problem:
-                cause = problem.__cause__
-                if isinstance(cause, OSError) and cause.errno in _DISK:
-                    raise _not_written(path, cause) from cause
+                if errno_of(problem.__cause__) in _DISK:
+                    raise _not_written(path, problem.__cause__) from problem.__cause__
                 raise
             if is_sound(path, remote.entries[name]):
                 # The plan was made from a header that came in a range, without a hash.
@@ -263,5 +258,6 @@ class Carrier:
         )
 
 
-def _not_written(path: Path, problem: OSError) -> OutputError:
-    return OutputError(f"{path}: writing failed: {problem.strerror}; make room, or work elsewhere with --cache-dir")
+def _not_written(path: Path, problem: BaseException | None) -> OutputError:
+    why = os.strerror(errno_of(problem) or errno.EIO)
+    return OutputError(f"{path}: writing failed: {why}; make room, or work elsewhere with --cache-dir")

@@ -9,6 +9,7 @@ from typing import Any
 
 from fossil_export.errors import OutputError
 from fossil_export.hub.remote import HubFolder
+from fossil_export.hub.xet import index_bytes
 from fossil_export.merging.layout import FilePlan
 from fossil_export.merging.plan import MergePlan
 from fossil_export.merging.run import in_place
@@ -47,8 +48,30 @@ class StreamPlan:
 
     @property
     def disk(self) -> int:
-        """The most bytes on the disk at any time: the adapter, if it comes from the Hub, and the files at hand."""
-        return self.adapter_bytes + max((move.disk for move in self.moves), default=0)
+        """The most bytes on the disk at any time: the files at hand, and what stays in the Hub's caches."""
+        return max((move.disk for move in self.moves), default=0) + self.kept
+
+    @property
+    def kept(self) -> int:
+        """Bytes in the Hub's caches: an adapter from there, the base's small files, the index of uploads."""
+        uploads = (move.file.size for move in self.moves if move.way != "copy")
+        return self.adapter_bytes + self.small_bytes + index_bytes(uploads)
+
+    @property
+    def small_bytes(self) -> int:
+        """Of the base's files beside its weights that come here; those outside of git are copied on the Hub."""
+        if (remote := self.remote) is None:
+            return 0
+        companions = self.merge.companions
+        names = {name for name, path in companions.items() if path == base_path(self.merge, name)}
+        names |= {name for name in remote.root_names() if name.endswith(".json")}
+        return sum(remote.entries[name].size for name in names if not _is_large(self.merge, name))
+
+    def is_sent(self, name: str) -> bool:
+        """Whether a companion goes through this machine: it is not the base's, or the Hub keeps it in git, of which
+        it copies nothing."""
+        remote, path = self.remote, self.merge.companions[name]
+        return remote is None or path != base_path(self.merge, name) or not _is_large(self.merge, name)
 
     @property
     def adapter_bytes(self) -> int:
@@ -104,7 +127,7 @@ def plan_moves(merge: MergePlan, max_disk: int | None = None) -> StreamPlan:
         most = max(plan.moves, key=lambda move: move.disk)
         raise OutputError(
             f"--max-disk {max_disk:,} is too little: {most.file.name} takes {most.disk:,} bytes at once"
-            + (f", the adapter {plan.adapter_bytes:,}" if plan.adapter_bytes else "")
+            + (f", the Hub's caches {plan.kept:,}" if plan.kept else "")
             + f"; allow {plan.disk:,}"
         )
     return plan
