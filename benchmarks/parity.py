@@ -19,7 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import smollm2
 
 from fossil_export import merge, verify
-from fossil_export.verifying.certificate import device_name, versions
+from fossil_export.verifying.verdict import device_name, versions
 
 ADAPTERS = {
     "tile, r = 64": ("tile", 64, 20),

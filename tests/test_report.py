@@ -18,9 +18,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fossil_export.verifying.api import Verification
 from fossil_export.verifying.forward import FLOOR, Distance, ForwardCheck, ModuleError
 from fossil_export.verifying.report import REASONS, WRONG, html
+from fossil_export.verifying.verdict import Verification
 from fossil_export.verifying.weights import TensorCheck
 
 KINDS = [f"self_attn.{kind}_proj" for kind in "qkvo"] + [f"mlp.{kind}_proj" for kind in ("gate", "up", "down")]

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from fossil_export.errors import MissingExtraError, OnnxError
-from fossil_export.onnx.plan import load_graph
+from fossil_export.onnx.graph_file import load_graph
 
 
 def build_genai(model: Path, output: Path, precision: str, device: str) -> Path:

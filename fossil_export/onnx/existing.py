@@ -15,7 +15,8 @@ from fossil_export.checkpoints.companions import TOKENIZER_FILES
 from fossil_export.checkpoints.dtypes import numpy_dtype
 from fossil_export.errors import OnnxError, listed
 from fossil_export.hub import resolve
-from fossil_export.onnx.plan import OnnxPlan, external_files, load_graph
+from fossil_export.onnx.graph_file import external_files, load_graph
+from fossil_export.onnx.plan import OnnxPlan
 from fossil_export.onnx.weight import SAFETENSORS_NAME, stored
 
 if TYPE_CHECKING:

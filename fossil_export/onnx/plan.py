@@ -15,8 +15,8 @@ from fossil_export.checkpoints.dtypes import numpy_dtype
 from fossil_export.errors import OnnxError, listed
 from fossil_export.merging.plan import MergePlan
 from fossil_export.methods import METHODS
+from fossil_export.onnx.graph_file import MARK, load_graph
 from fossil_export.onnx.locate import Found, Piece, Wanted, locate
-from fossil_export.onnx.signature import MARK
 from fossil_export.onnx.sites import Site, find_sites
 from fossil_export.onnx.weight import SAFETENSORS_NAME
 
@@ -161,42 +161,6 @@ def plan_onnx(merge: MergePlan, mode: str, graph: Path) -> OnnxPlan:
     if mode == "swappable" and any(len(found_ranks) > 1 for found_ranks in ranks.values()):
         raise OnnxError(f"{merge.adapter.path}: layers of one kind have different ranks; use --mode fused or tiled")
     return OnnxPlan(mode, merge, model, graph, targets, {one.module: one.weight for one in wanted})
-
-
-def load_graph(path: Path) -> ir.Model:
-    """Read a graph without its external data, whose presence is checked. Raises OnnxError."""
-    from fossil_export.extras import required
-
-    ir = required("onnx_ir")
-    try:
-        model = ir.load(path)
-    except (OSError, ValueError, RuntimeError) as problem:
-        raise OnnxError(f"{path}: is no ONNX graph: {str(problem).splitlines()[0]}") from problem
-    except Exception as problem:  # protobuf's own errors
-        raise OnnxError(f"{path}: is no ONNX graph ({type(problem).__name__}); fetch or export it again") from problem
-    for file, needed in external_files(model).items():
-        if not file.is_file():
-            raise OnnxError(f"{path}: its external data {file.name} is missing; put it beside the graph")
-        if file.stat().st_size < needed:
-            raise OnnxError(
-                f"{file}: has {file.stat().st_size:,} bytes, the graph reads up to {needed:,}; fetch it again"
-            )
-    return model
-
-
-def external_files(model: ir.Model) -> dict[Path, int]:
-    """The external data files of a graph and the bytes of each that it reads."""
-    import onnx_ir as ir
-
-    files: dict[Path, int] = {}
-    initializers = [value for graph in model.graphs() for value in graph.initializers.values()]
-    for value in initializers:
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor):
-            path = Path(tensor.base_dir) / tensor.location
-            end = (tensor.offset or 0) + (tensor.length if tensor.length is not None else tensor.nbytes)
-            files[path] = max(files.get(path, 0), end)
-    return files
 
 
 def check_graph(model: ir.Model, graph: Path, mode: str) -> None:

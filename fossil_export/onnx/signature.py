@@ -17,6 +17,7 @@ import numpy as np
 from fossil_export.adapters import Adapter
 from fossil_export.errors import OnnxError
 from fossil_export.merging.plan import MergePlan
+from fossil_export.onnx.graph_file import MARK, load_graph
 from fossil_export.onnx.locate import Piece
 
 if TYPE_CHECKING:
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 
     from fossil_export.onnx.edit import Editor
     from fossil_export.onnx.plan import OnnxPlan
-
-MARK = "fossil_export"
-"""Metadata key of a graph that carries an adapter, or can."""
 
 FORMAT = 1
 SAMPLED = 4
@@ -107,8 +105,6 @@ def _outlets(plan: OnnxPlan, editor: Editor) -> Iterator[Outlet]:
 
 def read_mark(graph: Path, model: ir.Model | None = None) -> dict[str, Any]:
     """What fossil-export wrote into the graph's metadata; empty for a graph that it did not rewrite."""
-    from fossil_export.onnx.plan import load_graph
-
     text = (model or load_graph(graph)).metadata_props.get(MARK)
     try:
         found = json.loads(text or "{}")

@@ -6,7 +6,7 @@ import errno
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,52 +19,15 @@ from fossil_export.errors import AdapterError, CheckpointError, FossilExportErro
 from fossil_export.hub import Located, locate, pinned
 from fossil_export.merging.plan import plan_merge
 from fossil_export.verifying.artifacts import open_any
-from fossil_export.verifying.certificate import certificate, device_name, finite, hashes
-from fossil_export.verifying.forward import ForwardCheck, check_forward
+from fossil_export.verifying.forward import check_forward
 from fossil_export.verifying.models import check_device, tokenize
 from fossil_export.verifying.prompts import PROMPTS, read_prompts
-from fossil_export.verifying.weights import TensorCheck
+from fossil_export.verifying.verdict import Verification, certificate, device_name, hashes
 
 LEVELS = ("weights", "forward", "all")
 
 SWAPPED = 2
 """Prompts that are asked before, with and after an adapter that can be swapped."""
-
-
-@dataclass(frozen=True)
-class Verification:
-    """The verdict on one artifact. `problems` is empty for parity, else the reasons, the first one first;
-    `tensors` is None unless the weights level ran, `forward` unless the forward level did."""
-
-    artifact: Path
-    base: Checkpoint
-    adapter: Adapter
-    problems: tuple[str, ...]
-    tensors: tuple[TensorCheck, ...] | None
-    forward: ForwardCheck | None
-    device: str
-    seconds: float
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def parity(self) -> bool:
-        return not self.problems
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every figure, as `--json` prints it; infinite errors are None."""
-        return {
-            **certificate(self),
-            "seconds": round(self.seconds, 3),
-            "problems": list(self.problems),
-            "warnings": list(self.warnings),
-            "tensors": None if self.tensors is None else [_tensor(check) for check in self.tensors],
-            "modules": None
-            if self.forward is None
-            else [
-                {"module": error.module, "trainer": finite(error.trainer), "artifact": finite(error.artifact)}
-                for error in self.forward.modules
-            ],
-        }
 
 
 def verify(
@@ -210,19 +173,6 @@ def _whole(base: Located, adapter: Adapter) -> Checkpoint:
         except MergeError:  # a verdict, which needs the files all the same
             base.fetched(_parts(base.source.names()))
     return base.checkpoint()
-
-
-def _tensor(check: TensorCheck) -> dict[str, Any]:
-    return {
-        "tensor": check.name,
-        "action": check.action,
-        "module": check.module,
-        "worst_error_in_steps": finite(check.worst),
-        "elements_off": check.off,
-        "elements": check.elements,
-        "survived": finite(check.survived) if check.survived is not None else None,
-        "problem": check.problem,
-    }
 
 
 def _write(path: Path, content: bytes) -> None:

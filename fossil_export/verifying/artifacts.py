@@ -122,7 +122,7 @@ class OnnxFolder:
 
     def dtype(self, base: Checkpoint) -> str:
         from fossil_export.onnx.existing import find_graph
-        from fossil_export.onnx.plan import load_graph
+        from fossil_export.onnx.graph_file import load_graph
 
         found = [
             value.dtype.name

@@ -15,8 +15,8 @@ import numpy as np
 
 from fossil_export.errors import OnnxError
 from fossil_export.onnx.existing import find_graph
+from fossil_export.onnx.graph_file import load_graph
 from fossil_export.onnx.locate import QUANTIZED_TOLERANCE, Found, Wanted, locate
-from fossil_export.onnx.plan import load_graph
 from fossil_export.onnx.sites import find_sites
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from fossil_export.verifying.plots import heat_map, module_plot
 from fossil_export.version import __version__
 
 if TYPE_CHECKING:
-    from fossil_export.verifying.api import Verification
     from fossil_export.verifying.forward import ForwardCheck
+    from fossil_export.verifying.verdict import Verification
     from fossil_export.verifying.weights import TensorCheck
 
 REASONS, WRONG = 20, 50
@@ -175,7 +175,7 @@ def _merged(merged: Sequence[TensorCheck]) -> str:
 
 
 def _footer(result: Verification) -> str:
-    from fossil_export.verifying.certificate import versions
+    from fossil_export.verifying.verdict import versions
 
     adapter = result.adapter
     facts = {

@@ -16,8 +16,8 @@ from fossil_export.errors import OnnxError, listed
 from fossil_export.extras import required
 from fossil_export.onnx.adapter_file import ADAPTER
 from fossil_export.onnx.existing import find_graph
+from fossil_export.onnx.graph_file import load_graph
 from fossil_export.onnx.locate import Piece
-from fossil_export.onnx.plan import load_graph
 from fossil_export.onnx.signature import Outlet, read_mark, read_signature
 from fossil_export.onnx.weight import stored
 

@@ -1,19 +1,56 @@
-"""`fossil_parity.json`: the verdict and its figures in brief, for a model card to quote."""
+"""What one verification found, and `fossil_parity.json`: the same in brief, for a model card to quote."""
 
 from __future__ import annotations
 
 import os
 import platform
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from fossil_export.checkpoints.checkpoint import identity, sha256
+from fossil_export.adapters import Adapter
+from fossil_export.checkpoints.checkpoint import Checkpoint, identity, sha256
 from fossil_export.verifying.artifacts import open_any
-from fossil_export.verifying.forward import FACTOR, Distance
+from fossil_export.verifying.forward import FACTOR, Distance, ForwardCheck
+from fossil_export.verifying.weights import TensorCheck
 from fossil_export.version import __version__
 
-if TYPE_CHECKING:
-    from fossil_export.verifying.api import Verification
+
+@dataclass(frozen=True)
+class Verification:
+    """The verdict on one artifact. `problems` is empty for parity, else the reasons, the first one first;
+    `tensors` is None unless the weights level ran, `forward` unless the forward level did."""
+
+    artifact: Path
+    base: Checkpoint
+    adapter: Adapter
+    problems: tuple[str, ...]
+    tensors: tuple[TensorCheck, ...] | None
+    forward: ForwardCheck | None
+    device: str
+    seconds: float
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def parity(self) -> bool:
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every figure, as `--json` prints it; infinite errors are None."""
+        return {
+            **certificate(self),
+            "seconds": round(self.seconds, 3),
+            "problems": list(self.problems),
+            "warnings": list(self.warnings),
+            "tensors": None if self.tensors is None else [_tensor(check) for check in self.tensors],
+            "modules": None
+            if self.forward is None
+            else [
+                {"module": error.module, "trainer": finite(error.trainer), "artifact": finite(error.artifact)}
+                for error in self.forward.modules
+            ],
+        }
 
 
 def certificate(result: Verification) -> dict[str, Any]:
@@ -103,4 +140,17 @@ def _distance(found: Distance) -> dict[str, float | None]:
         "max_abs_difference": finite(found.max_abs_difference),
         "kl": finite(found.kl),
         "top1": found.top1,
+    }
+
+
+def _tensor(check: TensorCheck) -> dict[str, Any]:
+    return {
+        "tensor": check.name,
+        "action": check.action,
+        "module": check.module,
+        "worst_error_in_steps": finite(check.worst),
+        "elements_off": check.off,
+        "elements": check.elements,
+        "survived": finite(check.survived) if check.survived is not None else None,
+        "problem": check.problem,
     }
