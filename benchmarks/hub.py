@@ -1,11 +1,13 @@
 """A merge to the Hub: streamed, against download-merge-upload by fossil-export and by PEFT, over loopback HTTP.
 
     python benchmarks/hub.py --size 2 --rounds 3 --peft 1
+    python benchmarks/hub.py --size 2 --rounds 1 --peft 1 --xet
 
 makes a random Llama-shaped bfloat16 base of about that many GB in four files (benchmarks/merge.py), of which the
 first holds the embedding alone, and a q,v-only adapter (tile, r = 64); both lie on a Hub on this machine
 (tests/loopback_hub.py). Every contestant is a whole process with an empty cache. Prints, as Markdown, medians of the
-bytes that moved and of the wall time, and the most bytes on the client's disk, looked at every few milliseconds.
+bytes that moved and of the wall time, the process's peak memory, and the most bytes on the client's disk, looked at
+every few milliseconds. With --xet large files move by hf_xet, from and to a folder, whose bytes are not counted here.
 """
 
 from __future__ import annotations
@@ -14,11 +16,9 @@ import argparse
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,9 +43,11 @@ PeftModel.from_pretrained(model, adapter).merge_and_unload().push_to_hub(target)
 
 @dataclass(frozen=True)
 class Run:
-    """Seconds; bytes from the Hub, to the Hub, on the client's disk at most, and of untouched files either way."""
+    """Seconds; bytes from the Hub, to the Hub, on the client's disk and in its memory at most, and of untouched files
+    either way."""
 
     seconds: float
+    memory: int
     down: int
     up: int
     disk: int
@@ -66,31 +68,28 @@ def run(hub: Any, command: list[str], target: str, home: Path) -> Run:
     home.mkdir()
     (home / "tmp").mkdir()
     hub.reset_log()
-    started = time.perf_counter()
-    with largest(home) as sizes:
-        done = subprocess.run(
-            command, env={**environment(hub, home, TOKEN), "TMPDIR": str(home / "tmp")}, capture_output=True, text=True
-        )
-    seconds = time.perf_counter() - started
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command[:5])} failed:\n{done.stderr}")
+    kept = [] if hub.xet is None else list(hub.xet.of_client())
+    before = sum(size_of(folder) for folder in kept)
+    with largest([home, *kept]) as sizes:
+        env = {**environment(hub, home, TOKEN), "TMPDIR": str(home / "tmp")}
+        seconds, memory = merge.measure(command, env=env)
     down, up = hub.moved()
     shutil.rmtree(home)
     same = {digest for name, (_, digest) in hub.files("ada/base").items() if name.endswith(".safetensors")}
     same &= {digest for _, digest in hub.files(target).values()}
     untouched = sum(r.sent + r.received for r in hub.log if any(digest in r.path for digest in same))
-    return Run(seconds, down, up, max(sizes), untouched)
+    return Run(seconds, memory, down, up, max(sizes) - before, untouched)
 
 
 @contextmanager
-def largest(folder: Path) -> Iterator[list[int]]:
-    """The sizes of everything in `folder`, again and again until the block ends."""
+def largest(folders: list[Path]) -> Iterator[list[int]]:
+    """The sizes of everything in `folders`, again and again until the block ends."""
     sizes = [0]
     stop = threading.Event()
 
     def look() -> None:
         while not stop.wait(0.005):
-            sizes.append(sum(taken(Path(root) / name) for root, _, names in os.walk(folder) for name in names))
+            sizes.append(sum(map(size_of, folders)))
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -99,6 +98,10 @@ def largest(folder: Path) -> Iterator[list[int]]:
     finally:
         stop.set()
         thread.join()
+
+
+def size_of(folder: Path) -> int:
+    return sum(taken(Path(root) / name) for root, _, names in os.walk(folder) for name in names)
 
 
 def taken(path: Path) -> int:
@@ -114,6 +117,7 @@ def main() -> None:
     parser.add_argument("--size", type=float, default=2, help="of the base, in GB (default 2)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of fossil-export (default 3)")
     parser.add_argument("--peft", type=int, default=1, help="runs of PEFT (default 1)")
+    parser.add_argument("--xet", action="store_true", help="move large files by the Xet protocol")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "fossil-export-benchmark")
     options = parser.parse_args()
     base = options.work / f"base-{options.size:g}"
@@ -125,7 +129,7 @@ def main() -> None:
     results: dict[str, list[Run]] = {}
     with (
         tempfile.TemporaryDirectory(dir=options.work) as temporary,
-        LoopbackHub(Path(temporary) / "hub", {TOKEN: "ada"}) as hub,
+        LoopbackHub(Path(temporary) / "hub", {TOKEN: "ada"}, xet=options.xet) as hub,
     ):
         hub.add_folder("ada/base", base)
         hub.add_folder("ada/adapter", adapter)
@@ -140,13 +144,17 @@ def main() -> None:
     total, most = sum(files.values()), max(files.values())
     sizes = ", ".join(f"{size / 1e6:.0f}" for size in files.values())
     print(f"{total / 1e9:.2f} GB in files of {sizes} MB; {os.cpu_count()} cores\n")
-    print("| | from the Hub | to the Hub | peak disk | against the largest file | seconds |\n|---|---|---|---|---|---|")
+    print("| | from the Hub | to the Hub | peak disk | against the largest file | peak memory | seconds |")
+    print("|---|---|---|---|---|---|---|")
     for name, runs in results.items():
         down, up = (statistics.median(getattr(one, what) for one in runs) / 1e6 for what in ("down", "up"))
-        disk, seconds = max(one.disk for one in runs), statistics.median(one.seconds for one in runs)
-        print(f"| {name} | {down:.0f} MB | {up:.0f} MB | {disk / 1e6:.0f} MB | {disk / most:.2f}× | {seconds:.1f} |")
-    untouched = max((one.untouched for one in results.get("fossil-export, streamed", [])), default=0)
-    print(f"\nOf the untouched files, streamed: {untouched:,} bytes moved, headers included.")
+        moved = "– | –" if options.xet else f"{down:.0f} MB | {up:.0f} MB"
+        disk, memory = max(one.disk for one in runs), max(one.memory for one in runs) / 1e6
+        seconds = statistics.median(one.seconds for one in runs)
+        print(f"| {name} | {moved} | {disk / 1e6:.0f} MB | {disk / most:.2f}× | {memory:.0f} MB | {seconds:.1f} |")
+    if not options.xet:
+        untouched = max((one.untouched for one in results.get("fossil-export, streamed", [])), default=0)
+        print(f"\nOf the untouched files, streamed: {untouched:,} bytes moved, headers included.")
 
 
 if __name__ == "__main__":

@@ -147,10 +147,10 @@ sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
-def measure(command: list[str], sync: bool = False) -> tuple[float, int]:
+def measure(command: list[str], sync: bool = False, env: dict[str, str] | None = None) -> tuple[float, int]:
     """Wall seconds and peak resident bytes of a whole process, with a `sync` after it if asked."""
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, *command], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, *command], env=env, capture_output=True, text=True)
     if sync:
         os.sync()
     seconds = time.perf_counter() - started

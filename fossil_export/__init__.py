@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from fossil_export.inspection import Inspection, inspect
     from fossil_export.merging import MergePlan, MergeResult, merge, plan_merge
     from fossil_export.onnx.api import OnnxResult, export_onnx
-    from fossil_export.publishing import PushResult, StreamPlan, StreamResult, merge_to_hub, plan_stream, push
+    from fossil_export.publishing import (
+        PushResult,
+        StreamPlan,
+        StreamResult,
+        merge_to_hub,
+        plan_stream,
+        publish_certificate,
+        push,
+    )
     from fossil_export.verifying import Verification, verify
 
 _HOMES = {
@@ -43,6 +51,7 @@ _HOMES = {
     "merge_to_hub": "publishing",
     "plan_merge": "merging",
     "plan_stream": "publishing",
+    "publish_certificate": "publishing",
     "push": "publishing",
     "verify": "verifying",
 }
@@ -68,6 +77,7 @@ __all__ = [
     "merge_to_hub",
     "plan_merge",
     "plan_stream",
+    "publish_certificate",
     "push",
     "verify",
 ]

@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from fossil_export.hub import Located
 from fossil_export.verifying.forward import FLOOR, Distance, ForwardCheck, ModuleError
 from fossil_export.verifying.report import REASONS, WRONG, html
 from fossil_export.verifying.verdict import Verification
@@ -29,8 +30,10 @@ NASTY = '<b>&"'
 
 def result(**changes: Any) -> Verification:
     found: dict[str, Any] = {
+        "located": Located("out/merged", Path("out/merged")),
         "artifact": Path("out/merged"),
         "base": SimpleNamespace(location=Path("models/base")),
+        "base_name": "models/base",
         "adapter": SimpleNamespace(path=Path("adapters/mine"), variant="tile", rank=16),
         "problems": (),
         "tensors": None,

@@ -362,7 +362,7 @@ def test_the_command(scene: LoopbackHub, tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert found["commit"] == scene.head("ada/new") and len(found["copied"]) == 4 and found["resumed"] == 0
     assert scene.commits("ada/new")[0] == "Mine" and scene.readable("ada", "ada/new").private
-    assert "run `fossil-export verify ada/new`\n" in done.stderr and "DIR" not in done.stderr
+    assert "run `fossil-export verify ada/new --push-to-hub` and" in done.stderr and "DIR" not in done.stderr
     shown = cli(*command, "--revision", "v1").stdout
     assert (
         "copied there" in shown
@@ -399,4 +399,6 @@ def test_results_read_well(scene: LoopbackHub, bases: Path, tmp_path: Path) -> N
     assert isinstance(result, StreamResult) and result.resumed == 0
     told = json.loads(json.dumps(result.to_dict()))
     assert told["plan"]["stream"]["disk"] == result.plan.disk and told["tensors_merged"] == 4 == len(result.survival)
-    assert told["warnings"] == ["this was not verified; run `fossil-export verify ada/new`"]
+    assert told["warnings"] == [
+        "this was not verified; run `fossil-export verify ada/new --push-to-hub` and the card will quote it"
+    ]

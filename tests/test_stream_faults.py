@@ -437,6 +437,9 @@ def test_a_target_that_will_refuse_is_told_first(scene: LoopbackHub, tmp_path: P
         failing(tmp_path, said)
         assert scene.head("ada/new") == head and fetched(scene) == [] == stored(scene)
         scene.commit("ada/new", {}, delete=files)
+    scene.create("bob/model")
+    failing(tmp_path, "your token may not do that.*; or open a pull request with --create-pr", repo="bob/model")
+    assert fetched(scene) == [] == stored(scene)
     assert not list((tmp_path / "cache" / "stream").iterdir())
 
 

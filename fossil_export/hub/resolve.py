@@ -23,8 +23,8 @@ class Located:
     """What the user named.
 
     `name` is for records: the id of a model on the Hub, otherwise what was typed; `revision` its commit, where it
-    is known. `path` is where it lies or, on the Hub, will lie once `source`, the folder, has fetched it; `file` is
-    the file in it that was meant, None for all of it.
+    is known, and `branch` what was typed of it. `path` is where it lies or, on the Hub, will lie once `source`, the
+    folder, has fetched it; `file` is the file in it that was meant, None for all of it.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Located:
     source: Folder | None = None
     file: str | None = None
     notes: tuple[str, ...] = ()
+    branch: str | None = None
 
     def fetched(self, names: list[str] | None = None) -> Path:
         """The path, once these files of the folder (default: all, or the one that was meant) are there."""
@@ -132,7 +133,7 @@ def _on_hub(text: str, error: type[FossilExportError]) -> Located:
     repository, revision, inside = _parsed(text, error)
     folder, repository, commit, notes = open_repository(repository, revision)
     if not inside:
-        return Located(repository, folder.path, commit, folder, None, notes)
+        return Located(repository, folder.path, commit, folder, None, notes, revision)
     # Whether the last part is a file or a folder only the listing tells.
     names = folder.names()
     parent, _, last = inside.rpartition("/")
@@ -145,7 +146,7 @@ def _on_hub(text: str, error: type[FossilExportError]) -> Located:
     if within:
         folder = folder.within(within) if isinstance(folder, HubFolder) else LocalFolder(folder.path / within)
     file = last if is_file else None
-    return Located(f"hf://{repository}/{inside}", folder.path / (file or ""), commit, folder, file, notes)
+    return Located(f"hf://{repository}/{inside}", folder.path / (file or ""), commit, folder, file, notes, revision)
 
 
 def _parsed(text: str, error: type[FossilExportError]) -> tuple[str, str | None, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -119,6 +120,7 @@ def push(
         problems.append(
             f"{ADAPTER_CONFIG} names the base by a path, which was left out; if it is on the Hub, write its id there"
         )
+    notes = [note.replace("verify DIR`", f"verify {shlex.quote(str(folder))}`") for note in notes]
     found = [*repository.notes, *problems, *notes, *removal_warnings(repository.repo_id, removed)]
     return PushResult(
         repo_id=repository.repo_id,

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from fossil_export.errors import FossilExportError, HubError, listed
@@ -15,6 +15,8 @@ from fossil_export.hub import errors
 from fossil_export.hub.errors import ATTEMPTS, endpoint, explained, is_conflict, is_transient, retried
 from fossil_export.publishing.operations import Copy, Operation, digest_of, for_client, name_of
 from fossil_export.publishing.refusals import below_first_line, is_copy_refusal, is_damaged, why_not_copied
+
+T = TypeVar("T")
 
 _BATCH = 256
 """Files asked about in one request, as the client does."""
@@ -69,21 +71,50 @@ class Repository:
         return page if self.revision is None else f"{page}/tree/{quote(self.revision, safe='')}"
 
     def prepare(self, private: bool = False) -> None:
-        """See that repository and branch exist and may be written to. `private` is for a new one."""
-        from huggingface_hub import constants
-
-        if constants.is_offline_mode():
-            raise HubError(f"{self.repo_id}: HF_HUB_OFFLINE is set; unset it to publish")
+        """See that repository and branch exist and may be written to, and make them. `private` is for a new one."""
+        self._online()
 
         def run() -> bool:
             if "/" not in self.repo_id or not self._api.repo_exists(self.repo_id):
                 self.repo_id = self._api.create_repo(self.repo_id, private=private, exist_ok=True).repo_id
+            elif not self.create_pr:
+                self._api.auth_check(self.repo_id, write=True)
             if self.revision is not None and not self.create_pr and not self.revision.startswith("refs/"):
                 self._api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
             return private and not self._api.model_info(self.repo_id).private
 
-        if retried(run, self.repo_id, "opening it"):
+        if self._opened(run):
             self.notes.append(f"{self.repo_id}: exists already and stays public; --private is for a new one")
+
+    def check(self) -> None:
+        """See that repository and branch exist and may be written to; makes neither."""
+        self._online()
+
+        def run() -> list[str]:
+            if not self.create_pr:
+                self._api.auth_check(self.repo_id, write=True)
+            refs = self._api.list_repo_refs(self.repo_id, include_pull_requests=True)
+            return [ref.name for ref in refs.branches] + [ref.ref for ref in refs.pull_requests or []]
+
+        if self.revision not in (None, *self._opened(run)):
+            raise HubError(
+                f"{self.repo_id}: has no branch {self.revision}; a commit or a tag takes nothing, name a branch"
+            )
+
+    def _opened(self, run: Callable[[], T]) -> T:
+        try:
+            return retried(run, self.repo_id, "opening it")
+        except HubError as problem:
+            cause = problem.__cause__
+            if cause is None or self.create_pr or 403 not in map(errors.status_of, errors.causes_of(cause)):
+                raise
+            raise HubError(f"{problem}; or open a pull request with --create-pr") from cause
+
+    def _online(self) -> None:
+        from huggingface_hub import constants
+
+        if constants.is_offline_mode():
+            raise HubError(f"{self.repo_id}: HF_HUB_OFFLINE is set; unset it to publish")
 
     def head(self) -> str:
         """The commit that the branch is at."""

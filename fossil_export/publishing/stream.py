@@ -227,7 +227,7 @@ def _publish(carrier: Carrier, repository: Repository, with_hash: bool, title: s
         # There is no folder here to verify.
         branch = f"refs/pr/{commit.pr_url.rpartition('/')[2]}" if commit.pr_url else repository.revision
         where = repository.repo_id + (f"@{branch}" if branch else "")
-        said = [note.replace("verify DIR` first and the card will quote it", f"verify {where}`") for note in notes]
+        said = [note.replace("verify DIR` first", f"verify {where} --push-to-hub`") for note in notes]
         return _Published(commit, names, removed, [*problems, *said])
 
 

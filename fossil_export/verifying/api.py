@@ -14,7 +14,7 @@ from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.checkpoints.checkpoint import Checkpoint
 from fossil_export.checkpoints.companions import CERTIFICATE, PROVENANCE, is_weights
 from fossil_export.checkpoints.dtypes import BY_TORCH_NAME
-from fossil_export.checkpoints.jsonfile import read_json, write_json
+from fossil_export.checkpoints.jsonfile import read_json
 from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError
 from fossil_export.hub import Located, locate, pinned
 from fossil_export.merging.plan import plan_merge
@@ -22,7 +22,7 @@ from fossil_export.verifying.artifacts import open_any
 from fossil_export.verifying.forward import check_forward
 from fossil_export.verifying.models import check_device, tokenize
 from fossil_export.verifying.prompts import PROMPTS, read_prompts
-from fossil_export.verifying.verdict import Verification, certificate, device_name, hashes
+from fossil_export.verifying.verdict import Verification, certificate_file, device_name
 
 LEVELS = ("weights", "forward", "all")
 
@@ -43,11 +43,11 @@ def verify(
 ) -> Verification:
     """Is `artifact` (a folder that `merge`, `export_onnx` or `convert` wrote) what was trained?
 
-    All three may be ids on the Hub; an artifact there gets no certificate. `base` and `adapter` default to those its
-    `fossil_export.json` names. `level` is "weights" (every tensor, streamed, no model class), "forward" (logits and
-    continuations against the trainer, which needs the extra [peft]) or "all". `prompts` is a text file, one a line;
-    `report` an HTML file to write. Writes `fossil_parity.json` beside the weights. `progress` is called with the
-    bytes compared.
+    All three may be ids on the Hub. `base` and `adapter` default to those its `fossil_export.json` names. `level` is
+    "weights" (every tensor, streamed, no model class), "forward" (logits and continuations against the trainer, which
+    needs the extra [peft]) or "all". `prompts` is a text file, one a line; `report` an HTML file to write. Writes
+    `fossil_parity.json` beside the weights; for an artifact on the Hub `publish_certificate` does. `progress` is called
+    with the bytes compared.
 
     Raises a FossilExportError when something cannot be read or run; a difference is no error but a verdict.
     """
@@ -106,8 +106,10 @@ def verify(
                 raise CheckpointError(f"{folder}: {what}") from problem
             problems.append(f"the artifact {what}")  # what is wrong with its weights may be why
     result = Verification(
+        located=found_artifact,
         artifact=folder,
         base=base_checkpoint,
+        base_name=pinned(found_base.name, found_base.revision) if found_base.source else str(base_checkpoint.location),
         adapter=adapter,
         problems=tuple(problems),
         tensors=tensors,
@@ -118,7 +120,7 @@ def verify(
     )
     if found_artifact.source is None:
         try:
-            _write(folder / CERTIFICATE, write_json({**certificate(result), "hashes": hashes(result)}))
+            _write(folder / CERTIFICATE, certificate_file(result))
         except FossilExportError as problem:  # an artifact that may only be read has its verdict all the same
             result = replace(result, warnings=(*result.warnings, str(problem)))
     if report is not None:

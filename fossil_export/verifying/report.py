@@ -181,7 +181,7 @@ def _footer(result: Verification) -> str:
     facts = {
         "Artifact": result.artifact,
         "Adapter": f"{adapter.path} ({adapter.variant}, rank {adapter.rank})",
-        "Base": result.base.location,
+        "Base": result.base_name,
         "Device": result.device,
         "Versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
         "Made by": f"fossil-export {__version__}",

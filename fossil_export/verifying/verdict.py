@@ -11,6 +11,8 @@ from typing import Any
 
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints.checkpoint import Checkpoint, identity, sha256
+from fossil_export.checkpoints.jsonfile import write_json
+from fossil_export.hub import Located
 from fossil_export.verifying.artifacts import open_any
 from fossil_export.verifying.forward import FACTOR, Distance, ForwardCheck
 from fossil_export.verifying.weights import TensorCheck
@@ -19,11 +21,14 @@ from fossil_export.version import __version__
 
 @dataclass(frozen=True)
 class Verification:
-    """The verdict on one artifact. `problems` is empty for parity, else the reasons, the first one first;
-    `tensors` is None unless the weights level ran, `forward` unless the forward level did."""
+    """The verdict on one artifact, which lay at `located` and now is in the folder `artifact`. `problems` is empty for
+    parity, else the reasons, the first one first; `tensors` is None unless the weights level ran, `forward` unless the
+    forward level did. `base_name` is the base's id on the Hub with its commit, else its path."""
 
+    located: Located
     artifact: Path
     base: Checkpoint
+    base_name: str
     adapter: Adapter
     problems: tuple[str, ...]
     tensors: tuple[TensorCheck, ...] | None
@@ -66,7 +71,7 @@ def certificate(result: Verification) -> dict[str, Any]:
             "variant": result.adapter.variant,
             "rank": result.adapter.rank,
         },
-        "base": str(result.base.location),
+        "base": result.base_name,
         "device": result.device,
         "versions": versions(),
         "weights": None,
@@ -99,8 +104,13 @@ def certificate(result: Verification) -> dict[str, Any]:
     return found
 
 
-def hashes(result: Verification) -> dict[str, Any]:
-    """Which files it was: the adapter's digests, sizes and header digests of artifact and base."""
+def certificate_file(result: Verification) -> bytes:
+    """`fossil_parity.json`: the certificate, and which files it was about."""
+    return write_json({**certificate(result), "hashes": _hashes(result)})
+
+
+def _hashes(result: Verification) -> dict[str, Any]:
+    """The adapter's digests, sizes and header digests of artifact and base."""
     return {
         "artifact": open_any(result.artifact).hashes(),
         "base": identity(result.base),
