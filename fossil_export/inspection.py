@@ -19,8 +19,8 @@ from fossil_export.merging.plan import find_base
 
 @dataclass(frozen=True)
 class Inspection:
-    """`norms` is the Frobenius norm of each module's shard; `plan` is None where the merge would stop, and
-    `problems` then says why. Without a base at hand both stay empty."""
+    """`norms` is the Frobenius norm of each module's shard, empty while the adapter is on the Hub alone; `plan` is
+    None where the merge would stop, and `problems` then says why. Without a base at hand both stay empty."""
 
     adapter: Adapter
     norms: Mapping[str, float]
@@ -47,7 +47,7 @@ class Inspection:
                     "shard": shard.tensor.name,
                     "shape": list(shard.tensor.shape),
                     "dtype": TORCH_NAME[shard.tensor.dtype],
-                    "norm": _finite(self.norms[shard.module]),
+                    "norm": _finite(self.norms.get(shard.module, math.nan)),
                 }
                 for shard in adapter.shards.values()
             ],
@@ -65,13 +65,13 @@ class Inspection:
 
 def inspect(adapter: Adapter | str | Path, base: str | Path | None = None) -> Inspection:
     """Look at `adapter`, and at `base` where there is one (default: the adapter's own, if it can be had); paths or ids
-    on the Hub, of whose base only headers are read.
+    on the Hub, of which only headers are read.
 
     Raises AdapterError for an adapter that cannot be read; what would stop a merge is reported in `problems`.
     """
     if not isinstance(adapter, Adapter):
         adapter = load_adapter(adapter)
-    norms = {module: _norm(adapter, module) for module in adapter.shards}
+    norms = {module: _norm(adapter, module) for module in adapter.shards} if adapter.is_here else {}
     problems = [
         f"{adapter.shards[module].tensor.name} holds infinite or NaN values"
         for module, norm in norms.items()

@@ -181,6 +181,8 @@ def print_inspection(found: Inspection) -> None:
         ("base", adapter.base_model or "not named"),
         ("merge", _verdict(found)),
     ]
+    if not found.norms:
+        pairs.append(("norms", "not known: the values are on the Hub, and only headers were read"))
     print_pairs(pairs)
     click.echo()
     touched = (
@@ -190,7 +192,7 @@ def print_inspection(found: Inspection) -> None:
         (
             shard.module,
             "x".join(map(str, shard.tensor.shape)),
-            f"{found.norms[shard.module]:.4g}",
+            f"{found.norms[shard.module]:.4g}" if found.norms else "-",
             touched.get(shard.module, "-"),
         )
         for shard in adapter.shards.values()

@@ -254,6 +254,7 @@ def test_plans_need_headers_only(
 ) -> None:
     hosted.add_folder("ada/large", large)
     adapter = load_adapter("ada/adapter")
+    adapter.fetch()
 
     def moved(run: Callable[[], Any]) -> Any:
         point_client_at(monkeypatch, hosted, tmp_path / f"home{len(list(tmp_path.iterdir()))}", ADA)
@@ -272,7 +273,10 @@ def test_plans_need_headers_only(
     assert planned["base"] | {"path": ""} == {"name": "ada/large", "revision": hosted.head("ada/large"), "path": ""}
 
     seen = moved(lambda: json.loads(cli("inspect", "ada/adapter", "--base", "ada/large", "--json").stdout))
-    assert seen == inspect(adapter, large).to_dict() and seen["problems"] == []
+    known = inspect(adapter, large).to_dict()
+    assert all(module["norm"] > 0 for module in known["modules"])
+    assert seen == known | {"modules": [module | {"norm": None} for module in known["modules"]]}
+    assert seen["problems"] == [] and not list(tmp_path.rglob(f"home?/**/{adapter.files[1].name}"))
 
     moved(lambda: cli("convert", "ada/adapter", "--base", "ada/large", "--to", "lora", "-o", tmp_path / "lora"))
     convert(adapter, tmp_path / "here", to="lora", base=large)

@@ -135,7 +135,7 @@ REFUSALS: list[tuple[Setup, list[str], str]] = [
      f"ada/base/{PART}: 0 bytes are too few for a safetensors file; the file is cut or corrupt, fetch or save it "
      "again"),
     (full, ["ada/adapter"],
-     "ada/adapter: fetching it takes 26,835 bytes, CACHE has 10 free; make room, or move the cache with HF_HOME"),
+     "ada/adapter: fetching it takes 547 bytes, CACHE has 10 free; make room, or move the cache with HF_HOME"),
     (unusable, ["ada/adapter"],
      "ada/adapter: CACHE/models--ada--adapter: Not a directory; see to the Hub's cache, or move it with HF_HOME"),
 ]  # fmt: skip

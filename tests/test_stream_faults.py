@@ -327,6 +327,7 @@ def test_a_journal_comes_back(done: dict[str, Any]) -> None:
 
 def test_wrong_bytes(scene: LoopbackHub, tmp_path: Path) -> None:
     plan = plan_stream("ada/qv")
+    plan.merge.adapter.fetch()
     once = Fault("GET", "/cdn/", corrupt=True, skip=1)
     scene.fault(once)
     scene.reset_log()

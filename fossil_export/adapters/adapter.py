@@ -8,8 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export.checkpoints.companions import tokenizer_of
 from fossil_export.checkpoints.dtypes import numpy_dtype
-from fossil_export.checkpoints.header import TensorInfo
+from fossil_export.checkpoints.folder import Folder, LocalFolder
+from fossil_export.checkpoints.header import Header, TensorInfo
 from fossil_export.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ class Adapter:
     base model's parameter name (`lm_head.weight`, `model.layers.0.self_attn.q_proj.bias`). Nothing is read
     into memory until `array` is called; arrays of pickled adapters, which are no byte ranges, are in `pickled`.
     `name` is what records call it (its id on the Hub, else the path as given) and `revision` its commit there.
+    `source` is the folder of its `files` (default: where they lie), whose weights have this `header`; those of an
+    adapter on the Hub are here once `fetch` was called.
     """
 
     path: Path
@@ -55,6 +59,32 @@ class Adapter:
     name: str = ""
     revision: str | None = None
     notes: tuple[str, ...] = ()
+    source: Folder | None = field(default=None, repr=False)
+    header: Header | None = field(default=None, repr=False)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether all of its files are on this machine."""
+        return all(path.is_file() for path in self.files)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its files."""
+        return sum(self._folder.size(path.name) for path in self.files)
+
+    @cached_property
+    def _folder(self) -> Folder:
+        return self.source if self.source is not None else LocalFolder(self.files[0].parent)
+
+    def fetch(self) -> None:
+        """See that its files and its tokenizer are on this machine, whole; raises HubError."""
+        self._folder.fetch([*(path.name for path in self.files), *self.tokenizer()])
+        if self.header is not None:
+            self._folder.check([self.header])
+
+    def tokenizer(self) -> dict[str, Path]:
+        """The complete tokenizer that the trainer saved beside the shards, by name, or nothing."""
+        return tokenizer_of(self._folder)
 
     @cached_property
     def parameters(self) -> int:
@@ -64,17 +94,17 @@ class Adapter:
         return sum(element_count(shard.tensor.shape) for shard in self.shards.values())
 
     def array(self, tensor: TensorInfo) -> np.ndarray[Any, Any]:
-        """The values of one of this adapter's tensors, in its own dtype and shape.
+        """The values of one of this adapter's tensors, or of another file's, in its own dtype and shape.
 
-        A read-only view of the mapped file (nothing is copied until it is used). Raises AdapterError when
-        the file cannot be read any more.
+        A read-only view of the mapped file (nothing is copied until it is used); what is on the Hub alone comes by
+        a range. Raises AdapterError when the file cannot be read any more.
         """
-        import numpy as np
-
         if tensor.offset is None:
             return self.pickled[tensor.name]
         try:
-            raw = np.memmap(tensor.path, np.uint8, "r", tensor.offset, (tensor.nbytes,))
+            ours = tensor.path in self.files
+            folder = self._folder if ours else LocalFolder(tensor.path.parent)
+            raw = folder.view(tensor.path.name, tensor.offset, tensor.nbytes)
         except (OSError, ValueError) as problem:
             raise AdapterError(f"{tensor.path}: {tensor.name} cannot be read: {problem}") from problem
         return raw.view(numpy_dtype(tensor.dtype)).reshape(tensor.shape)

@@ -15,11 +15,11 @@ from typing import Any
 from fossil_export.adapters.adapter import Adapter, Shard
 from fossil_export.adapters.pickled import read_pickled
 from fossil_export.adapters.rwkv import is_state_dict, load_state_dict
-from fossil_export.checkpoints.companions import TOKENIZER_FILES
 from fossil_export.checkpoints.dtypes import FLOATS
-from fossil_export.checkpoints.header import TensorInfo, read_header
+from fossil_export.checkpoints.folder import Folder, LocalFolder
+from fossil_export.checkpoints.header import TensorInfo
 from fossil_export.checkpoints.jsonfile import read_json
-from fossil_export.errors import AdapterError, listed
+from fossil_export.errors import AdapterError, CheckpointError, listed
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -46,36 +46,49 @@ _TYPES: dict[str, tuple[type, ...]] = {
 def load_adapter(path: str | Path) -> Adapter:
     """Read a FOSSIL adapter: a folder that PEFT saved, the weights file in it, or a state dict of RWKV-PEFT (.pth).
 
-    `path` may also be an id on the Hub, `user/repo[@revision]` or `hf://…`, whose files are fetched. Only headers and
-    the config are read. The dimensions of the tensors decide the variant (2-D tile or mini, 3-D bat); the config
-    must agree. Raises AdapterError for anything that is damaged, contradictory or not understood: nothing the
-    adapter holds is ever left out silently. HubError says what the Hub refuses.
+    `path` may also be an id on the Hub, `user/repo[@revision]` or `hf://…`. Only headers and the config are read;
+    `Adapter.fetch` brings the files of one on the Hub. The dimensions of the tensors decide the variant (2-D tile or
+    mini, 3-D bat); the config must agree. Raises AdapterError for anything that is damaged, contradictory or not
+    understood: nothing the adapter holds is ever left out silently. HubError says what the Hub refuses.
     """
     from fossil_export.hub import locate
 
     found = locate(path, AdapterError, "adapter")
     given = found.path
+    weights = given if given.is_file() and given.name != CONFIG else None
+    source = found.source if found.source is not None else LocalFolder(given if given.is_dir() else given.parent)
     if found.source is not None:
-        needed = _needed(found.names(), found.file)
-        if CONFIG not in needed and not given.suffix == ".pth":
+        file = found.file if found.file != CONFIG else None
+        file = file or next((name for name in WEIGHTS if name in found.names()), None)
+        if CONFIG not in found.names() and not given.suffix == ".pth":
             raise AdapterError(f"{found.name}: not an adapter, {CONFIG} is missing{_hint(found.names())}")
-        found.fetched(needed)
-    adapter = load_state_dict(given) if is_state_dict(given) else _load_folder(given)
+        if file is None:
+            raise AdapterError(f"{found.name}: holds neither {' nor '.join(WEIGHTS)}; push the adapter's weights there")
+        weights = source.path / file
+        at_once = [CONFIG] if CONFIG in found.names() else []
+        source.fetch(at_once if weights.suffix == ".safetensors" else [*at_once, file])
+    try:
+        adapter = load_state_dict(given) if is_state_dict(given) else _load_folder(given, weights, source)
+    except AdapterError as problem:
+        if found.source is None:
+            raise
+        # Where it would lie is nothing that the user knows.
+        folder = found.name.removesuffix(f"/{found.file}")
+        raise AdapterError(str(problem).replace(str(source.path), folder)) from problem
     return replace(adapter, name=found.name, revision=found.revision, notes=found.notes)
 
 
-def _needed(names: list[str], file: str | None) -> list[str]:
-    """Which files of an adapter on the Hub are read: config, one file of weights, tokenizer."""
-    weights = [file] if file not in (None, CONFIG) else [name for name in WEIGHTS if name in names][:1]
-    return [name for name in (CONFIG, *TOKENIZER_FILES) if name in names] + [name for name in weights if name]
-
-
-def _load_folder(given: Path) -> Adapter:
-    folder = given if given.is_dir() else given.parent
+def _load_folder(given: Path, weights: Path | None, source: Folder) -> Adapter:
+    folder = source.path
     config = _read_config(folder)
-    weights = given if given.is_file() and given.name != CONFIG else find_weights(folder)
+    weights = weights or find_weights(folder)
+    header = None
     if weights.suffix == ".safetensors":
-        tensors = read_header(weights, AdapterError).tensors
+        try:
+            (header,) = source.headers([weights.name])
+        except CheckpointError as problem:
+            raise AdapterError(str(problem)) from problem
+        tensors = header.tensors
         pickled: Mapping[str, Any] = {}
     else:
         tensors, pickled = read_pickled(weights)
@@ -128,6 +141,8 @@ def _load_folder(given: Path) -> Adapter:
         saved=saved,
         files=(folder / CONFIG, weights),
         pickled=pickled,
+        source=source,
+        header=header,
     )
 
 

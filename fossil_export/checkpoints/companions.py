@@ -70,8 +70,9 @@ def is_weights(name: str) -> bool:
     return _WEIGHTS.search(name) is not None
 
 
-def tokenizer_of(folder: Path) -> dict[str, Path]:
+def tokenizer_of(folder: Folder) -> dict[str, Path]:
     """The complete tokenizer in an adapter's `folder`, or nothing: what the trainer saved next to the shards."""
-    found = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    names = folder.root_names()
+    found = {name: folder.path / name for name in TOKENIZER_FILES if name in names}
     complete = "tokenizer_config.json" in found and any(name in found for name in VOCABULARIES)
     return found if complete else {}

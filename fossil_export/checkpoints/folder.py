@@ -36,6 +36,9 @@ class Folder(Protocol):
     def read(self, name: str) -> bytes:
         """The whole of a small file."""
 
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+
     def view(self, name: str, offset: int, nbytes: int) -> np.ndarray[Any, Any]:
         """`nbytes` bytes of a file from `offset` on, as uint8."""
 
@@ -88,6 +91,9 @@ class LocalFolder:
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
+
+    def size(self, name: str) -> int:
+        return (self.path / name).stat().st_size
 
     def view(self, name: str, offset: int, nbytes: int) -> np.ndarray[Any, Any]:
         import numpy as np

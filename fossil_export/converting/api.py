@@ -150,6 +150,7 @@ def convert(
     if not isinstance(adapter, Adapter):
         adapter = load_adapter(adapter)
     options = replace(_base(adapter, to, base, base_config), graph=graph, rank=rank, energy=energy, outtype=outtype)
+    adapter.fetch()
     path = expanded(output, OutputError).absolute()
     if TARGETS[to].folder:
         # A state dict may lie anywhere; PEFT's folder is only read.

@@ -14,7 +14,6 @@ import numpy as np
 
 from fossil_export.adapters import Adapter
 from fossil_export.cards.frontmatter import BEGIN, END
-from fossil_export.checkpoints.companions import tokenizer_of
 from fossil_export.checkpoints.dtypes import numpy_dtype
 from fossil_export.checkpoints.header import encode_header
 from fossil_export.checkpoints.jsonfile import write_json
@@ -61,7 +60,7 @@ def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
     config = _config(adapter, rank, known) | {"base_model_name_or_path": base, "revision": options.base_revision}
     (output / "adapter_config.json").write_bytes(write_json(config))
     (output / "README.md").write_text(_card(adapter, base, rank, approximate, details))
-    for name, path in tokenizer_of(adapter.path if adapter.path.is_dir() else adapter.path.parent).items():
+    for name, path in adapter.tokenizer().items():
         (output / name).write_bytes(path.read_bytes())
     record(output, adapter, options, "lora", {"rank": rank, **details})
     warnings = list(_warnings(adapter, rank))

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from fossil_export.adapters import Adapter
-from fossil_export.checkpoints.companions import tokenizer_of
 from fossil_export.checkpoints.header import encode_header
 from fossil_export.checkpoints.jsonfile import write_json
 from fossil_export.converting.form import finite
@@ -35,7 +34,7 @@ def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
         for info in names.values():
             file.write(np.ascontiguousarray(adapter.array(info)).tobytes())
     (output / "adapter_config.json").write_bytes(write_json(_config(adapter, options)))
-    for name, path in tokenizer_of(adapter.path if adapter.path.is_dir() else adapter.path.parent).items():
+    for name, path in adapter.tokenizer().items():
         (output / name).write_bytes(path.read_bytes())
     details = {"rank": adapter.rank, "modules": len(adapter.shards), "variant": adapter.variant}
     record(output, adapter, options, "miss", details)

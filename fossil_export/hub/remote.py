@@ -81,6 +81,9 @@ class HubFolder:
         self.fetch([name])
         return (self.path / name).read_bytes()
 
+    def size(self, name: str) -> int:
+        return self.entries[name].size
+
     def view(self, name: str, offset: int, nbytes: int) -> np.ndarray[Any, Any]:
         if (self.path / name).is_file():
             return LocalFolder(self.path).view(name, offset, nbytes)

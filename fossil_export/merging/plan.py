@@ -13,7 +13,7 @@ from typing import Any
 
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.checkpoints.checkpoint import Checkpoint
-from fossil_export.checkpoints.companions import TOKENIZER_FILES, companions, tokenizer_of
+from fossil_export.checkpoints.companions import TOKENIZER_FILES, companions
 from fossil_export.checkpoints.dtypes import BY_TORCH_NAME, FLOATS
 from fossil_export.checkpoints.header import TensorInfo
 from fossil_export.checkpoints.jsonfile import write_json
@@ -47,7 +47,8 @@ class MergePlan:
     warnings: tuple[str, ...]
 
     def fetch(self) -> None:
-        """Bring the base's files here that the run reads; only for a base on the Hub there is something to do."""
+        """Bring the files here that the run reads; only for what is on the Hub there is something to do."""
+        self.adapter.fetch()
         source = self.base.source
         names = [header.path.name for header in self.base.files]
         names += [path.relative_to(source.path).as_posix() for path in self._base_companions()]
@@ -129,8 +130,7 @@ def plan_merge(
 
     config_edits, config = _config(adapter, checkpoint, placement, dtype)
     keep, left = companions(checkpoint.source) if checkpoint.folder is not None else ({}, [])
-    adapter_folder = adapter.path if adapter.path.is_dir() else adapter.path.parent
-    if tokenizer := tokenizer_of(adapter_folder):
+    if tokenizer := adapter.tokenizer():
         # The model was trained with the tokenizer and chat template that lie beside the shards.
         keep = {name: path for name, path in keep.items() if name not in TOKENIZER_FILES} | tokenizer
     names = {file.name for file in files} | ({index[0]} if index else set())

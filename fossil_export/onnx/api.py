@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export.adapters import Adapter, load_adapter
-from fossil_export.checkpoints.companions import PROVENANCE, TOKENIZER_FILES, tokenizer_of
+from fossil_export.checkpoints.companions import PROVENANCE, TOKENIZER_FILES
 from fossil_export.checkpoints.dtypes import element_count
 from fossil_export.checkpoints.jsonfile import read_json, write_json
 from fossil_export.checkpoints.staging import check_destination, staged_folder
@@ -99,6 +99,7 @@ def export_onnx(
     for package in ("onnx", "onnx_ir"):
         required(package)
     merge = plan_merge(adapter, base, dtype="auto")
+    adapter.fetch()
     target = expanded(output, OutputError).absolute()
     inputs = [merge.base.location, adapter.path]
     if onnx is not None:
@@ -203,8 +204,7 @@ def _on_existing(
     progress("placing the shards")
     plan = plan_onnx(merge, mode, graph)
     check_saved(plan)
-    adapter_folder = merge.adapter.path if merge.adapter.path.is_dir() else merge.adapter.path.parent
-    own = tokenizer_of(adapter_folder)
+    own = merge.adapter.tokenizer()
     bring_companions(graph, folder, without=TOKENIZER_FILES if own else ())
     for name, path in {**merge.companions, **own}.items():
         if "/" not in name and name in COMPANIONS and not (folder / name).exists():

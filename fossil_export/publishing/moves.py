@@ -76,7 +76,7 @@ class StreamPlan:
     @property
     def adapter_bytes(self) -> int:
         adapter = self.merge.adapter
-        return sum(path.stat().st_size for path in adapter.files) if adapter.revision is not None else 0
+        return adapter.nbytes if adapter.revision is not None else 0
 
     def count(self, way: str) -> int:
         return sum(move.way == way for move in self.moves)

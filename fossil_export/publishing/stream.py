@@ -130,6 +130,7 @@ def run_stream(
     started = time.perf_counter()
     repository = Repository(repo_id, revision, create_pr)
     merge = plan.merge
+    merge.adapter.fetch()
     with Runner(merge, device) as runner, workplace(plan, repository, cache_dir) as folder:
         progress(f"opening {repo_id}")
         repository.prepare(private)

@@ -61,6 +61,7 @@ def verify(
     record = _read_record(folder)
     if not isinstance(adapter, Adapter):
         adapter = load_adapter(_named(adapter, record, "adapter", folder))
+    adapter.fetch()
     found_base = locate(_named(base, record, "base", folder), CheckpointError, "base model")
     base_checkpoint, found = _whole(found_base, adapter), open_any(folder)
     base_folder = found_base.path
