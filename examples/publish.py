@@ -3,10 +3,11 @@
     hf auth login
     python examples/publish.py YOUR-NAME     # makes three private repositories under that name
 
-The commands that do what `push` and `merge_to_hub` do here:
+The commands that do what `push`, `merge_to_hub`, `verify` and `publish_certificate` do here:
 
     fossil-export push ADAPTER YOUR-NAME/mascot-adapter --private
     fossil-export merge YOUR-NAME/mascot-adapter --push-to-hub YOUR-NAME/mascot --stream --private
+    fossil-export verify YOUR-NAME/mascot --level weights --push-to-hub
 
 The model (SmolLM2-135M) and the adapter are made once and cached (see smollm2.py). The base is pushed too, since the
 one used here is made from a GGUF file; with a base that is on the Hub already that step falls away.
@@ -31,7 +32,7 @@ from huggingface_hub import HfApi
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fossil_export import StreamResult, merge_to_hub, push
+from fossil_export import StreamResult, merge_to_hub, publish_certificate, push, verify
 
 TOKENS = 12
 
@@ -63,7 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> Published:
     result = merge_to_hub(adapter, model, private=True, progress=lambda step: print(f"   {step}", flush=True))
     print(f"   {result.push.url}: one commit, never more than {result.plan.disk / 1e6:.0f} MB on this disk")
 
-    print(f'4. "{smollm2.PROMPT} …"', flush=True)
+    found = verify(model, level="weights")
+    print(f"4. every tensor compared with the adapter on its base: {'parity' if found.parity else found.problems[0]}")
+    print(f"   {publish_certificate(found).url}: the model card quotes it", flush=True)
+
+    print(f'5. "{smollm2.PROMPT} …"', flush=True)
     answers = Published(trained_answer(base, adapter), smollm2.answer(model, tokens=TOKENS), result)
     print(f"   trained:   {answers.trained}")
     print(f"   published: {answers.published}")
