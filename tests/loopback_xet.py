@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,14 +41,17 @@ class XetStore:
         self._files: dict[str, tuple[str, int]] = {}
 
     def put(self, *paths: Path) -> None:
-        # In a process of its own, since two cannot have the store open.
         before = self.shards()
-        self._run(_PUT, *map(str, paths))
+        self._run(_PUT, self.url, *map(str, paths))
         self.given |= self.shards() - before
 
     def get(self, sha256: str, target: Path) -> None:
         xet_hash, size = self.files()[sha256]
-        self._run(_GET, xet_hash, str(size), str(target))
+        # Two cannot have the store open, and a client may have, which locks its database.
+        with tempfile.TemporaryDirectory(dir=self.folder.parent) as temporary:
+            inner = Path("xet", "xorbs")
+            shutil.copytree(self.folder / inner, temporary / inner, copy_function=_linked)
+            self._run(_GET, f"local://{temporary}", xet_hash, str(size), str(target))
 
     def files(self) -> dict[str, tuple[str, int]]:
         """By SHA-256, the Xet hash and the size of what was uploaded."""
@@ -74,9 +79,17 @@ class XetStore:
         return sorted((self.folder / "xet" / "xorbs" / "xorbs").glob("default.*[0-9a-f]"))
 
     def _run(self, code: str, *arguments: str) -> None:
+        # In a process of its own, which lets the store go when it ends.
         mine = {key: value for key, value in os.environ.items() if not re.match(r"HF_", key)}
         mine |= {"HF_HOME": str(self.folder), "HF_HUB_DISABLE_TELEMETRY": "1"}
-        subprocess.run([sys.executable, "-c", code, self.url, *arguments], env=mine, check=True, timeout=120)
+        subprocess.run([sys.executable, "-c", code, *arguments], env=mine, check=True, timeout=120)
+
+
+def _linked(source: str, target: str) -> None:
+    if source.endswith(".redb"):
+        shutil.copyfile(source, target)
+    else:
+        os.link(source, target)
 
 
 def _files(shard: bytes) -> Iterator[tuple[str, tuple[str, int]]]:
