@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from loopback_hub import LoopbackHub, environment
 from onnx import TensorProto, helper
 
-from fossil_export import FossilExportError, convert, merge, merge_to_hub, push, verify
+from fossil_export import FossilExportError, __version__, convert, merge, merge_to_hub, push, verify
+from fossil_export.errors import CheckpointError
 from fossil_export.publishing.parts import parts_of
 from fossil_export.publishing.paths import Paths
 
@@ -94,7 +95,7 @@ def test_what_is_published(kind: str, hosted: LoopbackHub, models: Path, tmp_pat
     assert hosted.commits("ada/new")[1:] == ["initial commit"] and result.commit == hosted.head("ada/new")
     assert result.url == f"{hosted.endpoint}/ada/new"
     data, _ = card_of(hosted, tmp_path)
-    relation = {"merged": "finetune", "lora": "adapter", "miss": "adapter"}.get(kind)
+    relation = None if kind == "onnx" else "finetune" if kind == "merged" else "adapter"
     assert (data.get("base_model"), data.get("base_model_relation")) == ("ada/base" if relation else None, relation)
     assert data.get("library_name") == {"merged": "transformers", "lora": "peft", "miss": "peft"}.get(kind)
     assert "fossil-export" in data["tags"] and text.count("fossil-export: begin") == 1
@@ -221,6 +222,35 @@ def test_the_card_quotes_verification_and_the_bases_license(hosted: LoopbackHub,
     assert "| Verdict | parity |" in text and "fossil_parity.json" in result.files
 
 
+@pytest.mark.parametrize("kind", ["miss", "gguf-file", "gguf-folder"])
+def test_the_card_of_an_adapter_tells_what_it_is(kind: str, hosted: LoopbackHub, models: Path, tmp_path: Path) -> None:
+    """PEFT leaves no record, and a GGUF file carries its own. `verify` looks at neither, and nothing is said of it."""
+    hosted.commit("ada/base", {"README.md": b"---\nlicense: mit\n---\n"})
+    result = push(made(kind, hosted, models, tmp_path / "artifact"), "ada/new")
+    data, text = card_of(hosted, tmp_path)
+    assert (data["base_model"], data["base_model_relation"], data["license"]) == ("ada/base", "adapter", "mit")
+    assert {"fossil", "miss", "tile"} <= set(data["tags"])
+    assert "| Variant | tile |\n| Rank | 8 |\n| Trained parameters | 6,144 |\n" in text
+    assert "verif" not in text and not any("verif" in line for line in result.warnings)
+    source = f"[ada/adapter](https://huggingface.co/ada/adapter/tree/{hosted.head('ada/adapter')})"
+    assert (source in text) == (kind != "miss") and "not on the Hub" not in text
+    assert ("| Numbers | f32 |" in text) == (kind != "miss") == (f"Made by | fossil-export {__version__}" in text)
+
+
+def test_gguf_files_without_their_reader(
+    hosted: LoopbackHub, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = made("gguf-file", hosted, models, tmp_path / "artifact")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    (said,) = [line for line in push(file, "ada/new").warnings if "pip install" in line]
+    assert said.startswith("the card does not name the base: reading GGUF files needs gguf: pip install")
+    assert hosted.read("ada/new", "adapter.gguf") == file.read_bytes()
+    monkeypatch.undo()
+    file.write_bytes(b"GGUF, but cut")
+    with pytest.raises(CheckpointError, match=r"adapter\.gguf: is no GGUF file that can be read"):
+        parts_of(file)
+
+
 def test_the_card_of_a_base_that_is_here(hub: LoopbackHub, models: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(models / "base", tmp_path / "base"))
     (base / "README.md").write_text("---\nlicense: mit\n---\n")
@@ -255,9 +285,10 @@ def test_no_path_of_this_machine_is_published(
     verify(merged, level="weights")
     edit_json(merged / "fossil_parity.json", parity=False, reason=f"{secret}/merged/model.safetensors: differs")
     lora = convert(adapter, secret / "lora", to="lora").output
+    gguf = convert(adapter, secret / "adapter.gguf", to="gguf-lora").output
     monkeypatch.chdir(secret)
     merge("adapter", "relative", base="../ada's secret lab/base")
-    for number, folder in enumerate([merged, lora, adapter, Path("relative")]):
+    for number, folder in enumerate([merged, lora, adapter, Path("relative"), gguf]):
         result = push(folder, f"ada/new-{number}")
         found = published(hub, f"ada/new-{number}")
         for name, data in found.items():

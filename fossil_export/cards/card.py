@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
-from fossil_export.cards.facts import HUB, Facts, hub_id, part, paths_of, survived
+from fossil_export.cards.facts import HUB, VERIFIED, Facts, hub_id, part, paths_of, survived
 from fossil_export.cards.frontmatter import BEGIN, END, FILLER, MARKED, edited, is_template, read_card
 from fossil_export.cards.section import generated
 from fossil_export.cards.snippets import pipeline_tag, plain, task
@@ -62,7 +62,7 @@ def _warnings(facts: Facts, text: str, data: Mapping[str, Any]) -> Iterator[str]
     if parity is False:
         reason = (facts.certificate or {}).get("reason") or "see fossil_parity.json"
         yield f"verification found that this is not the model that was trained, and the card says so: {reason}"
-    elif parity is not True:
+    elif parity is not True and facts.kind in VERIFIED:
         yield "this was not verified; run `fossil-export verify DIR` first and the card will quote it"
     kept = survived(facts)
     if kept is not None and kept < WARNING_BELOW:

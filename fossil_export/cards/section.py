@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
-from fossil_export.cards.facts import HUB, PAPER, Facts, hub_id, part, paths_of, survived
+from fossil_export.cards.facts import HUB, PAPER, VERIFIED, Facts, hub_id, part, paths_of, survived
 from fossil_export.cards.snippets import fenced, plain, usage
 from fossil_export.merging.survival import WARNING_BELOW
 
@@ -25,7 +25,8 @@ def generated(facts: Facts) -> str:
         "## How to use it",
         usage(facts),
     ]
-    found += ["## Is it the model that was trained?", *_verdict(facts)]
+    if facts.certificate is not None or facts.kind in VERIFIED:
+        found += ["## Is it the model that was trained?", *_verdict(facts)]
     kept = survived(facts)
     if kept is not None:
         found += ["## What rounding left of the update"]
@@ -66,7 +67,8 @@ def _summary(facts: Facts) -> str:
 def _made(facts: Facts) -> Iterator[tuple[str, Any]]:
     record, config = facts.record or {}, facts.config or {}
     adapter, details = part(record, "adapter"), part(record, facts.kind)
-    yield "Adapter", _link(facts.adapter, facts.adapter_revision) or "not on the Hub"
+    if facts.kind != "miss" or adapter.get("name"):
+        yield "Adapter", _link(facts.adapter, facts.adapter_revision) or "not on the Hub"
     yield "Adapter's revision", plain(facts.adapter_revision or "") if facts.adapter else None
     yield "Base", _link(facts.base, facts.base_revision) or "not on the Hub"
     yield "Base's revision", plain(facts.base_revision or "") if facts.base else None

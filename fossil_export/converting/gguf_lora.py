@@ -7,6 +7,7 @@ not fit are those of llama.cpp's convert_lora_to_gguf.py and conversion/*.py; th
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -17,13 +18,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fossil_export.adapters import Adapter
+from fossil_export.checkpoints.gguf_file import RECORD
 from fossil_export.checkpoints.jsonfile import read_json
 from fossil_export.converting.form import exact_lora
 from fossil_export.converting.options import Options
+from fossil_export.converting.record import record_of
 from fossil_export.converting.widths import Shapes, layer_shapes
 from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError, OutputError, listed
 from fossil_export.extras import required
 from fossil_export.hub import resolve
+from fossil_export.hub.resolve import is_on_hub, repository_of
 from fossil_export.merging.ties import declared_tie, is_head
 from fossil_export.version import __version__
 
@@ -93,7 +97,7 @@ def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
     parts = _parts(adapter, shapes, base, options.outtype)
     partial = output.with_name(f".{output.name}.partial")
     try:
-        error = _write_file(gguf, partial, adapter, options.outtype, base, names, shapes, parts)
+        error = _write_file(gguf, partial, adapter, options, base, names, shapes, parts)
         partial.replace(output)
     except OSError as problem:
         raise OutputError(f"{output}: cannot be written: {problem}; choose another --output") from problem
@@ -223,16 +227,16 @@ def _write_file(
     gguf: Any,
     path: Path,
     adapter: Adapter,
-    outtype: str,
+    options: Options,
     base: _Base,
     names: Mapping[str, str],
     shapes: Shapes,
     parts: Iterator[tuple[str, Array, Array]],
 ) -> float:
     """Write all of the file; the largest relative error of a B."""
-    writer = gguf.GGUFWriter(path, _architecture(gguf, base))
+    writer, outtype = gguf.GGUFWriter(path, _architecture(gguf, base)), options.outtype
     try:
-        _add_keys(gguf, writer, adapter, outtype)
+        _add_keys(gguf, writer, adapter, options)
         for module, name in names.items():
             outputs, inputs = shapes[module]
             for ending, shape in (("lora_a", (adapter.rank, inputs)), ("lora_b", (outputs, adapter.rank))):
@@ -254,20 +258,29 @@ def _write_file(
         writer.close()
 
 
-def _add_keys(gguf: Any, writer: Any, adapter: Adapter, outtype: str) -> None:
-    """What llama.cpp's loader asks for, and where the file comes from."""
+def _add_keys(gguf: Any, writer: Any, adapter: Adapter, options: Options) -> None:
+    """What llama.cpp's loader asks for, and where the file comes from. The file may go anywhere: of a path of this
+    machine it holds the last part."""
+    known = record_of(adapter, options, "gguf-lora", {"rank": adapter.rank, "outtype": options.outtype})
+    for name in ("adapter", "base"):
+        if not is_on_hub(known[name]["name"]):
+            known[name] = {**known[name], "name": Path(known[name]["name"]).name}
+    base = known["base"]["name"]
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(adapter.rank))
-    writer.add_name(adapter.path.absolute().name)
+    writer.add_name(Path(adapter.name).absolute().name)
     writer.add_description(
         f"FOSSIL adapter ({adapter.peft_type}, {adapter.variant}, r = {adapter.rank}) in its LoRA form, "
         f"by fossil-export {__version__}"
     )
-    if adapter.base_model:
+    if base:
         writer.add_base_model_count(1)
-        writer.add_base_model_name(0, Path(adapter.base_model).name)
-    writer.add_file_type(gguf.LlamaFileType[OUTTYPES[outtype]])
+        writer.add_base_model_name(0, Path(base).name)
+        if is_on_hub(base):
+            writer.add_base_model_repo_url(0, f"https://huggingface.co/{repository_of(base)}")
+    writer.add_string(RECORD, json.dumps(known))
+    writer.add_file_type(gguf.LlamaFileType[OUTTYPES[options.outtype]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 

@@ -19,7 +19,7 @@ from fossil_export.checkpoints.header import encode_header
 from fossil_export.checkpoints.jsonfile import write_json
 from fossil_export.converting.form import exact_lora
 from fossil_export.converting.options import Options
-from fossil_export.converting.record import record
+from fossil_export.converting.record import write_record
 from fossil_export.converting.widths import Shapes, layer_shapes
 from fossil_export.errors import AdapterError
 from fossil_export.version import __version__
@@ -62,7 +62,7 @@ def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
     (output / "README.md").write_text(_card(adapter, base, rank, approximate, details))
     for name, path in adapter.tokenizer().items():
         (output / name).write_bytes(path.read_bytes())
-    record(output, adapter, options, "lora", {"rank": rank, **details})
+    write_record(output, adapter, options, "lora", {"rank": rank, **details})
     warnings = list(_warnings(adapter, rank))
     return {"rank": rank, "modules": len(shapes), **details, "warnings": warnings}
 

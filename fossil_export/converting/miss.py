@@ -16,7 +16,7 @@ from fossil_export.checkpoints.header import encode_header
 from fossil_export.checkpoints.jsonfile import write_json
 from fossil_export.converting.form import finite
 from fossil_export.converting.options import Options
-from fossil_export.converting.record import record
+from fossil_export.converting.record import write_record
 
 _BIASES = {"bone_only": "miss_only"}
 
@@ -37,7 +37,7 @@ def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
     for name, path in adapter.tokenizer().items():
         (output / name).write_bytes(path.read_bytes())
     details = {"rank": adapter.rank, "modules": len(adapter.shards), "variant": adapter.variant}
-    record(output, adapter, options, "miss", details)
+    write_record(output, adapter, options, "miss", details)
     return details
 
 

@@ -1,4 +1,4 @@
-"""`fossil_export.json` of a converted adapter: from what it was made."""
+"""From what a converted adapter was made: `fossil_export.json`, or the same within a file."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ from fossil_export.converting.options import Options
 from fossil_export.version import __version__
 
 
-def record(folder: Path, adapter: Adapter, options: Options, artifact: str, details: Mapping[str, Any]) -> None:
+def write_record(folder: Path, adapter: Adapter, options: Options, artifact: str, details: Mapping[str, Any]) -> None:
     """Write the record into `folder`; `artifact` is the kind of it."""
+    (folder / PROVENANCE).write_bytes(write_json(record_of(adapter, options, artifact, details)))
+
+
+def record_of(adapter: Adapter, options: Options, artifact: str, details: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of an `artifact` of this kind."""
     files = [{"file": path.name, "size": path.stat().st_size, "sha256": sha256(path)} for path in adapter.files]
-    value = {
+    return {
         "format": 1,
         "tool": {"name": "fossil-export", "version": __version__},
         "artifact": artifact,
@@ -28,9 +33,9 @@ def record(folder: Path, adapter: Adapter, options: Options, artifact: str, deta
             "peft_type": adapter.peft_type,
             "variant": adapter.variant,
             "rank": adapter.rank,
+            "parameters": adapter.parameters,
             "files": files,
         },
         "base": {"name": options.base_name or "", "revision": options.base_revision, "weights": []},
         artifact: dict(details),
     }
-    (folder / PROVENANCE).write_bytes(write_json(value))

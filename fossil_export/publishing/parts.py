@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from fossil_export.adapters import load_adapter
 from fossil_export.checkpoints.checkpoint import open_checkpoint
 from fossil_export.checkpoints.companions import CARD, CERTIFICATE, PROVENANCE, TOKENIZER_FILES, is_weights
 from fossil_export.checkpoints.folder import LocalFolder
+from fossil_export.checkpoints.gguf_file import read_record
 from fossil_export.checkpoints.jsonfile import read_json
-from fossil_export.errors import CheckpointError, listed
+from fossil_export.errors import CheckpointError, FossilExportError, MissingExtraError, listed
 
 _ADAPTERS = {"LORA": "lora", "MISS": "miss", "BONE": "miss"}
 
@@ -42,7 +44,7 @@ _LOCATION = re.compile(rb"\x0a\x08location\x12([\x01-\x7f]|[\x80-\xff][\x01-\x1f
 @dataclass(frozen=True)
 class Parts:
     """The artifact in `folder`: its kind, the names of its files (the card apart), what is left behind, the user's
-    card, its records, and the config that tells what model it is."""
+    card, its records, the config that tells what model it is, and what could not be found out."""
 
     folder: Path
     kind: str
@@ -52,6 +54,7 @@ class Parts:
     record: dict[str, Any] | None
     certificate: dict[str, Any] | None
     config: dict[str, Any] | None
+    notes: tuple[str, ...] = ()
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -63,7 +66,8 @@ def parts_of(path: Path) -> Parts:
         if path.suffix != ".gguf":
             raise CheckpointError(f"{path}: is neither a folder nor a GGUF file; name the folder of the model")
         # What lies beside it, a README.md too, may be about anything.
-        return Parts(path.parent, "gguf-lora", (path.name,), (), None, None, None, None)
+        told, notes = _told_by_gguf(path.parent, [path.name])
+        return Parts(path.parent, "gguf-lora", (path.name,), (), None, told, None, None, notes)
     names = LocalFolder(path).names()
     record = read_json(path / PROVENANCE, CheckpointError) if PROVENANCE in names else None
     kind = _kind(path, names, record)
@@ -84,6 +88,11 @@ def parts_of(path: Path) -> Parts:
         }
     wanted |= _shown(card or "")
     wanted.discard(CARD)
+    notes = ()
+    if record is None and kind == "gguf-lora":
+        record, notes = _told_by_gguf(path, [name for name in names if name in wanted])
+    if record is None and kind == "miss":
+        record = _told_by_shards(path)
     described = {"merged": "config.json", "lora": "adapter_config.json", "miss": "adapter_config.json"}.get(kind)
     return Parts(
         folder=path,
@@ -94,7 +103,27 @@ def parts_of(path: Path) -> Parts:
         record=record,
         certificate=read_json(path / CERTIFICATE, CheckpointError) if CERTIFICATE in names else None,
         config=read_json(path / described, CheckpointError) if described in names else None,
+        notes=notes,
     )
+
+
+def _told_by_gguf(folder: Path, names: list[str]) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """The record that a GGUF adapter carries, and why there is none."""
+    try:
+        found = (read_record(folder / name) for name in names if name.endswith(".gguf"))
+        return next(filter(None, found), None), ()
+    except MissingExtraError as problem:
+        return None, (f"the card does not name the base: {problem}",)
+
+
+def _told_by_shards(folder: Path) -> dict[str, Any] | None:
+    """Of an adapter as PEFT saved it: what its record would say of it."""
+    try:
+        adapter = load_adapter(folder)
+    except FossilExportError:  # it is theirs to push
+        return None
+    found = {"peft_type": adapter.peft_type, "variant": adapter.variant, "rank": adapter.rank}
+    return {"adapter": found | {"parameters": adapter.parameters}}
 
 
 def _kind(path: Path, names: list[str], record: dict[str, Any] | None) -> str:

@@ -93,7 +93,7 @@ def push(
     head = repository.head()
     there = repository.files(head)
     stale(facts, there)  # what will be refused is refused before anything is sent
-    problems += repository.validate(card_for(repository, facts, parts.card, head, there)[0])
+    problems += [*parts.notes, *repository.validate(card_for(repository, facts, parts.card, head, there)[0])]
     additions = []
     for name in parts.names:
         path = parts.path(name).absolute()
