@@ -24,7 +24,7 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs, unquote
+from urllib.parse import parse_qs, quote, unquote
 
 from loopback_repos import CHUNK, Blob, Commit, Refusal, Repo, Repos, upload_mode
 
@@ -515,7 +515,8 @@ class _Handler(BaseHTTPRequestHandler):
             if self.hub.xet is not None:
                 route = f"{self.hub.endpoint}/api/models/{repo}/xet-read-token/{commit.sha}"
                 headers |= {"X-Xet-Hash": self.hub.xet_hash(blob.sha256), "Link": f'<{route}>; rel="xet-auth"'}
-            return Reply(302, headers=headers | {"Location": self.hub.signed(f"/cdn/{blob.sha256}")})
+            signed = self.hub.signed(f"/cdn/{blob.sha256}")
+            return Reply(302, headers=headers | {"Location": f"{signed}&name={quote(path, safe='')}"})
         status, first, length = self._ranged(blob.size, headers)
         headers |= {"ETag": f'"{blob.oid}"', "Content-Type": "text/plain; charset=utf-8"}
         return Reply(status, blob.content[first : first + length], headers)
@@ -525,6 +526,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not stored.exists():
             raise Refusal(404, "No such object")
         headers = {"ETag": f'"{oid}"', "Content-Type": "application/octet-stream"}
+        name = quote(self.query.get("name", [oid])[0].rpartition("/")[2])
+        headers["Content-Disposition"] = f'inline; filename="{name}";'
         status, first, length = self._ranged(stored.stat().st_size, headers)
         return Reply(status, headers=headers, file=(stored, first, length))
 

@@ -19,8 +19,8 @@ from fossil_export.publishing.journal import Journal
 from fossil_export.publishing.moves import Move, StreamPlan, base_path
 from fossil_export.publishing.operations import Copy, Operation
 from fossil_export.publishing.paths import Paths
-from fossil_export.publishing.push import Progress
 from fossil_export.publishing.repository import Repository
+from fossil_export.publishing.result import Progress
 from fossil_export.publishing.workplace import BASE, JOURNAL, MERGING, check_room
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)

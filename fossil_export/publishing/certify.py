@@ -14,8 +14,8 @@ from fossil_export.hub.resolve import Located, locate
 from fossil_export.publishing.about import card_for, facts_of, local_names
 from fossil_export.publishing.parts import parts_of
 from fossil_export.publishing.paths import Paths
-from fossil_export.publishing.push import Progress, PushResult, address
 from fossil_export.publishing.repository import Repository
+from fossil_export.publishing.result import Progress, PushResult
 from fossil_export.verifying import Verification
 from fossil_export.verifying.verdict import certificate_file
 
@@ -77,17 +77,4 @@ def publish_certificate(
 
     progress(f"publishing the certificate at {repository.repo_id}")
     commit = repository.commit(build, commit_message or "Add what fossil-export verify found")
-    return PushResult(
-        repo_id=repository.repo_id,
-        revision=repository.revision or "main",
-        commit=commit.oid,
-        url=address(repository, commit),
-        pr_url=commit.pr_url,
-        changed=commit.changed,
-        files=_OURS,
-        removed=(),
-        left_behind=(),
-        nbytes=len(content),
-        seconds=time.perf_counter() - started,
-        warnings=(*repository.notes, *problems, *notes),
-    )
+    return PushResult.of(repository, commit, started, _OURS, len(content), (*repository.notes, *problems, *notes))

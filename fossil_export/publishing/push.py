@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,49 +14,12 @@ from fossil_export.hub import expanded, resolve
 from fossil_export.publishing.about import card_for, facts_of, local_names
 from fossil_export.publishing.parts import parts_of
 from fossil_export.publishing.paths import ADAPTER_CONFIG, Paths, is_path
-from fossil_export.publishing.repository import Commit, Repository
+from fossil_export.publishing.repository import Repository
+from fossil_export.publishing.result import Progress, PushResult
 from fossil_export.publishing.stale import removal_warnings, stale
-
-Progress = Callable[[str], None]
 
 LARGE = 1 << 20
 """Bytes from which a file is uploaded by itself, and named while it is."""
-
-
-@dataclass(frozen=True)
-class PushResult:
-    """What is on the Hub now. `files` are the names published, `left_behind` those in the folder that are no part of
-    the model, `removed` weights of an earlier model that stood in the way; `pr_url` is None unless asked for."""
-
-    repo_id: str
-    revision: str
-    commit: str
-    url: str
-    pr_url: str | None
-    changed: bool
-    files: tuple[str, ...]
-    removed: tuple[str, ...]
-    left_behind: tuple[str, ...]
-    nbytes: int
-    seconds: float
-    warnings: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result as `--json` prints it."""
-        return {
-            "repo_id": self.repo_id,
-            "revision": self.revision,
-            "commit": self.commit,
-            "url": self.url,
-            "pr_url": self.pr_url,
-            "changed": self.changed,
-            "files": list(self.files),
-            "removed": list(self.removed),
-            "left_behind": list(self.left_behind),
-            "bytes": self.nbytes,
-            "seconds": round(self.seconds, 3),
-            "warnings": list(self.warnings),
-        }
 
 
 def push(
@@ -122,31 +84,14 @@ def push(
         )
     notes = [note.replace("verify DIR`", f"verify {shlex.quote(str(folder))}`") for note in notes]
     found = [*repository.notes, *problems, *notes, *removal_warnings(repository.repo_id, removed)]
-    return PushResult(
-        repo_id=repository.repo_id,
-        revision=revision or "main",
-        commit=commit.oid,
-        url=address(repository, commit),
-        pr_url=commit.pr_url,
-        changed=commit.changed,
-        files=names,
-        removed=tuple(removed),
-        left_behind=parts.left_behind,
-        nbytes=sum(addition.upload_info.size for addition in additions),
-        seconds=time.perf_counter() - started,
-        warnings=tuple(found),
-    )
+    size = sum(addition.upload_info.size for addition in additions)
+    return PushResult.of(repository, commit, started, names, size, found, removed, parts.left_behind)
 
 
 def message(kind: str) -> str:
     """The commit's title where the user gave none."""
     what = {"merged": "merged model", "gguf-lora": "GGUF adapter", "onnx": "ONNX model"}.get(kind, "adapter")
     return f"Upload {what} with fossil-export"
-
-
-def address(repository: Repository, commit: Commit) -> str:
-    """Where to look at what was published."""
-    return commit.pr_url or repository.page
 
 
 def _found(folder: str | Path) -> Path:

@@ -29,8 +29,9 @@ from fossil_export.publishing.about import card_for, facts_of, local_names
 from fossil_export.publishing.carrier import Carrier
 from fossil_export.publishing.moves import StreamPlan, plan_moves
 from fossil_export.publishing.paths import Paths
-from fossil_export.publishing.push import Progress, PushResult, address, message
+from fossil_export.publishing.push import message
 from fossil_export.publishing.repository import Commit, CopyRefusedError, Repository
+from fossil_export.publishing.result import Progress, PushResult
 from fossil_export.publishing.stale import removal_warnings, stale
 from fossil_export.publishing.workplace import workplace
 
@@ -149,19 +150,8 @@ def run_stream(
     notes = [*repository.notes, *merge.warnings, *published.notes]
     notes += [*removal_warnings(repository.repo_id, published.removed), *survival_warnings(merge, carrier.survival)]
     return StreamResult(
-        push=PushResult(
-            repo_id=repository.repo_id,
-            revision=revision or "main",
-            commit=commit.oid,
-            url=address(repository, commit),
-            pr_url=commit.pr_url,
-            changed=commit.changed,
-            files=published.files,
-            removed=tuple(published.removed),
-            left_behind=merge.left_behind,
-            nbytes=merge.nbytes,
-            seconds=time.perf_counter() - started,
-            warnings=tuple(notes),
+        push=PushResult.of(
+            repository, commit, started, published.files, merge.nbytes, notes, published.removed, merge.left_behind
         ),
         plan=plan,
         survival=carrier.survival,
