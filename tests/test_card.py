@@ -307,6 +307,32 @@ def test_user_keys_win_and_tags_are_joined() -> None:
     )
 
 
+def test_what_was_written_here_gives_way_to_the_next_model() -> None:
+    """Metadata that an earlier card was given are no words of the user's, unless they were changed since."""
+    mine = "---\ntags:\n- zebra\n# mine\npipeline_tag: summarization\n---\n# Mine\n"
+    first = model_card(facts(), mine)
+    assert metadata(first)["license"] == "llama3.2" and metadata(first)["tags"][:3] == ["zebra", "fossil", "miss"]
+    edited = first.replace("language:\n- en\n- de\n", "language: fr\n")
+    assert edited != first
+    record = {**RECORD, "adapter": {**RECORD["adapter"], "variant": "bat"}}
+    other = facts(base="ada/other", record=record, base_card={"language": "en"})
+    assert not any("README.md names" in line for line in warnings(other, edited))
+    assert any("license is not known" in line for line in warnings(other, edited))
+    second = model_card(other, edited)
+    found = metadata(second)
+    assert found["base_model"] == "ada/other" and "license" not in found and found["language"] == "fr"
+    assert found["tags"] == ["zebra", "fossil", "miss", "bat", "fossil-export"]
+    assert found["pipeline_tag"] == "summarization" and "# mine\n" in second
+    assert model_card(other, second) == second
+    assert model_card(facts(), model_card(other, model_card(facts()))) == model_card(facts())
+
+
+@pytest.mark.parametrize("note", ["{", "[1]", '"x"', "[" * 100_000])
+def test_a_damaged_note_is_none(note: str) -> None:
+    existing = f"---\nlicense: mit\n---\n# Mine\n\n{BEGIN}\nold\n<!-- fossil-export wrote: {note} -->\n{END}\n"
+    assert metadata(model_card(facts(), existing))["license"] == "mit"
+
+
 @pytest.mark.parametrize(
     "existing",
     [

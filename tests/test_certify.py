@@ -10,7 +10,7 @@ from conftest import BOB
 from hub_tools import cli
 from loopback_hub import Fault, LoopbackHub, point_client_at
 
-from fossil_export import FossilExportError, merge_to_hub, publish_certificate, verify
+from fossil_export import FossilExportError, merge, merge_to_hub, publish_certificate, push, verify
 from fossil_export.verifying import Verification
 
 WEIGHTS = "model-00001-of-00003.safetensors"
@@ -95,6 +95,23 @@ def test_what_will_be_refused_is_refused_first(
     assert "your token may not do that" in refused("ada/model")
     assert not [seen for seen in streamed.log if ".safetensors" in seen.path]
     assert "--create-pr wants --push-to-hub" in cli("verify", "ada/model", "--create-pr", code=2).stderr
+
+
+@pytest.mark.parametrize("way", ["stream", "push"])
+def test_a_certificate_is_of_one_model(way: str, streamed: LoopbackHub, models: Path, tmp_path: Path) -> None:
+    """It stays while the same is published again, and goes with the first change."""
+
+    def again(adapter: str) -> tuple[str, ...]:
+        if way == "stream":
+            return merge_to_hub(adapter, "ada/model", base="ada/base", cache_dir=tmp_path / "cache").push.warnings
+        return push(merge(adapter, tmp_path / adapter, base="ada/base").output, "ada/model").warnings
+
+    cli("verify", "ada/model", "--level", "weights", "--push-to-hub")
+    head = streamed.head("ada/model")
+    assert not any("verif" in line for line in again("ada/adapter")) and streamed.head("ada/model") == head
+    said = again("hf://ada/adapter/checkpoint-100")
+    assert "fossil_parity.json" not in streamed.files("ada/model") and "It was not verified" in card(streamed)
+    assert any("fossil_parity.json of an earlier model would have been taken for this one's" in line for line in said)
 
 
 @pytest.fixture

@@ -225,7 +225,9 @@ def test_a_path_that_exists_wins_and_says_so(
         ["convert", "ada/adapter", "--to", "lora", "-o", "lora"],
     ):
         assert cli(*command).stderr.splitlines()[:2] == [adapter, base]
-    assert set(cli("verify", "merged", "--level", "weights").stderr.splitlines()) == {adapter, base}
+    # The record does not read as ids, so that there is nothing to choose.
+    assert cli("verify", "merged", "--level", "weights").stderr == ""
+    assert record(tmp_path / "merged")["base"]["name"] == "./ada/base"
     assert record(tmp_path / "merged")["base"]["revision"] is None and hosted.log == []
 
     told = cli("merge", "hf://ada/adapter", "--base", "hf://ada/base", "-o", "remote").stderr
@@ -237,6 +239,29 @@ def test_a_path_that_exists_wins_and_says_so(
         plan_merge("ada/adapter", Path("ada/base"))
     with pytest.raises(AdapterError, match="no such file or folder"):
         load_adapter("./ada/adapter")
+
+
+def test_a_folder_of_that_name_changes_nothing_of_what_was_made(
+    hosted: LoopbackHub, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked for where somebody types the name, not where a record has it."""
+    hosted.commit("ada/base", {"README.md": b"---\nlicense: mit\n---\n"})
+    for name in ("adapter", "base"):
+        shutil.copytree(models / "adapter" / "checkpoint-100", tmp_path / "ada" / name)
+        (tmp_path / "ada" / name / "README.md").write_text("---\nlicense: gpl-3.0\n---\n")
+    monkeypatch.chdir(tmp_path)
+    cli("merge", "hf://ada/adapter", "--base", "hf://ada/base", "-o", "merged")
+    assert "parity" in cli("verify", "merged", "--level", "weights").stdout
+    cli("push", "merged", "ada/pushed")
+    cli("merge", "hf://ada/adapter", "--base", "hf://ada/base", "--push-to-hub", "ada/streamed", "--stream",
+        "--cache-dir", "cache")  # fmt: skip
+    for repo in ("ada/pushed", "ada/streamed"):
+        card = hosted.read(repo, "README.md").decode()
+        assert "base_model: ada/base\n" in card and "license: mit\n" in card and "ada/adapter/tree/" in card
+        published = json.loads(hosted.read(repo, "fossil_export.json"))
+        assert (published["base"]["name"], published["adapter"]["name"]) == ("ada/base", "ada/adapter")
+        cli("verify", repo, "--level", "weights", "--push-to-hub")
+    assert published["base"]["revision"] == hosted.head("ada/base")
 
 
 @pytest.fixture(scope="module")

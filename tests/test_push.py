@@ -11,6 +11,7 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 from conftest import ADA, edit_json
 from hub_tools import cli, content
 from huggingface_hub import metadata_load, snapshot_download
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loopback_hub import LoopbackHub, environment
 from onnx import TensorProto, helper
+from safetensors.torch import load_file
 
 from fossil_export import FossilExportError, __version__, convert, merge, merge_to_hub, push, verify
 from fossil_export.errors import CheckpointError
@@ -395,6 +397,36 @@ def test_weights_of_an_earlier_model_go_in_the_same_commit(hosted: LoopbackHub, 
     assert set(kept) <= set(hosted.files("ada/new")) and len(hosted.commits("ada/new")) == 3
     (said,) = [line for line in result.warnings if "earlier model" in line]
     assert all(name in said for name in old) and push(folder, "ada/new").removed == ()
+
+
+def test_adapters_of_an_earlier_push_go_too(hosted: LoopbackHub, models: Path, tmp_path: Path) -> None:
+    """PEFT takes .safetensors before .bin, and a record is of the files that it came with."""
+    push(convert("ada/adapter", tmp_path / "lora", to="lora").output, "ada/new")
+    folder = made("miss", hosted, models, tmp_path / "miss")
+    state = load_file(folder / "adapter_model.safetensors")
+    torch.save(state, folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    result = push(folder, "ada/new")
+    assert set(result.removed) == {"adapter_model.safetensors", "fossil_export.json"}
+    assert set(published(hosted)) == {"README.md", "adapter_config.json", "adapter_model.bin"}
+
+
+def test_a_model_does_not_replace_its_base(hosted: LoopbackHub, models: Path, tmp_path: Path) -> None:
+    head = hosted.head("ada/base")
+    hosted.commit("ada/base", {"a.txt": b"a"}, branch="v2")
+    merged = merge("ada/adapter", tmp_path / "merged", base=f"ada/base@{head}").output
+    for arguments in (
+        ["push", merged, "ada/base"],
+        ["push", merged, "ada/base", "--revision", "main"],
+        ["merge", "ada/adapter", "--base", f"ada/base@{head}", "--push-to-hub", "ada/base", "--stream"],
+        ["merge", "ada/adapter", "--base", "ada/base@v2", "--push-to-hub", "ada/base", "--stream", "--revision", "v2"],
+    ):
+        told = cli(*arguments, *(["--cache-dir", tmp_path / "cache"] if "--stream" in arguments else []), code=1)
+        assert "ada/base: is the base itself, and the next merge would be on top of this one" in told.stderr
+    assert hosted.head("ada/base") == head and hosted.commits("ada/base", "v2")[0] == "Change files"
+    push(merged, "ada/base", revision="merged")
+    push(merged, "ada/base", create_pr=True)
+    assert hosted.head("ada/base") == head
 
 
 def test_models_and_adapters_do_not_meet(hosted: LoopbackHub, models: Path, tmp_path: Path) -> None:

@@ -1,17 +1,19 @@
 """The model card of an artifact: what it was made from, how it is used, whether it is the model that was trained.
 
-What the user wrote stays: the text outside of two markers, and every key of the metadata.
+What the user wrote stays: the text outside of two markers, and every key of the metadata. What was written here is
+noted between the markers, and gives way when the next model differs.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
 from fossil_export.cards.facts import HUB, VERIFIED, Facts, hub_id, part, paths_of, survived
-from fossil_export.cards.frontmatter import BEGIN, END, FILLER, MARKED, edited, is_template, read_card
+from fossil_export.cards.frontmatter import BEGIN, END, FILLER, MARKED, NOTE, edited, is_template, noted, read_card
 from fossil_export.cards.section import generated
 from fossil_export.cards.snippets import pipeline_tag, plain, task
 from fossil_export.merging.survival import WARNING_BELOW
@@ -25,8 +27,14 @@ def model_card(facts: Facts, existing: str | None = None) -> str:
     block, text, data = read_card(existing)
     newline = "\r\n" if existing is not None and "\r\n" in existing else "\n"
     template = is_template(text)
-    front = edited(block, data, _changes(facts, data, template), newline)
-    section = f"{BEGIN}\n{generated(facts)}\n{END}".replace("\n", newline)
+    own = _of_user(data, noted(text))
+    wanted = _wanted(facts, own, template)
+    changes = {key: value for key, value in wanted.items() if data.get(key) != value}
+    changes |= {key: None for key in data if key not in own and key not in wanted}
+    if "tags" not in wanted and data.get("tags") != own.get("tags"):
+        changes["tags"] = own.get("tags")
+    front = edited(block, data, changes, newline)
+    section = f"{BEGIN}\n{generated(facts)}\n\n{_note(own, wanted)}\n{END}".replace("\n", newline)
     if MARKED.search(text):
         body = MARKED.sub(lambda _: section, text)
     elif text.strip() and not template:
@@ -46,7 +54,8 @@ def warnings(facts: Facts, existing: str | None = None) -> list[str]:
 
 def _warnings(facts: Facts, text: str, data: Mapping[str, Any]) -> Iterator[str]:
     template = is_template(text)
-    after = {**data, **_changes(facts, data, template)}
+    data = _of_user(data, noted(text))
+    after = {**data, **_wanted(facts, data, template)}
     base = after.get("base_model")
     for name in _ids(data.get("base_model")):
         if name not in _ids(base):
@@ -75,7 +84,26 @@ def _warnings(facts: Facts, text: str, data: Mapping[str, Any]) -> Iterator[str]
             yield f"README.md holds the path {name!r} of this machine; remove it"
 
 
-def _changes(facts: Facts, data: Mapping[str, Any], template: bool) -> dict[str, Any]:
+def _of_user(data: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata without what an earlier card was given here, as far as it is still that."""
+    found = {key: value for key, value in data.items() if key == "tags" or key not in ours or ours[key] != value}
+    tags, given = data.get("tags"), ours.get("tags")
+    if isinstance(tags, list) and isinstance(given, list):
+        found["tags"] = [tag for tag in tags if tag not in given]
+        if not found["tags"]:
+            del found["tags"]
+    return found
+
+
+def _note(own: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The line that remembers what of the metadata is not the user's."""
+    ours = {key: value for key, value in wanted.items() if key != "tags" and own.get(key) is None}
+    tags = [tag for tag in wanted.get("tags", []) if tag not in (own.get("tags") or [])]
+    line = json.dumps(ours | ({"tags": tags} if tags else {}), ensure_ascii=False).replace(">", "\\u003e")
+    return f"{NOTE} {line} -->"
+
+
+def _wanted(facts: Facts, data: Mapping[str, Any], template: bool) -> dict[str, Any]:
     """The metadata that is missing in the user's, and what must not stay there (None). A `template`'s base is no
     word of the user's."""
     base = hub_id(facts.base)

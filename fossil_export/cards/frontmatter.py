@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -10,11 +11,13 @@ from typing import Any
 from fossil_export.errors import FossilExportError
 
 BEGIN, END = "<!-- fossil-export: begin -->", "<!-- fossil-export: end -->"
+NOTE = "<!-- fossil-export wrote:"
 FILLER = "[More Information Needed]"
 _FRONT = re.compile(r"\s*---[ \t]*(?:\r\n|\r|\n)((?:[\s\S]*?(?:\r\n|\r|\n))??)---[ \t]*(?:\r\n|\n|$)")
 _OPENED = re.compile(r"\s*---[ \t]*(?:\r\n|\r|\n)")
 MARKED = re.compile(rf"^{BEGIN}[ \t]*\r?$[\s\S]*?^{END}[ \t]*(?=\r?$)", re.MULTILINE)
 _MARKER = re.compile(rf"^(?:{BEGIN}|{END})[ \t]*\r?$", re.MULTILINE)
+_NOTED = re.compile(rf"^{NOTE} (.*) -->[ \t]*\r?$", re.MULTILINE)
 _COMMENT = re.compile("<!--.*?-->")
 _FILLED = re.compile(
     r"|# Model Card for .*|- \*\*[^*]+:\*\* \[More Information Needed\]|## Training procedure|### Framework versions"
@@ -57,6 +60,17 @@ def read_card(existing: str | None) -> tuple[str, str, dict[str, Any]]:
             f"README.md: line {line}: {BEGIN} and {END} must stand once, in this order; remove them"
         )
     return block, text, data or {}
+
+
+def noted(text: str) -> dict[str, Any]:
+    """What of the metadata the part between the markers says was written with it, not by the user."""
+    section = MARKED.search(text)
+    found = _NOTED.search(section[0]) if section is not None else None
+    try:
+        value = json.loads(found[1]) if found is not None else None
+    except (ValueError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else {}
 
 
 def edited(block: str, data: Mapping[str, Any], changes: Mapping[str, Any], newline: str) -> str:

@@ -22,9 +22,9 @@ _URLS = ("hf://", "https://", "http://")
 class Located:
     """What the user named.
 
-    `name` is for records: the id of a model on the Hub, otherwise what was typed; `revision` its commit, where it
-    is known, and `branch` what was typed of it. `path` is where it lies or, on the Hub, will lie once `source`, the
-    folder, has fetched it; `file` is the file in it that was meant, None for all of it.
+    `name` is for records: the id of a model on the Hub, otherwise what was typed, with ./ before what reads as an id.
+    `revision` is its commit, where it is known, and `branch` what was typed of it. `path` is where it lies or, on the
+    Hub, will lie once `source`, the folder, has fetched it; `file` is the file in it that was meant, None for all.
     """
 
     name: str
@@ -69,10 +69,11 @@ def locate(given: str | Path, error: type[FossilExportError], what: str) -> Loca
     if text.startswith(_URLS):
         return _on_hub(text, error)
     if _exists(path, given, error):
-        notes: tuple[str, ...] = ()
-        if isinstance(given, str) and is_hub_id(text):
-            notes = (f"{text}: the {what} in this folder is taken, not the Hub's; write hf://{text} for that one",)
-        return Located(text, path, hub_revision(path), notes=notes)
+        if not is_hub_id(text):
+            return Located(text, path, hub_revision(path))
+        note = f"{text}: the {what} in this folder is taken, not the Hub's; write hf://{text} for that one"
+        notes = (note,) if isinstance(given, str) else ()
+        return Located(f"./{text}", path, hub_revision(path), notes=notes)
     if isinstance(given, str) and (is_hub_id(text) or (what == "base model" and _OLD_ID.fullmatch(text))):
         try:
             return _on_hub(text, error)
@@ -105,8 +106,13 @@ def is_hub_id(name: str) -> bool:
 
 
 def is_on_hub(name: str | None) -> bool:
-    """Whether a record's `name` is a model on the Hub: an id that is no path here."""
-    return name is not None and (name.startswith("hf://") or (is_hub_id(name) and not _is_path(name)))
+    """Whether a record's `name` is a model on the Hub, whatever folders there are here."""
+    return name is not None and (name.startswith("hf://") or is_hub_id(name))
+
+
+def names_hub(name: str | None) -> bool:
+    """Whether a name that PEFT or the user wrote, of which a path that exists is one, is of a model on the Hub."""
+    return name is not None and is_on_hub(name) and not _is_path(name)
 
 
 def repository_of(name: str) -> str:
@@ -116,7 +122,7 @@ def repository_of(name: str) -> str:
 
 
 def pinned(name: str, revision: str | None) -> str:
-    """A record's `name` with its commit, so that the same model is read again; a path stays as it is."""
+    """A record's `name` with its commit, so that the same model is read again; a path stays what it is."""
     if revision is None or not is_on_hub(name):
         return name
     if not name.startswith("hf://"):

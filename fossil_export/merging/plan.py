@@ -18,7 +18,7 @@ from fossil_export.checkpoints.dtypes import BY_TORCH_NAME, FLOATS
 from fossil_export.checkpoints.header import TensorInfo
 from fossil_export.checkpoints.jsonfile import write_json
 from fossil_export.errors import CheckpointError, MergeError, listed
-from fossil_export.hub import Located, locate, pinned
+from fossil_export.hub import Located, locate, names_hub, pinned
 from fossil_export.merging.config import difference, edited_config
 from fossil_export.merging.layout import FilePlan, TensorPlan, lay_out, parse_size, tensor_record
 from fossil_export.merging.place import place
@@ -29,14 +29,16 @@ from fossil_export.merging.placement import Placement
 class MergePlan:
     """What a merge will do. Paths of `files`, `index` and `companions` are relative to the output folder.
 
-    `config` is the edited config.json, None where the base's is taken as it is; `left_behind` lists the
-    base's files that do not belong in the result; `warnings` is what the user should know.
+    `base_branch` is the base's revision as it was typed. `config` is the edited config.json, None where the base's is
+    taken as it is; `left_behind` lists the base's files that do not belong in the result; `warnings` is what the user
+    should know.
     """
 
     adapter: Adapter
     base: Checkpoint
     base_name: str
     base_revision: str | None
+    base_branch: str | None
     dtype: str
     files: tuple[FilePlan, ...]
     index: tuple[str, bytes] | None
@@ -140,6 +142,7 @@ def plan_merge(
         base=checkpoint,
         base_name=found.name,
         base_revision=found.revision or (adapter.base_revision if base is None else None),
+        base_branch=found.branch,
         dtype=dtype,
         files=files,
         index=index,
@@ -155,7 +158,8 @@ def find_base(adapter: Adapter, base: str | Path | None = None) -> Located:
     """Where `base` lies, by default the model that `adapter` names, at its revision; raises CheckpointError."""
     if base is None and not adapter.base_model:
         raise MergeError(f"{adapter.path}: does not name its base model; name it with --base")
-    wanted = base if base is not None else pinned(str(adapter.base_model), adapter.base_revision)
+    own = str(adapter.base_model)
+    wanted = base if base is not None else pinned(own, adapter.base_revision) if names_hub(own) else own
     return locate(wanted, CheckpointError, "base model")
 
 

@@ -12,7 +12,7 @@ from fossil_export.cards.frontmatter import MARKED, is_template, read_card
 from fossil_export.checkpoints.companions import CARD
 from fossil_export.errors import FossilExportError, HubError
 from fossil_export.hub.errors import retried
-from fossil_export.hub.resolve import is_on_hub, repository_of
+from fossil_export.hub.resolve import is_on_hub, names_hub, repository_of
 from fossil_export.publishing.repository import Repository
 
 _LOCATED = ("merged", "onnx")
@@ -31,10 +31,11 @@ def facts_of(
 ) -> tuple[Facts, list[str]]:
     """What is known of an artifact that goes to `repo_id`, and what could not be found out."""
     base, adapter = part(record, "base"), part(record, "adapter")
-    if not base.get("name") and config is not None:  # an adapter as PEFT saved it
-        base = {"name": config.get("base_model_name_or_path"), "revision": config.get("revision")}
     kind_of_record = (record or {}).get("artifact")
     on_hub, adapter_on_hub = _is_on_hub(base, kind_of_record), _is_on_hub(adapter, "merged")
+    if not base.get("name") and config is not None:  # an adapter as PEFT saved it
+        base = {"name": config.get("base_model_name_or_path"), "revision": config.get("revision")}
+        on_hub = isinstance(base["name"], str) and names_hub(base["name"])
     metadata, problems = _base_card(base.get("name"), base.get("revision"), on_hub)
     facts = Facts(
         repo_id=repo_id,
@@ -63,9 +64,12 @@ def local_names(
         entry = part(record, name)
         if isinstance(entry.get("name"), str) and not _is_on_hub(entry, artifact):
             yield entry["name"]
-    others = [part(record, "adapter").get("base_model"), (certificate or {}).get("base")]
-    others += [part(certificate, "adapter").get("name"), (config or {}).get("base_model_name_or_path")]
-    yield from (name for name in others if isinstance(name, str) and name and not is_on_hub(name))
+    ours = [(certificate or {}).get("base"), part(certificate, "adapter").get("name")]
+    yield from (name for name in ours if isinstance(name, str) and name and not is_on_hub(name))
+    # These are PEFT's words, which may mean a folder here.
+    others = {part(record, "adapter").get("base_model"), (config or {}).get("base_model_name_or_path")}
+    others -= {part(record, "base").get("name")}
+    yield from (name for name in others if isinstance(name, str) and name and not names_hub(name))
 
 
 def card_for(

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from fossil_export.checkpoints.companions import CARD
 from fossil_export.errors import CheckpointError
 from fossil_export.hub import expanded, resolve
 from fossil_export.publishing.about import card_for, facts_of, local_names
+from fossil_export.publishing.closing import Closing, closing
+from fossil_export.publishing.operations import Operation
 from fossil_export.publishing.parts import parts_of
 from fossil_export.publishing.paths import ADAPTER_CONFIG, Paths, is_path
 from fossil_export.publishing.repository import Repository
 from fossil_export.publishing.result import Progress, PushResult
-from fossil_export.publishing.stale import removal_warnings, stale
+from fossil_export.publishing.stale import refuse_base, stale
 
 LARGE = 1 << 20
 """Bytes from which a file is uploaded by itself, and named while it is."""
@@ -39,7 +40,7 @@ def push(
     the one that is there extended. Everything appears in one commit; interrupted, the same call goes on with what is
     not uploaded yet. `progress` is called with the name of each step. Raises a FossilExportError in one line.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    from huggingface_hub import CommitOperationAdd
 
     started = time.perf_counter()
     repository = Repository(repo_id, revision, create_pr)
@@ -54,7 +55,9 @@ def push(
     facts, problems = facts_of(repository.repo_id, parts.kind, names, parts.record, certificate, parts.config)
     head = repository.head()
     there = repository.files(head)
-    stale(facts, there)  # what will be refused is refused before anything is sent
+    # What will be refused is refused before anything is sent.
+    refuse_base(facts, repository)
+    stale(facts, there)
     problems += [*parts.notes, *repository.validate(card_for(repository, facts, parts.card, head, there)[0])]
     additions = []
     for name in parts.names:
@@ -66,15 +69,11 @@ def push(
         progress(f"uploading {addition.path_in_repo}")
         repository.upload(addition)
     repository.upload(*(addition for addition in additions if addition not in large))
-    notes: list[str] = []
-    removed: list[str] = []
+    ends: list[Closing] = []
 
-    def build(head: str, there: Mapping[str, str]) -> list[Any]:
-        text, notes[:] = card_for(repository, facts, parts.card, head, there)
-        card = CommitOperationAdd(CARD, text)
-        repository.upload(card)
-        removed[:] = stale(facts, there)
-        return [*additions, card, *(CommitOperationDelete(name) for name in removed)]
+    def build(head: str, there: Mapping[str, str]) -> Sequence[Operation]:
+        ends[:] = [closing(repository, facts, parts.card, additions, head, there)]
+        return ends[0].operations
 
     progress("committing")
     commit = repository.commit(build, commit_message or message(parts.kind))
@@ -82,8 +81,8 @@ def push(
         problems.append(
             f"{ADAPTER_CONFIG} names the base by a path, which was left out; if it is on the Hub, write its id there"
         )
-    notes = [note.replace("verify DIR`", f"verify {shlex.quote(str(folder))}`") for note in notes]
-    found = [*repository.notes, *problems, *notes, *removal_warnings(repository.repo_id, removed)]
+    notes = [note.replace("verify DIR`", f"verify {shlex.quote(str(folder))}`") for note in ends[0].notes]
+    found, removed = [*repository.notes, *problems, *notes], ends[0].removed
     size = sum(addition.upload_info.size for addition in additions)
     return PushResult.of(repository, commit, started, names, size, found, removed, parts.left_behind)
 

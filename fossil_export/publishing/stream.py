@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.cards import Facts
 from fossil_export.checkpoints.companions import CARD, PROVENANCE
 from fossil_export.checkpoints.jsonfile import write_json
-from fossil_export.errors import FossilExportError, HubError
+from fossil_export.errors import FossilExportError
 from fossil_export.merging.api import survival_warnings
 from fossil_export.merging.layout import parse_size
 from fossil_export.merging.plan import plan_merge
@@ -27,12 +27,14 @@ from fossil_export.merging.run import Runner
 from fossil_export.merging.survival import Survival
 from fossil_export.publishing.about import card_for, facts_of, local_names
 from fossil_export.publishing.carrier import Carrier
+from fossil_export.publishing.closing import Closing, closing
 from fossil_export.publishing.moves import StreamPlan, plan_moves
+from fossil_export.publishing.operations import Operation
 from fossil_export.publishing.paths import Paths
 from fossil_export.publishing.push import message
 from fossil_export.publishing.repository import Commit, CopyRefusedError, Repository
 from fossil_export.publishing.result import Progress, PushResult
-from fossil_export.publishing.stale import removal_warnings, stale
+from fossil_export.publishing.stale import refuse_base, stale
 from fossil_export.publishing.workplace import workplace
 
 
@@ -148,7 +150,7 @@ def run_stream(
         shutil.rmtree(folder, ignore_errors=True)
     commit = published.commit
     notes = [*repository.notes, *merge.warnings, *published.notes]
-    notes += [*removal_warnings(repository.repo_id, published.removed), *survival_warnings(merge, carrier.survival)]
+    notes += survival_warnings(merge, carrier.survival)
     return StreamResult(
         push=PushResult.of(
             repository, commit, started, published.files, merge.nbytes, notes, published.removed, merge.left_behind
@@ -164,50 +166,40 @@ def run_stream(
 class _Published:
     commit: Commit
     files: tuple[str, ...]
-    removed: list[str]
+    removed: tuple[str, ...]
     notes: list[str]
 
 
 def _refuse_target(plan: StreamPlan, repository: Repository) -> None:
     """Raise HubError where what the repository holds would stop the commit, hours from now."""
-    head, remote = repository.head(), plan.remote
-    onto_itself = remote is not None and (remote.repository, remote.commit) == (repository.repo_id, head)
-    if onto_itself and not repository.create_pr and repository.revision in (None, "main"):
-        raise HubError(
-            f"{repository.repo_id}: is the base itself, and the next merge would be on top of this one; choose another "
-            "repository, or --revision or --create-pr"
-        )
+    head = repository.head()
     source = plan.merge.base.source
     configs = [name for name in source.root_names() if name.endswith(".json")]
     source.fetch([name for name in configs if len(source.blob(name) or "") != 64])  # the record has their hashes
     facts, _ = _facts(plan, repository, provenance(plan.merge, {}), tuple(file.name for file in plan.merge.files))
     there = repository.files(head)
+    refuse_base(facts, repository, plan.merge.base_branch)
     stale(facts, there)
     repository.notes += repository.validate(card_for(repository, facts, None, head, there)[0])
 
 
 def _publish(carrier: Carrier, repository: Repository, with_hash: bool, title: str, progress: Progress) -> _Published:
     """What goes beside the weights, and the commit."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
     plan = carrier.plan
     merge = plan.merge
     paths = Paths([merge.base.location, merge.adapter.path], local_names(provenance(merge, {})))
     carrier.companions(paths)
-    removed: list[str] = []
-    notes: list[str] = []
+    ends: list[Closing] = []
     while True:
         record = provenance(merge, carrier.survival, carrier.digests() if with_hash else None)
         carrier.send(PROVENANCE, paths.published(PROVENANCE, write_json(record)))
         names = (*sorted(carrier.operations), CARD)
         facts, problems = _facts(plan, repository, record, names)
 
-        def build(head: str, there: Mapping[str, str]) -> list[Any]:
-            text, notes[:] = card_for(repository, facts, None, head, there)  # noqa: B023  used before the next round
-            card = CommitOperationAdd(CARD, text)
-            repository.upload(card)
-            removed[:] = stale(facts, there)  # noqa: B023
-            return [*carrier.operations.values(), card, *(CommitOperationDelete(name) for name in removed)]
+        def build(head: str, there: Mapping[str, str]) -> Sequence[Operation]:
+            done = tuple(carrier.operations.values())
+            ends[:] = [closing(repository, facts, None, done, head, there)]  # noqa: B023  used before the next round
+            return ends[0].operations
 
         progress("committing")
         try:
@@ -218,8 +210,8 @@ def _publish(carrier: Carrier, repository: Repository, with_hash: bool, title: s
         # There is no folder here to verify.
         branch = f"refs/pr/{commit.pr_url.rpartition('/')[2]}" if commit.pr_url else repository.revision
         where = repository.repo_id + (f"@{branch}" if branch else "")
-        said = [note.replace("verify DIR` first", f"verify {where} --push-to-hub`") for note in notes]
-        return _Published(commit, names, removed, [*problems, *said])
+        said = [note.replace("verify DIR` first", f"verify {where} --push-to-hub`") for note in ends[0].notes]
+        return _Published(commit, names, ends[0].removed, [*problems, *said])
 
 
 def _facts(
