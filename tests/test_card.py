@@ -324,7 +324,7 @@ def test_what_was_written_here_gives_way_to_the_next_model() -> None:
     assert found["tags"] == ["zebra", "fossil", "miss", "bat", "fossil-export"]
     assert found["pipeline_tag"] == "summarization" and "# mine\n" in second
     assert model_card(other, second) == second
-    assert model_card(facts(), model_card(other, model_card(facts()))) == model_card(facts())
+    assert metadata(model_card(facts(), model_card(other, model_card(facts())))) == metadata(model_card(facts()))
 
 
 @pytest.mark.parametrize("note", ["{", "[1]", '"x"', "[" * 100_000])

@@ -90,10 +90,20 @@ def test_what_will_be_refused_is_refused_first(
     head = streamed.head("ada/model")
     assert "is no repository on the Hub; verify the folder, then push it" in refused(models / "adapter")
     assert "is no repository on the Hub" in refused("hf://ada/adapter/checkpoint-100")
+    assert refused("ada/adapter") == (
+        "error: ada/adapter: is the trained adapter itself; merge or convert it, and verify the result\n"
+    )
+    streamed.create("ada/gguf")
+    streamed.commit("ada/gguf", {"adapter.gguf": b"GGUF"})
+    assert "error: ada/gguf: holds no model, LoRA or ONNX graph (only adapter.gguf); name" in refused("ada/gguf")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "adapter.gguf").write_bytes(b"GGUF")
+    assert "holds GGUF files, which are not verified" in cli("verify", tmp_path / "here", "--adapter", models / "adapter",
+                                                             code=1).stderr  # fmt: skip
     assert f"has no branch {head}; a commit or a tag takes nothing" in refused(f"ada/model@{head}")
     point_client_at(monkeypatch, streamed, tmp_path / "bob", BOB)
     assert "your token may not do that" in refused("ada/model")
-    assert not [seen for seen in streamed.log if ".safetensors" in seen.path]
+    assert not [seen for seen in streamed.log if "ada/base" in seen.path]
     assert "--create-pr wants --push-to-hub" in cli("verify", "ada/model", "--create-pr", code=2).stderr
 
 

@@ -197,6 +197,7 @@ def test_classifier_by_pytorch(mode: str, precision: str, classifier: dict[str, 
     )
     assert result.runtime == "torch" and (result.output / "config.json").is_file()
     assert [output.name for output in onnx.load(result.graph, load_external_data=False).graph.output] == ["logits"]
+    assert b"site-packages" not in result.graph.read_bytes()  # PyTorch notes where its code lies
     found = verify(result.output, prompts=classifier["prompts"])
     assert found.parity, found.problems
     assert bool(result.warnings) == (mode == "swappable")

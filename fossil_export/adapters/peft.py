@@ -67,14 +67,8 @@ def load_adapter(path: str | Path) -> Adapter:
         weights = source.path / file
         at_once = [CONFIG] if CONFIG in found.names() else []
         source.fetch(at_once if weights.suffix == ".safetensors" else [*at_once, file])
-    try:
+    with found.by_name():
         adapter = load_state_dict(given) if is_state_dict(given) else _load_folder(given, weights, source)
-    except AdapterError as problem:
-        if found.source is None:
-            raise
-        # Where it would lie is nothing that the user knows.
-        folder = found.name.removesuffix(f"/{found.file}")
-        raise AdapterError(str(problem).replace(str(source.path), folder)) from problem
     return replace(adapter, name=found.name, revision=found.revision, notes=found.notes)
 
 

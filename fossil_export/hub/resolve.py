@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from fossil_export.checkpoints.checkpoint import Checkpoint, hub_revision, open_checkpoint
 from fossil_export.checkpoints.folder import Folder, LocalFolder
-from fossil_export.errors import CheckpointError, FossilExportError, HubError
+from fossil_export.errors import FossilExportError, HubError
 from fossil_export.hub.errors import NotThereError, endpoint, redacted
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+(@\S+)?")
@@ -49,13 +51,23 @@ class Located:
 
     def checkpoint(self) -> Checkpoint:
         """The model that lies there, opened by its headers."""
+        with self.by_name():
+            return open_checkpoint(self.path if self.source is None else self.source, self.file)
+
+    def shown(self, text: str) -> str:
+        """`text` with the name in the place of the folder in the Hub's cache, which is nothing that the user knows."""
         if self.source is None:
-            return open_checkpoint(self.path, self.file)
+            return text
+        return text.replace(str(self.source.path), self.name.removesuffix(f"/{self.file}"))
+
+    @contextmanager
+    def by_name(self) -> Iterator[None]:
+        """Errors in the block are told as `shown` has them."""
         try:
-            return open_checkpoint(self.source, self.file)
-        except CheckpointError as problem:  # where it would lie is nothing that the user knows
-            folder = self.name.removesuffix(f"/{self.file}")
-            raise CheckpointError(str(problem).replace(str(self.source.path), folder)) from problem
+            yield
+        except FossilExportError as problem:
+            problem.args = (self.shown(str(problem)),)
+            raise
 
 
 def locate(given: str | Path, error: type[FossilExportError], what: str) -> Located:

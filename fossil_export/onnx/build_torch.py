@@ -13,6 +13,7 @@ from typing import Any
 
 from fossil_export.errors import FossilExportError, OnnxError
 from fossil_export.extras import required
+from fossil_export.onnx.graph_file import forget_sources
 
 OPSET = 20
 TORCH_DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int4": "float32"}
@@ -46,6 +47,7 @@ def build_torch(model: Path, output: Path, precision: str) -> Path:
                 opset_version=OPSET,
                 verbose=False,
             )
+            forget_sources(program.model)
             program.save(str(graph), external_data=True)
     except FossilExportError:
         raise

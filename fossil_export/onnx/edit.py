@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from fossil_export.onnx.graph_file import forget_sources
 from fossil_export.onnx.weight import unguarded
 
 if TYPE_CHECKING:
@@ -158,6 +159,7 @@ class Editor:
         `repack` writes all large tensors, the base's too, to one new data file instead.
         """
         self.graph.sort()
+        forget_sources(self.model)
         for value in [*self.graph.initializers.values()]:
             if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
                 del self.graph.initializers[value.name]

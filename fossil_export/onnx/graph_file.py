@@ -14,6 +14,13 @@ MARK = "fossil_export"
 """Metadata key of a graph that carries an adapter, or can."""
 
 
+def forget_sources(model: ir.Model) -> None:
+    """Drop the stack traces that PyTorch's exporter notes at every node: paths of the machine it ran on."""
+    for graph in model.graphs():
+        for node in graph:
+            node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
+
+
 def load_graph(path: Path) -> ir.Model:
     """Read a graph without its external data, whose presence is checked. Raises OnnxError."""
     from fossil_export.extras import required

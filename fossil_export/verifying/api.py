@@ -15,7 +15,7 @@ from fossil_export.checkpoints.checkpoint import Checkpoint
 from fossil_export.checkpoints.companions import CERTIFICATE, PROVENANCE, is_weights
 from fossil_export.checkpoints.dtypes import BY_TORCH_NAME
 from fossil_export.checkpoints.jsonfile import read_json
-from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError
+from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError, listed
 from fossil_export.hub import Located, locate, pinned
 from fossil_export.merging.plan import plan_merge
 from fossil_export.verifying.artifacts import open_any
@@ -51,19 +51,48 @@ def verify(
 
     Raises a FossilExportError when something cannot be read or run; a difference is no error but a verdict.
     """
-    started = time.perf_counter()
     if level not in LEVELS:
         raise FossilExportError(f"level is {level!r}, expected {', '.join(LEVELS)}")
-    found_artifact = locate(artifact, CheckpointError, "artifact")
-    folder = found_artifact.fetched(None if found_artifact.source is None else _parts(found_artifact.source.names()))
+    located = locate(artifact, CheckpointError, "artifact")
+    with located.by_name():
+        result = _verified(located, base, adapter, level, device, prompts, report, progress)
+        if located.source is None:
+            try:
+                _write(result.artifact / CERTIFICATE, certificate_file(result))
+            except FossilExportError as problem:  # an artifact that may only be read has its verdict all the same
+                result = replace(result, warnings=(*result.warnings, str(problem)))
+    if report is not None:
+        from fossil_export.verifying.report import html
+
+        _write(Path(report), html(result).encode())
+    return result
+
+
+def _verified(
+    located: Located,
+    base: str | Path | None,
+    adapter: Adapter | str | Path | None,
+    level: str,
+    device: str,
+    prompts: str | Path | None,
+    report: str | Path | None,
+    progress: Callable[[int], None],
+) -> Verification:
+    """The verdict; nothing is written."""
+    started = time.perf_counter()
+    folder = located.fetched(None if located.source is None else _parts(located.source.names()))
+    if located.source is not None and located.file is None and not folder.is_dir():
+        held = f" (only {listed(located.names())})" if located.names() else ""
+        raise CheckpointError(f"{folder}: holds no model, LoRA or ONNX graph{held}; name what is to be verified")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is no model folder; name the folder that the file lies in")
     record = _read_record(folder)
+    found = open_any(folder)
     if not isinstance(adapter, Adapter):
         adapter = load_adapter(_named(adapter, record, "adapter", folder))
     adapter.fetch()
     found_base = locate(_named(base, record, "base", folder), CheckpointError, "base model")
-    base_checkpoint, found = _whole(found_base, adapter), open_any(folder)
+    base_checkpoint = _whole(found_base, adapter)
     base_folder = found_base.path
     texts = read_prompts(prompts) if prompts is not None else PROMPTS
     if level != "weights":
@@ -106,29 +135,19 @@ def verify(
             if not problems:
                 raise CheckpointError(f"{folder}: {what}") from problem
             problems.append(f"the artifact {what}")  # what is wrong with its weights may be why
-    result = Verification(
-        located=found_artifact,
+    return Verification(
+        located=located,
         artifact=folder,
         base=base_checkpoint,
         base_name=pinned(found_base.name, found_base.revision) if found_base.source else str(base_checkpoint.location),
         adapter=adapter,
-        problems=tuple(problems),
+        problems=tuple(map(located.shown, problems)),
         tensors=tensors,
         forward=forward,
         device=device_name(device),
         seconds=time.perf_counter() - started,
-        warnings=found_artifact.notes + found_base.notes + adapter.notes,
+        warnings=located.notes + found_base.notes + adapter.notes,
     )
-    if found_artifact.source is None:
-        try:
-            _write(folder / CERTIFICATE, certificate_file(result))
-        except FossilExportError as problem:  # an artifact that may only be read has its verdict all the same
-            result = replace(result, warnings=(*result.warnings, str(problem)))
-    if report is not None:
-        from fossil_export.verifying.report import html
-
-        _write(Path(report), html(result).encode())
-    return result
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:

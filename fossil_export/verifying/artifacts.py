@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fossil_export.adapters import Adapter
+from fossil_export.adapters.peft import WEIGHTS
 from fossil_export.checkpoints.checkpoint import Checkpoint, identity, open_checkpoint, sha256
 from fossil_export.checkpoints.dtypes import element_count
+from fossil_export.errors import CheckpointError
 from fossil_export.merging.plan import plan_merge
 from fossil_export.verifying.folder import check_folder, check_record
 from fossil_export.verifying.forward import Subject
@@ -177,11 +179,16 @@ class OnnxFolder:
 
 
 def open_any(folder: Path) -> Artifact:
-    """The artifact in a folder: a graph, a LoRA, else a checkpoint. Raises CheckpointError."""
+    """The artifact in a folder: a graph, a LoRA, else a checkpoint. Raises CheckpointError, also for what is none."""
     if any(folder.glob("*.onnx")):
         return OnnxFolder(folder)
     if is_lora(folder):
         return LoraFolder(folder)
+    names = {path.name for path in folder.iterdir()}
+    if "adapter_config.json" in names and names & set(WEIGHTS):
+        raise CheckpointError(f"{folder}: is the trained adapter itself; merge or convert it, and verify the result")
+    if any(name.endswith(".gguf") for name in names) and not any(name.endswith(".safetensors") for name in names):
+        raise CheckpointError(f"{folder}: holds GGUF files, which are not verified; verify the LoRA of --to lora")
     return MergedFolder(folder, open_checkpoint(folder))
 
 
