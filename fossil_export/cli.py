@@ -29,6 +29,8 @@ class _Group(click.Group):
             if ctx.params.get("debug"):
                 raise
             _fail(ctx, str(problem))
+        except BrokenPipeError:  # whoever read our output has gone; click ends quietly
+            raise
         except OSError as problem:  # what no part of the package expected of a file
             if ctx.params.get("debug"):
                 raise

@@ -303,6 +303,9 @@ class _Handler(BaseHTTPRequestHandler):
     # Who asks for what
 
     def _route(self) -> Reply:
+        for old, new in self.hub.renamed.items():
+            if re.search(rf"/{old}(/|\.git/|$)", self.raw_path):
+                return Reply(307, headers={"Location": self.path.replace(f"/{old}", f"/{new}", 1)})
         for methods, pattern, name in _ROUTES:
             match = re.fullmatch(pattern, self.raw_path)
             if match is not None and self.command in methods:

@@ -113,6 +113,7 @@ class Repos:
         self.xet = XetStore(storage / "xet") if xet else None
         self.granted: set[str] = set()  # users who were let into every gated repository
         self.refuse_copies = False
+        self.renamed: dict[str, str] = {}  # repositories that have another name now
         self.no_xet = False
         self.lock = threading.RLock()
         self._repos: dict[str, Repo] = {}

@@ -98,8 +98,8 @@ def test_what_will_be_refused_is_refused_first(
     assert "error: ada/gguf: holds no model, LoRA or ONNX graph (only adapter.gguf); name" in refused("ada/gguf")
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "adapter.gguf").write_bytes(b"GGUF")
-    assert "holds GGUF files, which are not verified" in cli("verify", tmp_path / "here", "--adapter", models / "adapter",
-                                                             code=1).stderr  # fmt: skip
+    told = cli("verify", tmp_path / "here", "--adapter", models / "adapter", code=1).stderr
+    assert "holds GGUF files, which are not verified" in told
     assert f"has no branch {head}; a commit or a tag takes nothing" in refused(f"ada/model@{head}")
     point_client_at(monkeypatch, streamed, tmp_path / "bob", BOB)
     assert "your token may not do that" in refused("ada/model")

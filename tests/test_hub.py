@@ -338,6 +338,26 @@ def test_the_oldest_models_have_no_owner(hosted: LoopbackHub, tmp_path: Path) ->
     assert "parity" in cli("verify", tmp_path / "merged", "--level", "weights").stdout
 
 
+def test_a_renamed_model_is_called_by_its_new_name(hosted: LoopbackHub, models: Path, tmp_path: Path) -> None:
+    """The Hub redirects from the old one; what is recorded and published must not depend on that for ever."""
+    hosted.renamed = {"ada/old": "ada/base", "ada/former": "ada/adapter", "ada/typo": "ada/model"}
+    told = cli("merge", "ada/former", "--base", "ada/old", "-o", tmp_path / "merged").stderr
+    assert told.splitlines() == [
+        "warning: ada/former: is called ada/adapter on the Hub, and is recorded as that",
+        "warning: ada/old: is called ada/base on the Hub, and is recorded as that",
+    ]
+    found = record(tmp_path / "merged")
+    assert (found["base"]["name"], found["adapter"]["name"]) == ("ada/base", "ada/adapter")
+    told = cli(
+        "merge", "ada/adapter", "--push-to-hub", "ada/old", "--stream", "--cache-dir", tmp_path / "c", code=1
+    ).stderr
+    assert "ada/base: is the base itself" in told
+    hosted.create("ada/model")
+    told = cli("push", tmp_path / "merged", "ada/typo").stdout
+    assert f"published  {hosted.endpoint}/ada/model\n" in told
+    assert "base_model: ada/base\n" in hosted.read("ada/model", "README.md").decode()
+
+
 def test_json_is_one_object(hosted: LoopbackHub, tmp_path: Path) -> None:
     seen = json.loads(cli("inspect", "ada/adapter", "--json").stdout)
     assert (seen["adapter"], seen["revision"]) == ("ada/adapter", hosted.head("ada/adapter"))

@@ -107,6 +107,30 @@ def test_what_is_published(kind: str, hosted: LoopbackHub, models: Path, tmp_pat
     assert len(hosted.commits("ada/new")) == 2
 
 
+def test_code_of_the_models_own_goes_along(hub: LoopbackHub, models: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(models / "base", tmp_path / "model"))
+    (folder / "my_llama.py").write_text("from .helper import x\n")
+    (folder / "helper.py").write_text("x = 1\n")
+    assert not {"my_llama.py", "helper.py"} & set(push(folder, "ada/plain").files)
+    edit_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "my_llama.MyLlama"})
+    assert {"my_llama.py", "helper.py"} <= set(push(folder, "ada/new").files)
+
+
+def test_the_oldest_models_are_named_as_today(hosted: LoopbackHub, models: Path, tmp_path: Path) -> None:
+    """gpt2 is openai-community/gpt2 now, and adapters' configs name it as it was."""
+    hosted.renamed = {"ancient": "ada/base"}
+    hosted.commit("ada/base", {"README.md": b"---\nlicense: mit\n---\n"})
+    folder = made("miss", hosted, models, tmp_path / "miss")
+    edit_json(folder / "adapter_config.json", base_model_name_or_path="ancient")
+    (folder / "README.md").write_text("---\nbase_model: ancient\n---\n# Mine\n\nWords.\n")
+    push(folder, "ada/new")
+    data, text = card_of(hosted, tmp_path)
+    assert (data["base_model"], data["license"]) == ("ancient", "mit") and "[ada/base]" in text
+    edit_json(folder / "adapter_config.json", base_model_name_or_path="unheard-of")
+    (folder / "README.md").unlink()
+    assert any("the base is not on the Hub" in line for line in push(folder, "ada/other").warnings)
+
+
 def test_pictures_and_chat_templates_go_along(hub: LoopbackHub, tmp_path: Path) -> None:
     folder = graph(tmp_path / "artifact")
     shown = {"docs/loss curve.png", "a b.svg", "logo.png", "more.md", "additional_chat_templates/rag.jinja"}

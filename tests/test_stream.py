@@ -293,6 +293,17 @@ def test_no_more_on_the_disk_than_planned(
         plan_stream(adapter, base, max_disk=plan.disk - 1, **options)
 
 
+def test_what_comes_beside_weights_counts_too(scene: LoopbackHub, bases: Path, tmp_path: Path) -> None:
+    """A large tokenizer of the adapter's, and the base's card."""
+    scene.commit("ada/qv", {"tokenizer.json": b" " * 3_000_000, "tokenizer_config.json": b"{}"})
+    scene.commit("ada/many", {"README.md": CARD + b"x" * 2_000_000})
+    plan = plan_stream("ada/qv", "ada/many")
+    merge_to_hub("ada/qv", "ada/new", base="ada/many", cache_dir=tmp_path / "cache", max_disk=plan.disk)
+    left = [path for path in (tmp_path / "home").rglob("blobs/*") if path.is_file()]
+    largest = max(move.disk for move in plan.moves)
+    assert 5_000_000 < sum(path.stat().st_size for path in left) <= plan.disk - largest < 5_100_000
+
+
 def test_too_little_disk_is_told_before_anything_moves(scene: LoopbackHub, bases: Path, tmp_path: Path) -> None:
     with pytest.raises(FossilExportError, match=r"--max-disk 1,000 is too little: model-.* caches 2,\d+; allow 39,"):
         merge_to_hub(bases / "qv", "ada/new", base="ada/many", max_disk="1KB", cache_dir=tmp_path / "cache")

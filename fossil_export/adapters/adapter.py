@@ -69,8 +69,8 @@ class Adapter:
 
     @property
     def nbytes(self) -> int:
-        """Size of its files."""
-        return sum(self._folder.size(path.name) for path in self.files)
+        """Size of its files and its tokenizer."""
+        return sum(map(self._folder.size, [*(path.name for path in self.files), *self.tokenizer()]))
 
     @cached_property
     def _folder(self) -> Folder:

@@ -40,8 +40,7 @@ def open_repository(repository: str, revision: str | None) -> tuple[Folder, str,
             attempts=attempts,
         )
         commit = str(info.sha)
-        if "/" not in repository:  # the oldest models have moved below an owner
-            repository = info.id
+        asked, repository = repository, str(info.id or repository)
         # This one the client repeats by itself.
         listing = retried(
             lambda: list(api.list_repo_tree(repository, recursive=True, revision=commit)), repository, attempts=1
@@ -59,7 +58,9 @@ def open_repository(repository: str, revision: str | None) -> tuple[Folder, str,
         if hasattr(file, "size")
     }
     _remember(repository, revision, commit)
-    return HubFolder(repository, commit, entries), repository, commit, ()
+    moved = asked != repository and "/" in asked  # the oldest models have all moved below an owner
+    notes = (f"{asked}: is called {repository} on the Hub, and is recorded as that",) if moved else ()
+    return HubFolder(repository, commit, entries), repository, commit, notes
 
 
 def _cached(repository: str, revision: str | None) -> tuple[Folder, str, tuple[str, ...]] | None:

@@ -107,6 +107,8 @@ def expanded(given: str | Path, error: type[FossilExportError]) -> Path:
     """`given` with `~` replaced. Raises `error` for a path that cannot be written down or a user that is not there."""
     try:
         str(given).encode()  # it will stand in JSON files
+        if given == "":
+            raise ValueError("it is empty")
         return Path(given).expanduser()
     except (RuntimeError, ValueError) as problem:
         raise error(f"{str(given)!a}: is no usable path: {problem}") from problem
@@ -115,6 +117,11 @@ def expanded(given: str | Path, error: type[FossilExportError]) -> Path:
 def is_hub_id(name: str) -> bool:
     """Whether `name` reads as `user/repo[@revision]`; a path that exists is looked for before."""
     return _ID.fullmatch(name) is not None and not name.startswith((".", "/", "~"))
+
+
+def is_old_id(name: str) -> bool:
+    """Whether `name` may be a model without an owner, and is no path here."""
+    return _OLD_ID.fullmatch(name) is not None and not _is_path(name)
 
 
 def is_on_hub(name: str | None) -> bool:

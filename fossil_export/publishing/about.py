@@ -12,7 +12,7 @@ from fossil_export.cards.frontmatter import MARKED, is_template, read_card
 from fossil_export.checkpoints.companions import CARD
 from fossil_export.errors import FossilExportError, HubError
 from fossil_export.hub.errors import retried
-from fossil_export.hub.resolve import is_on_hub, names_hub, repository_of
+from fossil_export.hub.resolve import is_old_id, is_on_hub, names_hub, repository_of
 from fossil_export.publishing.repository import Repository
 
 _LOCATED = ("merged", "onnx")
@@ -36,6 +36,8 @@ def facts_of(
     if not base.get("name") and config is not None:  # an adapter as PEFT saved it
         base = {"name": config.get("base_model_name_or_path"), "revision": config.get("revision")}
         on_hub = isinstance(base["name"], str) and names_hub(base["name"])
+        if not on_hub and (found := _old_id(base["name"], base["revision"])):
+            base, on_hub = {**base, "name": found}, True
     metadata, problems = _base_card(base.get("name"), base.get("revision"), on_hub)
     facts = Facts(
         repo_id=repo_id,
@@ -109,6 +111,18 @@ def _has_metadata(card: str) -> bool:
     """Whether its metadata is more than programs write."""
     _, text, data = read_card(card)
     return bool(data.keys() - _MACHINES) and not is_template(text)
+
+
+def _old_id(name: Any, revision: Any) -> str | None:
+    """The id that one of the oldest models, such as gpt2, has today."""
+    from fossil_export.hub.opening import open_repository
+
+    if not isinstance(name, str) or not is_old_id(name):
+        return None
+    try:
+        return open_repository(name, revision if isinstance(revision, str) else None)[1]
+    except HubError:
+        return None
 
 
 def _is_on_hub(entry: Mapping[str, Any], artifact: Any) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fossil_export.checkpoints.companions import CARD
 from fossil_export.errors import OutputError
 from fossil_export.hub.remote import HubFolder
 from fossil_export.hub.xet import index_bytes
@@ -64,7 +65,7 @@ class StreamPlan:
             return 0
         companions = self.merge.companions
         names = {name for name, path in companions.items() if path == base_path(self.merge, name)}
-        names |= {name for name in remote.root_names() if name.endswith(".json")}
+        names |= {name for name in remote.root_names() if name.endswith(".json") or name == CARD}
         return sum(remote.entries[name].size for name in names if not _is_large(self.merge, name))
 
     def is_sent(self, name: str) -> bool:

@@ -33,7 +33,7 @@ _OF_KIND = {
     "gguf-lora": ("*.gguf",),
     "onnx": ("*.onnx", "*.onnx.data", "*.onnx_data*", "*.onnx_adapter", "genai_config.json"),
 }
-_FOLDERS = ("additional_chat_templates/",)
+_TEMPLATES = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 _LINKS = re.compile(
     r"""\]\(\s*(?:<([^>]+)>|([^)\s]+))|^\s*\[[^\]]+\]:\s*<?([^>\s]+)|(?:src|href)\s*=\s*["']([^"']+)""", re.MULTILINE
 )
@@ -73,7 +73,9 @@ def parts_of(path: Path) -> Parts:
     kind = _kind(path, names, record)
     card = _text(path / CARD) if CARD in names else None
     wanted = set(_matching(names, (*_ANY, *_OF_KIND[kind])))
-    wanted |= {name for name in names if name.startswith(_FOLDERS)}
+    wanted |= {name for name in names if _TEMPLATES.fullmatch(name)}
+    modules = [name for name in names if name.endswith(".py") and "/" not in name]
+    wanted |= set(modules) if modules and _has_code(path, names) else set()
     companions = (record or {}).get("companions")
     wanted |= {name for name in names if isinstance(companions, list) and name in companions}
     if kind == "merged":
@@ -159,6 +161,12 @@ def _text(path: Path) -> str:
 def _matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     patterns = list(patterns)
     return [name for name in names if "/" not in name and any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _has_code(folder: Path, names: list[str]) -> bool:
+    """Whether model or tokenizer bring classes of their own, whose modules lie beside them."""
+    configs = _matching(names, ("config.json", "*_config.json"))
+    return any("auto_map" in read_json(folder / name, CheckpointError) for name in configs)
 
 
 def _shown(card: str) -> set[str]:

@@ -81,7 +81,9 @@ class Repository:
                 self._api.auth_check(self.repo_id, write=True)
             if self.revision is not None and not self.create_pr and not self.revision.startswith("refs/"):
                 self._api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
-            return private and not self._api.model_info(self.repo_id).private
+            info = self._api.model_info(self.repo_id)
+            self.repo_id = str(info.id or self.repo_id)  # it may have been renamed
+            return private and not info.private
 
         if self._opened(run):
             self.notes.append(f"{self.repo_id}: exists already and stays public; --private is for a new one")
