@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import traceback
 from typing import Any
 
 import click
@@ -16,26 +18,43 @@ from fossil_export.commands.push import push
 from fossil_export.commands.verify import verify
 from fossil_export.console import quiet_hub
 from fossil_export.errors import FossilExportError
+from fossil_export.hub.background import is_anything_left
+from fossil_export.hub.errors import redacted
 from fossil_export.version import __version__
 
 
 class _Group(click.Group):
     """Turns the package's errors into one line on stderr and exit code 1."""
 
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return super().main(*arguments, **options)
+        except SystemExit as end:
+            if is_anything_left():  # Python would wait for it
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(end.code if isinstance(end.code, int) else 1)
+            raise
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except FossilExportError as problem:
             if ctx.params.get("debug"):
-                raise
+                _show(problem)
             _fail(ctx, str(problem))
         except BrokenPipeError:  # whoever read our output has gone; click ends quietly
             raise
         except OSError as problem:  # what no part of the package expected of a file
             if ctx.params.get("debug"):
-                raise
+                _show(problem)
             name = f"{problem.filename}: " if problem.filename else ""
             _fail(ctx, f"{name}{problem.strerror or problem}; check that path and its permissions")
+
+
+def _show(problem: BaseException) -> None:
+    """The traceback, without what nobody else may see."""
+    click.echo(redacted("".join(traceback.format_exception(problem))), err=True)
 
 
 def _fail(ctx: click.Context, message: str) -> None:

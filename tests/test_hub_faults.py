@@ -6,8 +6,10 @@ import hashlib
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -158,6 +160,24 @@ def test_a_damaged_header_does_not_decide_the_merge(hosted: LoopbackHub, models:
     merge("ada/adapter", tmp_path / "merged", base="ada/long")
     merge(models / "adapter", tmp_path / "here", base=tmp_path / "base")
     assert content(tmp_path / "merged")["model.safetensors"] == content(tmp_path / "here")["model.safetensors"]
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_does_not_wait_for_downloads(kind: signal.Signals, hosted: LoopbackHub, tmp_path: Path) -> None:
+    started = threading.Event()
+    hosted.fault(Fault("GET", cdn(hosted, PART), skip=2, before=started.set, trickle=(100, 0.1), times=None))
+    command = ["merge", "ada/adapter", "-o", str(tmp_path / "merged")]
+    with subprocess.Popen(
+        [sys.executable, "-m", "fossil_export", *command],
+        env=environment(hosted, tmp_path / "home of child", ADA),
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert started.wait(60)
+        process.send_signal(kind)
+        _, told = process.communicate(timeout=10)  # the download would take a minute and more
+    assert process.returncode == (1 if kind == signal.SIGINT else 128 + kind)
+    assert told.strip() == ("Aborted!" if kind == signal.SIGINT else "") and not list(tmp_path.glob("*merged*"))
 
 
 # Without a connection

@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import TypeVar
 
 from fossil_export.errors import FossilExportError, HubError
@@ -27,19 +28,30 @@ PATIENCE = 60.0
 
 NOT_CACHED = "is not, or not wholly, in the Hub's cache, and HF_HUB_OFFLINE is set; unset it, or fetch the model first"
 
-_SECRETS = re.compile(r"hf_\w{6,}|(?<=Bearer )\S+|(?<=\?)\S*=\S*")
+_SECRETS = re.compile(r"hf_\w{6,}|(?<=Bearer )\S+|(?<=\?)[^\s'\">]*=[^\s'\">]*|(?<=://)[^\s/@]+(?=@)")
 
 
 def redacted(text: str) -> str:
-    """`text` without tokens and without the queries of addresses, which may be signed."""
+    """`text` without tokens and passwords, and without the queries of addresses, which may be signed."""
     return _SECRETS.sub("…", text)
 
 
 def endpoint() -> str:
-    """The address of the Hub: HF_ENDPOINT, as the client read it."""
+    """The address of the Hub for people: HF_ENDPOINT, as the client read it, without a password."""
     from huggingface_hub import constants
 
-    return str(constants.ENDPOINT)
+    return redacted(str(constants.ENDPOINT))
+
+
+def check_client() -> None:
+    """Raise HubError where the Hub's client cannot be imported for the settings that it is given."""
+    try:
+        import_module("huggingface_hub.constants")  # by this name, since the package itself prints what is wrong
+    except ValueError as problem:
+        line = _line(problem)
+        raise HubError(
+            f"the Hub's client refuses its settings ({line}); check the variables that begin with HF_"
+        ) from problem
 
 
 def explained(problem: BaseException, name: str, doing: str = "") -> FossilExportError:
@@ -50,7 +62,10 @@ def explained(problem: BaseException, name: str, doing: str = "") -> FossilExpor
     page = f"{endpoint()}/{name}"
     remedies = (_remedy(cause, page) for cause in causes_of(problem))
     kind = NotThereError if any(map(_is_not_there, causes_of(problem))) else HubError
-    return kind(what + next(filter(None, remedies), _line(problem)))
+    otherwise = (
+        f"{_line(problem)}; check HF_ENDPOINT, HF_TOKEN, HF_HOME and HTTPS_PROXY, and run the same command again"
+    )
+    return kind(what + next(filter(None, remedies), otherwise))
 
 
 def is_unreachable(problem: BaseException) -> bool:
@@ -179,7 +194,7 @@ def _remedy(problem: BaseException, page: str) -> str | None:
             f"{endpoint()} cannot be reached ({_line(problem)}); check the network, HTTPS_PROXY and HF_ENDPOINT, "
             "and run the same command again"
         )
-    if isinstance(problem, json.JSONDecodeError):
+    if isinstance(problem, (json.JSONDecodeError, KeyError, TypeError, AttributeError)):
         return f"{endpoint()} answers, but not as the Hub does; check HTTPS_PROXY and HF_ENDPOINT"
     if errno_of(problem) == errno.ENOSPC:
         return "no room left on the disk; make some, or move the cache with HF_HOME"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from fossil_export.checkpoints.folder import LocalFolder, hub_blob
 from fossil_export.checkpoints.header import Header, header_length, parse_header, read_header
 from fossil_export.errors import HubError, listed
+from fossil_export.hub.background import interruptible
 from fossil_export.hub.errors import retried
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class HubFolder:
                 tqdm_class=_silent() if small else None,
             )
 
-        retried(run, self.repository)
+        retried(lambda: interruptible(run), self.repository)
         if absent := self.missing(missing):  # the client takes what is cached where the Hub has trouble
             raise HubError(f"{self.repository}: {listed(absent)} did not come; run the same command again")
         with ThreadPoolExecutor(2) as pool:

@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from fossil_export.checkpoints.companions import CERTIFICATE, PROVENANCE
@@ -19,6 +19,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 _RECORDS = (PROVENANCE, CERTIFICATE)
 _CONFIG = re.compile(r"(.*_)?config\.json|special_tokens_map\.json")
 _ABSOLUTE = re.compile(r"(?:[A-Za-z]:|~\w*|\.{1,2})?[/\\]")
+_PATH_KEY = re.compile(r"(path|file|dir|folder|directory)$", re.IGNORECASE)
+_ROOTED = re.compile(r"[A-Za-z]:[/\\]|~\w*[/\\]|[/\\]")
 _IN_TEXT = re.compile(r"(?<![\w.:/\\-])(?:[A-Za-z]:|~|\.{1,2})?[/\\](?:[^\s/\\:;,'\"]+[/\\])*([^\s/\\:;,'\"]+)[/\\]?")
 
 
@@ -59,7 +61,8 @@ class Paths:
         if name in _RECORDS:
             cleaned = self.without(given)
         else:  # templates and the like are not to be touched
-            cleaned = _mapped(given, lambda text: Path(text).name if self._whole.fullmatch(text) else text)
+            known = _mapped(given, lambda text: Path(text).name if self._whole.fullmatch(text) else text)
+            cleaned = _without_foreign(known)
         base = given.get("base_model_name_or_path")
         if name == ADAPTER_CONFIG and isinstance(base, str) and is_path(base):
             # The last part alone would be taken for a model on the Hub.
@@ -74,6 +77,17 @@ class Paths:
 
 def _last_part(found: re.Match[str]) -> str:
     return Path(found[0]).name
+
+
+def _without_foreign(value: Any, key: str = "") -> Any:
+    """A config where what is named as a path and begins as one, of whatever machine, is its last part."""
+    if isinstance(value, Mapping):
+        return {name: _without_foreign(entry, str(name)) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_foreign(entry, key) for entry in value]
+    if isinstance(value, str) and _PATH_KEY.search(key) and _ROOTED.match(value):
+        return PureWindowsPath(value).name or value
+    return value
 
 
 def is_path(name: str) -> bool:

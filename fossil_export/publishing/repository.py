@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from fossil_export.errors import FossilExportError, HubError, listed
 from fossil_export.hub import errors
-from fossil_export.hub.errors import ATTEMPTS, endpoint, explained, is_conflict, is_transient, retried
+from fossil_export.hub.errors import ATTEMPTS, check_client, endpoint, explained, is_conflict, is_transient, retried
 from fossil_export.publishing.operations import Copy, Operation, digest_of, for_client, name_of
 from fossil_export.publishing.refusals import below_first_line, is_copy_refusal, is_damaged, why_not_copied
 
@@ -47,6 +47,7 @@ class Repository:
     """A model repository, of which one branch (default: main) or a pull request takes the commit."""
 
     def __init__(self, repo_id: str, revision: str | None = None, create_pr: bool = False) -> None:
+        check_client()
         from huggingface_hub import HfApi
         from huggingface_hub.utils import validate_repo_id
 
@@ -206,6 +207,7 @@ class Repository:
 
     def holds(self, uploads: Iterable[Any]) -> set[str]:
         """SHA-256 of those contents (UploadInfo) that the Hub has for this repository."""
+        from huggingface_hub import constants
         from huggingface_hub.lfs import post_lfs_batch_info
 
         wanted = list(uploads)
@@ -219,7 +221,7 @@ class Repository:
                 repo_type="model",
                 repo_id=self.repo_id,
                 revision=revision,
-                endpoint=endpoint(),
+                endpoint=constants.ENDPOINT,
             )
             return {entry["oid"] for entry in found if not entry.get("actions")}
 

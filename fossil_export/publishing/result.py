@@ -63,7 +63,7 @@ class PushResult:
         """The result of a commit; `started` is when the clock began."""
         return cls(
             repo_id=repository.repo_id,
-            revision=repository.revision or "main",
+            revision=f"refs/pr/{commit.pr_url.rpartition('/')[2]}" if commit.pr_url else repository.revision or "main",
             commit=commit.oid,
             url=commit.pr_url or repository.page,
             pr_url=commit.pr_url,

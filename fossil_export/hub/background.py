@@ -1,0 +1,37 @@
+"""Work of the Hub's client that an interrupt need not wait for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_left: list[Future[Any]] = []
+
+
+def interruptible(run: Callable[[], T]) -> T:
+    """`run()` in a thread of its own. The client waits for all of its downloads before it lets an interrupt through;
+    here it comes through at once, and the thread is left to itself."""
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(run())
+        except BaseException as problem:  # the caller's to deal with
+            future.set_exception(problem)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        wait([future])
+    except BaseException:
+        _left.append(future)
+        raise
+    return future.result()
+
+
+def is_anything_left() -> bool:
+    """Whether something is still at work that was interrupted, for which the end of the process would wait."""
+    return not all(future.done() for future in _left)
