@@ -175,6 +175,23 @@ def test_a_subfolder_and_a_single_file_are_merged_and_found_again(
     assert "parity" in cli("verify", tmp_path / "merged", "--level", "weights").stdout
 
 
+def test_a_lora_of_a_base_in_a_subfolder(hosted: LoopbackHub, models: Path, tmp_path: Path) -> None:
+    """PEFT loads bases from the root of a repository; the record and the card know better."""
+    hosted.create("ada/nested")
+    hosted.commit("ada/nested", {f"sub/dir/{path.name}": path for path in (models / "base").glob("*.*")})
+    base = "hf://ada/nested/sub/dir"
+    told = cli("convert", "ada/adapter", "--base", base, "--to", "lora", "-o", tmp_path / "lora")
+    assert "the base lies in the folder sub/dir of its repository" in told.stderr
+    assert (
+        json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"] == "ada/nested"
+    )
+    assert record(tmp_path / "lora")["base"]["name"] == base
+    assert "parity" in cli("verify", tmp_path / "lora", "--level", "weights").stdout
+    cli("push", tmp_path / "lora", "ada/lora")
+    card = hosted.read("ada/lora", "README.md").decode()
+    assert "base_model: ada/nested\n" in card and card.count('subfolder="sub/dir"') == 2
+
+
 def test_the_adapter_pins_its_base(hosted: LoopbackHub, models: Path, tmp_path: Path) -> None:
     first = hosted.head("ada/base")
     hosted.commit("ada/base", {"config.json": b"{}"}, delete=["model.safetensors.index.json"])

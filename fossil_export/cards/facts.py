@@ -20,7 +20,7 @@ _PARTS = ("adapter", "base")
 class Facts:
     """What is known of an artifact. `base` and `adapter` are ids on the Hub, None for what is not there: the path
     of a folder is never published. `files` are the names of what is; `config` is config.json or adapter_config.json,
-    `base_card` the metadata of the base's README.md."""
+    `base_card` the metadata of the base's README.md, `base_folder` its folder in its repository, None for the root."""
 
     repo_id: str
     kind: str
@@ -33,6 +33,7 @@ class Facts:
     adapter: str | None
     adapter_revision: str | None
     base_card: Mapping[str, Any] | None
+    base_folder: str | None = None
 
 
 def hub_id(name: Any) -> str | None:

@@ -129,6 +129,9 @@ def _peft(facts: Facts) -> Iterator[str]:
     more = []
     if facts.base is not None and facts.base_revision:
         more.append(f"revision={_string(facts.base_revision)},")
+    folder = f"subfolder={_string(facts.base_folder)}" if facts.base is not None and facts.base_folder else ""
+    if folder:
+        more.append(f"{folder},")
     if kind in _CLASSIFIERS and kind != "question-answering":
         more.append("num_labels=2,  # as many as the adapter was trained with")
     lines = [f"base = {_auto(kind)}.from_pretrained({_string(base)})"]
@@ -138,9 +141,11 @@ def _peft(facts: Facts) -> Iterator[str]:
             *(f"    {line}" for line in (_string(base) + ",", *more)),
             ")",
         ]
+    reads = _tokenizer(facts, kind)
+    where = _string(reads) + (f", {folder}" if folder and reads == facts.base else "")
     lines += [
         f"model = PeftModel.from_pretrained(base, {_string(facts.repo_id)})",
-        f"{_reader(kind)[1]} = {_reader(kind)[0]}.from_pretrained({_string(_tokenizer(facts, kind))})",
+        f"{_reader(kind)[1]} = {_reader(kind)[0]}.from_pretrained({where})",
     ]
     yield _imported(kind, ["from peft import PeftModel"], [*lines, "", *_run(facts, kind)])
     if facts.base is None:

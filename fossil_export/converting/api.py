@@ -13,7 +13,6 @@ from fossil_export.checkpoints.staging import check_destination, staged_folder
 from fossil_export.converting.options import Options
 from fossil_export.errors import CheckpointError, FossilExportError, OutputError
 from fossil_export.hub import expanded
-from fossil_export.hub.resolve import repository_of
 from fossil_export.merging.plan import find_base
 
 
@@ -118,9 +117,7 @@ def _base(adapter: Adapter, to: str, base: str | Path | None, base_config: str |
     if base is None and not adapter.base_model:
         raise CheckpointError(f"{adapter.path}: does not name its base model; name it with --base or --base-config")
     found = find_base(adapter, base)
-    # PEFT loads by repository and revision.
-    name = repository_of(found.name) if found.source is not None and found.file is None else found.name
-    return Options(found, name, found.revision if found.source is not None else adapter.base_revision)
+    return Options(found, found.name, found.revision if found.source is not None else adapter.base_revision)
 
 
 def convert(

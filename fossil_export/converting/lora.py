@@ -56,14 +56,14 @@ def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
     dtypes = {adapter.shards[module].tensor.dtype for module in shapes}
     dtype = "F32" if approximate or len(dtypes) > 1 else dtypes.pop()
     _write_weights(output / "adapter_model.safetensors", adapter, shapes, rank, dtype, parts)
-    base = options.base_name
+    base = options.base_id
     config = _config(adapter, rank, known) | {"base_model_name_or_path": base, "revision": options.base_revision}
     (output / "adapter_config.json").write_bytes(write_json(config))
     (output / "README.md").write_text(_card(adapter, base, rank, approximate, details))
     for name, path in adapter.tokenizer().items():
         (output / name).write_bytes(path.read_bytes())
     write_record(output, adapter, options, "lora", {"rank": rank, **details})
-    warnings = list(_warnings(adapter, rank))
+    warnings = list(_warnings(adapter, rank, options.base_folder))
     return {"rank": rank, "modules": len(shapes), **details, "warnings": warnings}
 
 
@@ -122,13 +122,15 @@ def _write_weights(
             file.write(np.ascontiguousarray(adapter.array(info)).tobytes())
 
 
-def _warnings(adapter: Adapter, rank: int) -> Iterator[str]:
+def _warnings(adapter: Adapter, rank: int, folder: str | None) -> Iterator[str]:
     if rank > SERVED[-1]:
         yield f"rank {rank} is more than the {SERVED[-1]} that vLLM serves; PEFT and SGLang take it"
     elif rank not in SERVED:
         yield f"vLLM serves rank {rank} with --max-lora-rank {next(step for step in SERVED if step > rank)}"
     elif rank > 16:
         yield f"vLLM needs --max-lora-rank {rank} (its default is 16)"
+    if folder is not None:
+        yield f"the base lies in the folder {folder} of its repository; PEFT and servers want it named apart"
     if adapter.saved:
         count = len(adapter.saved)
         yield f"it carries {count} whole trained tensors, which PEFT loads and vLLM refuses; merge for vLLM"

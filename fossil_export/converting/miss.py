@@ -48,7 +48,7 @@ def _config(adapter: Adapter, options: Options) -> dict[str, Any]:
     first = next(iter(adapter.shards.values()))
     return {
         **{name: given.get(name) for name in kept},
-        "base_model_name_or_path": options.base_name,
+        "base_model_name_or_path": options.base_id,
         "bias": _BIASES.get(bias, bias),
         "inference_mode": True,
         "init_weights": {"bat": "bat", "mini": "mini", "tile": True}[adapter.variant],

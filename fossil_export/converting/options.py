@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fossil_export.hub import Located
+from fossil_export.hub.resolve import folder_of, repository_of
 
 
 @dataclass(frozen=True)
@@ -23,3 +24,14 @@ class Options:
     rank: int | None = None
     energy: float | None = None
     outtype: str = "f32"
+
+    @property
+    def base_id(self) -> str | None:
+        """What PEFT loads the base by: the repository, for one on the Hub."""
+        name = self.base_name
+        return repository_of(name) if name is not None and name.startswith("hf://") else name
+
+    @property
+    def base_folder(self) -> str | None:
+        """The folder of the base within its repository, of which PEFT knows nothing."""
+        return folder_of(self.base_name)

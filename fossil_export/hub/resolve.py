@@ -140,6 +140,15 @@ def repository_of(name: str) -> str:
     return f"{user}/{rest.partition('/')[0].partition('@')[0]}"
 
 
+def folder_of(name: str | None) -> str | None:
+    """The folder within the repository in a record's `name` on the Hub, None for the root."""
+    if name is None or not name.startswith("hf://"):
+        return None
+    inside = name.removeprefix("hf://").split("/", 2)[2:]
+    folder = inside[0].rpartition("/")[0] if inside and inside[0].endswith(".safetensors") else "".join(inside)
+    return folder or None
+
+
 def pinned(name: str, revision: str | None) -> str:
     """A record's `name` with its commit, so that the same model is read again; a path stays what it is."""
     if revision is None or not is_on_hub(name):

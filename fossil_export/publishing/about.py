@@ -12,7 +12,7 @@ from fossil_export.cards.frontmatter import MARKED, is_template, read_card
 from fossil_export.checkpoints.companions import CARD
 from fossil_export.errors import FossilExportError, HubError
 from fossil_export.hub.errors import retried
-from fossil_export.hub.resolve import is_old_id, is_on_hub, names_hub, repository_of
+from fossil_export.hub.resolve import folder_of, is_old_id, is_on_hub, names_hub, repository_of
 from fossil_export.publishing.repository import Repository
 
 _LOCATED = ("merged", "onnx")
@@ -51,6 +51,7 @@ def facts_of(
         adapter=repository_of(adapter["name"]) if adapter_on_hub else None,
         adapter_revision=adapter.get("revision") if adapter_on_hub else None,
         base_card=metadata,
+        base_folder=folder_of(base.get("name")) if on_hub else None,
     )
     return facts, problems
 
