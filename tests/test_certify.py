@@ -32,12 +32,16 @@ def card(hub: LoopbackHub, revision: str = "main") -> str:
     return hub.read("ada/model", "README.md", revision).decode()
 
 
+def how_to_use(hub: LoopbackHub) -> str:
+    return card(hub).partition("## How to use it")[2].partition("## Is it")[0]
+
+
 def certificate(hub: LoopbackHub, revision: str = "main") -> str:
     return hub.read("ada/model", "fossil_parity.json", revision).decode()
 
 
 def test_the_card_quotes_what_was_found(streamed: LoopbackHub, tmp_path: Path) -> None:
-    before = streamed.files("ada/model")
+    before, usage = streamed.files("ada/model"), how_to_use(streamed)
     streamed.commit("ada/model", {"README.md": card(streamed).replace("# model", "# model\n\nMy words.").encode()})
     told = json.loads(cli("verify", "ada/model", "--push-to-hub", "--json").stdout)
     assert told["parity"] and told["push"]["changed"] and told["push"]["files"] == ["README.md", "fossil_parity.json"]
@@ -50,7 +54,7 @@ def test_the_card_quotes_what_was_found(streamed: LoopbackHub, tmp_path: Path) -
     assert found["parity"] and found["base"] == f"ada/base@{streamed.head('ada/base')}"
     assert found["hashes"]["adapter"][0]["sha256"] and found["weights"]["wrong"] == 0
     assert "| Verdict | parity |" in card(streamed) and "| Weights | 21 tensors, 14 merged, 0 wrong |" in card(streamed)
-    assert "from the truth" in card(streamed) and "My words." in card(streamed)
+    assert "from the truth" in card(streamed) and "My words." in card(streamed) and how_to_use(streamed) == usage
     assert str(tmp_path) not in card(streamed) + certificate(streamed)
 
     result = cli("verify", "ada/model", "--push-to-hub")
@@ -74,10 +78,20 @@ def test_branches_and_pull_requests(streamed: LoopbackHub, tmp_path: Path, monke
     assert "a.txt" in streamed.files("ada/model", "next")
     point_client_at(monkeypatch, streamed, tmp_path / "bob", BOB)  # who may only ask
     told = cli("verify", "ada/model", "--level", "weights", "--push-to-hub", "--create-pr")
-    assert "/ada/model/discussions/1" in told.stdout
+    assert "/ada/model/discussions/1" in told.stdout and " on refs/pr/1\n" in told.stdout
     assert "| Verdict | parity |" in card(streamed, "refs/pr/1") and "It was not verified" in card(streamed)
     point_client_at(monkeypatch, streamed, tmp_path / "ada", "hf_adaadaada")
+    head = streamed.head("ada/model")
     cli("verify", "ada/model@refs/pr/1", "--level", "weights", "--push-to-hub")
+    assert streamed.head("ada/model") == head
+
+
+def test_no_path_of_this_machine_is_published(streamed: LoopbackHub, models: Path) -> None:
+    cli("verify", "ada/model", "--level", "weights", "--push-to-hub", "--base", models / "base", "--adapter",
+        models / "adapter")  # fmt: skip
+    found = json.loads(certificate(streamed))
+    assert found["parity"] and (found["base"], found["adapter"]["name"]) == ("base", "adapter")
+    assert str(models) not in certificate(streamed) + card(streamed)
 
 
 def refused(*arguments: str | Path) -> str:

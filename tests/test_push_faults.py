@@ -197,6 +197,17 @@ def test_a_lost_answer_and_an_older_pull_request(hosted: LoopbackHub, arguments:
 
 
 @pytest.mark.parametrize("way", ["push", "stream"])
+def test_what_is_published_is_looked_at(way: str, hosted: LoopbackHub, arguments: Callable[[str], list[str]]) -> None:
+    """The Hub takes the commit, and then lists something else."""
+    other = [{"type": "file", "path": "config.json", "oid": "0" * 40, "size": 1}]
+    wrong = Fault("GET", "/api/models/ada/new/tree/", status=200, body=other)
+    hosted.fault(Fault("POST", "/api/models/ada/new/commit/", times=None, after=lambda: hosted.fault(wrong)))
+    told = run(arguments(way), 1).stderr
+    assert re.search(r"^error: ada/new: .* is not what was uploaded; run the same command again", told)
+    assert wrong.times == 0
+
+
+@pytest.mark.parametrize("way", ["push", "stream"])
 def test_damaged_uploads(way: str, hosted: LoopbackHub, arguments: Callable[[str], list[str]]) -> None:
     command = arguments(way)
     hosted.fault(Fault("PUT", "/storage/", corrupt=True, times=None))

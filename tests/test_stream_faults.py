@@ -120,6 +120,17 @@ def test_an_upload_fails(scene: LoopbackHub, tmp_path: Path) -> None:
     assert not list((tmp_path / "cache" / "stream").iterdir())
 
 
+def test_an_interrupted_pull_request_goes_on(scene: LoopbackHub, tmp_path: Path) -> None:
+    """Into a repository that one may not write to, and so the Hub copies nothing into it."""
+    scene.create("bob/model")
+    options: dict[str, Any] = {"repo": "bob/model", "create_pr": True}
+    scene.fault(Fault("POST", "/commit/", status=403))
+    failing(tmp_path, "7 of 7 files are uploaded", **options)
+    scene.reset_log()
+    assert stream(tmp_path, **options).resumed == 7 and fetched(scene) == [] == stored(scene)
+    assert set(scene.files("bob/model")) == {".gitattributes"} < set(scene.files("bob/model", "refs/pr/1"))
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_the_commit_fails(times: int, scene: LoopbackHub, tmp_path: Path) -> None:
     for _ in range(times):

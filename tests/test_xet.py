@@ -3,6 +3,7 @@ their own, against a Hub whose storage is a folder (see loopback_xet.py)."""
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import subprocess
@@ -16,6 +17,8 @@ import pytest
 from conftest import ADA, BOB, edit_json, make_adapter, make_base
 from hub_tools import QUICK
 from loopback_hub import Fault, LoopbackHub, environment
+
+from fossil_export.hub.errors import errno_of, explained, is_transient
 
 FIRST, SECOND, UNTOUCHED = (f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3))
 
@@ -239,6 +242,30 @@ def test_no_more_on_the_disk_than_planned(hub: LoopbackHub, command: Command, tm
     command.stream("ada/streamed", "--max-disk", str(planned))
     largest = max(size for size, _ in hub.files("ada/base").values())
     assert largest < peak <= planned < 1.2 * largest
+
+
+NO_ANSWER = "error sending request for url (http://a/?sig=1)"
+RAISED: list[tuple[BaseException, bool, str]] = [
+    (RuntimeError(f"Task error: CAS Client Error: Request middleware error: {NO_ANSWER}"), True, "cannot be reached"),
+    (ConnectionError(f"Network error: Request middleware error: {NO_ANSWER}"), True, "cannot be reached"),
+    (TimeoutError("Timeout: after 300 s"), True, "cannot be reached"),
+    (RuntimeError("Task error: HTTP status client error (403 Forbidden), domain: http://a"), False, "may not do that"),
+    (ConnectionError("Rate limited: HTTP status client error (429 Too Many Requests)"), True, "fewer requests"),
+    (ConnectionError("Server error: HTTP status server error (503 Service Unavailable)"), True, "(status 503)"),
+    (RuntimeError("Task error: IO Error: No space left on device (os error 28)"), False, "no room left on the disk"),
+    (OSError("I/O error: I/O error: No space left on device (os error 28)"), False, "no room left on the disk"),
+    (RuntimeError("Data integrity error: hash mismatch"), False, "hash mismatch; run the same command again, or with"),
+    (RuntimeError("of another program"), False, "of another program; check HF_ENDPOINT"),
+]
+# Texts as hf_xet 1.8.0 raised them here, and as xet-core's error.rs writes those that could not be brought about.
+
+
+@pytest.mark.parametrize(("problem", "passes", "said"), RAISED, ids=[str(row[0])[:30] for row in RAISED])
+def test_what_hf_xet_raises(problem: BaseException, passes: bool, said: str) -> None:
+    line = str(explained(problem, "ada/model", "fetching x"))
+    assert line.startswith("ada/model: fetching x: ") and said in line and "sig=" not in line and "\n" not in line
+    assert is_transient(problem) == passes
+    assert errno_of(problem) == (errno.ENOSPC if "os error 28" in str(problem) else None)
 
 
 def test_no_log_holds_a_token(hub: LoopbackHub, command: Command) -> None:
