@@ -366,7 +366,9 @@ def test_device_that_is_not_here(adapter: Path, tmp_path: Path) -> None:
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     result = run("--debug", "merge", tmp_path / "nothing", "--output", tmp_path / "merged")
-    assert type(result.exception).__name__ == "AdapterError"
+    *told, last = result.stderr.splitlines()
+    assert result.exit_code == 1 and told[0].startswith("Traceback") and "AdapterError" in result.stderr
+    assert last.startswith("error: ")
 
 
 def test_usage_errors_exit_with_2(adapter: Path) -> None:

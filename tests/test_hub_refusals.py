@@ -195,6 +195,27 @@ def test_a_pipe_gets_one_line(hosted: LoopbackHub, tmp_path: Path, debug: bool) 
     assert not re.search(r"signature=[0-9a-f]", ran.stderr)
 
 
+def test_a_traceback_holds_no_signed_address(hosted: LoopbackHub, tmp_path: Path) -> None:
+    hosted.fault(Fault("GET", "/cdn/", status=403, times=None))
+    told = cli("--debug", "merge", "ada/adapter", "-o", tmp_path / "merged", code=1).stderr
+    assert told.startswith("Traceback") and "/cdn/" in told and "signature=" not in told and ADA not in told
+
+
+def test_settings_that_the_client_refuses(hosted: LoopbackHub, tmp_path: Path) -> None:
+    for name, value in {"HF_ENDPOINT": "http://[::", "HF_HUB_DOWNLOAD_TIMEOUT": "soon"}.items():
+        for command in (["merge", "ada/adapter", "-o", "merged"], ["push", ".", "ada/new"]):
+            ran = subprocess.run(
+                [sys.executable, "-m", "fossil_export", *command, "--json"],
+                env=environment(hosted, tmp_path / "home", ADA) | {name: value},
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+            )
+            assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (1, "", 1)
+            assert ran.stderr.startswith("error: the Hub's client refuses its settings (")
+            assert ran.stderr.endswith("); check the variables that begin with HF_\n")
+
+
 def test_every_command_refuses_alike(hosted: LoopbackHub, tmp_path: Path) -> None:
     for what, command in {
         "adapter": ["inspect", "ada/none"],

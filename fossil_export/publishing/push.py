@@ -40,10 +40,10 @@ def push(
     the one that is there extended. Everything appears in one commit; interrupted, the same call goes on with what is
     not uploaded yet. `progress` is called with the name of each step. Raises a FossilExportError in one line.
     """
-    from huggingface_hub import CommitOperationAdd
-
     started = time.perf_counter()
     repository = Repository(repo_id, revision, create_pr)
+    from huggingface_hub import CommitOperationAdd
+
     parts = parts_of(_found(folder))
     progress(f"opening {repo_id}")
     repository.prepare(private)
