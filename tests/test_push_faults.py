@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,16 @@ def test_a_lost_answer_and_an_older_pull_request(hosted: LoopbackHub, arguments:
     assert "discussions/2" in run(command).stdout
     hosted.fault(Fault("POST", "/commit/", status=502))
     assert "discussions/2" in run(command).stdout
+
+
+def test_an_upload_that_stalls_is_sent_again(
+    hosted: LoopbackHub, arguments: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fossil_export.publishing.repository.STALL", 0.5)
+    hosted.fault(stall := Fault("PUT", "/storage/", before=lambda: time.sleep(2)))
+    run(arguments("push"))
+    sent = [seen.path for seen in hosted.log if seen.method == "PUT"]
+    assert stall.times == 0 and len(sent) == len(set(sent)) + 1 and whole(hosted)
 
 
 @pytest.mark.parametrize("way", ["push", "stream"])

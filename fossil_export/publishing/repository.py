@@ -18,6 +18,9 @@ from fossil_export.publishing.refusals import below_first_line, is_copy_refusal,
 
 T = TypeVar("T")
 
+STALL = 600.0
+"""Seconds after which a connection on which nothing moves is given up, and the request repeated."""
+
 _BATCH = 256
 """Files asked about in one request, as the client does."""
 
@@ -48,9 +51,10 @@ class Repository:
 
     def __init__(self, repo_id: str, revision: str | None = None, create_pr: bool = False) -> None:
         check_client()
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, get_session
         from huggingface_hub.utils import validate_repo_id
 
+        get_session().timeout = STALL  # the client's own uploads would wait for ever
         try:
             validate_repo_id(repo_id)
         except ValueError as problem:
