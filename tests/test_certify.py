@@ -128,11 +128,17 @@ def test_a_certificate_is_of_one_model(way: str, streamed: LoopbackHub, models: 
     def again(adapter: str) -> tuple[str, ...]:
         if way == "stream":
             return merge_to_hub(adapter, "ada/model", base="ada/base", cache_dir=tmp_path / "cache").push.warnings
-        return push(merge(adapter, tmp_path / adapter, base="ada/base").output, "ada/model").warnings
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        return push(merge(adapter, folder, base="ada/base").output, "ada/model").warnings
 
     cli("verify", "ada/model", "--level", "weights", "--push-to-hub")
     head = streamed.head("ada/model")
     assert not any("verif" in line for line in again("ada/adapter")) and streamed.head("ada/model") == head
+    if way == "push":
+        streamed.commit("ada/model", {"fossil_parity.json": b"{"})
+        again("ada/adapter")
+        assert "fossil_parity.json" not in streamed.files("ada/model")
+        cli("verify", "ada/model", "--level", "weights", "--push-to-hub")
     said = again("hf://ada/adapter/checkpoint-100")
     assert "fossil_parity.json" not in streamed.files("ada/model") and "It was not verified" in card(streamed)
     assert any("fossil_parity.json of an earlier model would have been taken for this one's" in line for line in said)

@@ -277,11 +277,22 @@ def test_gguf_files_without_their_reader(
         parts_of(file)
 
 
+def test_another_license_of_the_adapter_is_told(hosted: LoopbackHub, models: Path, tmp_path: Path) -> None:
+    hosted.commit("ada/base", {"README.md": b"---\nlicense: mit\n---\n"})
+    merged = merge("ada/adapter", tmp_path / "merged").output
+    assert not any("the adapter's license" in line for line in push(merged, "ada/new").warnings)
+    hosted.commit("ada/adapter", {"README.md": b"---\nlicense: cc-by-nc-4.0\n---\n"})
+    edit_json(merged / "fossil_export.json", adapter={"name": "ada/adapter", "revision": hosted.head("ada/adapter")})
+    (said,) = [line for line in push(merged, "ada/new").warnings if "license" in line]
+    assert said == ("the adapter's license is cc-by-nc-4.0; the card names the base's, mit: see that both are kept")
+    assert card_of(hosted, tmp_path)[0]["license"] == "mit"
+
+
 def test_the_card_of_a_base_that_is_here(hub: LoopbackHub, models: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(models / "base", tmp_path / "base"))
     (base / "README.md").write_text("---\nlicense: mit\n---\n")
     merged = merge(models / "adapter", tmp_path / "merged", base=base).output
-    assert not any("license" in line for line in push(merged, "ada/new").warnings)
+    assert not any("the adapter's license" in line for line in push(merged, "ada/new").warnings)
     assert card_of(hub, tmp_path)[0]["license"] == "mit" and "base_model" not in card_of(hub, tmp_path)[0]
     (base / "README.md").write_text("---\na: [\n---\n")
     (said, *_) = push(merged, "ada/other").warnings

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_left: list[Future[Any]] = []
+_begun: list[Future[Any]] = []
 
 
 def interruptible(run: Callable[[], T]) -> T:
@@ -23,15 +23,13 @@ def interruptible(run: Callable[[], T]) -> T:
         except BaseException as problem:  # the caller's to deal with
             future.set_exception(problem)
 
+    _begun.append(future)  # before it starts, since an interrupt may come at any time
     threading.Thread(target=work, daemon=True).start()
-    try:
-        wait([future])
-    except BaseException:
-        _left.append(future)
-        raise
+    wait([future])
+    _begun.remove(future)
     return future.result()
 
 
 def is_anything_left() -> bool:
-    """Whether something is still at work that was interrupted, for which the end of the process would wait."""
-    return not all(future.done() for future in _left)
+    """Whether something that was interrupted is still at work, for which the end of the process would wait."""
+    return not all(future.done() for future in _begun)

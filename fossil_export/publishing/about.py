@@ -38,7 +38,13 @@ def facts_of(
         on_hub = isinstance(base["name"], str) and names_hub(base["name"])
         if not on_hub and (found := _old_id(base["name"], base["revision"])):
             base, on_hub = {**base, "name": found}, True
-    metadata, problems = _base_card(base.get("name"), base.get("revision"), on_hub)
+    metadata, problems = _card_of("base", base.get("name"), base.get("revision"), on_hub)
+    others, more = _card_of("adapter", adapter.get("name"), adapter.get("revision"), adapter_on_hub)
+    problems += more
+    licenses = [(card or {}).get("license") for card in (metadata, others)]
+    if licenses[1] not in (None, licenses[0]):
+        named = f"the card names the base's, {licenses[0]}" if licenses[0] else "the card names none"
+        problems.append(f"the adapter's license is {licenses[1]}; {named}: see that both are kept")
     facts = Facts(
         repo_id=repo_id,
         kind=kind,
@@ -131,8 +137,8 @@ def _is_on_hub(entry: Mapping[str, Any], artifact: Any) -> bool:
     return isinstance(name, str) and is_on_hub(name) and (entry.get("revision") is not None or artifact not in _LOCATED)
 
 
-def _base_card(name: Any, revision: str | None, on_hub: bool) -> tuple[dict[str, Any] | None, list[str]]:
-    """The metadata of the base's card, from its folder here or from the Hub."""
+def _card_of(what: str, name: Any, revision: str | None, on_hub: bool) -> tuple[dict[str, Any] | None, list[str]]:
+    """The metadata of the card of base or adapter, from its folder here or from the Hub."""
     from huggingface_hub import hf_hub_download, metadata_load
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
@@ -150,7 +156,7 @@ def _base_card(name: Any, revision: str | None, on_hub: bool) -> tuple[dict[str,
         try:
             fetched = retried(run, repository)
         except HubError as problem:
-            return None, [f"the base's card was not read: {problem}"]
+            return None, [f"the {what}'s card was not read: {problem}"]
         if fetched is None:
             return {}, []
         path = Path(fetched)

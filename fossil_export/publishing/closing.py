@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from fossil_export.cards import Facts
@@ -39,8 +40,9 @@ def closing(
 
     same = all(there.get(name_of(one)) == digest_of(one) for one in operations)
     if same and CERTIFICATE in there and CERTIFICATE not in facts.files:
-        found = json.loads(repository.read(CERTIFICATE, head))
-        facts = replace(facts, certificate=found, files=(*facts.files, CERTIFICATE))
+        with suppress(ValueError, TypeError):  # what is no JSON goes as any other's does
+            found = dict(json.loads(repository.read(CERTIFICATE, head)))
+            facts = replace(facts, certificate=found, files=(*facts.files, CERTIFICATE))
     removed = stale(facts, there)
     text, notes = card_for(repository, facts, own_card, head, there)
     card = CommitOperationAdd(CARD, text)

@@ -77,7 +77,9 @@ class StreamPlan:
     @property
     def adapter_bytes(self) -> int:
         adapter = self.merge.adapter
-        return adapter.nbytes if adapter.revision is not None else 0
+        if adapter.revision is None or adapter.source is None:
+            return 0
+        return adapter.nbytes + (adapter.source.size(CARD) if CARD in adapter.source.root_names() else 0)
 
     def count(self, way: str) -> int:
         return sum(move.way == way for move in self.moves)
