@@ -283,8 +283,8 @@ def test_another_license_of_the_adapter_is_told(hosted: LoopbackHub, models: Pat
     assert not any("the adapter's license" in line for line in push(merged, "ada/new").warnings)
     hosted.commit("ada/adapter", {"README.md": b"---\nlicense: cc-by-nc-4.0\n---\n"})
     edit_json(merged / "fossil_export.json", adapter={"name": "ada/adapter", "revision": hosted.head("ada/adapter")})
-    (said,) = [line for line in push(merged, "ada/new").warnings if "license" in line]
-    assert said == ("the adapter's license is cc-by-nc-4.0; the card names the base's, mit: see that both are kept")
+    said = "the adapter's license is cc-by-nc-4.0; the card names the base's, mit: see that both are kept"
+    assert said in push(merged, "ada/new").warnings
     assert card_of(hosted, tmp_path)[0]["license"] == "mit"
 
 
