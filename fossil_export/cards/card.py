@@ -35,9 +35,9 @@ def model_card(facts: Facts, existing: str | None = None) -> str:
         changes["tags"] = own.get("tags")
     front = edited(block, data, changes, newline)
     section = f"{BEGIN}\n{generated(facts)}\n\n{_note(own, wanted)}\n{END}".replace("\n", newline)
-    if MARKED.search(text):
+    if MARKED.sub("", text).strip() and MARKED.search(text):
         body = MARKED.sub(lambda _: section, text)
-    elif text.strip() and not template:
+    elif MARKED.sub("", text).strip() and not template:
         gap = "" if re.search(r"\n\r?\n\Z", text) else newline if text.endswith("\n") else newline * 2
         body = f"{text}{gap}{section}{newline}"
     else:

@@ -98,7 +98,10 @@ def _verdict(facts: Facts) -> Iterator[str]:
     if found.get("parity") not in (True, False):
         yield "It was not verified: `fossil-export verify` compares weights and answers with the trainer's."
         return
-    yield "`fossil-export verify` compared it with the adapter on its base:"
+    if part(found, "forward"):
+        yield "`fossil-export verify` compared it with the adapter on its base:"
+    else:
+        yield "`fossil-export verify --level weights` compared numbers, not answers, with the adapter on its base:"
     yield _table(("Check", "Result"), _figures(facts, found))
 
 
@@ -120,7 +123,8 @@ def _figures(facts: Facts, found: Mapping[str, Any]) -> Iterator[tuple[str, Any]
         yield "Leaves the band at", plain(forward.get("first_module_outside") or "")
     yield "Device", plain(found.get("device") or "")
     versions = part(found, "versions")
-    yield "Versions", ", ".join(f"{name} {plain(versions[name])}" for name in _PACKAGES if versions.get(name))
+    ran = _PACKAGES if part(found, "forward") else ("numpy",)
+    yield "Versions", ", ".join(f"{name} {plain(versions[name])}" for name in ran if versions.get(name))
 
 
 def _distance(found: Mapping[str, Any]) -> str:

@@ -150,9 +150,9 @@ tags:
 - fossil
 ---
 
+{BEGIN}
 # LoRA form of a FOSSIL adapter
 
-{BEGIN}
 For {base}; {how}. Made by fossil-export {__version__} from a {adapter.peft_type} adapter
 ({adapter.variant}, r = {adapter.rank}).
 

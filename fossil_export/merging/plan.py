@@ -137,6 +137,8 @@ def plan_merge(
         keep = {name: path for name, path in keep.items() if name not in TOKENIZER_FILES} | tokenizer
     names = {file.name for file in files} | ({index[0]} if index else set())
     keep = {name: path for name, path in keep.items() if name not in names}
+    read = {header.path.name for header in checkpoint.files}
+    read |= {checkpoint.index_path.name} if checkpoint.index_path is not None else set()
     return MergePlan(
         adapter=adapter,
         base=checkpoint,
@@ -149,7 +151,7 @@ def plan_merge(
         config=config,
         config_edits=config_edits,
         companions=keep,
-        left_behind=tuple(name for name in left if name not in names),
+        left_behind=tuple(name for name in left if name not in names | read),
         warnings=adapter.notes + found.notes + placement.warnings,
     )
 

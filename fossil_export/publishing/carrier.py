@@ -131,6 +131,18 @@ class Carrier:
             f"{len(copies)} untouched files were passed through this machine"
         )
 
+    @property
+    def nbytes(self) -> int:
+        """Size of everything that the commit puts there."""
+        remote, found = self.plan.remote, 0
+        for name, operation in self.operations.items():
+            if isinstance(operation, Copy):
+                assert remote is not None
+                found += remote.entries[name].size
+            else:
+                found += operation.upload_info.size
+        return found
+
     def digests(self) -> dict[str, str]:
         """SHA-256 of every published weights file."""
         found = {}

@@ -153,7 +153,7 @@ def run_stream(
     notes += survival_warnings(merge, carrier.survival)
     return StreamResult(
         push=PushResult.of(
-            repository, commit, started, published.files, merge.nbytes, notes, published.removed, merge.left_behind
+            repository, commit, started, published.files, carrier.nbytes, notes, published.removed, merge.left_behind
         ),
         plan=plan,
         survival=carrier.survival,

@@ -84,6 +84,8 @@ def _verified(
     if located.source is not None and located.file is None and not folder.is_dir():
         held = f" (only {listed(located.names())})" if located.names() else ""
         raise CheckpointError(f"{folder}: holds no model, LoRA or ONNX graph{held}; name what is to be verified")
+    if folder.suffix == ".gguf" and folder.is_file():
+        raise CheckpointError(f"{folder}: is a GGUF file, which is not verified; verify the LoRA of --to lora")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is no model folder; name the folder that the file lies in")
     record = _read_record(folder)
