@@ -36,6 +36,10 @@ def how_to_use(hub: LoopbackHub) -> str:
     return card(hub).partition("## How to use it")[2].partition("## Is it")[0]
 
 
+def verdict(hub: LoopbackHub, revision: str = "main") -> str:
+    return card(hub, revision).partition("## Is it")[2].partition("\n## ")[0]
+
+
 def certificate(hub: LoopbackHub, revision: str = "main") -> str:
     return hub.read("ada/model", "fossil_parity.json", revision).decode()
 
@@ -54,6 +58,7 @@ def test_the_card_quotes_what_was_found(streamed: LoopbackHub, tmp_path: Path) -
     assert found["parity"] and found["base"] == f"ada/base@{streamed.head('ada/base')}"
     assert found["hashes"]["adapter"][0]["sha256"] and found["weights"]["wrong"] == 0
     assert "| Verdict | parity |" in card(streamed) and "| Weights | 21 tensors, 14 merged, 0 wrong |" in card(streamed)
+    assert "compared it with" in verdict(streamed) and "torch" in verdict(streamed)
     assert "from the truth" in card(streamed) and "My words." in card(streamed) and how_to_use(streamed) == usage
     assert str(tmp_path) not in card(streamed) + certificate(streamed)
 
@@ -74,6 +79,7 @@ def test_no_parity_is_published_too(streamed: LoopbackHub) -> None:
 def test_branches_and_pull_requests(streamed: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     streamed.commit("ada/model", {"a.txt": b"a"}, branch="next")
     cli("verify", "ada/model@next", "--level", "weights", "--push-to-hub")
+    assert "compared numbers, not answers" in card(streamed, "next") and "torch" not in verdict(streamed, "next")
     assert "| Verdict | parity |" in card(streamed, "next") and "It was not verified" in card(streamed)
     assert "a.txt" in streamed.files("ada/model", "next")
     point_client_at(monkeypatch, streamed, tmp_path / "bob", BOB)  # who may only ask
