@@ -3,6 +3,7 @@ their own, against a Hub whose storage is a folder (see loopback_xet.py)."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import signal
@@ -223,25 +224,22 @@ def test_no_more_on_the_disk_than_planned(hub: LoopbackHub, command: Command, tm
     """Counted at every request: what was fetched and merged, and hf_xet's own files."""
     peak = 0
 
+    def size(path: Path) -> int:
+        notes = {"logs", "trees", ".locks"} & set(path.parts) or path.suffix in (".lock", ".refs")
+        with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+            return 0 if notes or path.is_symlink() or path.is_dir() else path.stat().st_size
+        return 0
+
     def look() -> None:
         nonlocal peak
-        found = 0
-        for folder in (tmp_path / "home", tmp_path / "cache", *hub.xet_store.of_client()):
-            for path in folder.rglob("*"):
-                if (
-                    path.is_file()
-                    and not path.is_symlink()
-                    and not {"logs", "trees", ".locks"} & set(path.parts)
-                    and path.suffix not in (".lock", ".refs")
-                ):
-                    found += path.stat().st_size
-        peak = max(peak, found)
+        folders = (tmp_path / "home", tmp_path / "cache", *hub.xet_store.of_client())
+        peak = max(peak, sum(size(path) for folder in folders for path in folder.rglob("*")))
 
     hub.fault(Fault(before=look, times=None))
     planned = command.stream("ada/streamed", "--dry-run")["stream"]["disk"]
     command.stream("ada/streamed", "--max-disk", str(planned))
     largest = max(size for size, _ in hub.files("ada/base").values())
-    assert largest < peak <= planned < 1.2 * largest
+    assert largest < peak <= planned < largest + 25_000  # an adapter, small files, an index
 
 
 NO_ANSWER = "error sending request for url (http://a/?sig=1)"
