@@ -313,7 +313,7 @@ def test_no_path_of_this_machine_is_published(
     secret = tmp_path / "ada's secret lab"
     base = Path(shutil.copytree(models / "base", secret / "base"))
     edit_json(base / "config.json", _name_or_path=str(secret / "older base"))
-    template, file = "{{ '/root/x' }}", f"{secret}/tokenizer.json"
+    template, file = "{{ '/home/x/y' }}", f"{secret}/tokenizer.json"
     edit_json(base / "tokenizer_config.json", chat_template=template, tokenizer_file=file)
     adapter = Path(shutil.copytree(models / "adapter", secret / "adapter", ignore=shutil.ignore_patterns("check*")))
     edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(base))
@@ -340,7 +340,7 @@ def test_no_path_of_this_machine_is_published(
         if "config.json" in found:
             assert json.loads(found["config.json"])["_name_or_path"] == "older base"
             assert json.loads(found["tokenizer_config.json"]) == {
-                "chat_template": "{{ '/root/x' }}",
+                "chat_template": "{{ '/home/x/y' }}",
                 "tokenizer_file": "tokenizer.json",
             }
         assert folder.exists() and not push(folder, f"ada/new-{number}").changed
