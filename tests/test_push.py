@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -359,6 +360,42 @@ def test_paths_are_found_in_any_text(parts: list[str], around: str) -> None:
     assert paths.without(told)["reason"].endswith("x.bin: tensor a/b at 1/2 differs")
     plain = {"name": "user/repo", "node": "/model/layers.0/MatMul", "url": "https://a.b/home/someone/x", "n": 1}
     assert paths.without(plain) == plain
+
+
+def test_paths_of_other_machines_stay_out_of_configs(hub: LoopbackHub, models: Path, tmp_path: Path) -> None:
+    """Whoever trained it left them there; what only begins with a slash and is no path is kept."""
+    folder = Path(shutil.copytree(models / "base", tmp_path / "model"))
+    edit_json(folder / "config.json", _name_or_path="C:\\Users\\ada\\llama", think="/no_think/now")
+    edit_json(folder / "tokenizer_config.json", tokenizer_file="/scratch/ada/tokenizer.json", name_or_path="ada/base")
+    push(folder, "ada/new")
+    config, tokenizer = (json.loads(hub.read("ada/new", name)) for name in ("config.json", "tokenizer_config.json"))
+    assert (config["_name_or_path"], config["think"]) == ("llama", "/no_think/now")
+    assert (tokenizer["tokenizer_file"], tokenizer["name_or_path"]) == ("tokenizer.json", "ada/base")
+
+
+def test_only_templates_come_with_the_templates(hub: LoopbackHub, models: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(models / "base", tmp_path / "model"))
+    (folder / "additional_chat_templates").mkdir()
+    for name in ("tool.jinja", "tokens.json"):
+        (folder / "additional_chat_templates" / name).write_text("{}")
+    files = push(folder, "ada/new").files
+    assert [name for name in files if "/" in name] == ["additional_chat_templates/tool.jinja"]
+
+
+def test_whoever_reads_the_output_may_leave(hosted: LoopbackHub, models: Path, tmp_path: Path) -> None:
+    """It is published all the same, and nothing is said against a path."""
+    folder = made("miss", hosted, models, tmp_path / "miss")
+    reads, writes = os.pipe()
+    os.close(reads)
+    ran = subprocess.run(
+        [sys.executable, "-m", "fossil_export", "push", folder, "ada/new", "--json"],
+        env=environment(hosted, tmp_path / "home of child", ADA),
+        stdout=writes,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writes)
+    assert "error" not in ran.stderr and "adapter_model.safetensors" in hosted.files("ada/new")
 
 
 def test_hidden_files_are_never_parts(tmp_path: Path) -> None:
