@@ -25,25 +25,37 @@ class FossilLinear(nn.Module):  # type: ignore[misc]  # torch is not followed by
         super().__init__()
         self.base_layer = base_layer
         self.shard = nn.Parameter(shard, requires_grad=False)
-        self.variant = variant
+
+        self._result = FORWARD[variant]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shard, weight = self.shard, self.base_layer.weight
-        if self.variant == "bat":
-            rank = shard.shape[1]
-            wide = weight.to(shard.dtype)
-            blocks = wide.reshape(len(shard), rank, -1, rank)
-            update = torch.einsum("biak,bkl->bial", blocks, shard) + shard[:, :, None, :]
-            bias = None if self.base_layer.bias is None else self.base_layer.bias.to(shard.dtype)
-            merged = wide + update.reshape(wide.shape)
-            return nn.functional.linear(x.to(shard.dtype), merged, bias).to(x.dtype)
-        rank, outputs = shard.shape
-        if self.variant == "mini":
-            shard = shard.repeat(1, weight.shape[0] // outputs)
-        padded = nn.functional.pad(x.to(shard.dtype), (0, -x.shape[-1] % rank))
-        sums = padded.reshape(*x.shape[:-1], -1, rank).sum(dim=-2)
-        result: torch.Tensor = self.base_layer(x)
-        return (result + sums @ shard).to(x.dtype)
+        return self._result(self.base_layer, self.shard, x).to(x.dtype)
+
+
+def _tile(layer: nn.Linear, shard: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    rank = len(shard)
+    padded = nn.functional.pad(x.to(shard.dtype), (0, -x.shape[-1] % rank))
+    sums = padded.reshape(*x.shape[:-1], -1, rank).sum(dim=-2)
+    result: torch.Tensor = layer(x) + sums @ shard
+    return result
+
+
+def _mini(layer: nn.Linear, shard: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return _tile(layer, shard.repeat(1, layer.weight.shape[0] // shard.shape[1]), x)
+
+
+def _bat(layer: nn.Linear, shard: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    rank = shard.shape[1]
+    wide = layer.weight.to(shard.dtype)
+    blocks = wide.reshape(len(shard), rank, -1, rank)
+    update = torch.einsum("biak,bkl->bial", blocks, shard) + shard[:, :, None, :]
+    bias = None if layer.bias is None else layer.bias.to(shard.dtype)
+    result: torch.Tensor = nn.functional.linear(x.to(shard.dtype), wide + update.reshape(wide.shape), bias)
+    return result
+
+
+FORWARD = {"tile": _tile, "mini": _mini, "bat": _bat}
+"""The output of a layer with its shard, by variant; a variant that is not here cannot be run."""
 
 
 def attach(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> nn.Module:
