@@ -38,27 +38,27 @@ def buffered_writes() -> None:
     patch(output, "_open_direct", lambda path: None)
 
 
-def read_instead_of_map() -> None:
-    """pread into a buffer of the thread's own; aligned like the target, so that writes stay direct."""
+def read_all() -> None:
+    """Also what is copied goes through a buffer of the thread's own, aligned like the target."""
 
-    class ReadFile(source.MappedFile):
-        def __init__(self, path: Path) -> None:
-            self._descriptor = os.open(path, os.O_RDONLY)
+    def view(self: Any, offset: int, nbytes: int) -> np.ndarray[Any, Any]:
+        room = np.frombuffer(mmap.mmap(-1, nbytes + 2 * output.ALIGNMENT), np.uint8)
+        start = offset % output.ALIGNMENT
+        self.read(offset, room[start : start + nbytes])
+        return room[start : start + nbytes]
 
-        def view(self, offset: int, nbytes: int) -> np.ndarray[Any, Any]:
-            room = mmap.mmap(-1, nbytes + 2 * output.ALIGNMENT)
-            start = offset % output.ALIGNMENT
-            view = memoryview(room)[start : start + nbytes]
-            os.preadv(self._descriptor, [view], offset)
-            return np.frombuffer(view, np.uint8)
+    patch(source.InputFile, "view", view)
+    patch(source.InputFile, "release", lambda self, offset, nbytes: None)
 
-        def release(self, offset: int, nbytes: int) -> None:
-            pass
 
-        def close(self) -> None:
-            os.close(self._descriptor)
+def map_all() -> None:
+    """What is computed on is looked at through the map too."""
 
-    patch(run, "MappedFile", ReadFile)
+    def read(self: Any, offset: int, out: np.ndarray[Any, Any]) -> None:
+        out[:] = self.view(offset, len(out))
+        self.release(offset, len(out))
+
+    patch(source.InputFile, "read", read)
 
 
 def copy_then_patch() -> None:
@@ -73,7 +73,7 @@ def copy_then_patch() -> None:
 
 
 def keep_mapped_pages() -> None:
-    patch(source.MappedFile, "release", lambda self, offset, nbytes: None)
+    patch(source.InputFile, "release", lambda self, offset, nbytes: None)
 
 
 def no_preallocation() -> None:
@@ -83,7 +83,8 @@ def no_preallocation() -> None:
 VARIANTS: dict[str, Callable[[], None]] = {
     "as it is": lambda: None,
     "buffered writes, then fsync": buffered_writes,
-    "pread instead of a map": read_instead_of_map,
+    "read, not mapped, also what is copied": read_all,
+    "mapped, and copied from there": map_all,
     "copy the file, then patch it": copy_then_patch,
     "mapped pages kept": keep_mapped_pages,
     "no preallocation": no_preallocation,

@@ -96,6 +96,7 @@ def print_moves(plan: StreamPlan) -> None:
 
 def print_verification(result: Verification) -> None:
     pairs = [("verdict", "parity" if result.parity else "NOT the trained model")]
+    pairs.append(("compared with", result.compared_with))
     if result.tensors is not None:
         merged = [check for check in result.tensors if check.action == "merge"]
         wrong = sum(check.problem is not None for check in result.tensors)

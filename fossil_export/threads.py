@@ -1,9 +1,14 @@
-"""Our threads instead of the linear algebra library's, where we bring our own."""
+"""Our threads: instead of the linear algebra library's, and with a bounded queue."""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def one_blas_thread() -> AbstractContextManager[Any]:
@@ -16,3 +21,22 @@ def one_blas_thread() -> AbstractContextManager[Any]:
 
     limits: AbstractContextManager[Any] = threadpool_limits(limits=1, user_api="blas")
     return limits
+
+
+def in_order(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]], ahead: int) -> Generator[T, None, None]:
+    """The results of `calls` in their order; never more than `ahead` of them are queued, at work or not yet taken.
+
+    When it ends, by an error too, none of them is at work any more: close it before what they work on.
+    """
+    waiting: deque[Future[T]] = deque()
+    try:
+        for call in calls:
+            if len(waiting) >= ahead:
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(call))
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+        wait(waiting)

@@ -185,13 +185,16 @@ def test_stale_weights_stay_behind_and_everything_else_comes(base: Path, adapter
     assert set(result.plan.left_behind) == {*stale, "consolidated.safetensors", "fossil_parity.json"}
 
 
-def test_linked_folders_come_too(base: Path, adapter: Path, tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "code.py").write_text("pass")
-    (base / "linked").symlink_to(tmp_path / "elsewhere")
+def test_links_within_the_folder_come_as_files(base: Path, adapter: Path, tmp_path: Path) -> None:
+    (base / "code").mkdir()
+    (base / "code" / "code.py").write_text("pass")
+    (base / "linked").symlink_to(base / "code")
+    (base / "NOTICE").symlink_to("LICENSE")
     (base / "circle").symlink_to(base)
     merge(adapter, tmp_path / "merged")
     assert (tmp_path / "merged" / "linked" / "code.py").read_text() == "pass"
+    assert (tmp_path / "merged" / "NOTICE").read_text() == (base / "LICENSE").read_text()
+    assert not any(path.is_symlink() for path in (tmp_path / "merged").rglob("*"))
     assert not (tmp_path / "merged" / "circle").exists()
 
 

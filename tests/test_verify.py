@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaForSequenceClassification
 
 from fossil_export import FossilExportError, load_adapter, merge, verify
-from fossil_export.verifying.layers import attach
+from fossil_export.verifying.layers import FossilLinear, attach
 from fossil_export.verifying.models import tokenize
-from fossil_export.verifying.reference import rebuild, step
+from fossil_export.verifying.reference import EXACT, step
 
 Q0, Q1 = (f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1))
 UP1 = "model.layers.1.mlp.up_proj"
@@ -458,7 +459,7 @@ def test_reconstruction_is_the_definition(variant: str) -> None:
     weight = rng.standard_normal((out, width))
     shard = rng.standard_normal({"tile": (rank, out), "mini": (rank, 6), "bat": (out // rank, rank, rank)}[variant])
     exact = np.empty_like(weight)
-    rebuild(variant, weight, shard, 0, exact)
+    EXACT[variant].rebuild(weight, EXACT[variant].part(shard, 0, out), exact)
     for o in range(out):
         for j in range(width):
             if variant == "bat":
@@ -468,3 +469,15 @@ def test_reconstruction_is_the_definition(variant: str) -> None:
             else:
                 want = weight[o, j] + shard[j % rank, o % shard.shape[1]]
             assert exact[o, j] == pytest.approx(want, abs=1e-12)
+
+
+def test_an_unknown_variant_is_never_checked_by_another_ones_formula(base: Path, adapter: Path, tmp_path: Path) -> None:
+    merge(adapter, tmp_path / "merged")
+    loaded = load_adapter(adapter)
+    shards = {module: replace(shard, variant="lora") for module, shard in loaded.shards.items()}
+    with pytest.raises(KeyError, match="lora"):
+        verify(tmp_path / "merged", adapter=replace(loaded, shards=shards), level="weights")
+    with pytest.raises(KeyError, match="lora"):
+        EXACT["lora"]
+    with pytest.raises(KeyError, match="lora"):
+        FossilLinear(torch.nn.Linear(8, 8), torch.zeros(4, 8), "lora")

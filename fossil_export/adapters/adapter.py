@@ -12,7 +12,8 @@ from fossil_export.checkpoints.companions import tokenizer_of
 from fossil_export.checkpoints.dtypes import numpy_dtype
 from fossil_export.checkpoints.folder import Folder, LocalFolder
 from fossil_export.checkpoints.header import Header, TensorInfo
-from fossil_export.errors import AdapterError
+from fossil_export.checkpoints.stamp import check_stamp
+from fossil_export.errors import AdapterError, CheckpointError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,10 +102,14 @@ class Adapter:
         """
         if tensor.offset is None:
             return self.pickled[tensor.name]
+        ours = tensor.path in self.files
+        if ours and self.header is not None:
+            check_stamp(tensor.path, self.header.stamp, AdapterError)
         try:
-            ours = tensor.path in self.files
             folder = self._folder if ours else LocalFolder(tensor.path.parent)
             raw = folder.view(tensor.path.name, tensor.offset, tensor.nbytes)
+        except CheckpointError as problem:
+            raise AdapterError(str(problem)) from problem
         except (OSError, ValueError) as problem:
             raise AdapterError(f"{tensor.path}: {tensor.name} cannot be read: {problem}") from problem
         return raw.view(numpy_dtype(tensor.dtype)).reshape(tensor.shape)

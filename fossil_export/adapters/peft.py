@@ -77,6 +77,10 @@ def _load_folder(given: Path, weights: Path | None, source: Folder) -> Adapter:
     config = _read_config(folder)
     weights = weights or find_weights(folder)
     header = None
+    try:
+        source.check_links([CONFIG, weights.name])
+    except CheckpointError as problem:
+        raise AdapterError(str(problem)) from problem
     if weights.suffix == ".safetensors":
         try:
             (header,) = source.headers([weights.name])

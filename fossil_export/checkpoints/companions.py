@@ -74,5 +74,6 @@ def tokenizer_of(folder: Folder) -> dict[str, Path]:
     """The complete tokenizer in an adapter's `folder`, or nothing: what the trainer saved next to the shards."""
     names = folder.root_names()
     found = {name: folder.path / name for name in TOKENIZER_FILES if name in names}
+    folder.check_links(found)
     complete = "tokenizer_config.json" in found and any(name in found for name in VOCABULARIES)
     return found if complete else {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fossil_export.checkpoints.header import Header, read_header
+from fossil_export.checkpoints.stamp import changed
 from fossil_export.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ class Folder(Protocol):
     def check(self, headers: Iterable[Header]) -> None:
         """Hold files that are at `path` now against the headers that were read before they were."""
 
+    def check_links(self, names: Iterable[str]) -> None:
+        """Raise CheckpointError for a link out of the folder: what it leads to is not the model's to hand on."""
+
 
 class LocalFolder:
     """A folder on this machine."""
@@ -59,7 +63,8 @@ class LocalFolder:
         self.path = path
 
     def names(self) -> list[str]:
-        """Raises CheckpointError for what is neither file nor folder. Links are followed, but never in a circle."""
+        """Raises CheckpointError for what is neither file nor folder, and for links out of the folder. Other links are
+        followed, but never in a circle."""
         found = []
         seen = {self.path.resolve()}
 
@@ -69,14 +74,16 @@ class LocalFolder:
         for root, folders, files in os.walk(self.path, onerror=unreadable, followlinks=True):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in [name for name in folders if (Path(root) / name).is_symlink()]:
+                _check_link(Path(root) / name, self.path)
                 target = (Path(root) / name).resolve()
-                if target in seen or target in self.path.resolve().parents:
+                if target in seen:
                     folders.remove(name)
                 seen.add(target)
             for name in sorted(name for name in files if not name.startswith(".")):
                 path = Path(root) / name
                 if not path.is_file():
                     raise CheckpointError(f"{path}: is a broken link or no regular file; fetch it again or remove it")
+                _check_link(path, self.path)
                 found.append(path.relative_to(self.path).as_posix())
         return sorted(found)
 
@@ -98,7 +105,10 @@ class LocalFolder:
     def view(self, name: str, offset: int, nbytes: int) -> np.ndarray[Any, Any]:
         import numpy as np
 
-        return np.memmap(self.path / name, np.uint8, "r", offset, (nbytes,))
+        try:
+            return np.memmap(self.path / name, np.uint8, "r", offset, (nbytes,))
+        except ValueError as problem:  # it is shorter than its header said
+            raise changed(self.path / name) from problem
 
     def blob(self, name: str) -> str | None:
         return hub_blob(self.path / name)
@@ -108,6 +118,24 @@ class LocalFolder:
 
     def check(self, headers: Iterable[Header]) -> None:
         pass
+
+    def check_links(self, names: Iterable[str]) -> None:
+        for name in names:
+            _check_link(self.path / name, self.path)
+
+
+def _check_link(path: Path, folder: Path) -> None:
+    """Raise CheckpointError if `path` is a link that leads out of `folder`, but for files in the Hub's cache."""
+    if not path.is_symlink():
+        return
+    target = path.resolve()
+    storage = target.parent.parent
+    is_blob = target.parent.name == "blobs" and (storage / "snapshots").is_dir() and target.is_file()
+    if not is_blob and not target.is_relative_to(folder.resolve()):
+        raise CheckpointError(
+            f"{path}: is a link to {target}, outside its folder, and would be copied from there; put the file itself "
+            "in its place, or remove the link"
+        )
 
 
 def hub_blob(path: Path) -> str | None:

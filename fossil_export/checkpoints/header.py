@@ -7,12 +7,14 @@ overlaps. Format: https://github.com/huggingface/safetensors, "Format".
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fossil_export.checkpoints.dtypes import BITS, byte_count
+from fossil_export.checkpoints.stamp import Stamp
 from fossil_export.errors import CheckpointError, FossilExportError
 
 MAX_HEADER = 100_000_000
@@ -40,13 +42,18 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """One safetensors file: `encoded` is what stands before the tensors, `size` the whole file in bytes."""
+    """One safetensors file: `encoded` is what stands before the tensors, `size` the whole file in bytes.
+
+    `stamp` tells the file that was read from a later one at the same path; None for a header that came alone, by a
+    range of a file on the Hub.
+    """
 
     path: Path
     encoded: bytes
     size: int
     tensors: tuple[TensorInfo, ...]
     metadata: Mapping[str, str]
+    stamp: Stamp | None = None
 
 
 def read_header(path: Path, error: type[FossilExportError] = CheckpointError) -> Header:
@@ -55,10 +62,11 @@ def read_header(path: Path, error: type[FossilExportError] = CheckpointError) ->
     Raises `error` with the file, the tensor and what is wrong.
     """
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
-            prefix = file.read(8)
-            return parse_header(path, prefix + file.read(header_length(path, prefix, size, error) - 8), size, error)
+            status = os.fstat(file.fileno())
+            size, prefix = status.st_size, file.read(8)
+            encoded = prefix + file.read(header_length(path, prefix, size, error) - 8)
+        return replace(parse_header(path, encoded, size, error), stamp=Stamp.of(status))
     except OSError as problem:
         raise error(f"{path}: cannot be read: {problem.strerror}") from problem
 

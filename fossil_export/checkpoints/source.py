@@ -1,12 +1,19 @@
-"""A weights file mapped read-only, of which parts are looked at and let go."""
+"""A weights file that is read piece by piece, and held against the header that was planned with.
+
+Parts that are computed on are read into buffers, so that a file which is cut meanwhile gives a short read, not a
+signal. Parts that are copied are looked at through a map: the system takes them from there without a copy.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export.checkpoints.header import Header
+from fossil_export.checkpoints.stamp import Stamp, changed, check_stamp
 from fossil_export.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -17,19 +24,47 @@ AHEAD = 64 << 20
 """Bytes past the range at hand that the system is asked to read in meanwhile."""
 
 
-class MappedFile:
-    """Looking at a range costs no copy; `release` keeps the process's memory from growing with the file."""
+class InputFile:
+    """The file at `path`, which must have the bytes of `header` before its tensors.
 
-    def __init__(self, path: Path) -> None:
+    With `steady` it must also be the very file whose header was read, unchanged; another file may stand in for it
+    otherwise (a copy that was fetched, or that is being merged in place). Raises CheckpointError.
+    """
+
+    def __init__(self, path: Path, header: Header, steady: bool = True) -> None:
+        self.path = path
         try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as problem:
+            raise CheckpointError(f"{path}: cannot be read: {problem.strerror}") from problem
+        try:
+            status = os.fstat(self._descriptor)
+            self._stamp = Stamp.of(status) if steady else None
+            moved = steady and header.stamp is not None and header.stamp != self._stamp
+            beginning = os.pread(self._descriptor, len(header.encoded), 0)
+            if moved or status.st_size != header.size or beginning != header.encoded:
+                raise changed(path)
+            self._map = mmap.mmap(self._descriptor, header.size, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as problem:
+            os.close(self._descriptor)
             raise CheckpointError(f"{path}: cannot be read: {problem}") from problem
+        except BaseException:
+            os.close(self._descriptor)
+            raise
         self._asked = 0
 
+    def read(self, offset: int, out: np.ndarray[Any, Any]) -> None:
+        """Fill `out` (uint8, contiguous) with the bytes from `offset` on; what follows them is read ahead."""
+        self._read_ahead(min(offset + len(out) + AHEAD, len(self._map)), offset)
+        left = out.data
+        while left:
+            count = _read_into(self._descriptor, left, offset)
+            if not count:
+                raise changed(self.path)
+            left, offset = left[count:], offset + count
+
     def view(self, offset: int, nbytes: int) -> np.ndarray[Any, Any]:
-        """`nbytes` bytes from `offset` on, as uint8; what follows them is read ahead."""
+        """`nbytes` bytes from `offset` on, as uint8, not copied; only for handing to the system."""
         import numpy as np
 
         self._read_ahead(min(offset + nbytes + AHEAD, len(self._map)), offset)
@@ -44,14 +79,30 @@ class MappedFile:
                 self._map.madvise(mmap.MADV_WILLNEED, start, end - start)
 
     def release(self, offset: int, nbytes: int) -> None:
-        """Take the pages that lie wholly in the range out of this process's memory; the system may keep them."""
+        """Take the pages that lie wholly in a range that was viewed out of this process's memory."""
         if hasattr(mmap, "MADV_DONTNEED"):
             first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
             last = (offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
             if first < last:
                 self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
+    def check(self) -> None:
+        """Raise CheckpointError where the file was written to or replaced since it was opened."""
+        if self._stamp is not None and Stamp.of(os.fstat(self._descriptor)) != self._stamp:
+            raise changed(self.path)
+        check_stamp(self.path, self._stamp)
+
     def close(self) -> None:
+        os.close(self._descriptor)
         # A view may still be referenced by an exception in flight; the map then goes with it.
         with contextlib.suppress(BufferError):
             self._map.close()
+
+
+def _read_into(descriptor: int, out: memoryview, offset: int) -> int:
+    """Read what there is, up to the length of `out`; returns the bytes read."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [out], offset)
+    found = os.pread(descriptor, len(out), offset)
+    out[: len(found)] = found
+    return len(found)

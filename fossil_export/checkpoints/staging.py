@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -58,8 +59,7 @@ def staged_folder(output: Path, needed: int, overwrite: bool = False) -> Iterato
     OutputError for want of room or permission.
     """
     made = _make_parents(output.parent)
-    folder = output.parent / f".{output.name}.partial-{secrets.token_hex(4)}"
-    lock = None
+    folder = lock = None
     try:
         try:
             _remove_dead(output)
@@ -69,13 +69,16 @@ def staged_folder(output: Path, needed: int, overwrite: bool = False) -> Iterato
                     f"{output}: needs {needed:,} bytes, {output.parent} has {free:,} free; "
                     "make room or choose another disk"
                 )
-            folder.mkdir()
-            lock = lock_folder(folder)
+            while lock is None:
+                folder = partial_name(output)
+                folder.mkdir()
+                lock = claim(folder)
         except OSError as problem:
             raise OutputError(f"{output}: cannot be written: {problem.strerror}; choose another --output") from problem
+        assert folder is not None
         yield folder
         try:
-            _sync_tree(folder)
+            sync_tree(folder)
             _publish(folder, output, overwrite)
         except OSError as problem:
             raise OutputError(
@@ -83,7 +86,8 @@ def staged_folder(output: Path, needed: int, overwrite: bool = False) -> Iterato
             ) from problem
         made = []
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
         for parent in made:
@@ -91,6 +95,11 @@ def staged_folder(output: Path, needed: int, overwrite: bool = False) -> Iterato
                 parent.rmdir()
             except OSError:
                 break
+
+
+def partial_name(output: Path) -> Path:
+    """A name beside `output` for what is not finished, like no other process's."""
+    return output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
 
 
 def _make_parents(folder: Path) -> list[Path]:
@@ -108,9 +117,29 @@ def _make_parents(folder: Path) -> list[Path]:
     return missing
 
 
-def lock_folder(folder: Path) -> int | None:
-    """Hold `folder` for as long as this process lives; None where the filesystem knows no locks."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def claim(path: Path) -> int | None:
+    """Hold a file or folder that this process has just made; None where another one took it for a dead process's
+    first, and removed it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with contextlib.suppress(FileNotFoundError):
+        if path.stat().st_ino == os.fstat(descriptor).st_ino:
+            return descriptor
+    os.close(descriptor)
+    return None
+
+
+def hold(path: Path) -> int | None:
+    """Hold a file or folder as long as the descriptor is open; None where another process has it, or the file system
+    knows no locks."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -122,7 +151,7 @@ def lock_folder(folder: Path) -> int | None:
 def _remove_dead(output: Path) -> None:
     """Remove staged folders of `output` whose process is gone; give back a folder it had set aside."""
     for leftover in output.parent.glob(f".{escape(output.name)}.partial-*"):
-        if (lock := lock_folder(leftover)) is not None:
+        if (lock := hold(leftover)) is not None:
             shutil.rmtree(leftover, ignore_errors=True)
             os.close(lock)
     for leftover in output.parent.glob(f".{escape(output.name)}.replaced-*"):
@@ -136,26 +165,47 @@ def _publish(folder: Path, output: Path, overwrite: bool) -> None:
     # What is there is looked at again: it may have come while the merge ran.
     if overwrite and (output / PROVENANCE).is_file():
         if _exchange(folder, output):
-            _sync(output.parent)
+            sync(output.parent)
             return  # the old folder now has the staged name and is removed with it
         aside = output.with_name(f".{output.name}.replaced-{secrets.token_hex(4)}")
         output.rename(aside)
         folder.rename(output)
-        _sync(output.parent)
+        sync(output.parent)
         shutil.rmtree(aside, ignore_errors=True)
         return
     folder.rename(output)
-    _sync(output.parent)
+    sync(output.parent)
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two names in one step (renameat2 with RENAME_EXCHANGE); False where the system cannot."""
+    """Swap two names in one step; False where the system cannot."""
+    return _renameat2(first, second, 2)  # RENAME_EXCHANGE
+
+
+def rename_new(first: Path, second: Path) -> None:
+    """Give the file `first` the name `second`, which nothing has yet; raises FileExistsError where something does."""
+    if _renameat2(first, second, 1):  # RENAME_NOREPLACE
+        return
+    try:
+        os.link(first, second)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if os.path.lexists(second):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(second)) from None
+        first.rename(second)
+        return
+    first.unlink()
+
+
+def _renameat2(first: Path, second: Path, flags: int) -> bool:
+    """Rename as Linux's renameat2 does; False where the system or the file system cannot."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):
         return False
-    at_cwd, rename_exchange = -100, 2
-    if renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), rename_exchange) == 0:
+    at_cwd = -100
+    if renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), flags) == 0:
         return True
     code = ctypes.get_errno()
     if code in {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}:
@@ -163,14 +213,14 @@ def _exchange(first: Path, second: Path) -> bool:
     raise OSError(code, os.strerror(code))
 
 
-def _sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
     for root, _, files in os.walk(folder):
         for name in files:
-            _sync(Path(root) / name)
-        _sync(Path(root))
+            sync(Path(root) / name)
+        sync(Path(root))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -100,6 +100,7 @@ def run_plan(
     started = time.perf_counter() if started is None else started
     target = expanded(output, OutputError).absolute()
     check_destination(target, [plan.base.location, plan.adapter.path], overwrite)
+    plan.check()
     plan.fetch()
     needed = plan.nbytes + sum(path.stat().st_size for path in plan.companions.values()) + (1 << 20)
     with staged_folder(target, needed, overwrite) as folder:
@@ -109,7 +110,9 @@ def run_plan(
             digests = {file.name: sha256(folder / file.name) for file in plan.files} if hash else None
             record = provenance(plan, survival, digests)
             (folder / PROVENANCE).write_bytes(write_json(record))
+            plan.check()
         except OSError as problem:
+            plan.check()  # an input that is gone is no fault of the output's
             name = f" ({problem.filename})" if problem.filename else ""
             raise OutputError(
                 f"{target}: writing failed: {problem.strerror}{name}; make room or choose another --output"

@@ -141,8 +141,9 @@ def merge_slab(
 ) -> Survival:
     """`out` = round(`source` + ΔW) for the rows (n, in) that begin at row `start` of a weight (out_features, in).
 
-    `source` and `out` are NumPy views in their stored dtypes, `shard` comes from `engine.widen`. Returns the
-    sums of the sampled rows among them. Whether `out` is finite is for the caller to see.
+    `source` and `out` are NumPy views in their stored dtypes; `shard` is the part of the shard that these rows need
+    (`Method.part`), from `engine.widen`. Returns the sums of the sampled rows among them. Whether `out` is finite is
+    for the caller to see.
     """
     method = METHODS[variant]
     group = group_rows(method.block_rows(tuple(shard.shape)))
@@ -157,8 +158,8 @@ def merge_slab(
         for row in _between(sample, start + first, start + stop):
             rows = slice(row - start - first, row - start - first + group)
             before = engine.numpy(weight[rows]).copy()
-            sampled.append((rows, before, engine.numpy(method.update(weight[rows], shard, row))))
-        method.merge_rows(weight, shard, start + first)
+            sampled.append((rows, before, engine.numpy(method.update(weight[rows], shard, row - start))))
+        method.merge_rows(weight, shard, first)
         result = out[first:stop]
         engine.round(weight, result)
         for rows, before, update in sampled:

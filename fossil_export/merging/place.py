@@ -18,6 +18,12 @@ from fossil_export.methods import METHODS
 _LABEL_LAYERS = ("score", "classifier", "out_proj", "qa_outputs")
 _REMEDY = "name the base model it was trained from with --base"
 
+QUANTIZED = (
+    "the base is quantized, and shards are merged into float weights; name the unquantized model with --base if the "
+    "adapter was trained on that (one trained on the quantized weights is another model there: merge it into these "
+    "weights dequantized)"
+)
+
 
 def place(adapter: Adapter, base: Checkpoint) -> Placement:
     """Give every shard and saved tensor of `adapter` its place in `base`, or raise MergeError naming it."""
@@ -35,6 +41,7 @@ def place(adapter: Adapter, base: Checkpoint) -> Placement:
         _place_saved(name, info, names, adapter, base, placement)
     part_head(adapter, base, placement)
     check_vocabulary(adapter, base, placement)
+    _refuse_homeless(adapter, base, placement)
     for name, shard in placement.shards.items():
         _check_shape(name, shard, placement.source(name, base.tensors.get(name)), adapter, base)
     placement.warnings = tuple(_warnings(adapter, base, set(names.values())))
@@ -102,6 +109,22 @@ def _place_saved(
     placement.saved[target] = info
 
 
+def _refuse_homeless(adapter: Adapter, base: Checkpoint, placement: Placement) -> None:
+    """Raise MergeError for a shard whose module the base knows, but without the weight that it changes."""
+    for name, shard in placement.shards.items():
+        if name in base.tensors or name in placement.saved or name in placement.copied:
+            continue
+        module = name.removesuffix(".weight")
+        beside = sorted(other.rpartition(".")[2] for other in base.tensors if other.rpartition(".")[0] == module)
+        where = f"{base.location}: has no {name}, which shard {shard.tensor.name} of {adapter.path} changes"
+        if set(beside) - {"bias"}:
+            raise MergeError(f"{where}, but {listed(beside)}: {QUANTIZED}")
+        raise MergeError(
+            f"{where}; if it is tied to another tensor, save the base with both tensors and tie_word_embeddings=false, "
+            "and merge into that"
+        )
+
+
 def _mismatch(shard: Shard, weight_shape: tuple[int, ...]) -> str | None:
     return METHODS[shard.variant].mismatch(shard.tensor.shape, weight_shape)
 
@@ -109,10 +132,7 @@ def _mismatch(shard: Shard, weight_shape: tuple[int, ...]) -> str | None:
 def _check_shape(name: str, shard: Shard, weight: TensorInfo, adapter: Adapter, base: Checkpoint) -> None:
     where = f"{base.location}: {name} {list(weight.shape)}"
     if weight.dtype not in FLOATS:
-        raise MergeError(
-            f"{where} is stored as {weight.dtype}, a quantized base; shards are merged into float weights, "
-            "name the unquantized model with --base"
-        )
+        raise MergeError(f"{where} is stored as {weight.dtype}: {QUANTIZED}")
     if len(weight.shape) != 2 or 0 in weight.shape:
         raise MergeError(f"{where} is no matrix, but the adapter has a shard for it ({shard.tensor.name}); {_REMEDY}")
     if reason := _mismatch(shard, weight.shape):

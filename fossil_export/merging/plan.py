@@ -6,17 +6,19 @@ Everything hard happens here (names, shapes, ties, refusals); `run` only follows
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fossil_export.adapters import Adapter, load_adapter
+from fossil_export.adapters.quantized import quantized_training
 from fossil_export.checkpoints.checkpoint import Checkpoint
 from fossil_export.checkpoints.companions import TOKENIZER_FILES, companions
 from fossil_export.checkpoints.dtypes import BY_TORCH_NAME, FLOATS
 from fossil_export.checkpoints.header import TensorInfo
 from fossil_export.checkpoints.jsonfile import write_json
+from fossil_export.checkpoints.stamp import Stamp, check_stamp
 from fossil_export.errors import CheckpointError, MergeError, listed
 from fossil_export.hub import Located, locate, names_hub, pinned
 from fossil_export.merging.config import difference, edited_config
@@ -31,7 +33,7 @@ class MergePlan:
 
     `base_branch` is the base's revision as it was typed. `config` is the edited config.json, None where the base's is
     taken as it is; `left_behind` lists the base's files that do not belong in the result; `warnings` is what the user
-    should know.
+    should know; `stamps` are those of the files that were here when the plan was made.
     """
 
     adapter: Adapter
@@ -47,6 +49,12 @@ class MergePlan:
     companions: Mapping[str, Path]
     left_behind: tuple[str, ...]
     warnings: tuple[str, ...]
+    stamps: Mapping[Path, Stamp]
+
+    def check(self) -> None:
+        """Raise CheckpointError where a file that the plan was made from is another one by now."""
+        for path, stamp in self.stamps.items():
+            check_stamp(path, stamp)
 
     def fetch(self) -> None:
         """Bring the files here that the run reads; only for what is on the Hub there is something to do."""
@@ -152,8 +160,27 @@ def plan_merge(
         config_edits=config_edits,
         companions=keep,
         left_behind=tuple(name for name in left if name not in names | read),
-        warnings=adapter.notes + found.notes + placement.warnings,
+        warnings=adapter.notes + found.notes + placement.warnings + _quantized(adapter),
+        stamps=_stamps(adapter, checkpoint, keep.values()),
     )
+
+
+def _quantized(adapter: Adapter) -> tuple[str, ...]:
+    if not (sign := quantized_training(adapter)):
+        return ()
+    return (
+        f"{adapter.path}: was trained over quantized weights, it seems ({sign}); merged into unquantized ones it is "
+        "another model, unless those are the quantized weights dequantized",
+    )
+
+
+def _stamps(adapter: Adapter, base: Checkpoint, companions: Iterable[Path]) -> dict[Path, Stamp]:
+    """Of everything that goes into the result and is on this machine."""
+    headers = [*base.files, *([adapter.header] if adapter.header is not None else [])]
+    found = {header.path: header.stamp for header in headers if header.stamp is not None}
+    small = [*companions, *adapter.files, *([base.index_path] if base.index_path is not None else [])]
+    small += [base.folder / "config.json"] if base.folder is not None and base.config is not None else []
+    return {path: Stamp.of(path.stat()) for path in small if path.is_file()} | found
 
 
 def find_base(adapter: Adapter, base: str | Path | None = None) -> Located:

@@ -1,32 +1,36 @@
 """Follow a plan: stream every tensor from where it lies to where it goes, slab by slab.
 
-The base is mapped, not read: an untouched range goes from the page cache to the device without being
-copied or decoded, and mapped pages are given back slab by slab, so that memory does not grow with the
-model. Threads take slabs in any order; each writes its own bytes, so the order does not show.
+An untouched range goes from the page cache to the device without being copied or decoded; what is computed on is
+read slab by slab into buffers, so that memory does not grow with the model. Threads take slabs in any order; each
+writes its own bytes, so the order does not show.
 """
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export.checkpoints.dtypes import numpy_dtype
 from fossil_export.checkpoints.header import Header, TensorInfo
 from fossil_export.checkpoints.output import ALIGNMENT, OutputFile
-from fossil_export.checkpoints.source import MappedFile
+from fossil_export.checkpoints.source import InputFile
+from fossil_export.checkpoints.stamp import changed
 from fossil_export.errors import MergeError
 from fossil_export.merging.engine import Engine, choose_engine, compute_dtype, is_finite, merge_slab
 from fossil_export.merging.layout import FilePlan, TensorPlan
 from fossil_export.merging.plan import MergePlan
 from fossil_export.merging.steps import SLAB, CopyStep, RowsStep, group_of, rows_of, steps
 from fossil_export.merging.survival import Survival, sampled_share
-from fossil_export.threads import one_blas_thread
+from fossil_export.methods import METHODS
+from fossil_export.threads import in_order, one_blas_thread
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,6 +39,9 @@ if TYPE_CHECKING:
 
 THREADS = min(12, (os.cpu_count() or 1) + 6)
 """More than there are cores, since a thread waits while its slab is written."""
+
+AHEAD = 4
+"""Slabs that wait for each thread."""
 
 
 def run(
@@ -94,6 +101,7 @@ class Runner:
         try:
             with one_blas_thread(), ThreadPoolExecutor(THREADS) as pool:
                 _write_file(file, output, wanted, worker, pool, self._progress)
+            worker.check()
         finally:
             worker.close()
         return {tensor.name: worker.survival(tensor) for tensor, _ in file.tensors if tensor.shard is not None}
@@ -117,41 +125,40 @@ def _write_file(
 ) -> None:
     import numpy as np
 
-    futures: list[Future[None]] = []
-    stop = threading.Event()
     done = False
 
     def work(step: CopyStep | RowsStep) -> None:
-        if not stop.is_set():
-            worker.do(step, output)
-            progress(step.nbytes)
+        worker.do(step, output)
+        progress(step.nbytes)
 
     try:
         output.write(0, np.frombuffer(file.header, np.uint8))
-        futures = [pool.submit(work, step) for step in wanted]
-        finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in finished:
-            future.result()
+        with closing(in_order(pool, (partial(work, step) for step in wanted), AHEAD * THREADS)) as results:
+            for _ in results:
+                pass
         done = True
     finally:
-        stop.set()
-        wait(futures)
         output.close(sync=done)
 
 
 class _Worker:
-    """What the threads share: mapped sources, the shards in use, a buffer for each thread, the sums so far."""
+    """What the threads share: open sources, two buffers for each thread, the sums so far."""
 
     def __init__(self, plan: MergePlan, engine: Engine, moved: Mapping[Path, Path]) -> None:
         self._adapter = plan.adapter
         self._engine = engine
         self._moved = moved
-        self._sources: dict[Path, MappedFile] = {}
+        headers = (*plan.base.files, plan.adapter.header)
+        self._headers = {header.path: header for header in headers if header is not None}
+        self._sources: dict[Path, InputFile] = {}
         self._sums: dict[str, dict[int, Survival]] = {}
         self._lock = threading.Lock()
         self._local = threading.local()
-        # Slabs of one weight follow each other: as many shards as threads are ever in use.
-        self._shard = lru_cache(maxsize=THREADS + 1)(self._load_shard)
+
+    def check(self) -> None:
+        """Raise CheckpointError where a source was written to since it was opened."""
+        for source in self._sources.values():
+            source.check()
 
     def close(self) -> None:
         for source in self._sources.values():
@@ -171,30 +178,34 @@ class _Worker:
 
     def _copy(self, step: CopyStep, output: OutputFile) -> None:
         source = self._source(step.path)
-        data = source.view(step.source, step.nbytes)
-        if (data.ctypes.data - step.target) % ALIGNMENT:
-            buffer = self._buffer(step.nbytes, step.target)
-            buffer[:] = data
+        if (step.source - step.target) % ALIGNMENT:
+            buffer = self._buffer("written", step.nbytes, step.target)
+            source.read(step.source, buffer)
             output.write(step.target, buffer)
-        else:
+            return
+        data = source.view(step.source, step.nbytes)
+        try:
             output.write(step.target, data)
-        del data
+        except OSError as problem:
+            if problem.errno == errno.EFAULT:  # pages that the file no longer has
+                raise changed(step.path) from problem
+            raise
+        finally:
+            del data
         source.release(step.source, step.nbytes)
 
     def _rows(self, step: RowsStep, output: OutputFile) -> None:
         tensor, info = step.tensor, step.tensor.source
-        written = self._buffer(step.nbytes, step.target)
+        written = self._buffer("written", step.nbytes, step.target)
         out = written.view(numpy_dtype(tensor.dtype)).reshape(step.count, -1)
         if info.offset is None:
             self._fill(step, self._adapter.array(info).reshape(rows_of(tensor), -1)[step.start : step.stop], out)
         else:
             size = info.nbytes // rows_of(tensor)
             offset, nbytes = info.offset + step.start * size, step.count * size
-            source = self._source(info.path)
-            data = source.view(offset, nbytes).view(numpy_dtype(info.dtype)).reshape(step.count, -1)
-            self._fill(step, data, out)
-            del data
-            source.release(offset, nbytes)
+            read = self._buffer("read", nbytes)
+            self._source(info.path).read(offset, read)
+            self._fill(step, read.view(numpy_dtype(info.dtype)).reshape(step.count, -1), out)
         output.write(step.target, written)
 
     def _fill(self, step: RowsStep, data: Array, out: Array) -> None:
@@ -212,8 +223,11 @@ class _Worker:
                 if np.isfinite(data[~np.isfinite(out.astype(np.float64))].astype(np.float64)).any():
                     raise MergeError(_overflow(tensor))
             return
-        shard = self._shard(tensor.shard.tensor, tensor.source.dtype)
-        sums = merge_slab(self._engine, data, out, shard, tensor.shard.variant, step.start, tensor.shape[0])
+        variant = tensor.shard.variant
+        # Only what these rows need is widened: whole shards of a high rank take more than the slabs do.
+        part = METHODS[variant].part(self._adapter.array(tensor.shard.tensor), step.start, step.stop)
+        shard = self._engine.widen(part, compute_dtype(tensor.source.dtype))
+        sums = merge_slab(self._engine, data, out, shard, variant, step.start, tensor.shape[0])
         if not is_finite(out):
             raise MergeError(self._why_not_finite(tensor, data))
         with self._lock:
@@ -228,25 +242,22 @@ class _Worker:
             return _diverged(shard)
         return _overflow(tensor)
 
-    def _load_shard(self, info: TensorInfo, weight_dtype: str) -> Any:
-        array = self._adapter.array(info)
-        return self._engine.widen(array.reshape(len(array), -1), compute_dtype(weight_dtype)).reshape(array.shape)
-
-    def _source(self, path: Path) -> MappedFile:
+    def _source(self, path: Path) -> InputFile:
         with self._lock:
             if path not in self._sources:
-                self._sources[path] = MappedFile(self._moved.get(path, path))
+                place = self._moved.get(path, path)
+                self._sources[path] = InputFile(place, self._headers[path], steady=place == path)
             return self._sources[path]
 
-    def _buffer(self, nbytes: int, target: int) -> Array:
-        """This thread's buffer, at an address that suits writing to offset `target` past the page cache."""
+    def _buffer(self, use: str, nbytes: int, target: int = 0) -> Array:
+        """This thread's buffer for `use`, at an address that suits writing to offset `target` past the page cache."""
         import numpy as np
 
         room = nbytes + 2 * ALIGNMENT
-        whole: Array | None = getattr(self._local, "buffer", None)
+        whole: Array | None = getattr(self._local, use, None)
         if whole is None or len(whole) < room:
             whole = np.frombuffer(mmap.mmap(-1, max(room, SLAB + 2 * ALIGNMENT)), np.uint8)
-            self._local.buffer = whole
+            setattr(self._local, use, whole)
         start = target % ALIGNMENT
         return whole[start : start + nbytes]
 

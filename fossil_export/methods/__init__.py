@@ -20,6 +20,9 @@ class Method(Protocol):
     def mismatch(self, shard_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> str | None:
         """Why a shard of this shape cannot belong to a weight of that shape; None when it can."""
 
+    def part(self, shard: Any, start: int, stop: int) -> Any:
+        """What rows [start, stop) need of `shard`: for them it is the shard of a weight that begins at row `start`."""
+
     def update(self, weight: Any, shard: Any, start: int) -> Any:
         """ΔW (n, in) for the rows `weight` (n, in), the first of which is row `start` of the whole weight."""
 

@@ -24,6 +24,10 @@ def mismatch(shard_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> str
     return None
 
 
+def part(shard: Any, start: int, stop: int) -> Any:
+    return shard[start // shard.shape[1] : stop // shard.shape[1]]
+
+
 def update(weight: Any, shard: Any, start: int) -> Any:
     count, width = weight.shape
     rank = shard.shape[1]

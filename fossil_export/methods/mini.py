@@ -11,7 +11,7 @@ from typing import Any
 
 from fossil_export.methods.tile import add_tiled, block_rows, repeated, tiled
 
-__all__ = ["block_rows", "merge_rows", "mismatch", "tile_form", "update"]
+__all__ = ["block_rows", "merge_rows", "mismatch", "part", "tile_form", "update"]
 
 
 def mismatch(shard_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> str | None:
@@ -21,6 +21,10 @@ def mismatch(shard_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> str
     if rank > weight_shape[1]:
         return f"its rank {rank} exceeds the weight's {weight_shape[1]} inputs"
     return None
+
+
+def part(shard: Any, start: int, stop: int) -> Any:
+    return shard[:, [row % shard.shape[1] for row in range(start, stop)]]
 
 
 def update(weight: Any, shard: Any, start: int) -> Any:

@@ -27,6 +27,10 @@ def mismatch(shard_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> str
     return None
 
 
+def part(shard: Any, start: int, stop: int) -> Any:
+    return shard[:, start:stop]
+
+
 def update(weight: Any, shard: Any, start: int) -> Any:
     return tiled(shard_rows(shard, start, len(weight)), weight.shape[1])
 

@@ -195,6 +195,7 @@ def _publish(carrier: Carrier, repository: Repository, with_hash: bool, title: s
         carrier.send(PROVENANCE, paths.published(PROVENANCE, write_json(record)))
         names = (*sorted(carrier.operations), CARD)
         facts, problems = _facts(plan, repository, record, names)
+        merge.check()
 
         def build(head: str, there: Mapping[str, str]) -> Sequence[Operation]:
             done = tuple(carrier.operations.values())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,6 +13,7 @@ from fossil_export.checkpoints.checkpoint import Checkpoint
 from fossil_export.checkpoints.companions import CERTIFICATE, PROVENANCE, is_weights
 from fossil_export.checkpoints.dtypes import BY_TORCH_NAME
 from fossil_export.checkpoints.jsonfile import read_json
+from fossil_export.checkpoints.single_file import write_file
 from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError, listed
 from fossil_export.hub import Located, locate, pinned
 from fossil_export.merging.plan import plan_merge
@@ -200,16 +199,7 @@ def _whole(base: Located, adapter: Adapter) -> Checkpoint:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    path = path.expanduser()
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "Is a directory")
-        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-        try:
-            partial.write_bytes(content)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_file(path.expanduser(), content)
     except OSError as problem:
         raise FossilExportError(f"{path}: cannot be written: {problem.strerror}") from problem

@@ -20,6 +20,7 @@ from fossil_export.merging.plan import MergePlan, plan_merge
 from fossil_export.verifying.folder import check_record
 from fossil_export.verifying.forward import Subject
 from fossil_export.verifying.models import Tokens, TorchRunner, open_lora
+from fossil_export.verifying.reference import EXACT
 from fossil_export.verifying.stored import stored_dtype
 from fossil_export.verifying.weights import TensorCheck
 
@@ -119,8 +120,7 @@ def _check(folder: Path, adapter: Adapter, plan: MergePlan) -> Iterator[str]:
                 yield f"{module}: its matrices are zero"
         else:
             one, other = adapter.array(first), adapter.array(second)
-            trained = adapter.array(shard.tensor)
-            wanted = trained[:, np.arange(len(other)) % trained.shape[1]].T.astype(other.dtype)
+            wanted = EXACT[shard.variant].part(adapter.array(shard.tensor), 0, len(other)).T.astype(other.dtype)
             columns = np.arange(one.shape[1]) % shard.rank
             if not np.array_equal(one, (np.arange(shard.rank)[:, None] == columns).astype(one.dtype)):
                 yield f"{module}: its lora_A does not sum the inputs as FOSSIL does"

@@ -6,6 +6,8 @@ names of the variants: arXiv 2409.15371 and FOSSIL's entry in PEFT (peft/tuners/
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,34 +22,73 @@ SMALLEST = {"F64": -1022, "F32": -126, "F16": -14, "BF16": -126}
 """Exponent of the smallest normal number, under which the steps stop shrinking."""
 
 
-def rebuild(variant: str, weight: Array, shard: Array, start: int, exact: Array) -> Array | None:
-    """Write the exact W' for rows of W into `exact`, and return a bound on float32's error in it.
+@dataclass(frozen=True)
+class Exact:
+    """One variant, in float64.
 
-    `weight` and `exact` (n, in) and `shard` are float64; the first row of `weight` is row `start` of the
-    whole. The bound is None for tile and mini, whose float32 sum has a single rounding; for bat, a product
-    of r terms each, it is the standard one: (r + 2) u (|W| + |W||B| + |B|) with u = 2^-24.
+    `unit` is the number of rows that are rebuilt together, by the shard's shape. `part` is what rows [start, stop)
+    need of a shard; for tile and mini that is D (r, n), a column for each row. `rebuild` writes the exact W' for rows
+    of W (n, in) and their part of the shard into a third array (n, in), and returns a bound on float32's error in it:
+    None where the float32 sum has a single rounding.
     """
+
+    unit: Callable[[tuple[int, ...]], int]
+    part: Callable[[Array, int, int], Array]
+    rebuild: Callable[[Array, Array, Array], Array | None]
+
+
+def _tile_part(shard: Array, start: int, stop: int) -> Array:
+    return shard[:, start:stop]
+
+
+def _mini_part(shard: Array, start: int, stop: int) -> Array:
+    import numpy as np
+
+    return shard[:, np.arange(start, stop) % shard.shape[1]]
+
+
+def _bat_part(shard: Array, start: int, stop: int) -> Array:
+    rank = shard.shape[1]
+    return shard[start // rank : stop // rank]
+
+
+def _tiled(weight: Array, part: Array, exact: Array) -> None:
+    """W'[o, j] = W[o, j] + D[j mod r, o]."""
+    import numpy as np
+
+    np.take(part.T, np.arange(weight.shape[1]) % len(part), axis=1, out=exact, mode="clip")
+    exact += weight
+
+
+def _bat(weight: Array, part: Array, exact: Array) -> Array:
+    """W'[b, a] = W[b, a] + W[b, a] B[b] + B[b]; the bound for a product of r terms each is the standard one,
+    (r + 2) u (|W| + |W||B| + |B|) with u = 2^-24."""
     import numpy as np
 
     count, width = weight.shape
-    if variant in ("tile", "mini"):
-        rank, outs = shard.shape
-        # For tile `outs` is the number of outputs, and the remainder changes nothing.
-        by_output = shard.T[np.arange(start, start + count) % outs]
-        np.take(by_output, np.arange(width) % rank, axis=1, out=exact, mode="clip")
-        exact += weight
-        return None
-    rank = shard.shape[1]
+    rank = part.shape[1]
     size = np.empty_like(weight)
-    for block in range(start // rank, (start + count) // rank):
-        rows = slice(block * rank - start, (block + 1) * rank - start)
-        mixing = shard[block]
+    for block in range(count // rank):
+        rows = slice(block * rank, (block + 1) * rank)
+        mixing = part[block]
         for column in range(0, width, rank):
-            part = weight[rows, column : column + rank]
-            exact[rows, column : column + rank] = part + part @ mixing + mixing
-            size[rows, column : column + rank] = np.abs(part) + np.abs(part) @ np.abs(mixing) + np.abs(mixing)
+            at = weight[rows, column : column + rank]
+            exact[rows, column : column + rank] = at + at @ mixing + mixing
+            size[rows, column : column + rank] = np.abs(at) + np.abs(at) @ np.abs(mixing) + np.abs(mixing)
     size *= (rank + 2) * 2.0**-24
     return size
+
+
+def _one_row(shape: tuple[int, ...]) -> int:
+    return 1
+
+
+EXACT: dict[str, Exact] = {
+    "tile": Exact(_one_row, _tile_part, _tiled),
+    "mini": Exact(_one_row, _mini_part, _tiled),
+    "bat": Exact(lambda shape: shape[1], _bat_part, _bat),
+}
+"""By variant. One that is not here cannot be checked: a KeyError, never another one's formula."""
 
 
 def step(values: Array, dtype: str, out: Array) -> Array:

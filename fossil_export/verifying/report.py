@@ -103,7 +103,8 @@ def _verdict(result: Verification) -> str:
         f'<header class="verdict{"" if result.parity else " bad"}">'
         f"<h1>{'Parity' if result.parity else 'Not the trained model'}</h1>"
         f'<p class="reason">{text(said)}</p>{_reasons(result.problems[1:])}'
-        f'<p class="quiet"><code>{text(result.artifact)}</code><br/>{ran}; {result.seconds:.1f} s.</p></header>\n'
+        f'<p class="quiet"><code>{text(result.artifact)}</code><br/>{ran}; {result.seconds:.1f} s. '
+        f"Compared with {text(result.compared_with)}.</p></header>\n"
     )
 
 

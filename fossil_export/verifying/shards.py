@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fossil_export.adapters import Adapter
+from fossil_export.adapters import Adapter, Shard
 from fossil_export.errors import OnnxError, listed
 from fossil_export.extras import required
 from fossil_export.onnx.adapter_file import ADAPTER
@@ -20,6 +20,7 @@ from fossil_export.onnx.graph_file import load_graph
 from fossil_export.onnx.locate import Piece
 from fossil_export.onnx.signature import Outlet, read_mark, read_signature
 from fossil_export.onnx.weight import stored
+from fossil_export.verifying.reference import EXACT
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
@@ -39,10 +40,8 @@ def check_shards(folder: Path, adapter: Adapter) -> list[str]:
     for outlet in (Outlet(**entry) for entry in mark.get("outlets", ())):
         shard, node = adapter.shards.get(outlet.module), _gemm(values.get(outlet.value))
         if shard is not None and node is not None:
-            trained = np.asarray(adapter.array(shard.tensor), np.float32)
-            problems += _compare(
-                Piece(outlet.module, 0, outlet.at, outlet.count), stored(node.inputs[1].const_value), trained
-            )
+            piece = Piece(outlet.module, 0, outlet.at, outlet.count)
+            problems += _compare(piece, stored(node.inputs[1].const_value), shard, adapter)
     return problems
 
 
@@ -62,17 +61,15 @@ def _check_file(folder: Path, graph: Path, adapter: Adapter) -> Iterator[str]:
             continue
         covered = np.zeros(slot.outputs, bool)
         for piece in trained:
-            yield from _compare(
-                piece, values, np.asarray(adapter.array(adapter.shards[piece.module].tensor), np.float32)
-            )
+            yield from _compare(piece, values, adapter.shards[piece.module], adapter)
             covered[piece.at : piece.at + piece.count] = True
         if values[:, ~covered].any():
             yield f"{slot.name}: has values for modules that were not trained"
 
 
-def _compare(piece: Piece, found: Array, trained: Array) -> Iterator[str]:
-    columns = np.arange(piece.start, piece.start + piece.count) % trained.shape[1]
-    wanted = trained[:, columns].astype(found.dtype)
+def _compare(piece: Piece, found: Array, shard: Shard, adapter: Adapter) -> Iterator[str]:
+    trained = EXACT[shard.variant].part(adapter.array(shard.tensor), piece.start, piece.start + piece.count)
+    wanted = np.asarray(trained, np.float32).astype(found.dtype)
     part = found[:, piece.at : piece.at + piece.count]
     if part.shape != wanted.shape:
         yield f"{piece.module}: its shard in the graph is {list(part.shape)}, the trained one {list(wanted.shape)}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export.adapters import Adapter
+from fossil_export.adapters.quantized import quantized_training
 from fossil_export.checkpoints.checkpoint import Checkpoint, identity, sha256
 from fossil_export.checkpoints.jsonfile import write_json
 from fossil_export.hub import Located
@@ -36,6 +37,19 @@ class Verification:
     device: str
     seconds: float
     warnings: tuple[str, ...] = ()
+
+    @property
+    def quantized_training(self) -> str | None:
+        """What says that training ran over quantized weights. The trainer of this verification did not: it is the
+        adapter on `base` as that is stored."""
+        return quantized_training(self.adapter)
+
+    @property
+    def compared_with(self) -> str:
+        """What the verdict is about, in words."""
+        sign = self.quantized_training
+        doubt = f"; trained over quantized weights, it seems ({sign}), it is another model there" if sign else ""
+        return f"the adapter on the base as it is stored{doubt}"
 
     @property
     def parity(self) -> bool:
@@ -72,6 +86,8 @@ def certificate(result: Verification) -> dict[str, Any]:
             "rank": result.adapter.rank,
         },
         "base": result.base_name,
+        "base_weights": "as stored",
+        "quantized_training": result.quantized_training,
         "device": result.device,
         "versions": versions(),
         "weights": None,

@@ -8,20 +8,25 @@ a sum, a proven bound for bat's products).
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export.adapters import Adapter, Shard
 from fossil_export.checkpoints.checkpoint import Checkpoint
 from fossil_export.checkpoints.dtypes import BITS, BY_TORCH_NAME, FLOATS, element_count, numpy_dtype
-from fossil_export.checkpoints.header import TensorInfo
-from fossil_export.checkpoints.source import MappedFile
+from fossil_export.checkpoints.header import Header, TensorInfo
+from fossil_export.checkpoints.source import InputFile
 from fossil_export.merging.place import place
 from fossil_export.merging.placement import Placement
-from fossil_export.threads import one_blas_thread
-from fossil_export.verifying.reference import rebuild, step
+from fossil_export.threads import in_order, one_blas_thread
+from fossil_export.verifying.reference import EXACT, step
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +42,9 @@ SAMPLED = 8
 SLAB = 4 << 20
 BLOCK = 1 << 18
 """Bytes of the base looked at per task; elements computed at a time, so that float64 stays in the cache."""
+
+AHEAD = 4
+"""Tasks that wait for each thread: enough that none is idle, few enough that they take no memory in any model."""
 
 
 @dataclass(frozen=True)
@@ -87,23 +95,16 @@ def check_weights(
     little memory. Raises MergeError where the adapter does not belong to the base.
     """
     placement = place(adapter, base)
-    checks: list[TensorCheck] = []
     names = [*base.tensors, *placement.added]
-    with one_blas_thread(), _Files() as files, ThreadPoolExecutor(os.cpu_count()) as pool:
-        waiting: list[tuple[TensorCheck, _Job | None, list[Future[_Part]]]] = []
-        for name in names:
-            job = _expected(name, artifact, base, placement, dtype)
-            if isinstance(job, TensorCheck):
-                waiting.append((job, None, []))
-                continue
-            parts = [pool.submit(_compare, job, start, stop, adapter, files, progress) for start, stop in job.slabs()]
-            waiting.append((TensorCheck(name, job.action), job, parts))
-        try:
-            for check, expected, parts in waiting:
-                checks.append(check if expected is None else _summary(expected, [part.result() for part in parts]))
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    jobs = [_expected(name, artifact, base, placement, dtype) for name in names]
+    headers = [*artifact.files, *base.files, *([adapter.header] if adapter.header is not None else [])]
+    threads = os.cpu_count() or 1
+    with one_blas_thread(), _Files(headers) as files, ThreadPoolExecutor(threads) as pool:
+        slabs = ((job, *rows) for job in jobs if isinstance(job, _Job) for rows in job.slabs())
+        calls = (partial(_compare, job, start, stop, adapter, files, progress) for job, start, stop in slabs)
+        with closing(in_order(pool, calls, AHEAD * threads)) as parts:
+            checks = [_summary(job, parts) if isinstance(job, _Job) else job for job in jobs]
+        files.check()
     wanted = set(names)
     checks += [
         TensorCheck(name, "extra", problem="is in the artifact, but neither in the base nor in the adapter")
@@ -137,7 +138,7 @@ class _Job:
         """Row ranges; bat's blocks stay whole."""
         if not self.found.nbytes:
             return
-        unit = self.shard.tensor.shape[1] if self.shard is not None and self.shard.variant == "bat" else 1
+        unit = EXACT[self.shard.variant].unit(self.shard.tensor.shape) if self.shard is not None else 1
         size = max(1, self.source.nbytes // self.rows) * unit
         count = max(1, SLAB // size) * unit
         for start in range(0, self.rows, count):
@@ -170,47 +171,54 @@ def _expected(
 
 
 class _Files:
-    """Mapped files by path, opened once."""
+    """Open files by path, each held against the header that was read of it."""
 
-    def __init__(self) -> None:
-        self._maps: dict[Any, MappedFile] = {}
+    def __init__(self, headers: list[Header]) -> None:
+        self._headers = {header.path: header for header in headers}
+        self._open: dict[Path, InputFile] = {}
+        self._lock = threading.Lock()
 
     def __enter__(self) -> _Files:
         return self
 
     def __exit__(self, *problem: object) -> None:
-        for mapped in self._maps.values():
-            mapped.close()
+        for file in self._open.values():
+            file.close()
 
-    def of(self, info: TensorInfo) -> MappedFile:
-        # setdefault keeps one map even if two threads get here together
-        return self._maps.get(info.path) or self._maps.setdefault(info.path, MappedFile(info.path))
+    def read(self, info: TensorInfo, start: int, nbytes: int) -> Array:
+        """`nbytes` bytes of a tensor, from its byte `start` on, as uint8."""
+        import numpy as np
+
+        assert info.offset is not None
+        with self._lock:
+            if info.path not in self._open:
+                self._open[info.path] = InputFile(info.path, self._headers[info.path])
+            file = self._open[info.path]
+        found = np.empty(nbytes, np.uint8)
+        file.read(info.offset + start, found)
+        return found
+
+    def check(self) -> None:
+        for file in self._open.values():
+            file.check()
 
 
 def _compare(
     job: _Job, start: int, stop: int, adapter: Adapter, files: _Files, progress: Callable[[int], None]
 ) -> _Part:
     found_row, source_row = job.found.nbytes // job.rows, job.source.nbytes // job.rows
-    assert job.found.offset is not None
-    place_found = job.found.offset + start * found_row, (stop - start) * found_row
-    found = files.of(job.found).view(*place_found)
+    found = files.read(job.found, start * found_row, (stop - start) * found_row)
     if job.source.offset is None:
         stored = adapter.array(job.source).reshape(job.rows, -1)[start:stop]
         part = _values(job, start, stored, found, adapter)
     else:
-        place_source = job.source.offset + start * source_row, (stop - start) * source_row
-        raw = files.of(job.source).view(*place_source)
+        raw = files.read(job.source, start * source_row, (stop - start) * source_row)
         if job.as_bytes:
             part = _bytes(job, start, raw, found)
         else:
-            part = _values(
-                job, start, raw.view(numpy_dtype(job.source.dtype)).reshape(stop - start, -1), found, adapter
-            )
-        del raw
-        files.of(job.source).release(*place_source)
-    del found
-    files.of(job.found).release(*place_found)
-    progress(place_found[1])
+            stored = raw.view(numpy_dtype(job.source.dtype)).reshape(stop - start, -1)
+            part = _values(job, start, stored, found, adapter)
+    progress(len(found))
     return part
 
 
@@ -238,8 +246,8 @@ def _values(job: _Job, start: int, stored: Array, raw: Array, adapter: Adapter) 
     import numpy as np
 
     found = raw.view(numpy_dtype(job.found.dtype)).reshape(len(stored), -1)
-    shard = _shard(job, adapter)
-    unit = shard.shape[1] if shard is not None and shard.ndim == 3 else 1
+    exactly = EXACT[job.shard.variant] if job.shard is not None else None
+    unit = exactly.unit(job.shard.tensor.shape) if exactly is not None and job.shard is not None else 1
     rows = max(1, BLOCK // (found.shape[1] * unit)) * unit
     # Four arrays used over and over: allocating them for every block would cost more than the arithmetic.
     space = np.empty((4, min(rows, len(stored)), found.shape[1]))
@@ -249,17 +257,17 @@ def _values(job: _Job, start: int, stored: Array, raw: Array, adapter: Adapter) 
         np.copyto(weight, stored[at : at + rows])
         np.copyto(got, found[at : at + rows])
         bound = None
-        if shard is not None and job.shard is not None:
-            bound = rebuild(job.shard.variant, weight, shard, start + at, exact)
+        if exactly is not None:
+            bound = exactly.rebuild(weight, _part(job, adapter, start + at, start + at + len(weight)), exact)
         else:
             np.copyto(exact, weight)
         step(exact, job.found.dtype, steps)
-        if shard is not None:
+        if exactly is not None:
             some = slice(None, None, SAMPLED)
             change = exact[some] - weight[some]
             update += float(np.einsum("ij,ij->", change, change))
             kept += float(np.einsum("ij,ij->", got[some] - weight[some], change))
-        if shard is None:
+        if exactly is None:
             # A base may hold infinities (masks), whose cast is compared as it is.
             alike = ~np.isfinite(exact) & ((got == exact) | np.isnan(got) & np.isnan(exact))
             got[alike] = exact[alike] = 0.0
@@ -280,17 +288,18 @@ def _values(job: _Job, start: int, stored: Array, raw: Array, adapter: Adapter) 
     return _Part(worst, off, kept, update, first)
 
 
-def _shard(job: _Job, adapter: Adapter) -> Array | None:
-    """The shard as the merge sees it (float32 for all but float64 weights), in float64."""
+def _part(job: _Job, adapter: Adapter, start: int, stop: int) -> Array:
+    """What rows [start, stop) need of the shard as the merge sees it (float32, but for float64 weights), in float64."""
     import numpy as np
 
-    if job.shard is None:
-        return None
-    array = adapter.array(job.shard.tensor)
+    assert job.shard is not None
+    array = EXACT[job.shard.variant].part(adapter.array(job.shard.tensor), start, stop)
     return (array if job.source.dtype == "F64" else array.astype(np.float32)).astype(np.float64)
 
 
-def _summary(job: _Job, parts: list[_Part]) -> TensorCheck:
+def _summary(job: _Job, found: Iterator[_Part]) -> TensorCheck:
+    """The check of a tensor whose slabs are the next ones in `found`."""
+    parts = list(islice(found, sum(1 for _ in job.slabs())))
     off = sum(part.off for part in parts)
     worst = max((part.worst for part in parts), default=0.0)
     problem = None
