@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export.adapters import Adapter, load_adapter
+from fossil_export.checkpoints.single_file import staged_file
 from fossil_export.checkpoints.staging import check_destination, staged_folder
 from fossil_export.converting.options import Options
 from fossil_export.errors import CheckpointError, FossilExportError, OutputError
@@ -167,7 +168,13 @@ def convert(
             _check_old_file(path, TARGETS[to], overwrite)
         if not path.parent.is_dir():
             raise OutputError(f"{output}: cannot be written: its folder does not exist; make it first")
-        details = TARGETS[to].write(adapter, path, options)
+        try:
+            with staged_file(path, overwrite) as partial:
+                details = TARGETS[to].write(adapter, partial, options)
+        except FileExistsError as problem:
+            raise OutputError(f"{output}: has come into being meanwhile; choose another --output") from problem
+        except OSError as problem:
+            raise OutputError(f"{output}: cannot be written: {problem.strerror}; choose another --output") from problem
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     notes = adapter.notes + (options.base.notes if options.base is not None else ())

@@ -24,7 +24,7 @@ from fossil_export.converting.form import exact_lora
 from fossil_export.converting.options import Options
 from fossil_export.converting.record import record_of
 from fossil_export.converting.widths import Shapes, layer_shapes
-from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError, OutputError, listed
+from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError, listed
 from fossil_export.extras import required
 from fossil_export.hub import resolve
 from fossil_export.hub.resolve import is_on_hub, repository_of
@@ -84,25 +84,18 @@ class _Base:
 
 
 def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
-    """Write `adapter` as one GGUF file, whole or not at all. One module is in memory at a time.
+    """Write `adapter` as one GGUF file. One module is in memory at a time.
 
     `relative_error` is the largest of the modules' ‖B' - B‖ / ‖B‖ by rounding to the number format. Raises AdapterError
-    for what is no LoRA, MergeError for what llama.cpp has no tensor for, CheckpointError, OutputError.
+    for what is no LoRA, MergeError for what llama.cpp has no tensor for, CheckpointError, and OSError.
     """
-    _refuse(adapter, output, options)
+    _refuse(adapter, options)
     gguf = required("gguf", "gguf", "writing GGUF")
     base = _base(adapter, options)
     names = _names(gguf, adapter, base)
     shapes, _ = layer_shapes(adapter, options)
     parts = _parts(adapter, shapes, base, options.outtype)
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        error = _write_file(gguf, partial, adapter, options, base, names, shapes, parts)
-        partial.replace(output)
-    except OSError as problem:
-        raise OutputError(f"{output}: cannot be written: {problem}; choose another --output") from problem
-    finally:
-        partial.unlink(missing_ok=True)
+    error = _write_file(gguf, output, adapter, options, base, names, shapes, parts)
     return {
         "architecture": _architecture(gguf, base),
         "outtype": options.outtype,
@@ -121,7 +114,7 @@ def interleaved(rows: Array, heads: int) -> Array:
     return rows.reshape(heads, 2, outputs // heads // 2, rank).swapaxes(1, 2).reshape(outputs, rank)
 
 
-def _refuse(adapter: Adapter, output: Path, options: Options) -> None:
+def _refuse(adapter: Adapter, options: Options) -> None:
     if options.outtype not in OUTTYPES:
         raise FossilExportError(f"outtype is {options.outtype!r}, expected {', '.join(OUTTYPES)}")
     if adapter.variant == "bat":
@@ -138,8 +131,6 @@ def _refuse(adapter: Adapter, output: Path, options: Options) -> None:
             f"{adapter.path}: holds whole trained tensors ({listed(sorted(adapter.saved))}), for which a LoRA of "
             f"llama.cpp has no place; merge it into the base and convert that{hint if own else ''}"
         )
-    if output.is_dir():
-        raise OutputError(f"{output}: is a folder; name a file, such as {output / 'adapter.gguf'}")
 
 
 def _base(adapter: Adapter, options: Options) -> _Base:

@@ -7,11 +7,11 @@ from typing import Any
 
 from fossil_export.adapters import Adapter
 from fossil_export.converting.options import Options
-from fossil_export.errors import OnnxError, OutputError
+from fossil_export.errors import OnnxError
 
 
 def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
-    """Write the shards of `adapter` under the names of the graph's inputs. Raises OnnxError, OutputError."""
+    """Write the shards of `adapter` under the names of the graph's inputs. Raises OnnxError and OSError."""
     from fossil_export.extras import required
     from fossil_export.merging.plan import plan_merge
     from fossil_export.onnx.adapter_file import adapter_arrays, check_base, write_adapter
@@ -21,8 +21,6 @@ def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
 
     if options.graph is None:
         raise OnnxError("an adapter file is made for a graph; name the folder of a swappable export with --for")
-    if output.is_dir():
-        raise OutputError(f"{output}: is a folder; name a file, such as {output / 'adapter.onnx_adapter'}")
     required("onnxruntime")
     check_mode(adapter, "swappable")
     graph = find_graph(options.graph)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from contextlib import suppress
 
 from fossil_export.checkpoints.folder import Folder, LocalFolder
+from fossil_export.checkpoints.single_file import write_file
 from fossil_export.errors import HubError
 from fossil_export.hub.errors import ATTEMPTS, NOT_CACHED, NotThereError, explained, is_unreachable, retried
 from fossil_export.hub.remote import Entry, HubFolder, storage_of
@@ -96,6 +96,4 @@ def _remember(repository: str, revision: str | None, commit: str) -> None:
         if path.is_file() and path.read_text() == commit:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        partial.write_text(commit)
-        partial.replace(path)
+        write_file(path, commit.encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -91,7 +92,7 @@ def _check_saved(plan: MergePlan, signature: Signature, graph: Path) -> None:
 
 
 def write_adapter(path: Path, arrays: Mapping[str, Array], signature: Signature) -> None:
-    """Write an adapter file, whole or not at all. Raises OnnxError when it cannot be written."""
+    """Write an adapter file. Raises OSError when it cannot be written."""
     ort = required("onnxruntime")
     onnx = required("onnx")
     by_name = {slot.name: slot for slot in signature.slots}
@@ -102,15 +103,10 @@ def write_adapter(path: Path, arrays: Mapping[str, Array], signature: Signature)
     adapter.set_adapter_version(1)
     adapter.set_model_version(signature.version)
     adapter.set_parameters(values)
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        adapter.export_adapter(str(partial.absolute()))
-        partial.replace(path)
-    except (OSError, RuntimeError) as problem:
-        why = str(problem).splitlines()[-1]
-        raise OnnxError(f"{path}: cannot be written: {why}; choose another --output") from problem
-    finally:
-        partial.unlink(missing_ok=True)
+        adapter.export_adapter(str(path.absolute()))
+    except RuntimeError as problem:  # ONNX Runtime's, whatever the system said
+        raise OSError(errno.EIO, str(problem).splitlines()[-1]) from problem
 
 
 def _names(adapter: Adapter, signature: Signature) -> dict[str, str]:

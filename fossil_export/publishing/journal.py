@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fossil_export.checkpoints.single_file import write_file
 from fossil_export.merging.survival import Survival
 from fossil_export.publishing.operations import uploaded
 
@@ -34,9 +35,7 @@ class Journal:
             "sample": base64.b64encode(upload.sample).decode(),
             "survival": {tensor: asdict(sums) for tensor, sums in survival.items()},
         }
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.done))
-        partial.replace(self._path)
+        write_file(self._path, json.dumps(self.done).encode())
 
     def operation(self, name: str) -> Any:
         """The addition that puts what was uploaded into a commit."""
