@@ -108,7 +108,7 @@ def _run(
             left = options.seconds - (time.monotonic() - started)
             if count and left < longest:
                 say(
-                    f"stopped before --seconds {options.seconds:g}; {len(todo) - count} rows are left: the same command goes on"
+                    f"stopped before {options.seconds:g} s; {len(todo) - count} rows are left: the same command goes on"
                 )
                 return False
             if bench is None or part != case.part:

@@ -82,6 +82,9 @@ def onnx_part(device: str, dtypes: Sequence[str]) -> OnnxPart:
     name = f"onnxruntime {versions['onnxruntime']}"
     if device.startswith("cuda") and "CUDAExecutionProvider" not in modules["onnxruntime"].get_available_providers():
         return OnnxPart(versions, (), (f"onnx: {name} has no CUDA provider; {BRING}",))
+    reason = why_not(device, "float32")
+    if reason is not None:
+        return OnnxPart(versions, (), (f"onnx: {name}: {reason}; {BRING}",))
     reasons = {dtype: why_not(device, dtype) for dtype in dtypes}
-    left_out = tuple(f"onnx, {dtype}: {name}: {reason}" for dtype, reason in reasons.items() if reason is not None)
+    left_out = tuple(f"onnx, {dtype}: {name}: {why}" for dtype, why in reasons.items() if why is not None)
     return OnnxPart(versions, tuple(dtype for dtype in dtypes if reasons[dtype] is None), left_out)
