@@ -18,6 +18,7 @@ that only adds. 2: the journal or an option was refused. 3: --seconds ran out be
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -31,13 +32,20 @@ NEEDED = ("numpy", "ml_dtypes", "torch", "safetensors", "transformers", "acceler
 def main() -> int:
     # The package of this checkout, installed or not.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if absent:
         print(f"not installed: {', '.join(absent)}; benchmarks/README.md says what is needed", file=sys.stderr)
         return 1
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in NEEDED:
+        try:
+            importlib.import_module(name)
+        except Exception as problem:  # releases that do not fit each other
+            line = next(iter(str(problem).splitlines()), "")
+            print(f"{name} cannot be imported ({type(problem).__name__}: {line})", file=sys.stderr)
+            return 1
     from gpu.main import main as run
 
     return run(__doc__ or "", STARTED)

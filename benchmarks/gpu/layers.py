@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft.tuners.miss.layer import MissLinear
+from peft import inject_adapter_in_model
 from threadpoolctl import threadpool_limits
 
 from fossil_export.merging.engine import Engine, NumpyEngine, TorchEngine, is_finite, merge_slab
@@ -29,7 +29,9 @@ def trained_layer(setup: Setup, variant: Variant, dtype: str, shape: tuple[int, 
     kind = getattr(torch, dtype)
     linear = torch.nn.Linear(shape[1], shape[0], bias=False, device=setup.device, dtype=kind).requires_grad_(False)
     linear.weight.normal_(std=0.02)
-    layer = MissLinear(linear, "default", config=variant.config(), r=variant.rank)
+    # The constructor of PEFT's wrapper changes from release to release; this way in does not.
+    holder = torch.nn.ModuleDict({"layer": linear})
+    layer = inject_adapter_in_model(variant.config(target_modules=["layer"]), holder)["layer"]
     shard = layer.miss_block["default"]
     shard.data = shard.data.float()
     inputs = torch.randn(setup.tokens, shape[1], device=setup.device).to(kind)
