@@ -11,9 +11,9 @@ the same in the dtype it trained in; the merged weights come from fossil-export 
 What cannot be run is said first. Every row is written to a journal as it comes: the same command takes up again where
 a run was cut, and refuses a journal of another machine, version or setup. benchmarks/README.md has the rest.
 
-Exit code 0: all rows are there and within their bounds. 1, naming the rows: a case failed, a merged model is more than
-twice as far from the truth as its trainer (plus float32's own noise), or the two devices' bytes differ for a variant
-that only adds. 2: the journal or an option was refused. 3: --seconds ran out before the last row.
+Exit code 0: all rows that can run are there and within their bounds. 1, naming the rows: a case failed, a merged model
+is more than twice as far from the truth as its trainer (plus float32's own noise), or the two devices' bytes differ
+for a variant that only adds. 2: the journal or an option was refused. 3: --seconds ran out before the last row.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -215,6 +216,26 @@ def test_an_error_is_its_row_and_is_tried_again(
     assert here(*options) == 0
     assert "15 of 16 rows are in" in capsys.readouterr().err
     assert len(entries(tmp_path / "gpu.jsonl")) == 17
+
+
+def test_a_run_that_is_ended_leaves_its_rows_and_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = layers.Layers.row
+    (tmp_path / "work").mkdir()
+
+    def row(self: layers.Layers, case: Any) -> LayerRow:
+        if case.variant == "ragged":
+            assert list((tmp_path / "work").iterdir()) != []
+            os.kill(os.getpid(), signal.SIGTERM)
+        return compute(self, case)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(layers.Layers, "row", row)
+    with pytest.raises(SystemExit) as ending:
+        here(*QUICK, "--journal", tmp_path / "gpu.jsonl", "--work", tmp_path / "work")
+    assert ending.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert len(entries(tmp_path / "gpu.jsonl")) == 4
+    assert list((tmp_path / "work").iterdir()) == []
 
 
 def test_a_journal_of_another_setup_is_refused_or_begun_anew(
