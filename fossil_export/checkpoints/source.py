@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export.checkpoints.dtypes import element_count
 from fossil_export.checkpoints.header import Header
 from fossil_export.checkpoints.stamp import Stamp, changed, check_stamp
 from fossil_export.errors import CheckpointError
@@ -97,6 +99,58 @@ class InputFile:
         # A view may still be referenced by an exception in flight; the map then goes with it.
         with contextlib.suppress(BufferError):
             self._map.close()
+
+
+class StoredArray:
+    """A tensor in a file as an array of which just what is sliced is read, into `buffer(nbytes)`: rows of the first
+    axis, or (of a matrix) columns next to each other; for other indices all of it."""
+
+    def __init__(
+        self,
+        file: InputFile,
+        offset: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        buffer: Callable[[int], np.ndarray[Any, Any]] | None = None,
+    ) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self._file, self._offset = file, offset
+        self._buffer = buffer or _fresh
+        self._row = dtype.itemsize * element_count(shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> np.ndarray[Any, Any]:
+        if isinstance(key, slice):
+            start, stop, step = key.indices(len(self))
+            if step == 1:
+                return self._rows(start, max(start, stop))
+        elif isinstance(key[1], slice) and key[0] == slice(None) and len(self.shape) == 2:
+            start, stop, step = key[1].indices(self.shape[1])
+            if step == 1:
+                return self._columns(start, max(start, stop))
+        found: np.ndarray[Any, Any] = self._rows(0, len(self))[key]
+        return found
+
+    def _rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        raw = self._buffer((stop - start) * self._row)
+        self._file.read(self._offset + start * self._row, raw)
+        return raw.view(self.dtype).reshape(stop - start, *self.shape[1:])
+
+    def _columns(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        size = self.dtype.itemsize
+        raw = self._buffer(len(self) * (stop - start) * size).reshape(len(self), -1)
+        for number, row in enumerate(raw):
+            self._file.read(self._offset + number * self._row + start * size, row)
+        return raw.view(self.dtype)
+
+
+def _fresh(nbytes: int) -> np.ndarray[Any, Any]:
+    import numpy as np
+
+    return np.empty(nbytes, np.uint8)
 
 
 def _read_into(descriptor: int, out: memoryview, offset: int) -> int:

@@ -137,13 +137,13 @@ def compute_dtype(weight_dtype: str) -> str:
 
 
 def merge_slab(
-    engine: Engine, source: Array, out: Array, shard: Any, variant: str, start: int, out_features: int
+    engine: Engine, source: Any, out: Array, shard: Any, variant: str, start: int, out_features: int
 ) -> Survival:
     """`out` = round(`source` + ΔW) for the rows (n, in) that begin at row `start` of a weight (out_features, in).
 
-    `source` and `out` are NumPy views in their stored dtypes; `shard` is the part of the shard that these rows need
-    (`Method.part`), from `engine.widen`. Returns the sums of the sampled rows among them. Whether `out` is finite is
-    for the caller to see.
+    `source` and `out` are NumPy views in their stored dtypes; `source` may be anything that gives such views when it is
+    sliced, which is done once a block. `shard` is the part of the shard that these rows need (`Method.part`), from
+    `engine.widen`. Returns the sums of the sampled rows among them. Whether `out` is finite is for the caller to see.
     """
     method = METHODS[variant]
     group = group_rows(method.block_rows(tuple(shard.shape)))

@@ -14,14 +14,14 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export.checkpoints.dtypes import numpy_dtype
 from fossil_export.checkpoints.header import Header, TensorInfo
 from fossil_export.checkpoints.output import ALIGNMENT, OutputFile
-from fossil_export.checkpoints.source import InputFile
+from fossil_export.checkpoints.source import InputFile, StoredArray
 from fossil_export.checkpoints.stamp import changed
 from fossil_export.errors import MergeError
 from fossil_export.merging.engine import Engine, choose_engine, compute_dtype, is_finite, merge_slab
@@ -42,6 +42,9 @@ THREADS = min(12, (os.cpu_count() or 1) + 6)
 
 AHEAD = 4
 """Slabs that wait for each thread."""
+
+SMALL_SHARD = 4 << 20
+"""Bytes up to which a shard is kept while its weight is merged; reading it row by row would cost more calls."""
 
 
 def run(
@@ -154,6 +157,8 @@ class _Worker:
         self._sums: dict[str, dict[int, Survival]] = {}
         self._lock = threading.Lock()
         self._local = threading.local()
+        # Slabs of one weight follow each other: as many shards as threads are ever in use.
+        self._small_shard = lru_cache(maxsize=THREADS + 1)(lambda info: self._stored(info)[:])
 
     def check(self) -> None:
         """Raise CheckpointError where a source was written to since it was opened."""
@@ -202,18 +207,19 @@ class _Worker:
             self._fill(step, self._adapter.array(info).reshape(rows_of(tensor), -1)[step.start : step.stop], out)
         else:
             size = info.nbytes // rows_of(tensor)
-            offset, nbytes = info.offset + step.start * size, step.count * size
-            read = self._buffer("read", nbytes)
-            self._source(info.path).read(offset, read)
-            self._fill(step, read.view(numpy_dtype(info.dtype)).reshape(step.count, -1), out)
+            dtype = numpy_dtype(info.dtype)
+            shape, offset = (step.count, size // dtype.itemsize), info.offset + step.start * size
+            stored = StoredArray(self._source(info.path), offset, shape, dtype, partial(self._buffer, "read"))
+            self._fill(step, stored, out)
         output.write(step.target, written)
 
-    def _fill(self, step: RowsStep, data: Array, out: Array) -> None:
-        """Compute the rows of `step` from the stored ones, `data`, into `out`."""
+    def _fill(self, step: RowsStep, stored: Array | StoredArray, out: Array) -> None:
+        """Compute the rows of `step` from the stored ones into `out`."""
         import numpy as np
 
         tensor = step.tensor
         if tensor.shard is None:
+            data = stored[:]
             with np.errstate(over="ignore", invalid="ignore"):
                 np.copyto(out, data, casting="unsafe")
             if not is_finite(out):
@@ -225,11 +231,11 @@ class _Worker:
             return
         variant = tensor.shard.variant
         # Only what these rows need is widened: whole shards of a high rank take more than the slabs do.
-        part = METHODS[variant].part(self._adapter.array(tensor.shard.tensor), step.start, step.stop)
+        part = METHODS[variant].part(self._shard(tensor.shard.tensor), step.start, step.stop)
         shard = self._engine.widen(part, compute_dtype(tensor.source.dtype))
-        sums = merge_slab(self._engine, data, out, shard, variant, step.start, tensor.shape[0])
+        sums = merge_slab(self._engine, stored, out, shard, variant, step.start, tensor.shape[0])
         if not is_finite(out):
-            raise MergeError(self._why_not_finite(tensor, data))
+            raise MergeError(self._why_not_finite(tensor, stored[:]))
         with self._lock:
             self._sums.setdefault(tensor.name, {})[step.start] = sums
 
@@ -241,6 +247,16 @@ class _Worker:
         if not is_finite(self._adapter.array(shard)):
             return _diverged(shard)
         return _overflow(tensor)
+
+    def _shard(self, info: TensorInfo) -> Any:
+        """The trained values as they are stored: small ones in memory, of large ones what is sliced is read."""
+        if info.offset is None:
+            return self._adapter.array(info)
+        return self._small_shard(info) if info.nbytes <= SMALL_SHARD else self._stored(info)
+
+    def _stored(self, info: TensorInfo) -> StoredArray:
+        assert info.offset is not None
+        return StoredArray(self._source(info.path), info.offset, info.shape, numpy_dtype(info.dtype))
 
     def _source(self, path: Path) -> InputFile:
         with self._lock:
