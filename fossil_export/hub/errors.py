@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TypeVar
 
 from fossil_export.errors import FossilExportError, HubError
-from fossil_export.hub import xet
+from fossil_export.hub import client, xet
 
 T = TypeVar("T")
 
@@ -99,10 +99,12 @@ def retried(run: Callable[[], T], name: str, doing: str = "", attempts: int = AT
             until = until or time.monotonic() + PATIENCE
             wait = max(pause, asked_pause(problem))
             late = any(map(status_of, causes_of(problem))) and time.monotonic() + wait > until
-            # hf_xet has tried for minutes already.
-            last = min(attempts - 1, 1) if xet.is_xet(problem) else attempts - 1
+            by_xet = any(map(xet.is_xet, causes_of(problem)))
+            last = min(attempts - 1, 1) if by_xet else attempts - 1  # hf_xet has tried for minutes already
             if attempt >= last or late or not is_transient(problem):
                 raise explained(problem, name, doing) from problem
+            if by_xet:
+                client.renew_xet_session()
         time.sleep(wait)
         pause *= 2
     raise AssertionError("unreachable")
