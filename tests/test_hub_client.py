@@ -133,6 +133,19 @@ def test_a_client_of_another_kind_is_refused_before_anything_is_sent(
     assert hub.log == []
 
 
+@pytest.mark.parametrize("command", [("inspect", "ada/nothing"), ("push", ".", "ada/new")])
+@pytest.mark.parametrize("found", ["1.22.5", "3.0.0.dev0"])
+def test_a_client_of_another_time_is_refused(
+    found: str, command: tuple[str, ...], hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "version", lambda name: found)
+    line = f"error: huggingface_hub {found} is not known here (too old or too new); install one that is tested: pip"
+    assert cli(*command, code=1).stderr.startswith(line) and hub.log == []
+    for other in ("1.23.0", "2.99.0"):
+        monkeypatch.setattr(client, "version", lambda name, other=other: other)
+        client.check_version()
+
+
 def test_an_upload_in_another_way_is_no_small_file() -> None:
     addition = CommitOperationAdd("model.safetensors", b"content")
     with pytest.raises(HubError, match=r"model.safetensors has the upload mode None\); install one that is tested"):

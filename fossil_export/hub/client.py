@@ -5,13 +5,16 @@ Each of these is looked for before it is used: another version may have it no mo
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 from fossil_export.errors import HubError
 
-SUPPORTED = "huggingface-hub>=1.23,<3"
+FLOOR, ABOVE = (1, 23), (3, 0)
+SUPPORTED = f"huggingface-hub>={FLOOR[0]}.{FLOOR[1]},<{ABOVE[0]}"
 """The versions that the tests are run with, at both ends."""
 
 LOGGERS = ("huggingface_hub.utils._http", "huggingface_hub.file_download", "httpx", "httpx2")
@@ -19,6 +22,13 @@ LOGGERS = ("huggingface_hub.utils._http", "huggingface_hub.file_download", "http
 
 _MODE, _IGNORED, _UPLOADED, _REMOTE = "_upload_mode", "_should_ignore", "_is_uploaded", "_remote_oid"
 """Where an addition (CommitOperationAdd) keeps what became of its upload."""
+
+
+def check_version() -> None:
+    """Raise HubError for a client that was not there when this was written, or no longer: pip lets one be put here."""
+    found = re.match(r"(\d+)\.(\d+)", version("huggingface_hub"))
+    if found is None or not FLOOR <= (int(found[1]), int(found[2])) < ABOVE:
+        raise _unknown("too old or too new")
 
 
 def check_additions() -> None:
@@ -64,9 +74,7 @@ def renew_xet_session() -> None:
 
 
 def _unknown(what: str) -> HubError:
-    from huggingface_hub import __version__
-
     return HubError(
-        f"huggingface_hub {__version__} is not known here ({what}); "
+        f"huggingface_hub {version('huggingface_hub')} is not known here ({what}); "
         f"install one that is tested: pip install '{SUPPORTED}'"
     )

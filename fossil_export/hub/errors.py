@@ -44,7 +44,8 @@ def endpoint() -> str:
 
 
 def check_client() -> None:
-    """Raise HubError where the Hub's client cannot be imported for the settings that it is given."""
+    """Raise HubError where the Hub's client is none that is supported, or refuses the settings that it is given."""
+    client.check_version()
     try:
         import_module("huggingface_hub.constants")  # by this name, since the package itself prints what is wrong
     except ValueError as problem:
