@@ -1,7 +1,9 @@
-# make demo   train an adapter on a real model, merge it, compare the answers
-# make test   lint, types and the whole test suite
+# make demo          train an adapter on a real model, merge it, compare the answers
+# make test          lint, types and the whole test suite
+# make test-floor    the tests of the Hub with the oldest client that is supported
+# make test-install  the wheel, installed beside a trainer that was there before
 #
-# Both make the environment (.venv) first. PyTorch comes as version TORCH; where pip would take its CUDA
+# The first three make the environment (.venv) first. PyTorch comes as version TORCH; where pip would take its CUDA
 # build and you want the CPU one, add pip's options: make demo TORCH_OPTIONS="--index-url …".
 
 PYTHON ?= python3
@@ -10,13 +12,41 @@ TORCH_OPTIONS ?=
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint types bench llama-cpp clean
+# Packages in $(FLOOR) go before those of the environment.
+FLOOR = $(abspath $(VENV)-floor)
+HUB_TESTS = $(wildcard tests/test_hub*.py tests/test_push*.py tests/test_stream*.py) \
+	tests/test_card.py tests/test_certify.py tests/test_loopback_hub.py tests/test_xet.py
+
+# The last transformers that wants the Hub's client below 2.0.
+TRAINER = transformers==5.17.0 peft==0.21.2
+FRESH = $(abspath $(VENV)-install)
+FRESH_PIP = $(FRESH)/bin/python -m pip --quiet --disable-pip-version-check
+
+.PHONY: demo test test-floor test-install lint types bench llama-cpp clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python examples/demo.py
 
 test: lint types
 	$(VENV)/bin/python -m pytest --cov=fossil_export --cov-fail-under=90
+
+test-floor: $(FLOOR)/ready
+	PYTHONPATH=$(FLOOR) $(VENV)/bin/python -c 'import huggingface_hub as it; assert "$(FLOOR)" in it.__file__'
+	PYTHONPATH=$(FLOOR) $(VENV)/bin/python -m pytest $(HUB_TESTS)
+
+# Nothing that is there may move, least of all the Hub's client.
+test-install:
+	rm -rf $(FRESH) build
+	$(PYTHON) -m venv $(FRESH)
+	$(FRESH_PIP) install $(TORCH_OPTIONS) "$(TORCH)"
+	$(FRESH_PIP) install $(TRAINER)
+	$(FRESH_PIP) freeze >$(FRESH)/before
+	$(FRESH_PIP) wheel --no-deps --wheel-dir $(FRESH)/dist .
+	$(FRESH_PIP) install $(FRESH)/dist/*.whl
+	$(FRESH_PIP) freeze >$(FRESH)/after
+	! grep -vxFf $(FRESH)/after $(FRESH)/before
+	$(FRESH_PIP) check
+	cd $(FRESH) && bin/python -I $(CURDIR)/.ci/installed.py
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
@@ -41,5 +71,10 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt -e ".[test]"
 	touch $@
 
+$(FLOOR)/ready: constraints-floor.txt $(VENV)/ready
+	rm -rf $(FLOOR)
+	$(PIP) --no-deps --target $(FLOOR) -r constraints-floor.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(FLOOR) $(FRESH)

@@ -13,6 +13,8 @@ from typing import Any
 
 import click
 
+from fossil_export.hub.client import LOGGERS
+
 
 def print_json(value: dict[str, Any]) -> None:
     click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
@@ -82,7 +84,7 @@ def quiet_hub() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    for name in ("huggingface_hub.utils._http", "huggingface_hub.file_download", "httpx", "httpx2"):
+    for name in LOGGERS:
         logging.getLogger(name).addFilter(_without_queries)
 
 

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 from conftest import ADA
-from huggingface_hub import constants
+from huggingface_hub import __version__, constants
 from loopback_hub import LoopbackHub, point_client_at
 
 from fossil_export.cli import main
+
+CLIENT = tuple(map(int, __version__.split(".")[:2]))
+"""The version of the Hub's client."""
+HTTPX: Any = import_module("httpx" if CLIENT < (2,) else "httpx2")
+"""The library that it speaks HTTP with."""
+KEEPS_READ_TOKEN = CLIENT >= (1, 29)
+"""Whether it asks for the token to a repository's Xet storage once, not for every file."""
 
 PART = "model-00001-of-00003.safetensors"
 OFFLINE = "is not, or not wholly, in the Hub's cache, and HF_HUB_OFFLINE is set; unset it, or fetch the model first"

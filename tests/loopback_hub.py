@@ -693,7 +693,7 @@ def environment(hub: LoopbackHub, home: Path, token: str | None = None) -> dict[
 
 def point_client_at(monkeypatch: pytest.MonkeyPatch, hub: LoopbackHub, home: Path, token: str | None = None) -> None:
     """Make the client of this process use the Hub, whatever it read from the environment when it was imported."""
-    from huggingface_hub import _tree_cache, constants, file_download, hf_api
+    from huggingface_hub import _tree_cache, close_session, constants, file_download, hf_api
     from huggingface_hub.utils import _detect_agent, _http
 
     def put(module: Any, **values: Any) -> None:
@@ -721,9 +721,11 @@ def point_client_at(monkeypatch: pytest.MonkeyPatch, hub: LoopbackHub, home: Pat
     )
     # The retries of the client sleep for seconds; `time` itself stays as it is for everybody else.
     quick = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: time.sleep(min(seconds, 0.01))})
-    _http.close_session()
-    hub.when_stopped.append(_http.close_session)
-    put(_http, _HUB_ORIGINS=_http._HUB_ORIGINS | {_http._url_origin(hub.endpoint)}, time=quick)
+    close_session()
+    hub.when_stopped.append(close_session)
+    put(_http, time=quick)
+    if hasattr(_http, "_HUB_ORIGINS"):  # late clients know their Hub by it
+        put(_http, _HUB_ORIGINS=_http._HUB_ORIGINS | {_http._url_origin(hub.endpoint)})
     put(file_download, time=quick)
     put(hf_api.api, endpoint=hub.endpoint)  # behind the module-level functions, made at import
     # Three modules hold settings by value.

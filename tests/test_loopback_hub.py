@@ -9,14 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from loopback_hub import Fault, LoopbackHub, environment, point_client_at
-
-pytest.importorskip("huggingface_hub", minversion="2.4")
-
-import httpx2
+from hub_tools import HTTPX
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, constants, hf_hub_url
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+from loopback_hub import Fault, LoopbackHub, environment, point_client_at
 
 ADA, BOB = "hf_adaadaada", "hf_bobbobbob"
 WEIGHTS = os.urandom(3_000_000)
@@ -240,7 +237,7 @@ def test_a_cut_download_is_resumed(hub: LoopbackHub, api: HfApi, source: str, mo
 
 def test_a_reset_download_is_not(hub: LoopbackHub, api: HfApi, source: str, tmp_path: Path) -> None:
     hub.fault(Fault("GET", "/cdn/", cut_after=1_000_000, reset=True))
-    with pytest.raises(httpx2.ReadError):
+    with pytest.raises(HTTPX.ReadError):
         api.hf_hub_download(source, "model.safetensors")
     assert not list((tmp_path / "home").rglob("*.incomplete"))
 
@@ -275,14 +272,14 @@ def test_a_lost_commit_has_happened(hub: LoopbackHub, api: HfApi) -> None:
     hub.create("ada/new")
     happened: list[str] = []
     hub.fault(Fault("POST", "/commit/", after=lambda: happened.append(hub.head("ada/new")), lost=True))
-    with pytest.raises(httpx2.RemoteProtocolError):
+    with pytest.raises(HTTPX.RemoteProtocolError):
         add(api, "ada/new", {"a.txt": b"a"})
     assert hub.read("ada/new", "a.txt") == b"a" and happened == [hub.head("ada/new")]
     hub.fault(Fault("POST", "/commit/", status=500))
     with pytest.raises(hub_errors.HfHubHTTPError):
         add(api, "ada/new", {"b.txt": b"b"})
     hub.fault(Fault("POST", "/commit/", cut_after=10))
-    with pytest.raises(httpx2.TransportError):
+    with pytest.raises(HTTPX.TransportError):
         add(api, "ada/new", {"b.txt": b"b"})
     hub.fault(Fault(status=500, times=None, skip=1))
     assert api.whoami()["name"] == "ada"
@@ -294,10 +291,10 @@ def test_a_lost_commit_has_happened(hub: LoopbackHub, api: HfApi) -> None:
 
 def test_the_storage_host_takes_no_token(hub: LoopbackHub, api: HfApi, source: str) -> None:
     oid = hub.files(source)["model.safetensors"][1]
-    answer = httpx2.get(hub.signed(f"/cdn/{oid}"), headers={"Authorization": f"Bearer {ADA}"})
+    answer = HTTPX.get(hub.signed(f"/cdn/{oid}"), headers={"Authorization": f"Bearer {ADA}"})
     assert answer.status_code == 400 and len(hub.incidents) == 1
     hub.incidents.clear()
-    assert httpx2.get(hub.signed(f"/cdn/{oid}").split("?")[0]).status_code == 403
+    assert HTTPX.get(hub.signed(f"/cdn/{oid}").split("?")[0]).status_code == 403
 
 
 def test_a_child_process(hub: LoopbackHub, source: str, tmp_path: Path) -> None:

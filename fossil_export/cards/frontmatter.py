@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from fossil_export.errors import FossilExportError
@@ -77,7 +78,6 @@ def edited(block: str, data: Mapping[str, Any], changes: Mapping[str, Any], newl
     """The YAML with `changes`, where None takes a key away; the user's lines stay as they are wherever they can."""
     import yaml
     from huggingface_hub import ModelCardData
-    from huggingface_hub.utils import yaml_dump
 
     def dumped(found: Mapping[str, Any]) -> str:
         if not found:
@@ -103,15 +103,16 @@ def edited(block: str, data: Mapping[str, Any], changes: Mapping[str, Any], newl
             return result
     except (yaml.YAMLError, ValueError):
         pass  # anchors, a mapping in braces and the like
-    return str(yaml_dump(wanted, sort_keys=False, line_break=newline))
+    return str(yaml.dump(wanted, allow_unicode=True, sort_keys=False, line_break=newline))
 
 
 @cache
 def _template() -> tuple[frozenset[str], tuple[str, ...]]:
     """Lines of huggingface_hub's empty card, and how its comments begin, whose wording has changed over time."""
-    from huggingface_hub.repocard import TEMPLATE_MODELCARD_PATH
+    from huggingface_hub import ModelCard
 
-    text = re.sub(r"\{\{[^{}]*?default\(\s*\"(.*?)\"[^{}]*\}\}", r"\1", TEMPLATE_MODELCARD_PATH.read_text("utf-8"))
+    template = Path(ModelCard.default_template_path)
+    text = re.sub(r"\{\{[^{}]*?default\(\s*\"(.*?)\"[^{}]*\}\}", r"\1", template.read_text("utf-8"))
     comments = tuple(comment[:20] for comment in _COMMENT.findall(text))
     return frozenset(line.strip() for line in _COMMENT.sub("", text).splitlines()), comments
 

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TypeVar
 
 from fossil_export.errors import FossilExportError, HubError
-from fossil_export.hub import xet
+from fossil_export.hub import client, xet
 
 T = TypeVar("T")
 
@@ -44,7 +44,8 @@ def endpoint() -> str:
 
 
 def check_client() -> None:
-    """Raise HubError where the Hub's client cannot be imported for the settings that it is given."""
+    """Raise HubError where the Hub's client is none that is supported, or refuses the settings that it is given."""
+    client.check_version()
     try:
         import_module("huggingface_hub.constants")  # by this name, since the package itself prints what is wrong
     except ValueError as problem:
@@ -99,10 +100,12 @@ def retried(run: Callable[[], T], name: str, doing: str = "", attempts: int = AT
             until = until or time.monotonic() + PATIENCE
             wait = max(pause, asked_pause(problem))
             late = any(map(status_of, causes_of(problem))) and time.monotonic() + wait > until
-            # hf_xet has tried for minutes already.
-            last = min(attempts - 1, 1) if xet.is_xet(problem) else attempts - 1
+            by_xet = any(map(xet.is_xet, causes_of(problem)))
+            last = min(attempts - 1, 1) if by_xet else attempts - 1  # hf_xet has tried for minutes already
             if attempt >= last or late or not is_transient(problem):
                 raise explained(problem, name, doing) from problem
+            if by_xet:
+                client.renew_xet_session()
         time.sleep(wait)
         pause *= 2
     raise AssertionError("unreachable")

@@ -41,9 +41,11 @@ def open_repository(repository: str, revision: str | None) -> tuple[Folder, str,
         )
         commit = str(info.sha)
         asked, repository = repository, str(info.id or repository)
-        # This one the client repeats by itself.
+        # The client repeats this one by itself from 2.0 on.
         listing = retried(
-            lambda: list(api.list_repo_tree(repository, recursive=True, revision=commit)), repository, attempts=1
+            lambda: list(api.list_repo_tree(repository, recursive=True, revision=commit)),
+            repository,
+            attempts=min(attempts, 3),
         )
     except HubError as problem:
         if cached is None or not is_unreachable(problem):

@@ -193,10 +193,11 @@ class HubFolder:
 def storage_of(repository: str) -> Path:
     """Where the Hub's cache keeps a model. Raises ValueError for what is no name of one."""
     from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
+    from huggingface_hub.utils import validate_repo_id
 
+    validate_repo_id(repository)
     cache = Path(constants.HF_HUB_CACHE).expanduser().resolve()
-    return cache / str(repo_folder_name(repo_id=repository, repo_type="model"))
+    return cache / str(constants.REPO_ID_SEPARATOR).join(["models", *repository.split("/")])
 
 
 def is_sound(path: Path, entry: Entry) -> bool:

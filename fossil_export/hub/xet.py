@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 _KINDS = (
     "Authentication error", "Configuration error", "Data integrity error", "I/O error", "Internal error",
@@ -23,9 +24,10 @@ _UNREACHABLE = re.compile("error sending request|connection|timed out|^(Network 
 def index_bytes(uploads: Iterable[int]) -> int:
     """The most that hf_xet keeps on the disk, under HF_XET_CACHE, of files of these sizes that were uploaded: a name
     for every chunk. Measured: 1 byte of 1000, and 3 kB for each file."""
-    from huggingface_hub.utils._runtime import is_xet_available
+    from huggingface_hub import constants
 
-    return sum(size // 500 + 4096 for size in uploads) if is_xet_available() else 0
+    used = not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
+    return sum(size // 500 + 4096 for size in uploads) if used else 0
 
 
 def is_xet(problem: BaseException) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fossil_export.checkpoints.header import read_header
 from fossil_export.errors import HubError, OutputError
+from fossil_export.hub import client
 from fossil_export.hub.errors import errno_of, retried
 from fossil_export.hub.remote import is_sound
 from fossil_export.hub.xet import index_bytes
@@ -204,7 +205,7 @@ class Carrier:
 
         operation = CommitOperationAdd(name, path)
         self._repository.upload(operation)
-        if operation._upload_mode == "regular":  # so small that it goes with the commit itself
+        if not client.is_large(operation):  # so small that it goes with the commit itself
             self.send(name, path.read_bytes())
         else:
             try:

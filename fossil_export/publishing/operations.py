@@ -6,6 +6,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+from fossil_export.hub import client
+
 Operation = Any
 """CommitOperationAdd, CommitOperationDelete or Copy."""
 
@@ -32,7 +34,7 @@ def digest_of(operation: Operation) -> str | None:
         return operation.digest
     if not hasattr(operation, "upload_info"):
         return None
-    if operation._upload_mode == "lfs":
+    if client.is_large(operation):
         return str(operation.upload_info.sha256.hex())
     with operation.as_file() as file:
         content = file.read()
@@ -50,18 +52,16 @@ def for_client(operation: Operation, repo_id: str) -> Any:
         return CommitOperationCopy(operation.source, operation.name, operation.commit, **other)
     if hasattr(operation, "upload_info"):
         # That the branch held the same when it was uploaded does not say that it still does.
-        operation._remote_oid = None
+        client.forget_remote(operation)
     return operation
 
 
 def uploaded(name: str, size: int, sha256: str, sample: bytes) -> Any:
     """The addition of a file whose content the Hub has already and this machine has no more."""
     from huggingface_hub import CommitOperationAdd
-    from huggingface_hub.lfs import UploadInfo
 
     operation = CommitOperationAdd(name, b"")
-    operation.upload_info = UploadInfo(size=size, sample=sample, sha256=bytes.fromhex(sha256))
-    operation._upload_mode = "lfs"
-    operation._should_ignore = False
-    operation._is_uploaded = True
+    upload = operation.upload_info
+    upload.size, upload.sample, upload.sha256 = size, sample, bytes.fromhex(sha256)
+    client.mark_uploaded(operation)
     return operation

@@ -11,12 +11,6 @@ def is_damaged(problem: BaseException) -> bool:
     return any(errors.status_of(cause) == 422 for cause in errors.causes_of(problem))
 
 
-def below_first_line(problem: object) -> str:
-    """What the Hub lists below the first line of a message, in one."""
-    found = [line.strip().removeprefix("- ") for line in str(problem).splitlines()[1:]]
-    return errors.redacted("; ".join(filter(None, found)))
-
-
 def is_copy_refusal(problem: BaseException) -> bool:
     """Whether it was the copying between repositories that failed, and not for want of an answer."""
     if is_transient(problem):

@@ -6,15 +6,17 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 from fossil_export.errors import FossilExportError, HubError, listed
-from fossil_export.hub import errors
+from fossil_export.hub import client, errors
 from fossil_export.hub.errors import ATTEMPTS, check_client, endpoint, explained, is_conflict, is_transient, retried
 from fossil_export.publishing.operations import Copy, Operation, digest_of, for_client, name_of
-from fossil_export.publishing.refusals import below_first_line, is_copy_refusal, is_damaged, why_not_copied
+from fossil_export.publishing.questions import held, said_of_card
+from fossil_export.publishing.refusals import is_copy_refusal, is_damaged, why_not_copied
 
 T = TypeVar("T")
 
@@ -51,6 +53,7 @@ class Repository:
 
     def __init__(self, repo_id: str, revision: str | None = None, create_pr: bool = False) -> None:
         check_client()
+        client.check_additions()
         from huggingface_hub import HfApi, get_session
         from huggingface_hub.utils import validate_repo_id
 
@@ -154,24 +157,11 @@ class Repository:
 
     def validate(self, card: bytes) -> list[str]:
         """What the Hub has to say against the metadata of a card. Raises HubError where it would refuse it."""
-
-        def run() -> None:
-            self._api._validate_yaml(card.decode(), repo_type="model")
-
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            try:
-                retried(run, self.repo_id, "checking its card")
-            except HubError as problem:
-                if not isinstance(problem.__cause__, ValueError):
-                    raise
-                why = below_first_line(problem.__cause__)
-                raise HubError(f"{self.repo_id}: the Hub refuses README.md's metadata: {why}; correct it") from problem
-        return [
-            f"the Hub says of README.md's metadata: {below_first_line(one.message)}"
-            for one in caught
-            if below_first_line(one.message)
-        ]
+        refused, warned = retried(lambda: said_of_card(card.decode()), self.repo_id, "checking its card")
+        if refused:
+            why = "; ".join(refused)
+            raise HubError(f"{self.repo_id}: the Hub refuses README.md's metadata: {why}; correct it")
+        return [f"the Hub says of README.md's metadata: {'; '.join(warned)}"] if warned else []
 
     def upload(self, *additions: Any) -> None:
         """Bring the content of large files to the Hub, where no commit shows it yet; small ones go with the commit.
@@ -204,36 +194,22 @@ class Repository:
                     raise HubError(
                         f"{self.repo_id}: {doing}: arrived damaged twice; run the same command again later"
                     ) from problem
-        if ignored := [addition.path_in_repo for addition in additions if addition._should_ignore]:
+        if ignored := [addition.path_in_repo for addition in additions if client.is_ignored(addition)]:
             raise HubError(
                 f"{self.repo_id}: its .gitignore leaves out {listed(ignored)}; change it, then run the command again"
             )
 
     def holds(self, uploads: Iterable[Any]) -> set[str]:
         """SHA-256 of those contents (UploadInfo) that the Hub has for this repository."""
-        from huggingface_hub import constants
-        from huggingface_hub.lfs import post_lfs_batch_info
-
         wanted = list(uploads)
         # Whoever opens a pull request need not be allowed to write to the branch.
-        revision = None if self.create_pr else quote(self.revision or "main", safe="")
-
-        def run(some: list[Any]) -> set[str]:
-            found, _, _ = post_lfs_batch_info(
-                upload_infos=some,
-                token=None,
-                repo_type="model",
-                repo_id=self.repo_id,
-                revision=revision,
-                endpoint=constants.ENDPOINT,
-            )
-            return {entry["oid"] for entry in found if not entry.get("actions")}
-
-        held: set[str] = set()
+        branch = None if self.create_pr else self.revision or "main"
+        found: set[str] = set()
         for start in range(0, len(wanted), _BATCH):
             some = wanted[start : start + _BATCH]
-            held |= retried(lambda: run(some), self.repo_id, "asking what it holds")  # noqa: B023  called at once
-        return held
+            ask = partial(held, self.repo_id, some, branch)
+            found |= retried(ask, self.repo_id, "asking what it holds")
+        return found
 
     def commit(self, build: Build, message: str) -> Commit:
         """One commit of what `build` gives, held against what the Hub then lists; `build` is asked again where the

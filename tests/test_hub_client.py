@@ -1,0 +1,176 @@
+"""What the package takes of the Hub's client is public, but for one file that looks before it uses; the versions that
+it supports are those that it is tested with."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from importlib import import_module, util
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import ADA
+from hub_tools import cli
+from huggingface_hub import CommitOperationAdd
+from loopback_hub import LoopbackHub, point_client_at
+
+import fossil_export
+from fossil_export.errors import HubError
+from fossil_export.hub import client
+from fossil_export.publishing.operations import uploaded
+
+PACKAGE = Path(fossil_export.__file__).parent
+PUBLIC = {"huggingface_hub"} | {f"huggingface_hub.{name}" for name in ("constants", "errors", "utils")}
+PROJECT = Path(__file__).parent.parent
+
+
+def uses(source: str) -> Iterator[tuple[str, str]]:
+    """What a file takes of the client by name: module and name ("" for the module itself)."""
+    tree = list(ast.walk(ast.parse(source)))
+    for node in tree:
+        if isinstance(node, ast.ImportFrom) and _is_of_client(node.module):
+            yield from ((str(node.module), alias.name) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names if _is_of_client(alias.name))
+        elif isinstance(node, ast.Constant) and _is_of_client(node.value) and re.fullmatch(r"[\w.]+", node.value):
+            yield node.value, ""
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "constants":
+            yield "huggingface_hub.constants", node.attr
+
+
+def attributes(source: str) -> Iterator[str]:
+    """Private attributes of objects that are not the file's own, also by their names as text."""
+    tree = list(ast.walk(ast.parse(source)))
+    own = {node.name for node in tree if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    for node in tree:
+        if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr) and node.attr not in own:
+            if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls", "os", "constants")):
+                yield node.attr
+        elif isinstance(node, ast.Constant) and re.match("_[^_]", str(node.value)):
+            yield from [node.value] if hasattr(CommitOperationAdd, node.value) else []
+
+
+def private(source: str) -> list[str]:
+    """What a file takes of the client that is none of its public names."""
+    found = [f"{module} {name}" for module, name in uses(source) if module not in PUBLIC or name.startswith("_")]
+    return found + list(attributes(source))
+
+
+def _is_of_client(name: object) -> bool:
+    return str(name).split(".")[0] == "huggingface_hub"
+
+
+SAMPLES = [
+    "from huggingface_hub.utils._runtime import is_xet_available",
+    "from huggingface_hub.lfs import UploadInfo",
+    "from huggingface_hub import _commit_api",
+    "import huggingface_hub._tree_cache",
+    "from huggingface_hub import constants\nconstants._HF_DEFAULT_ENDPOINT",
+    "import_module('huggingface_hub.utils._xet')",
+    "def f(api):\n    return api._validate_yaml('')",
+    "def f(addition):\n    addition._remote_oid = None",
+    "def f(addition):\n    return getattr(addition, '_upload_mode')",
+]
+
+
+@pytest.mark.parametrize("source", SAMPLES)
+def test_private_names_are_seen(source: str) -> None:
+    assert len(private(source)) == 1
+
+
+def test_only_one_file_uses_private_names() -> None:
+    found = {path.relative_to(PACKAGE).as_posix(): private(path.read_text()) for path in PACKAGE.rglob("*.py")}
+    assert [name for name, names in found.items() if names] == ["hub/client.py"]
+
+
+def test_all_that_is_used_is_there() -> None:
+    """In the version at hand, for what is imported where it is needed alone."""
+    names = {use for path in PACKAGE.rglob("*.py") for use in uses(path.read_text())}
+    assert len(names) > 30
+    for module, name in sorted(names - {("huggingface_hub.utils._http", ""), ("huggingface_hub.file_download", "")}):
+        assert hasattr(import_module(module), name or "__name__"), (module, name)
+    for name in client.LOGGERS:
+        if name.startswith("huggingface_hub"):
+            assert util.find_spec(name), name
+    client.check_additions()
+    assert callable(import_module("huggingface_hub.utils._xet").abort_xet_session)
+
+
+def test_the_versions_are_those_that_are_tested() -> None:
+    """Without tomllib, which Python 3.10 has not."""
+    text = (PROJECT / "pyproject.toml").read_text()
+    assert f'"{client.SUPPORTED}"' in text
+    floor, above = re.fullmatch(r"huggingface-hub>=([\d.]+),<(\d+)", client.SUPPORTED).groups()  # type: ignore[union-attr]
+    pins = {
+        name: re.search(r"^huggingface_hub==(.*)$", (PROJECT / name).read_text(), re.MULTILINE)[1]  # type: ignore[index]
+        for name in ("constraints.txt", "constraints-floor.txt")
+    }
+    assert pins["constraints-floor.txt"] in (floor, f"{floor}.0")
+    assert int(pins["constraints.txt"].split(".")[0]) == int(above) - 1
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    with LoopbackHub(tmp_path / "storage", {ADA: "ada"}) as hub:
+        point_client_at(monkeypatch, hub, tmp_path / "home", ADA)
+        yield hub
+
+
+def test_a_client_of_another_kind_is_refused_before_anything_is_sent(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(client, "fields", lambda kind: [SimpleNamespace(name="_upload_mode")])
+    result = cli("push", tmp_path / "model.gguf", "ada/new", code=1)
+    version = import_module("huggingface_hub").__version__
+    assert result.stderr == (
+        f"error: huggingface_hub {version} is not known here (CommitOperationAdd has no _should_ignore, _is_uploaded, "
+        f"_remote_oid); install one that is tested: pip install '{client.SUPPORTED}'\n"
+    )
+    assert hub.log == []
+
+
+@pytest.mark.parametrize("command", [("inspect", "ada/nothing"), ("push", ".", "ada/new")])
+@pytest.mark.parametrize("found", ["1.22.5", "3.0.0.dev0"])
+def test_a_client_of_another_time_is_refused(
+    found: str, command: tuple[str, ...], hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "version", lambda name: found)
+    line = f"error: huggingface_hub {found} is not known here (too old or too new); install one that is tested: pip"
+    assert cli(*command, code=1).stderr.startswith(line) and hub.log == []
+    for other in ("1.23.0", "2.99.0"):
+        monkeypatch.setattr(client, "version", lambda name, other=other: other)
+        client.check_version()
+
+
+def test_an_upload_in_another_way_is_no_small_file() -> None:
+    addition = CommitOperationAdd("model.safetensors", b"content")
+    with pytest.raises(HubError, match=r"model.safetensors has the upload mode None\); install one that is tested"):
+        client.is_large(addition)
+    setattr(addition, client._MODE, "bucket")
+    with pytest.raises(HubError, match="has the upload mode 'bucket'"):
+        client.is_large(addition)
+
+
+def test_what_was_uploaded_is_not_sent_again(hub: LoopbackHub) -> None:
+    """By the client at hand, from what a journal knows."""
+    addition = uploaded("model.safetensors", 5, "ab" * 32, b"12345")
+    assert client.is_large(addition) and not client.is_ignored(addition)
+    assert (addition.upload_info.size, addition.upload_info.sha256) == (5, bytes.fromhex("ab" * 32))
+    hub.create("ada/new")
+    hub.reset_log()
+    import_module("huggingface_hub").HfApi().preupload_lfs_files("ada/new", [addition])
+    assert hub.log == []
+
+
+def test_a_client_without_sessions_of_hf_xet_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = import_module("huggingface_hub.utils._xet")
+    calls: list[bool] = []
+    monkeypatch.setattr(module, "abort_xet_session", lambda: calls.append(True))
+    client.renew_xet_session()
+    monkeypatch.delattr(module, "abort_xet_session")
+    client.renew_xet_session()
+    assert calls == [True]
