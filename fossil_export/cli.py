@@ -1,6 +1,11 @@
 """The `fossil-export` command: its commands are in `commands/`, its errors end here."""
+# ruff: noqa: E402
 
 from __future__ import annotations
+
+from fossil_export.isolation import forget_current_folder
+
+forget_current_folder()  # before anything that is installed is imported, and could come from there
 
 import os
 import signal
@@ -20,7 +25,6 @@ from fossil_export.console import quiet_hub
 from fossil_export.errors import FossilExportError
 from fossil_export.hub.background import is_anything_left
 from fossil_export.hub.errors import redacted
-from fossil_export.isolation import forget_current_folder
 from fossil_export.version import __version__
 
 
@@ -28,7 +32,6 @@ class _Group(click.Group):
     """Turns the package's errors into one line on stderr and exit code 1."""
 
     def main(self, *arguments: Any, **options: Any) -> Any:
-        forget_current_folder()
         try:
             return super().main(*arguments, **options)
         except SystemExit as end:

@@ -25,8 +25,7 @@ def read_config(folder: Path) -> Any:
     """
     import transformers
 
-    if (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder}: holds {CONFIG}, and transformers would load that adapter too; take it out")
+    refuse_adapter(folder)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ValueError as problem:
@@ -35,6 +34,12 @@ def read_config(folder: Path) -> Any:
         raise CheckpointError(needs_code(folder)) from problem
     _disarm(config)
     return config
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise CheckpointError for a model folder that holds an adapter's config: transformers would follow it."""
+    if (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder}: holds {CONFIG}, and transformers would load that adapter too; take it out")
 
 
 def needs_code(folder: Path) -> str:

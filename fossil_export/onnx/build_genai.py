@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from fossil_export.errors import MissingExtraError, OnnxError
-from fossil_export.foreign import needs_code
+from fossil_export.foreign import needs_code, refuse_adapter
 from fossil_export.isolation import child_environment, child_flags
 from fossil_export.onnx import run_builder
 from fossil_export.onnx.graph_file import load_graph
@@ -26,6 +26,7 @@ def build_genai(model: Path, output: Path, precision: str, device: str) -> Path:
     for package in ("onnxruntime_genai", "torch", "transformers", "onnx_ir"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package.replace("_", "-"), "genai", "the GenAI model builder")
+    refuse_adapter(model)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f"{output.name}.cache-") as cache:
         provider = "cuda" if device.startswith("cuda") else "cpu"
         command = [sys.executable, *child_flags(), str(Path(run_builder.__file__).resolve())]
