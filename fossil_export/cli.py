@@ -1,6 +1,11 @@
 """The `fossil-export` command: its commands are in `commands/`, its errors end here."""
+# ruff: noqa: E402
 
 from __future__ import annotations
+
+from fossil_export.isolation import forget_current_folder
+
+forget_current_folder()  # before anything that is installed is imported, and could come from there
 
 import os
 import signal

@@ -7,7 +7,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import contextlib
 import json
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -117,6 +119,20 @@ def edit_json(path: Path, **changes: Any) -> None:
     """Change (or, with `...`, drop) keys of a JSON file."""
     value = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: entry for key, entry in value.items() if entry is not ...}))
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Processes started within take an interrupt, also where this one was started with interrupts ignored.
+
+    What ignores a signal hands that on to its children (`nohup make test &`, some CI runners); what handles it
+    does not.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

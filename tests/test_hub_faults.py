@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ADA, NOISE, weights
+from conftest import ADA, NOISE, interruptible, weights
 from hub_tools import OFFLINE, PART, QUICK, cli, content, fetched, nobody_there, offline, record
 from huggingface_hub import constants
 from loopback_hub import Fault, LoopbackHub, _Handler, environment
@@ -167,12 +167,14 @@ def test_an_interrupt_does_not_wait_for_downloads(kind: signal.Signals, hosted: 
     started = threading.Event()
     hosted.fault(Fault("GET", cdn(hosted, PART), skip=2, before=started.set, trickle=(100, 0.1), times=None))
     command = ["merge", "ada/adapter", "-o", str(tmp_path / "merged")]
-    with subprocess.Popen(
-        [sys.executable, "-m", "fossil_export", *command],
-        env=environment(hosted, tmp_path / "home of child", ADA),
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with interruptible():
+        child = subprocess.Popen(
+            [sys.executable, "-m", "fossil_export", *command],
+            env=environment(hosted, tmp_path / "home of child", ADA),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    with child as process:
         assert started.wait(60)
         process.send_signal(kind)
         _, told = process.communicate(timeout=10)  # the download would take a minute and more

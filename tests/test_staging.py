@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_adapter, weights
+from conftest import interruptible, make_adapter, weights
 
 from fossil_export import FossilExportError, merge
 from fossil_export.checkpoints import output as output_module
@@ -70,7 +70,8 @@ def test_live_run_is_left_alone(adapter: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_interrupted_command_cleans_up_itself(number: int, real_adapter: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fossil_export", "merge", str(real_adapter), "--output", str(tmp_path / "merged")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with interruptible():
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not list(tmp_path.glob(".merged.partial-*/*")):
         time.sleep(0.002)
     process.send_signal(number)

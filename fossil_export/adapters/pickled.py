@@ -14,6 +14,9 @@ from fossil_export.errors import AdapterError, MissingExtraError
 if TYPE_CHECKING:
     import numpy as np
 
+_SAFE = (2, 6)
+"""The first PyTorch whose restricted unpickler cannot be got round."""
+
 
 def read_pickled(path: Path) -> tuple[tuple[TensorInfo, ...], dict[str, np.ndarray[Any, Any]]]:
     """The tensors of a `.bin`, `.pt` or `.pth` state dict, and their arrays.
@@ -25,6 +28,11 @@ def read_pickled(path: Path) -> tuple[tuple[TensorInfo, ...], dict[str, np.ndarr
         import torch
     except ImportError as problem:
         raise MissingExtraError("torch", "torch", f"{path}: reading a pickled adapter") from problem
+    if tuple(map(int, torch.__version__.split(".")[:2])) < _SAFE:
+        raise AdapterError(
+            f"{path}: PyTorch {torch.__version__} can be made to run code by a pickle (CVE-2025-32434); install "
+            "torch>=2.6, or ask for the adapter as safetensors"
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as problem:

@@ -13,6 +13,7 @@ from typing import Any
 
 from fossil_export.errors import FossilExportError, OnnxError
 from fossil_export.extras import required
+from fossil_export.foreign import load_model, model_class, read_config
 from fossil_export.onnx.graph_file import forget_sources
 
 OPSET = 20
@@ -63,14 +64,12 @@ def build_torch(model: Path, output: Path, precision: str) -> Path:
 
 def _model_and_inputs(folder: Path, precision: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     import torch
-    import transformers
 
     with _quiet():
-        config = transformers.AutoConfig.from_pretrained(folder)
-        name = next(iter(config.architectures or ["AutoModel"]))
-        kind = getattr(transformers, name, transformers.AutoModel)
-        network = kind.from_pretrained(
-            folder, dtype=getattr(torch, TORCH_DTYPE[precision]), attn_implementation="eager"
+        config = read_config(folder)
+        kind = model_class(config, "AutoModel")
+        network = load_model(
+            kind, folder, config, dtype=getattr(torch, TORCH_DTYPE[precision]), attn_implementation="eager"
         )
     network = network.eval()
     network.config.use_cache = False
@@ -93,7 +92,7 @@ def _model_and_inputs(folder: Path, precision: str) -> tuple[Any, dict[str, Any]
                 axes[text] = {0: "batch", 1: "decoder_sequence" if text.startswith("decoder") else "sequence"}
     else:
         raise OnnxError(
-            f"{folder}: {name} takes {network.main_input_name}, for which no inputs can be made up; "
+            f"{folder}: {kind.__name__} takes {network.main_input_name}, for which no inputs can be made up; "
             "export it yourself and bring the graph with --onnx"
         )
     return network, arguments, axes

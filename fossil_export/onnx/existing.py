@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from fossil_export.checkpoints.companions import TOKENIZER_FILES
 from fossil_export.checkpoints.dtypes import numpy_dtype
+from fossil_export.checkpoints.jsonfile import read_json
 from fossil_export.errors import OnnxError, listed
 from fossil_export.hub import resolve
 from fossil_export.onnx.graph_file import external_files, load_graph
@@ -55,12 +57,7 @@ def share_data(graph: Path, folder: Path, copy: bool = False) -> list[str]:
     """
     linked = []
     for file in external_files(load_graph(graph)):
-        try:
-            target = folder / file.relative_to(graph.parent)
-        except ValueError as problem:
-            raise OnnxError(
-                f"{graph}: keeps its data outside its folder, in {file}; move it beside the graph"
-            ) from problem
+        target = folder / file.relative_to(graph.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
         if copy:
             shutil.copyfile(file, target)
@@ -85,8 +82,27 @@ def _clone(source: Path, target: Path) -> bool:
             return False
 
 
+def refuse_libraries(folder: Path) -> None:
+    """Raise OnnxError where the folder's genai_config.json names a shared library: GenAI would load and run it."""
+    path = folder / "genai_config.json"
+    if path.is_file() and (found := next(_libraries(read_json(path, OnnxError)), None)):
+        raise OnnxError(f"{path}: {found}, a library that GenAI would load and run; take it out")
+
+
+def _libraries(value: Any) -> Iterator[str]:
+    """What in a config of GenAI names a library: `custom_ops_library`, or an option of an execution provider."""
+    for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(entry, (dict, list)):
+            yield from _libraries(entry)
+        elif isinstance(entry, str) and entry:
+            named = isinstance(key, str) and ("library" in key or "lib_path" in key or key == "backend_path")
+            if named or re.search(r"\.(so|dll|dylib)(\.|$)", entry):
+                yield f"{key} is {entry}"
+
+
 def bring_companions(graph: Path, folder: Path, without: Sequence[str] = ()) -> None:
     """Copy tokenizer and configs that lie beside `graph`, but those named in `without`."""
+    refuse_libraries(graph.parent)
     for name in COMPANIONS:
         if name not in without and (graph.parent / name).is_file():
             shutil.copyfile(graph.parent / name, folder / name)

@@ -22,7 +22,10 @@ def forget_sources(model: ir.Model) -> None:
 
 
 def load_graph(path: Path) -> ir.Model:
-    """Read a graph without its external data, whose presence is checked. Raises OnnxError."""
+    """Read a graph without its external data, whose place and presence are checked. Raises OnnxError.
+
+    A graph that names data outside its folder is refused: files of those names are written where an output goes.
+    """
     from fossil_export.extras import required
 
     ir = required("onnx_ir")
@@ -33,6 +36,8 @@ def load_graph(path: Path) -> ir.Model:
     except Exception as problem:  # protobuf's own errors
         raise OnnxError(f"{path}: is no ONNX graph ({type(problem).__name__}); fetch or export it again") from problem
     for file, needed in external_files(model).items():
+        if not file.is_relative_to(path.parent) or ".." in file.relative_to(path.parent).parts:
+            raise OnnxError(f"{path}: keeps its data outside its folder, in {file}; move it beside the graph")
         if not file.is_file():
             raise OnnxError(f"{path}: its external data {file.name} is missing; put it beside the graph")
         if file.stat().st_size < needed:

@@ -15,7 +15,7 @@ from fossil_export.errors import CheckpointError
 from fossil_export.merging.plan import plan_merge
 from fossil_export.verifying.folder import check_folder, check_record
 from fossil_export.verifying.forward import Subject
-from fossil_export.verifying.lora import LoraFolder, is_lora
+from fossil_export.verifying.lora import LoraFolder, is_lora, refuse_imports
 from fossil_export.verifying.models import Tokens, open_artifact
 from fossil_export.verifying.stored import stored_dtype
 from fossil_export.verifying.weights import TensorCheck, check_weights
@@ -181,8 +181,12 @@ class OnnxFolder:
 def open_any(folder: Path) -> Artifact:
     """The artifact in a folder: a graph, a LoRA, else a checkpoint. Raises CheckpointError, also for what is none."""
     if any(folder.glob("*.onnx")):
+        from fossil_export.onnx.existing import refuse_libraries
+
+        refuse_libraries(folder)
         return OnnxFolder(folder)
     if is_lora(folder):
+        refuse_imports(folder)
         return LoraFolder(folder)
     names = {path.name for path in folder.iterdir()}
     if "adapter_config.json" in names and names & set(WEIGHTS):

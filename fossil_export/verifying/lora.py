@@ -36,6 +36,16 @@ def is_lora(folder: Path) -> bool:
     return config.is_file() and read_json(config, AdapterError).get("peft_type") == "LORA"
 
 
+def refuse_imports(folder: Path) -> None:
+    """Raise AdapterError where the config has settings by which PEFT imports a module or reads other files."""
+    config = read_json(folder / "adapter_config.json", AdapterError)
+    if found := sorted(name for name, value in config.items() if name.endswith("_config") and value):
+        raise AdapterError(
+            f"{folder / 'adapter_config.json'}: sets {listed(found)}, which may name modules or files that PEFT loads "
+            "and no converted LoRA has; take it out"
+        )
+
+
 @dataclass
 class LoraFolder:
     """A PEFT LoRA folder and the base it is for."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fossil_export.adapters import Adapter
 from fossil_export.adapters.peft import find_weights
 from fossil_export.errors import FossilExportError, MissingExtraError
+from fossil_export.foreign import load_model, load_tokenizer, model_class, read_config
 
 if TYPE_CHECKING:
     import torch
@@ -168,7 +169,7 @@ def open_trainer(
 
     kind, config = _class_and_config(artifact, base)
     with _quiet():
-        model = kind.from_pretrained(base, config=config, dtype=getattr(torch, dtype), ignore_mismatched_sizes=True)
+        model = load_model(kind, base, config, dtype=getattr(torch, dtype), ignore_mismatched_sizes=True)
         _resize(model, artifact)
         if change is not None and not merged:
             change(model)
@@ -201,54 +202,47 @@ def open_lora(folder: Path, base: Path, described_by: Path, dtype: str, device: 
 
     kind, config = _class_and_config(described_by, base)
     with _quiet():
-        model = kind.from_pretrained(base, config=config, dtype=getattr(torch, dtype), ignore_mismatched_sizes=True)
+        model = load_model(kind, base, config, dtype=getattr(torch, dtype), ignore_mismatched_sizes=True)
         _resize(model, described_by)
         return TorchRunner(PeftModel.from_pretrained(model, str(folder)), device)
 
 
 def open_artifact(path: Path, device: str) -> TorchRunner:
     """The artifact, loaded as a user would: its own class, in its own dtype."""
-    kind, _ = _class_and_config(path, path)
+    kind, config = _class_and_config(path, path)
     with _quiet():
-        model = kind.from_pretrained(path, dtype="auto")
+        model = load_model(kind, path, config, dtype="auto")
     return TorchRunner(model, device)
 
 
 def tokenize(artifact: Path, prompts: tuple[str, ...]) -> list[Tokens]:
     """Token ids by the artifact's tokenizer; without a usable one, fixed pseudo-random ids of the vocabulary."""
     import torch
-    from transformers import AutoConfig, AutoTokenizer
 
+    config = read_config(artifact)
     try:
         with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(artifact)
+            tokenizer = load_tokenizer(artifact)
         found = [tokenizer(prompt)["input_ids"] for prompt in prompts]
         if all(found):  # without files, some classes make a tokenizer that knows no words
             return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
-    vocabulary = AutoConfig.from_pretrained(artifact).get_text_config().vocab_size
+    vocabulary = config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(vocabulary, (12,), generator=generator).tolist() for _ in prompts]
 
 
 def _class_and_config(named_by: Path, weights: Path) -> tuple[Any, Any]:
     """The model class that `named_by`'s config names, and the config of `weights` with the labels of `named_by`."""
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(named_by)
-    name = next(iter(config.architectures or ["AutoModelForCausalLM"]))
-    kind = getattr(transformers, name, transformers.AutoModelForCausalLM)
-    own = transformers.AutoConfig.from_pretrained(weights)
+    config, own = read_config(named_by), read_config(weights)
     if own.num_labels != config.num_labels:
         own.num_labels = config.num_labels
-    return kind, own
+    return model_class(config, "AutoModelForCausalLM"), own
 
 
 def _resize(model: Any, artifact: Path) -> None:
-    from transformers import AutoConfig
-
-    rows = AutoConfig.from_pretrained(artifact).get_text_config().vocab_size
+    rows = read_config(artifact).get_text_config().vocab_size
     if rows != model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
 

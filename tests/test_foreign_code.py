@@ -1,0 +1,300 @@
+"""Code that lies in the current folder, or came with a base, an adapter or an artifact, does not run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from conftest import edit_json, make_adapter, make_base
+from graphs import make_case, make_graph
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+from fossil_export import FossilExportError, convert, export_onnx, load_adapter, merge, verify
+from fossil_export.verifying.models import tokenize
+
+OWN_CLASSES = {"AutoConfig": "own_code.Config", "AutoModel": "own_code.Model", "AutoModelForCausalLM": "own_code.Model"}
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class Config(LlamaConfig):
+    model_type = "own"
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
+# Packages that the commands import, modules that GenAI's builder imports by bare names, and one a config names.
+PLANTED = [
+    "builder_config", "builders", "click", "gguf", "huggingface_hub", "kernels", "numpy", "onnx", "onnx_ir",
+    "onnxruntime", "onnxruntime_genai", "peft", "planted", "quantization", "safetensors", "tokenizers", "torch", "tqdm",
+    "transformers",
+]  # fmt: skip
+KERNELS = """
+from pathlib import Path
+def get_kernel(name, **options):
+    Path({ran!r}).touch()
+    raise FileNotFoundError(name)
+def __getattr__(name):
+    if name.startswith("_"):
+        raise AttributeError(name)
+    return lambda *arguments: lambda decorated: decorated
+"""
+
+
+def plant(path: Path, ran: Path, more: str = "") -> None:
+    """A Python file that leaves a trace when it runs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"open({str(ran)!r}, 'a').write({path.name!r} + ' ')\n{more}")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with a tokenizer, and an adapter."""
+    folder = tmp_path_factory.mktemp("models")
+    base = make_base(folder / "base", shards="1GB")
+    tokenizer = Tokenizer(WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(base / "tokenizer.json"))
+    edit_json(base / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", unk_token="[UNK]")
+    make_adapter(folder / "adapter", base)
+    return folder
+
+
+@pytest.fixture
+def ran(tmp_path: Path) -> Path:
+    """The trace of planted code."""
+    return tmp_path / "ran"
+
+
+@pytest.fixture
+def base(models: Path, tmp_path: Path, ran: Path) -> Path:
+    """A base with code for everything that transformers lets a folder bring code for."""
+    base = shutil.copytree(models / "base", tmp_path / "base")
+    plant(base / "own_code.py", ran, OWN_CODE)
+    plant(base / "custom_generate" / "generate.py", ran, "def generate(model, **options):\n    return None\n")
+    edit_json(base / "config.json", auto_map=OWN_CLASSES)
+    edit_json(base / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "own_code.Model"]})
+    edit_json(base / "generation_config.json", custom_generate=str(base), trust_remote_code=True)
+    return base
+
+
+@pytest.fixture
+def adapter(models: Path, tmp_path: Path, ran: Path) -> Path:
+    """An adapter that names a module to be imported; it lies in the adapter's folder."""
+    adapter = shutil.copytree(models / "adapter", tmp_path / "adapter")
+    plant(adapter / "planted.py", ran)
+    mapping = {"base_model_class": "Model", "parent_library": "planted"}
+    edit_json(adapter / "adapter_config.json", auto_mapping=mapping, base_model_name_or_path=str(tmp_path / "base"))
+    return adapter
+
+
+def unknown(base: Path) -> Path:
+    """The base, as a model that only its own code knows."""
+    edit_json(base / "config.json", model_type="own", architectures=["Model"])
+    return base
+
+
+def run(command: list[str], cwd: Path, *path: str) -> str:
+    """What a command says, run in `cwd` with these entries at the end of PYTHONPATH; it must succeed."""
+    entries = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*entries, *path])}
+    done = subprocess.run(command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def hostile(tmp_path: Path, ran: Path) -> Path:
+    """A folder full of Python files, to run commands in."""
+    for name in PLANTED:
+        plant(tmp_path / "hostile" / f"{name}.py", ran, "raise ImportError('of the current folder')\n")
+    return tmp_path / "hostile"
+
+
+def test_all_commands(base: Path, adapter: Path, hostile: Path, ran: Path) -> None:
+    """Code lies everywhere, and PYTHONPATH ends with an empty entry, which Python takes for the current folder."""
+    program = str(Path(sys.executable).with_name("fossil-export"))
+    plain, named = str(adapter), ["--base", str(base), "--adapter", str(adapter)]
+    for command in (
+        ["inspect", plain],
+        ["merge", plain, "--output", "merged"],
+        ["verify", "merged", *named],
+        ["onnx", plain, "--output", "chat", "--runtime", "genai"],
+        ["onnx", plain, "--output", "graph", "--runtime", "torch"],
+        ["verify", "graph", *named],
+        ["convert", plain, "--output", "lora", "--to", "lora"],
+        ["verify", "lora", *named],
+        ["convert", plain, "--output", "lora.gguf", "--to", "gguf-lora"],
+    ):
+        told = run([program, *command], hostile, "")
+        assert command[0] != "verify" or "parity" in told
+        assert not ran.exists(), (command, ran.read_text())
+
+
+def test_started_as_a_module(adapter: Path, base: Path, hostile: Path, ran: Path) -> None:
+    told = run([sys.executable, "-m", "fossil_export", "inspect", str(adapter)], hostile)
+    assert "MISS" in told and not ran.exists()
+
+
+def test_the_current_folder_by_name_stays(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("print('mine')")
+    code = "import fossil_export.cli, mine"
+    assert run([sys.executable, "-P", "-c", code] if sys.version_info >= (3, 11) else [sys.executable, "-c", code],
+               tmp_path, "", str(tmp_path)) == "mine\n"  # fmt: skip
+
+
+def test_how_the_builder_is_started(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GenAI before 0.15 runs a model's code unless told not to. This one tells how it was started, and fails."""
+    builder = tmp_path / "installed" / "onnxruntime_genai" / "models" / "builder.py"
+    builder.parent.mkdir(parents=True)
+    for folder in builder.parents[:2]:
+        (folder / "__init__.py").touch()
+    told = tmp_path / "told"
+    builder.write_text(
+        "import importlib.util, json, os, sys\nkernels = importlib.util.find_spec('kernels')\n"
+        "told = [sys.argv[1:], sys.path, kernels, sys.stdin.read(), os.environ['GIT_DIR']]\n"
+        f"json.dump(told, open({str(told)!r}, 'w'))\nsys.exit('failed on purpose')\n"
+    )
+    (tmp_path / "here").mkdir()
+    plant(tmp_path / "here" / "kernels.py", tmp_path / "ran")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("PYTHONPATH", f":{builder.parents[2]}:")
+    with pytest.raises(FossilExportError, match="failed on purpose"):
+        export_onnx(models / "adapter", "out", base=models / "base", runtime="genai")
+    arguments, path, kernels, typed, repository = json.loads(told.read_text())
+    assert arguments[-2:] == ["--extra_options", "hf_remote=false"] and path[0] == str(builder.parents[2])
+    assert str(tmp_path / "here") not in path and "" not in path
+    assert not any(Path(entry, "build_genai.py").exists() for entry in path)
+    assert (kernels, typed, repository) == (None, "", os.devnull)
+
+
+@pytest.mark.parametrize("runtime", ["genai", "torch"])
+def test_a_model_that_needs_its_code(
+    runtime: str, base: Path, models: Path, ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda question: "y")  # transformers asks who sits at a terminal
+    with pytest.raises(FossilExportError, match="needs Python code of its own") as caught:
+        export_onnx(models / "adapter", tmp_path / "out", base=unknown(base), runtime=runtime)
+    assert not ran.exists() and "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_verify_a_model_that_needs_its_code(
+    base: Path, models: Path, ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    merge(models / "adapter", tmp_path / "merged", base=unknown(base))
+    assert (tmp_path / "merged" / "own_code.py").exists()  # whoever trusts it finds it there
+    with pytest.raises(FossilExportError, match="needs Python code of its own"):
+        verify(tmp_path / "merged", base=base, adapter=models / "adapter", level="forward")
+    assert (
+        verify(tmp_path / "merged", base=base, adapter=models / "adapter", level="weights").parity and not ran.exists()
+    )
+
+
+@pytest.mark.parametrize("name", ["pipeline", "HfArgumentParser", "AutoTokenizer"])
+def test_architectures_that_are_no_model(name: str, models: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(models / "base", tmp_path / "base")
+    edit_json(base / "config.json", architectures=[name])
+    with pytest.raises(FossilExportError, match=f"architectures names {name}, which is no model"):
+        export_onnx(models / "adapter", tmp_path / "out", base=base, runtime="torch")
+
+
+def test_tokenizers_that_are_none(models: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(models / "base", tmp_path / "base")
+    edit_json(base / "tokenizer_config.json", tokenizer_class="AutoModelForCausalLM")
+    with pytest.raises(FossilExportError, match="tokenizer_class names AutoModelForCausalLM, which is no tokenizer"):
+        tokenize(base, ("a b",))
+
+
+def test_kernels_of_the_hub(models: Path, ran: Path, tmp_path: Path) -> None:
+    """`kernels`, where it is installed, fetches and runs what a config names as attention."""
+    plant(tmp_path / "installed" / "kernels" / "__init__.py", tmp_path / "imported", KERNELS.format(ran=str(ran)))
+    distribution = tmp_path / "installed" / "kernels-0.18.2.dist-info"
+    distribution.mkdir()
+    (distribution / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    base = shutil.copytree(models / "base", tmp_path / "base")
+    edit_json(base / "config.json", attn_implementation="someone/attention")
+    merge(models / "adapter", tmp_path / "merged", base=base)
+    command = [sys.executable, "-m", "fossil_export", "verify", str(tmp_path / "merged"), "--level", "forward"]
+    told = run(
+        [*command, "--base", str(base), "--adapter", str(models / "adapter")], tmp_path, distribution.parent.name
+    )
+    assert "parity" in told and not ran.exists() and (tmp_path / "imported").exists()
+
+
+def test_an_adapter_in_a_base(models: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(models / "base", tmp_path / "base")
+    shutil.copy(models / "adapter" / "adapter_config.json", base)
+    for runtime in ("genai", "torch"):
+        with pytest.raises(FossilExportError, match=r"holds adapter_config\.json, and transformers would load"):
+            export_onnx(models / "adapter", tmp_path / "out", base=base, runtime=runtime, mode="fused")
+
+
+def test_a_lora_that_names_modules(models: Path, ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(tmp_path / "installed" / "megatron" / "planted.py", ran)
+    monkeypatch.syspath_prepend(tmp_path / "installed")
+    convert(models / "adapter", tmp_path / "lora", to="lora", base=models / "base")
+    config = tmp_path / "lora" / "adapter_config.json"
+    edit_json(config, megatron_config={"a": 1}, megatron_core="megatron.planted")
+    with pytest.raises(FossilExportError, match=r"sets megatron_config, which may name modules"):
+        verify(tmp_path / "lora", base=models / "base", adapter=models / "adapter")
+    assert not ran.exists()
+
+
+def test_pickles_under_an_old_pytorch(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = shutil.copytree(models / "adapter", tmp_path / "adapter")
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    assert load_adapter(adapter).pickled
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    with pytest.raises(FossilExportError, match=r"PyTorch 2\.5\.1\+cpu can be made to run code.*install torch>=2\.6"):
+        load_adapter(adapter)
+
+
+@pytest.mark.parametrize("mode", ["tiled", "swappable"])
+def test_data_outside_the_folder(mode: str, tmp_path: Path) -> None:
+    """What a graph calls its data is the name of a file that is written beside the new graph."""
+    case = make_case(tmp_path)
+    graph = make_graph(case, tmp_path / "plain" / "model.onnx")
+    model = onnx.load(graph, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = f"../{entry.value}"
+    graph.write_bytes(model.SerializeToString())
+    data = graph.with_name("model.onnx.data").rename(tmp_path / "model.onnx.data")
+    before = data.read_bytes()
+    with pytest.raises(FossilExportError, match=r"keeps its data outside its folder, in .*; move it beside the graph"):
+        export_onnx(case.adapter, tmp_path / "out", base=case.base, mode=mode, onnx=graph)
+    assert data.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"custom_ops_library": "ops"},
+        {"provider_options": [{"qnn": {"backend_path": "mine"}}]},
+        {"provider_options": [{"NvTensorRtRtx": {"trt_extra_plugin_lib_paths": "mine"}}]},
+        {"config_entries": {"anything": "./libmine.so.1"}},
+    ],
+)
+def test_libraries_in_a_config_of_genai(options: dict[str, object], tmp_path: Path) -> None:
+    case = make_case(tmp_path)
+    graph = make_graph(case, tmp_path / "plain" / "model.onnx")
+    config = {"model": {"decoder": {"session_options": options}, "type": "llama"}, "search": {"max_length": 8}}
+    (graph.parent / "genai_config.json").write_text(json.dumps(config))
+    match = r"genai_config\.json: .* is .*, a library that GenAI would load and run; take it out"
+    with pytest.raises(FossilExportError, match=match):
+        export_onnx(case.adapter, tmp_path / "out", base=case.base, mode="fused", onnx=graph)
+    with pytest.raises(FossilExportError, match=match):
+        verify(graph.parent, base=case.base, adapter=case.adapter)
+    config["model"]["decoder"] = {"session_options": {"log_id": "x", "provider_options": [{"cuda": {"a": "1"}}]}}
+    (graph.parent / "genai_config.json").write_text(json.dumps(config))
+    assert export_onnx(case.adapter, tmp_path / "out", base=case.base, mode="fused", onnx=graph).targets == 6
