@@ -33,21 +33,21 @@ class Exact:
     """
 
     unit: Callable[[tuple[int, ...]], int]
-    part: Callable[[Array, int, int], Array]
+    part: Callable[[Any, int, int], Array]
     rebuild: Callable[[Array, Array, Array], Array | None]
 
 
-def _tile_part(shard: Array, start: int, stop: int) -> Array:
+def _tile_part(shard: Any, start: int, stop: int) -> Any:
     return shard[:, start:stop]
 
 
-def _mini_part(shard: Array, start: int, stop: int) -> Array:
+def _mini_part(shard: Any, start: int, stop: int) -> Any:
     import numpy as np
 
     return shard[:, np.arange(start, stop) % shard.shape[1]]
 
 
-def _bat_part(shard: Array, start: int, stop: int) -> Array:
+def _bat_part(shard: Any, start: int, stop: int) -> Any:
     rank = shard.shape[1]
     return shard[start // rank : stop // rank]
 

@@ -22,7 +22,7 @@ from fossil_export.adapters import Adapter, Shard
 from fossil_export.checkpoints.checkpoint import Checkpoint
 from fossil_export.checkpoints.dtypes import BITS, BY_TORCH_NAME, FLOATS, element_count, numpy_dtype
 from fossil_export.checkpoints.header import Header, TensorInfo
-from fossil_export.checkpoints.source import InputFile
+from fossil_export.checkpoints.source import InputFile, StoredArray
 from fossil_export.merging.place import place
 from fossil_export.merging.placement import Placement
 from fossil_export.threads import in_order, one_blas_thread
@@ -185,18 +185,26 @@ class _Files:
         for file in self._open.values():
             file.close()
 
+    def _file(self, info: TensorInfo) -> InputFile:
+        with self._lock:
+            if info.path not in self._open:
+                self._open[info.path] = InputFile(info.path, self._headers[info.path])
+            return self._open[info.path]
+
     def read(self, info: TensorInfo, start: int, nbytes: int) -> Array:
         """`nbytes` bytes of a tensor, from its byte `start` on, as uint8."""
         import numpy as np
 
         assert info.offset is not None
-        with self._lock:
-            if info.path not in self._open:
-                self._open[info.path] = InputFile(info.path, self._headers[info.path])
-            file = self._open[info.path]
         found = np.empty(nbytes, np.uint8)
-        file.read(info.offset + start, found)
+        self._file(info).read(info.offset + start, found)
         return found
+
+    def array(self, info: TensorInfo, adapter: Adapter) -> Array | StoredArray:
+        """A tensor of the adapter, of which what is sliced is read."""
+        if info.offset is None:
+            return adapter.array(info)
+        return StoredArray(self._file(info), info.offset, info.shape, numpy_dtype(info.dtype))
 
     def check(self) -> None:
         for file in self._open.values():
@@ -210,14 +218,14 @@ def _compare(
     found = files.read(job.found, start * found_row, (stop - start) * found_row)
     if job.source.offset is None:
         stored = adapter.array(job.source).reshape(job.rows, -1)[start:stop]
-        part = _values(job, start, stored, found, adapter)
+        part = _values(job, start, stored, found, _trained(job, start, stop, adapter, files))
     else:
         raw = files.read(job.source, start * source_row, (stop - start) * source_row)
         if job.as_bytes:
             part = _bytes(job, start, raw, found)
         else:
             stored = raw.view(numpy_dtype(job.source.dtype)).reshape(stop - start, -1)
-            part = _values(job, start, stored, found, adapter)
+            part = _values(job, start, stored, found, _trained(job, start, stop, adapter, files))
     progress(len(found))
     return part
 
@@ -242,7 +250,8 @@ def _words(raw: Array) -> Array:
     return raw.view(np.uint64) if len(raw) % 8 == 0 else raw
 
 
-def _values(job: _Job, start: int, stored: Array, raw: Array, adapter: Adapter) -> _Part:
+def _values(job: _Job, start: int, stored: Array, raw: Array, trained: Array | None) -> _Part:
+    """Compare rows `stored` of the base, with what they need of the shard (`trained`), with those of the artifact."""
     import numpy as np
 
     found = raw.view(numpy_dtype(job.found.dtype)).reshape(len(stored), -1)
@@ -258,7 +267,8 @@ def _values(job: _Job, start: int, stored: Array, raw: Array, adapter: Adapter) 
         np.copyto(got, found[at : at + rows])
         bound = None
         if exactly is not None:
-            bound = exactly.rebuild(weight, _part(job, adapter, start + at, start + at + len(weight)), exact)
+            assert trained is not None
+            bound = exactly.rebuild(weight, exactly.part(trained, at, at + len(weight)), exact)
         else:
             np.copyto(exact, weight)
         step(exact, job.found.dtype, steps)
@@ -288,12 +298,13 @@ def _values(job: _Job, start: int, stored: Array, raw: Array, adapter: Adapter) 
     return _Part(worst, off, kept, update, first)
 
 
-def _part(job: _Job, adapter: Adapter, start: int, stop: int) -> Array:
+def _trained(job: _Job, start: int, stop: int, adapter: Adapter, files: _Files) -> Array | None:
     """What rows [start, stop) need of the shard as the merge sees it (float32, but for float64 weights), in float64."""
     import numpy as np
 
-    assert job.shard is not None
-    array = EXACT[job.shard.variant].part(adapter.array(job.shard.tensor), start, stop)
+    if job.shard is None:
+        return None
+    array = EXACT[job.shard.variant].part(files.array(job.shard.tensor, adapter), start, stop)
     return (array if job.source.dtype == "F64" else array.astype(np.float32)).astype(np.float64)
 
 
