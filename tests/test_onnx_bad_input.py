@@ -90,6 +90,17 @@ def test_external_data_missing_or_cut(case: Case, graph: Path, tmp_path: Path) -
     refused("external data model.onnx.data is missing", case, tmp_path, onnx=graph)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.onnx.data"])
+def test_links_out_of_the_graphs_folder(name: str, case: Case, graph: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    if (graph.parent / name).exists():
+        (graph.parent / name).rename(elsewhere)
+    else:
+        elsewhere.write_text("a secret of this machine")
+    (graph.parent / name).symlink_to(elsewhere)
+    refused(f"{name}: is a link to", case, tmp_path, onnx=graph, mode="tiled")
+
+
 def test_no_graph(case: Case, graph: Path, tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("this is no graph, it is a sentence")
     refused("is no ONNX graph", case, tmp_path, onnx=tmp_path / "text.onnx")

@@ -14,8 +14,9 @@ import numpy as np
 
 from fossil_export.checkpoints.companions import TOKENIZER_FILES
 from fossil_export.checkpoints.dtypes import numpy_dtype
+from fossil_export.checkpoints.folder import LocalFolder
 from fossil_export.checkpoints.jsonfile import read_json
-from fossil_export.errors import OnnxError, listed
+from fossil_export.errors import CheckpointError, OnnxError, listed
 from fossil_export.hub import resolve
 from fossil_export.onnx.graph_file import external_files, load_graph
 from fossil_export.onnx.plan import OnnxPlan
@@ -56,7 +57,9 @@ def share_data(graph: Path, folder: Path, copy: bool = False) -> list[str]:
     the names of the files that are hard links: ONNX Runtime runs those, the onnx package refuses to load them.
     """
     linked = []
-    for file in external_files(load_graph(graph)):
+    files = list(external_files(load_graph(graph)))
+    _check_links(graph, [file.relative_to(graph.parent).as_posix() for file in files])
+    for file in files:
         target = folder / file.relative_to(graph.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
         if copy:
@@ -103,9 +106,17 @@ def _libraries(value: Any) -> Iterator[str]:
 def bring_companions(graph: Path, folder: Path, without: Sequence[str] = ()) -> None:
     """Copy tokenizer and configs that lie beside `graph`, but those named in `without`."""
     refuse_libraries(graph.parent)
-    for name in COMPANIONS:
-        if name not in without and (graph.parent / name).is_file():
-            shutil.copyfile(graph.parent / name, folder / name)
+    names = [name for name in COMPANIONS if name not in without and (graph.parent / name).is_file()]
+    _check_links(graph, names)
+    for name in names:
+        shutil.copyfile(graph.parent / name, folder / name)
+
+
+def _check_links(graph: Path, names: Sequence[str]) -> None:
+    try:
+        LocalFolder(graph.parent).check_links(names)
+    except CheckpointError as problem:
+        raise OnnxError(str(problem)) from problem
 
 
 def check_saved(plan: OnnxPlan) -> None:
