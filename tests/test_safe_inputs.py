@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import edit_json
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertForMaskedLM, DistilBertForMaskedLM, ElectraForMaskedLM
 
 from fossil_export import convert, load_adapter, merge, plan_merge, push, verify
+from fossil_export.adapters.quantized import quantized_training
 from fossil_export.checkpoints.header import read_header
 from fossil_export.checkpoints.source import InputFile
 from fossil_export.errors import AdapterError, CheckpointError, MergeError
@@ -182,6 +185,7 @@ def test_a_file_cut_under_the_reader_is_an_error_and_no_signal(tmp_path: Path) -
 import os, sys
 from pathlib import Path
 import numpy as np
+from fossil_export.adapters.quantized import quantized_training
 from fossil_export.checkpoints.header import read_header
 from fossil_export.checkpoints.source import InputFile
 from fossil_export.errors import CheckpointError
@@ -251,17 +255,47 @@ def test_a_quantized_module_is_refused_by_what_it_is(base: Path, adapter: Path, 
         plan_merge(adapter)
 
 
-def test_a_tied_head_of_an_unknown_name_is_refused(tmp_path: Path) -> None:
-    """BERT's decoder: its bias is stored, its weight is the embedding's."""
-    torch.manual_seed(0)
-    config = BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
-    BertForMaskedLM(config).save_pretrained(tmp_path / "base")
-    names = load_file(tmp_path / "base" / "model.safetensors")
-    assert "cls.predictions.decoder.weight" not in names
+HEADS = {
+    "cls.predictions.decoder": BertForMaskedLM,  # stored with nothing of the head
+    "vocab_projector": DistilBertForMaskedLM,  # with its bias alone
+    "generator_lm_head": ElectraForMaskedLM,
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_tied_head_of_an_unknown_name_is_refused(head: str, tmp_path: Path) -> None:
+    kind = HEADS[head]
+    sizes = {"vocab_size": 64, "hidden_size": 32, "embedding_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    kind(kind.config_class(**sizes, num_attention_heads=2, dim=32)).save_pretrained(tmp_path / "base")
+    assert f"{head}.weight" not in load_file(tmp_path / "base" / "model.safetensors")
     (tmp_path / "adapter").mkdir()
-    shards = {"base_model.model.cls.predictions.decoder.miss_block": torch.ones(4, 64)}
+    shards = {f"base_model.model.{head}.miss_block": torch.ones(4, 64)}
     save_file(shards, tmp_path / "adapter" / "adapter_model.safetensors")
-    settings = {"peft_type": "MISS", "r": 4, "target_modules": ["decoder"], "base_model_name_or_path": "base"}
+    settings = {"peft_type": "MISS", "r": 4, "target_modules": [head], "base_model_name_or_path": "base"}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(MergeError, match=r"cls\.predictions\.decoder"):
+    with pytest.raises(MergeError, match=re.escape(head)):
         plan_merge(tmp_path / "adapter", tmp_path / "base")
+
+
+@pytest.mark.parametrize("sign", ["name", "card"])
+def test_training_over_quantized_weights_is_told(sign: str, base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Merged into unquantized weights the adapter is another model; merge, verify and certificate say so."""
+    if sign == "name":
+        base.rename(tmp_path / "llama-bnb-4bit")
+        edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(tmp_path / "llama-bnb-4bit"))
+    else:
+        said = "The following `bitsandbytes` quantization config was used during training:\n- load_in_4bit: True\n"
+        (adapter / "README.md").write_text(said)
+    result = merge(adapter, tmp_path / "merged")
+    assert sum("was trained over quantized weights, it seems" in warning for warning in result.warnings) == 1
+    found = verify(tmp_path / "merged", level="weights")
+    assert "another model there" in found.compared_with
+    certificate = json.loads((tmp_path / "merged" / "fossil_parity.json").read_text())
+    assert certificate["parity"] and certificate["base_weights"] == "as stored" and certificate["quantized_training"]
+
+
+@pytest.mark.parametrize("name", ["base", "org/fp16-model", "org/model-8b", "org/Llama-3.1-8B-Instruct", "mnt4bitter"])
+def test_other_names_say_nothing_of_quantized_weights(name: str, base: Path, adapter: Path) -> None:
+    (adapter / "README.md").write_text("## Training\nPlain LoRA in bfloat16.")
+    assert quantized_training(replace(load_adapter(adapter), base_model=name)) is None
+    assert quantized_training(replace(load_adapter(adapter), base_model=f"{name}-GPTQ-Int4")) is not None
