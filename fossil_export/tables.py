@@ -9,6 +9,7 @@ import click
 
 from fossil_export.console import print_pairs, print_table, readable_bytes
 from fossil_export.errors import listed
+from fossil_export.grouping import Group, grouped
 
 if TYPE_CHECKING:
     from fossil_export.converting import Conversion
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from fossil_export.onnx.api import OnnxResult
     from fossil_export.publishing import PushResult, StreamPlan, StreamResult
     from fossil_export.verifying import Verification
+
+
+GROUPS = 60
+"""Kinds of rows that a table shows; more are told by their number."""
 
 
 def print_export(result: OnnxResult) -> None:
@@ -68,7 +73,7 @@ def print_streamed(result: StreamResult) -> None:
 
 def print_moves(plan: StreamPlan) -> None:
     """What a streamed merge would do with each file."""
-    print_plan(plan.merge, tensors=False)
+    print_plan_summary(plan.merge)
     words = {
         "copy": "copied on the Hub",
         "send": "sent as it is",
@@ -114,8 +119,37 @@ def print_verification(result: Verification) -> None:
     print_pairs(pairs)
 
 
-def print_plan(plan: MergePlan, tensors: bool = True) -> None:
-    """The plan, with a line for each of the `tensors` that is not simply copied."""
+def print_plan(plan: MergePlan, every: bool = False) -> None:
+    """What is done to the tensors that are not simply copied, by kind of tensor or for `every` one, and the summary."""
+    rows = [
+        (
+            tensor.action,
+            tensor.name,
+            tensor.dtype,
+            "x".join(map(str, tensor.shape)),
+            tensor.shard.tensor.name if tensor.shard else tensor.source.name,
+        )
+        for tensor in plan.tensors
+        if tensor.action in ("merge", "replace", "add")
+    ]
+    _print_grouped(("action", "tensor", "dtype", "shape", "from"), rows, every)
+    click.echo()
+    print_plan_summary(plan)
+
+
+def _print_grouped(header: Sequence[str], rows: Sequence[Sequence[str]], every: bool) -> None:
+    """Rows of one kind as one with their number, unless `every` row is asked for."""
+    if every:
+        print_table(header, rows)
+        return
+    groups = grouped(rows)
+    shown = [(*group.cells, str(len(group))) for group in groups[:GROUPS]]
+    print_table((*header, "×"), shown)
+    if len(groups) > GROUPS:
+        click.echo(f"and {len(groups) - GROUPS} more kinds; --all shows every row")
+
+
+def print_plan_summary(plan: MergePlan) -> None:
     actions, adapter = ("merge", "replace", "add", "cast", "copy"), plan.adapter
     print_pairs(
         [
@@ -131,21 +165,6 @@ def print_plan(plan: MergePlan, tensors: bool = True) -> None:
             *([("left behind", ", ".join(plan.left_behind))] if plan.left_behind else []),
         ]
     )
-    if not tensors:
-        return
-    rows = [
-        (
-            tensor.action,
-            tensor.name,
-            tensor.dtype,
-            "x".join(map(str, tensor.shape)),
-            tensor.shard.tensor.name if tensor.shard else tensor.source.name,
-        )
-        for tensor in plan.tensors
-        if tensor.action in ("merge", "replace", "add")
-    ]
-    click.echo()
-    print_table(("action", "tensor", "dtype", "shape", "from"), rows)
 
 
 def print_result(result: MergeResult) -> None:
@@ -166,7 +185,34 @@ def print_result(result: MergeResult) -> None:
     )
 
 
-def print_inspection(found: Inspection) -> None:
+def print_inspection(found: Inspection, every: bool = False) -> None:
+    """What was found, by kind of module or for `every` one; the summary comes last."""
+    adapter = found.adapter
+    touched = (
+        {t.shard.module: t.name for t in found.plan.tensors if t.shard is not None} if found.plan is not None else {}
+    )
+    shards = list(adapter.shards.values())
+    rows = [(s.module, "x".join(map(str, s.tensor.shape)), touched.get(s.module, "-")) for s in shards]
+    norms = [found.norms.get(shard.module) for shard in shards]
+    groups = [Group(row, (place,)) for place, row in enumerate(rows)] if every else grouped(rows)
+    shown = groups if every else groups[:GROUPS]
+    table = [(*g.cells, _span([norms[place] for place in g.members]), str(len(g))) for g in shown]
+    print_table(("module", "shard", "base tensor", "norm", "×"), table)
+    if len(shown) < len(groups):
+        click.echo(f"and {len(groups) - len(shown)} more kinds; --all shows every module")
+    click.echo()
+    _print_adapter(found)
+
+
+def _span(norms: Sequence[float | None]) -> str:
+    known = [norm for norm in norms if norm is not None]
+    if not known:
+        return "-"
+    least, most = f"{min(known):.4g}", f"{max(known):.4g}"
+    return least if least == most else f"{least}–{most}"
+
+
+def _print_adapter(found: Inspection) -> None:
     from fossil_export.inspection import dtypes
 
     adapter = found.adapter
@@ -185,20 +231,6 @@ def print_inspection(found: Inspection) -> None:
     if not found.norms:
         pairs.append(("norms", "not known: the values are on the Hub, and only headers were read"))
     print_pairs(pairs)
-    click.echo()
-    touched = (
-        {t.shard.module: t.name for t in found.plan.tensors if t.shard is not None} if found.plan is not None else {}
-    )
-    rows: list[Sequence[str]] = [
-        (
-            shard.module,
-            "x".join(map(str, shard.tensor.shape)),
-            f"{found.norms[shard.module]:.4g}" if found.norms else "-",
-            touched.get(shard.module, "-"),
-        )
-        for shard in adapter.shards.values()
-    ]
-    print_table(("module", "shard", "norm", "base tensor"), rows)
 
 
 def _verdict(found: Inspection) -> str:

@@ -14,8 +14,9 @@ from fossil_export.tables import print_inspection
 @click.command()
 @click.argument("adapter")
 @click.option("--base", metavar="BASE", help=BASE_HELP)
+@click.option("--all", "every", is_flag=True, help="A row for every module, not for every kind of module.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def inspect(adapter: str, base: str | None, as_json: bool) -> None:
+def inspect(adapter: str, base: str | None, every: bool, as_json: bool) -> None:
     """Show what ADAPTER holds, which base tensors it touches and what would stop a merge.
 
     ADAPTER is a path or an id on the Hub. Exits with 1 when something would.
@@ -26,7 +27,7 @@ def inspect(adapter: str, base: str | None, as_json: bool) -> None:
     if as_json:
         print_json(found.to_dict())
     else:
-        print_inspection(found)
+        print_inspection(found, every)
     print_warnings(found.warnings)
     if found.problems:
         sys.exit(1)

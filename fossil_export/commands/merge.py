@@ -30,6 +30,7 @@ from fossil_export.tables import print_moves, print_plan, print_push, print_resu
 )
 @click.option("--hash", "with_hash", is_flag=True, help="Record SHA-256 of all weights files (reads them once more).")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option("--all", "every", is_flag=True, help="With --dry-run: a row for every tensor, not for every kind.")
 @click.option("--overwrite", is_flag=True, help="Replace a folder that an earlier merge wrote.")
 @click.option("--push-to-hub", metavar="REPO_ID", help="Publish the merged model there.")
 @click.option(
@@ -50,6 +51,7 @@ def merge(
     device: str,
     with_hash: bool,
     dry_run: bool,
+    every: bool,
     overwrite: bool,
     push_to_hub: str | None,
     stream: bool,
@@ -108,7 +110,7 @@ def merge(
         if as_json:
             print_json(plan.to_dict())
         else:
-            print_plan(plan)
+            print_plan(plan, every)
         print_warnings(plan.warnings)
         return
     with progress_bar(plan.nbytes, "merging") as progress:

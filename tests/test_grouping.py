@@ -1,0 +1,41 @@
+"""Tables by kind of row."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fossil_export.grouping import grouped
+
+
+def test_layers_of_one_kind_are_one_row() -> None:
+    rows = [(f"model.layers.{n}.{part}", "8x4") for n in (0, 1, 2, 5) for part in ("q", "k")]
+    assert [(group.cells[0], len(group)) for group in grouped(rows)] == [
+        ("model.layers.{0–2,5}.q", 4),
+        ("model.layers.{0–2,5}.k", 4),
+    ]
+
+
+def test_experts_of_all_layers_are_one_row() -> None:
+    rows = [(f"layers.{layer}.experts.{expert}.up", f"from.{layer}.{expert}") for layer in range(3) for expert in range(8)]
+    (group,) = grouped(rows)
+    assert group.cells == ("layers.{0–2}.experts.{0–7}.up", "from.{0–2}.{0–7}") and len(group) == 24
+
+
+def test_other_shapes_are_other_rows_and_names_without_numbers_stay() -> None:
+    rows = [("layers.0.q", "8x4"), ("layers.1.q", "8x2"), ("conv1.weight", "8x4"), ("conv2.weight", "8x4")]
+    assert [group.cells for group in grouped(rows)] == rows
+
+
+def test_scattered_numbers_are_cut_short() -> None:
+    (group,) = grouped([(f"layers.{n}.q",) for n in range(0, 40, 2)])
+    assert group.cells == ("layers.{0,2,4,6,…}.q",)
+
+
+@given(st.lists(st.tuples(st.text("ab.01{}–", max_size=9), st.text("x12.", max_size=4)), max_size=30))
+def test_no_row_is_lost(rows: list[tuple[str, str]]) -> None:
+    groups = grouped(rows)
+    assert sorted(place for group in groups for place in group.members) == list(range(len(rows)))
+    for group in groups:
+        if len(group) == 1:
+            assert group.cells == rows[group.members[0]]
