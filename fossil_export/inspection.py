@@ -28,6 +28,9 @@ class Inspection:
     problems: tuple[str, ...]
     warnings: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"<Inspection of {self.adapter!r}: {'; '.join(self.problems) or self.plan or 'base not looked at'}>"
+
     def to_dict(self) -> dict[str, Any]:
         """As `--json` prints it."""
         adapter = self.adapter

@@ -150,12 +150,14 @@ def _print_grouped(header: Sequence[str], rows: Sequence[Sequence[str]], every: 
 
 
 def print_plan_summary(plan: MergePlan) -> None:
-    actions, adapter = ("merge", "replace", "add", "cast", "copy"), plan.adapter
+    from fossil_export.merging.plan import ACTIONS
+
+    adapter = plan.adapter
     print_pairs(
         [
             ("adapter", f"{_at(adapter.name, adapter.revision)} ({adapter.variant}, r={adapter.rank})"),
             ("base", _at(plan.base_name, plan.base_revision)),
-            ("tensors", ", ".join(f"{action} {count}" for action in actions if (count := plan.count(action)))),
+            ("tensors", ", ".join(f"{action} {count}" for action in ACTIONS if (count := plan.count(action)))),
             ("files", f"{len(plan.files)} of weights, {readable_bytes(plan.nbytes)}; {len(plan.companions)} others"),
             *(
                 [("config.json", ", ".join(f"{k} = {v}" for k, v in plan.config_edits.items()))]

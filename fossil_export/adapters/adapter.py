@@ -63,6 +63,12 @@ class Adapter:
     source: Folder | None = field(default=None, repr=False)
     header: Header | None = field(default=None, repr=False)
 
+    def __repr__(self) -> str:
+        """One line, however many modules there are."""
+        what = f"{self.peft_type} {self.variant} r={self.rank}, {len(self.shards)} modules"
+        more = f", {len(self.saved)} whole tensors" if self.saved else ""
+        return f"<Adapter {self.name or self.path}: {what}{more}, base {self.base_model}>"
+
     @property
     def is_here(self) -> bool:
         """Whether all of its files are on this machine."""

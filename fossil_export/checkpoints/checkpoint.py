@@ -34,6 +34,9 @@ class Checkpoint:
     config: Mapping[str, Any] | None
     tensors: Mapping[str, TensorInfo]
 
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.location}: {len(self.tensors)} tensors, {self.nbytes:,} bytes>"
+
     @property
     def location(self) -> Path:
         return self.folder if self.folder is not None else self.files[0].path

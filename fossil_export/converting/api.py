@@ -74,6 +74,9 @@ class Conversion:
     details: dict[str, Any]
     warnings: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"<Conversion to {self.to}: {self.output}, {self.nbytes:,} bytes in {self.seconds:.1f} s>"
+
     def to_dict(self) -> dict[str, Any]:
         """The result as `--json` prints it."""
         return {

@@ -36,6 +36,14 @@ class MergeResult:
     peak_memory: int
     warnings: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        kept = sum(self.survival.values(), Survival()).survived
+        share = "" if kept is None else f", {kept:.1%} of the update kept"
+        return (
+            f"<MergeResult {self.output}: {len(self.survival)} of {len(self.plan.tensors)} tensors merged{share}, "
+            f"{self.plan.nbytes:,} bytes in {self.seconds:.1f} s>"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The result as `--json` prints it."""
         merged = [tensor for tensor in self.plan.tensors if tensor.name in self.survival]

@@ -26,6 +26,9 @@ from fossil_export.merging.layout import FilePlan, TensorPlan, lay_out, parse_si
 from fossil_export.merging.place import place
 from fossil_export.merging.placement import Placement
 
+ACTIONS = ("merge", "replace", "add", "cast", "copy")
+"""What can be done to a tensor (`TensorPlan.action`)."""
+
 
 @dataclass(frozen=True)
 class MergePlan:
@@ -50,6 +53,13 @@ class MergePlan:
     left_behind: tuple[str, ...]
     warnings: tuple[str, ...]
     stamps: Mapping[Path, Stamp]
+
+    def __repr__(self) -> str:
+        done = ", ".join(f"{action} {count}" for action in ACTIONS if (count := self.count(action)))
+        return (
+            f"<MergePlan of {self.adapter.name} into {self.base_name}: {done}; "
+            f"{len(self.files)} files of {self.nbytes:,} bytes, {len(self.companions)} others>"
+        )
 
     def check(self) -> None:
         """Raise CheckpointError where a file that the plan was made from is another one by now."""

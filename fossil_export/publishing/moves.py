@@ -41,6 +41,9 @@ class StreamPlan:
     moves: tuple[Move, ...]
     max_disk: int | None = None
 
+    def __repr__(self) -> str:
+        return f"<StreamPlan: {len(self.moves)} files, {self.disk:,} bytes of disk at most; {self.merge!r}>"
+
     @property
     def remote(self) -> HubFolder | None:
         """The base's repository, None for a base on this machine."""

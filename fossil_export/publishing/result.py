@@ -31,6 +31,9 @@ class PushResult:
     seconds: float
     warnings: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        return f"<PushResult {self.url}: {len(self.files)} files, {self.nbytes:,} bytes, commit {self.commit[:12]}>"
+
     def to_dict(self) -> dict[str, Any]:
         """The result as `--json` prints it."""
         return {

@@ -49,6 +49,9 @@ class StreamResult:
     copied: tuple[str, ...]
     resumed: int
 
+    def __repr__(self) -> str:
+        return f"<StreamResult: {len(self.survival)} tensors merged, {self.resumed} files taken up; {self.push!r}>"
+
     def to_dict(self) -> dict[str, Any]:
         """The result as `--json` prints it."""
         merge = self.plan.merge

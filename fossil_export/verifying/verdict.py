@@ -38,6 +38,10 @@ class Verification:
     seconds: float
     warnings: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        found = "parity" if self.parity else f"{len(self.problems)} problems, the first: {self.problems[0]}"
+        return f"<Verification of {self.artifact}: {found}; compared with {self.compared_with}>"
+
     @property
     def quantized_training(self) -> str | None:
         """What says that training ran over quantized weights. The trainer of this verification did not: it is the

@@ -1,10 +1,14 @@
-"""Tables by kind of row."""
+"""What plans and results show of themselves: tables by kind of row, short reprs."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fossil_export
+from fossil_export import convert, inspect, load_adapter, merge, verify
 from fossil_export.grouping import grouped
 
 
@@ -17,7 +21,9 @@ def test_layers_of_one_kind_are_one_row() -> None:
 
 
 def test_experts_of_all_layers_are_one_row() -> None:
-    rows = [(f"layers.{layer}.experts.{expert}.up", f"from.{layer}.{expert}") for layer in range(3) for expert in range(8)]
+    rows = [
+        (f"layers.{layer}.experts.{expert}.up", f"from.{layer}.{expert}") for layer in range(3) for expert in range(8)
+    ]
     (group,) = grouped(rows)
     assert group.cells == ("layers.{0–2}.experts.{0–7}.up", "from.{0–2}.{0–7}") and len(group) == 24
 
@@ -39,3 +45,20 @@ def test_no_row_is_lost(rows: list[tuple[str, str]]) -> None:
     for group in groups:
         if len(group) == 1:
             assert group.cells == rows[group.members[0]]
+
+
+def test_results_show_themselves_in_a_few_lines(base: Path, adapter: Path, tmp_path: Path) -> None:
+    result = merge(adapter, tmp_path / "merged")
+    found = verify(tmp_path / "merged", level="weights")
+    converted = convert(adapter, tmp_path / "lora", to="lora")
+    for thing in (load_adapter(adapter), result.plan, result.plan.base, result, found, inspect(adapter), converted):
+        text = repr(thing)
+        assert text.startswith(f"<{type(thing).__name__}") and len(text) < 1200 and "\n" not in text
+    assert "merge 14, copy 7" in repr(result.plan) and "parity" in repr(found)
+    assert "14 modules" in repr(load_adapter(adapter)) and "14 of 21 tensors" in repr(result)
+
+
+def test_the_package_lists_its_names() -> None:
+    assert dir(fossil_export) == sorted(fossil_export.__all__)
+    for name in fossil_export.__all__:
+        assert getattr(fossil_export, name) is not None
