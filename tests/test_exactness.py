@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from peft import MissConfig
 from peft.tuners.miss.layer import MissLinear
 
-from fossil_export import load_adapter, merge
+from fossil_export import load_adapter, merge, plan_merge
+from fossil_export.errors import MergeError
 from fossil_export.merging.engine import NumpyEngine, TorchEngine, compute_dtype, is_finite, merge_slab
 from fossil_export.methods import METHODS
 
@@ -201,3 +202,14 @@ def test_finite_by_bits_is_finite(dtype: str) -> None:
             damaged = values.copy()
             damaged[place] = bad
             assert not is_finite(damaged)
+
+
+def test_a_dtype_may_be_torchs_own(base: Path, adapter: Path, tmp_path: Path) -> None:
+    merge(adapter, tmp_path / "one", dtype=torch.bfloat16)
+    merge(adapter, tmp_path / "other", dtype="bfloat16")
+    assert (tmp_path / "one" / "fossil_export.json").read_bytes() == (
+        tmp_path / "other" / "fossil_export.json"
+    ).read_bytes()
+    assert {value.dtype for value in weights(tmp_path / "one").values()} == {torch.bfloat16}
+    with pytest.raises(MergeError, match="dtype is 'int8'"):
+        plan_merge(adapter, dtype=torch.int8)

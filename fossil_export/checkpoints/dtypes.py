@@ -44,6 +44,11 @@ BY_TORCH_NAME = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16
 TORCH_NAME = {short: name for name, short in BY_TORCH_NAME.items()}
 
 
+def torch_name(dtype: object) -> str:
+    """The name of a dtype of PyTorch's: "bfloat16" for itself and for torch.bfloat16 (not imported here)."""
+    return str(dtype).removeprefix("torch.")
+
+
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """NumPy's dtype for one of `FLOATS`."""
     import ml_dtypes

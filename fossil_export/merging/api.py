@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.checkpoints.checkpoint import sha256
@@ -22,6 +22,9 @@ from fossil_export.merging.plan import MergePlan, plan_merge
 from fossil_export.merging.provenance import provenance, survival_record
 from fossil_export.merging.run import run
 from fossil_export.merging.survival import WARNING_BELOW, Survival
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def merge(
     output: str | Path,
     *,
     base: str | Path | None = None,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     max_shard_size: int | str | None = None,
     device: str = "cpu",
     overwrite: bool = False,

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.adapters.quantized import quantized_training
 from fossil_export.checkpoints.checkpoint import Checkpoint
 from fossil_export.checkpoints.companions import TOKENIZER_FILES, companions
-from fossil_export.checkpoints.dtypes import BY_TORCH_NAME, FLOATS
+from fossil_export.checkpoints.dtypes import BY_TORCH_NAME, FLOATS, torch_name
 from fossil_export.checkpoints.header import TensorInfo
 from fossil_export.checkpoints.jsonfile import write_json
 from fossil_export.checkpoints.stamp import Stamp, check_stamp
@@ -25,6 +25,9 @@ from fossil_export.merging.config import difference, edited_config
 from fossil_export.merging.layout import FilePlan, TensorPlan, lay_out, parse_size, tensor_record
 from fossil_export.merging.place import place
 from fossil_export.merging.placement import Placement
+
+if TYPE_CHECKING:
+    import torch
 
 ACTIONS = ("merge", "replace", "add", "cast", "copy")
 """What can be done to a tensor (`TensorPlan.action`)."""
@@ -120,18 +123,19 @@ def plan_merge(
     adapter: Adapter | str | Path,
     base: str | Path | Located | None = None,
     *,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     max_shard_size: int | str | None = None,
 ) -> MergePlan:
     """Decide how `adapter` is merged into `base`, reading only headers and configs.
 
     Both are paths or ids on the Hub; `base` defaults to the adapter's `base_model_name_or_path`, at the revision it
     names. Of a base on the Hub only headers are read, by ranges. `dtype` is "auto" (each tensor keeps its own) or a
-    torch dtype's name for all floating-point tensors; `max_shard_size` is in bytes or like "5GB", and re-cuts the
-    files; None keeps the base's. Raises AdapterError, CheckpointError, HubError or MergeError.
+    torch dtype, or its name, for all floating-point tensors; `max_shard_size` is in bytes or like "5GB", and re-cuts
+    the files; None keeps the base's. Raises AdapterError, CheckpointError, HubError or MergeError.
     """
     if not isinstance(adapter, Adapter):
         adapter = load_adapter(adapter)
+    dtype = torch_name(dtype)
     if dtype != "auto" and dtype not in BY_TORCH_NAME:
         raise MergeError(f"dtype is {dtype!r}, expected auto, {', '.join(BY_TORCH_NAME)}")
     found = base if isinstance(base, Located) else find_base(adapter, base)

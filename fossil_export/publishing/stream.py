@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.cards import Facts
@@ -36,6 +36,9 @@ from fossil_export.publishing.repository import Commit, CopyRefusedError, Reposi
 from fossil_export.publishing.result import Progress, PushResult
 from fossil_export.publishing.stale import refuse_base, stale
 from fossil_export.publishing.workplace import workplace
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def merge_to_hub(
     repo_id: str,
     *,
     base: str | Path | None = None,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     max_shard_size: int | str | None = None,
     device: str = "cpu",
     hash: bool = False,  # noqa: A002  named as the command's option
@@ -108,7 +111,7 @@ def plan_stream(
     adapter: Adapter | str | Path,
     base: str | Path | None = None,
     *,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     max_shard_size: int | str | None = None,
     max_disk: int | str | None = None,
 ) -> StreamPlan:
