@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import BertForMaskedLM, DistilBertForMaskedLM, ElectraForMaske
 
 from fossil_export import convert, load_adapter, merge, plan_merge, push, verify
 from fossil_export.adapters.quantized import quantized_training
+from fossil_export.checkpoints.folder import LocalFolder
 from fossil_export.checkpoints.header import read_header
 from fossil_export.checkpoints.source import InputFile
 from fossil_export.errors import AdapterError, CheckpointError, MergeError
@@ -299,3 +301,92 @@ def test_other_names_say_nothing_of_quantized_weights(name: str, base: Path, ada
     (adapter / "README.md").write_text("## Training\nPlain LoRA in bfloat16.")
     assert quantized_training(replace(load_adapter(adapter), base_model=name)) is None
     assert quantized_training(replace(load_adapter(adapter), base_model=f"{name}-GPTQ-Int4")) is not None
+
+
+def test_links_on_the_way_to_a_graphs_data_are_refused(tmp_path: Path, secrets: Path) -> None:
+    folder = tmp_path / "graph"
+    folder.mkdir()
+    (folder / "sub").symlink_to(secrets)
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        LocalFolder(folder).check_links(["sub/id_ed25519"])
+
+
+def test_a_hidden_shard_is_none_of_the_model(base: Path, adapter: Path, tmp_path: Path) -> None:
+    index = next(base.glob("*.index.json"))
+    first = sorted(base.glob("*.safetensors"))[0]
+    first.rename(tmp_path / "other.safetensors")
+    (base / f".{first.name}").symlink_to(tmp_path / "other.safetensors")
+    index.write_text(index.read_text().replace(first.name, f".{first.name}"))
+    with pytest.raises(CheckpointError, match="which is missing"):
+        merge(adapter, tmp_path / "merged")
+
+
+def _cut_on_first_view(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """Cut `path` as soon as a piece of any file was asked for, which a map would answer with a signal."""
+    view = LocalFolder.view
+
+    def cutting(self: LocalFolder, name: str, offset: int, nbytes: int) -> object:
+        found = view(self, name, offset, nbytes)
+        os.truncate(path, 0)
+        return found
+
+    monkeypatch.setattr(LocalFolder, "view", cutting)
+
+
+@pytest.mark.parametrize("target", ["lora", "miss"])
+def test_an_adapter_cut_while_it_is_converted_is_an_error(
+    target: str, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _cut_on_first_view(monkeypatch, adapter / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="changed while it was being read"):
+        convert(adapter, tmp_path / "out", to=target)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("target", ["lora", "miss"])
+def test_an_adapter_that_changes_while_it_is_converted_is_an_error(
+    target: str, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fossil_export.converting import api
+
+    write = api.TARGETS[target].write
+
+    def changing(*arguments: Any) -> Any:
+        found = write(*arguments)
+        _write_into(adapter / "adapter_model.safetensors")
+        return found
+
+    monkeypatch.setitem(api.TARGETS, target, replace(api.TARGETS[target], write=changing))
+    with pytest.raises(AdapterError, match="changed while it was being read"):
+        convert(adapter, tmp_path / "out", to=target)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", [_cut, _write_into, _replace])
+def test_a_pickled_adapter_that_changes_after_it_was_read_is_an_error(
+    change: Callable[[Path], None], adapter: Path, tmp_path: Path
+) -> None:
+    weights = adapter / "adapter_model.bin"
+    torch.save(load_file(adapter / "adapter_model.safetensors"), weights)
+    (adapter / "adapter_model.safetensors").unlink()
+    loaded = load_adapter(adapter)
+    change(weights)
+    with pytest.raises(CheckpointError, match="changed while it was being read"):
+        merge(loaded, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    next(iter(loaded.pickled.values())).sum()  # what a map of a cut file would answer with a signal
+
+
+def test_two_heads_of_which_another_one_was_resized_are_refused(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    save_file({"model.embed_tokens.weight": torch.zeros(30, 16)}, base / "model.safetensors")
+    (base / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
+    prefix = "base_model.model"
+    tensors = {f"{prefix}.lm_head.miss_block": torch.zeros(2, 30), f"{prefix}.embed_out.weight": torch.zeros(32, 16)}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "MISS", "r": 2, "modules_to_save": ["embed_out"], "base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(MergeError, match="trained with 32 tokens"):
+        plan_merge(adapter)

@@ -12,7 +12,7 @@ from fossil_export.checkpoints.companions import tokenizer_of
 from fossil_export.checkpoints.dtypes import numpy_dtype
 from fossil_export.checkpoints.folder import Folder, LocalFolder
 from fossil_export.checkpoints.header import Header, TensorInfo
-from fossil_export.checkpoints.stamp import check_stamp
+from fossil_export.checkpoints.stamp import Stamp, check_stamp
 from fossil_export.errors import AdapterError, CheckpointError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Adapter:
     into memory until `array` is called; arrays of pickled adapters, which are no byte ranges, are in `pickled`.
     `name` is what records call it (its id on the Hub, else the path as given) and `revision` its commit there.
     `source` is the folder of its `files` (default: where they lie), whose weights have this `header`; those of an
-    adapter on the Hub are here once `fetch` was called.
+    adapter on the Hub are here once `fetch` was called. `stamps` are those of the files that were read already.
     """
 
     path: Path
@@ -62,6 +62,7 @@ class Adapter:
     notes: tuple[str, ...] = ()
     source: Folder | None = field(default=None, repr=False)
     header: Header | None = field(default=None, repr=False)
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
         """One line, however many modules there are."""
@@ -89,6 +90,13 @@ class Adapter:
         if self.header is not None:
             self._folder.check([self.header])
 
+    def check(self) -> None:
+        """Raise AdapterError where a file of it is another one than that which was read."""
+        for path, stamp in self.stamps.items():
+            check_stamp(path, stamp, AdapterError)
+        if self.header is not None:
+            check_stamp(self.header.path, self.header.stamp, AdapterError)
+
     def tokenizer(self) -> dict[str, Path]:
         """The complete tokenizer that the trainer saved beside the shards, by name, or nothing."""
         return tokenizer_of(self._folder)
@@ -100,22 +108,32 @@ class Adapter:
 
         return sum(element_count(shard.tensor.shape) for shard in self.shards.values())
 
-    def array(self, tensor: TensorInfo) -> np.ndarray[Any, Any]:
-        """The values of one of this adapter's tensors, or of another file's, in its own dtype and shape.
+    def array(self, tensor: TensorInfo, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+        """The values of one of this adapter's tensors, or of another file's, in its own dtype; with `start` and `stop`
+        those rows of it.
 
-        A read-only view of the mapped file (nothing is copied until it is used); what is on the Hub alone comes by
-        a range. Raises AdapterError when the file cannot be read any more.
+        Its own are read into memory, and what is on the Hub alone comes by a range; another file's are a read-only view
+        of that file. Raises AdapterError when it cannot be read any more, or the adapter is another one by now.
         """
         if tensor.offset is None:
-            return self.pickled[tensor.name]
+            return self.pickled[tensor.name][start:stop] if tensor.shape else self.pickled[tensor.name]
+        shape, offset, nbytes = tensor.shape, tensor.offset, tensor.nbytes
+        if (start, stop) != (0, None):
+            first, last, _ = slice(start, stop).indices(shape[0])
+            size = nbytes // max(1, shape[0])
+            shape, offset, nbytes = (last - first, *shape[1:]), offset + first * size, (last - first) * size
+        import numpy as np
+
         ours = tensor.path in self.files
-        if ours and self.header is not None:
-            check_stamp(tensor.path, self.header.stamp, AdapterError)
         try:
-            folder = self._folder if ours else LocalFolder(tensor.path.parent)
-            raw = folder.view(tensor.path.name, tensor.offset, tensor.nbytes)
+            if ours:
+                raw = self._folder.view(tensor.path.name, offset, nbytes)
+            else:
+                raw = np.memmap(tensor.path, np.uint8, "r", offset, (nbytes,))
         except CheckpointError as problem:
             raise AdapterError(str(problem)) from problem
         except (OSError, ValueError) as problem:
             raise AdapterError(f"{tensor.path}: {tensor.name} cannot be read: {problem}") from problem
-        return raw.view(numpy_dtype(tensor.dtype)).reshape(tensor.shape)
+        if ours and self.header is not None:
+            check_stamp(tensor.path, self.header.stamp, AdapterError)
+        return raw.view(numpy_dtype(tensor.dtype)).reshape(shape)

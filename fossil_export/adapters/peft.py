@@ -19,6 +19,7 @@ from fossil_export.checkpoints.dtypes import FLOATS
 from fossil_export.checkpoints.folder import Folder, LocalFolder
 from fossil_export.checkpoints.header import TensorInfo
 from fossil_export.checkpoints.jsonfile import read_json
+from fossil_export.checkpoints.stamp import stamps_of
 from fossil_export.errors import AdapterError, CheckpointError, listed
 
 CONFIG = "adapter_config.json"
@@ -74,8 +75,10 @@ def load_adapter(path: str | Path) -> Adapter:
 
 def _load_folder(given: Path, weights: Path | None, source: Folder) -> Adapter:
     folder = source.path
+    stamps = stamps_of([folder / CONFIG])
     config = _read_config(folder)
     weights = weights or find_weights(folder)
+    stamps |= stamps_of([weights])
     header = None
     try:
         source.check_links([CONFIG, weights.name])
@@ -141,6 +144,7 @@ def _load_folder(given: Path, weights: Path | None, source: Folder) -> Adapter:
         pickled=pickled,
         source=source,
         header=header,
+        stamps=stamps,
     )
 
 

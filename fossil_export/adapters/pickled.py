@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ def read_pickled(path: Path) -> tuple[tuple[TensorInfo, ...], dict[str, np.ndarr
     """The tensors of a `.bin`, `.pt` or `.pth` state dict, and their arrays.
 
     PyTorch's restricted unpickler (`weights_only=True`) refuses everything but tensors and plain
-    containers; the arrays are views of the mapped file. Raises AdapterError for anything else.
+    containers. Raises AdapterError for anything else.
     """
     try:
         import torch
@@ -34,7 +33,7 @@ def read_pickled(path: Path) -> tuple[tuple[TensorInfo, ...], dict[str, np.ndarr
             "torch>=2.6, or ask for the adapter as safetensors"
         )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as problem:
         raise AdapterError(
             f"{path}: is not a pickle of plain tensors, it may hold code and was not run; "

@@ -11,6 +11,7 @@ from pathlib import Path
 from fossil_export.adapters.adapter import Adapter, Shard
 from fossil_export.adapters.pickled import read_pickled
 from fossil_export.checkpoints.dtypes import FLOATS
+from fossil_export.checkpoints.stamp import stamps_of
 from fossil_export.errors import AdapterError, listed
 
 ENDINGS = ("disha", "bone")
@@ -23,6 +24,7 @@ def is_state_dict(path: Path) -> bool:
 
 def load_state_dict(path: Path) -> Adapter:
     """Read such a file. Raises AdapterError for tensors that are no shards of one variant and rank."""
+    stamps = stamps_of([path])
     tensors, pickled = read_pickled(path)
     shards: dict[str, Shard] = {}
     strangers = []
@@ -66,4 +68,5 @@ def load_state_dict(path: Path) -> Adapter:
         saved={},
         files=(path,),
         pickled=pickled,
+        stamps=stamps,
     )

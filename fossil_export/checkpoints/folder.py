@@ -29,7 +29,7 @@ class Folder(Protocol):
         """Every file, sorted, but hidden files and those in hidden folders."""
 
     def root_names(self) -> list[str]:
-        """The files that lie in no subfolder, sorted."""
+        """The files that lie in no subfolder, sorted; no hidden ones either."""
 
     def headers(self, names: Iterable[str]) -> tuple[Header, ...]:
         """The headers of safetensors files; raises CheckpointError."""
@@ -41,7 +41,7 @@ class Folder(Protocol):
         """Bytes of a file."""
 
     def view(self, name: str, offset: int, nbytes: int) -> np.ndarray[Any, Any]:
-        """`nbytes` bytes of a file from `offset` on, as uint8."""
+        """`nbytes` bytes of a file from `offset` on, as uint8, in memory: raises CheckpointError where it has fewer."""
 
     def blob(self, name: str) -> str | None:
         """The Hub's id of a file's content, where it is known: SHA-256 of a large file, git's SHA-1 of a small one."""
@@ -89,7 +89,7 @@ class LocalFolder:
 
     def root_names(self) -> list[str]:
         try:
-            return sorted(path.name for path in self.path.iterdir() if path.is_file())
+            return sorted(p.name for p in self.path.iterdir() if p.is_file() and not p.name.startswith("."))
         except OSError as problem:
             raise CheckpointError(f"{self.path}: cannot be read: {problem.strerror}") from problem
 
@@ -105,10 +105,13 @@ class LocalFolder:
     def view(self, name: str, offset: int, nbytes: int) -> np.ndarray[Any, Any]:
         import numpy as np
 
-        try:
-            return np.memmap(self.path / name, np.uint8, "r", offset, (nbytes,))
-        except ValueError as problem:  # it is shorter than its header said
-            raise changed(self.path / name) from problem
+        # Not mapped: a file that is cut meanwhile would end the process with a signal.
+        with (self.path / name).open("rb") as file:
+            file.seek(offset)
+            found = np.fromfile(file, np.uint8, nbytes)
+        if len(found) < nbytes:  # it is shorter than its header said
+            raise changed(self.path / name)
+        return found
 
     def blob(self, name: str) -> str | None:
         return hub_blob(self.path / name)
@@ -125,9 +128,8 @@ class LocalFolder:
 
 
 def _check_link(path: Path, folder: Path) -> None:
-    """Raise CheckpointError if `path` is a link that leads out of `folder`, but for files in the Hub's cache."""
-    if not path.is_symlink():
-        return
+    """Raise CheckpointError if `path`, or a folder on the way to it, is a link that leads out of `folder`, but for
+    files in the Hub's cache."""
     target = path.resolve()
     storage = target.parent.parent
     is_blob = target.parent.name == "blobs" and (storage / "snapshots").is_dir() and target.is_file()

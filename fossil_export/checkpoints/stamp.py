@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,11 @@ class Stamp:
     @classmethod
     def of(cls, status: os.stat_result) -> Stamp:
         return cls(status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
+
+
+def stamps_of(paths: Iterable[Path]) -> dict[Path, Stamp]:
+    """Of those files that are here."""
+    return {path: Stamp.of(path.stat()) for path in paths if path.is_file()}
 
 
 def check_stamp(path: Path, stamp: Stamp | None, error: type[FossilExportError] = CheckpointError) -> None:

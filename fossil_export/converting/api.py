@@ -161,6 +161,7 @@ def convert(
         with staged_folder(path, needed, overwrite) as folder:
             try:
                 details = TARGETS[to].write(adapter, folder, options)
+                adapter.check()
             except OSError as problem:
                 raise OutputError(
                     f"{output}: writing failed: {problem.strerror}; make room or choose another"
@@ -174,6 +175,7 @@ def convert(
         try:
             with staged_file(path, overwrite) as partial:
                 details = TARGETS[to].write(adapter, partial, options)
+                adapter.check()
         except FileExistsError as problem:
             raise OutputError(f"{output}: has come into being meanwhile; choose another --output") from problem
         except OSError as problem:

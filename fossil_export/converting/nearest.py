@@ -110,9 +110,9 @@ class _Updates:
         if options.base_config is not None:
             raise MergeError("the update of a bat adapter depends on the base's weights; name the model with --base")
         self._adapter = adapter
-        plan = plan_merge(adapter, options.base)
-        plan.fetch()
-        self._sources = {t.shard.module: t.source for t in plan.tensors if t.shard is not None}
+        self._plan = plan_merge(adapter, options.base)
+        self._plan.fetch()
+        self._sources = {t.shard.module: t.source for t in self._plan.tensors if t.shard is not None}
 
     def of(self, module: str) -> Array:
         """ΔW (out, in) in float32."""
@@ -120,4 +120,5 @@ class _Updates:
         weight = np.asarray(self._adapter.array(self._sources[module]), np.float32)
         values = np.asarray(finite(self._adapter, module), np.float32)
         update: Array = METHODS[shard.variant].update(weight, values, 0)
+        self._plan.check()
         return update

@@ -18,7 +18,7 @@ from fossil_export.checkpoints.companions import TOKENIZER_FILES, companions
 from fossil_export.checkpoints.dtypes import BY_TORCH_NAME, FLOATS, torch_name
 from fossil_export.checkpoints.header import TensorInfo
 from fossil_export.checkpoints.jsonfile import write_json
-from fossil_export.checkpoints.stamp import Stamp, check_stamp
+from fossil_export.checkpoints.stamp import Stamp, check_stamp, stamps_of
 from fossil_export.errors import CheckpointError, MergeError, listed
 from fossil_export.hub import Located, locate, names_hub, pinned
 from fossil_export.merging.config import difference, edited_config
@@ -194,7 +194,7 @@ def _stamps(adapter: Adapter, base: Checkpoint, companions: Iterable[Path]) -> d
     found = {header.path: header.stamp for header in headers if header.stamp is not None}
     small = [*companions, *adapter.files, *([base.index_path] if base.index_path is not None else [])]
     small += [base.folder / "config.json"] if base.folder is not None and base.config is not None else []
-    return {path: Stamp.of(path.stat()) for path in small if path.is_file()} | found
+    return {**stamps_of(small), **adapter.stamps, **found}
 
 
 def find_base(adapter: Adapter, base: str | Path | None = None) -> Located:

@@ -76,7 +76,8 @@ def part_head(adapter: Adapter, base: Checkpoint, placement: Placement) -> None:
             placement.added.remove(head)
         return
     if stored is None:
-        if embedding not in placement.saved and placement.vocab_size is not None and head in placement.shards:
+        resized = placement.vocab_size is not None and head in placement.shards and head in placement.saved
+        if embedding not in placement.saved and resized:
             # The shard's base layer was the tied embedding, resized; PEFT saves it under the head's name alone.
             placement.saved[embedding] = placement.saved[head]
         if head not in placement.saved:
@@ -124,14 +125,12 @@ def _equal(adapter: Adapter, base: Checkpoint, placement: Placement, embedding: 
 
     size = max(1, first.nbytes // max(1, first.shape[0]))
     rows = max(1, (1 << 25) // size)  # some megabytes at a time
-    own = None if embedding not in placement.saved else adapter.array(first)
-    trained = adapter.array(second)
     for at in range(0, first.shape[0], rows):
         count = min(rows, first.shape[0] - at)
-        if own is not None:
-            one = own[at : at + count].tobytes()
+        if embedding in placement.saved:
+            one = adapter.array(first, at, at + count).tobytes()
         else:
             one = base.source.view(first.path.name, (first.offset or 0) + at * size, count * size).tobytes()
-        if one != trained[at : at + count].tobytes():
+        if one != adapter.array(second, at, at + count).tobytes():
             return False
     return True

@@ -123,6 +123,7 @@ def export_onnx(
         if merge.base.folder is None or merge.base.config is None:
             raise OnnxError(f"{merge.base.location}: has no config.json, from which a graph is made; name the folder")
     check_destination(target, inputs, overwrite)
+    merge.check()
     progress("fetching the base")
     merge.fetch()
     linked: list[str] = []
@@ -140,7 +141,9 @@ def export_onnx(
             record = provenance(merge, {})
             record |= {"artifact": "onnx", "mode": mode, "runtime": runtime, "precision": precision, "graph": name}
             (folder / PROVENANCE).write_bytes(write_json(record))
+            merge.check()
         except OSError as problem:
+            merge.check()  # an input that is gone is no fault of the output's
             raise OutputError(
                 f"{target}: writing failed: {problem.strerror}; make room or choose another --output"
             ) from problem
