@@ -1,0 +1,200 @@
+"""Files that are replaced, cut or written to while they are read, as a sync does: one line, and nothing is written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fossil_export import convert, load_adapter, merge, plan_merge, verify
+from fossil_export.checkpoints.folder import LocalFolder
+from fossil_export.checkpoints.header import read_header
+from fossil_export.checkpoints.source import InputFile
+from fossil_export.errors import AdapterError, CheckpointError
+from fossil_export.merging.api import run_plan
+
+
+def _replace(path: Path) -> None:
+    """Another file of the same header in its place, as a sync leaves it."""
+    content = bytearray(path.read_bytes())
+    content[-4:] = b"\0\0\0\1"
+    partial = path.with_name("incoming")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 64)
+
+
+def _write_into(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\0\0\0\1")
+
+
+def _grow(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"more")
+
+
+CHANGES = {"replaced": _replace, "cut": _cut, "written into": _write_into, "grown": _grow, "removed": Path.unlink}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("which", ["base", "adapter", "tokenizer"])
+def test_a_file_that_changes_after_the_plan_stops_the_merge(
+    which: str, change: str, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    (base / "vocab.txt").write_text("a vocabulary of a hundred words or so, " * 4)
+    path = {
+        "base": sorted(base.glob("*.safetensors"))[0],
+        "adapter": adapter / "adapter_model.safetensors",
+        "tokenizer": base / "vocab.txt",
+    }[which]
+    plan = plan_merge(adapter)
+    CHANGES[change](path)
+    with pytest.raises((CheckpointError, AdapterError), match=f"{path.name}: (changed while|cannot be read)"):
+        run_plan(plan, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists() and not list(tmp_path.glob(".merged*"))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_base_that_changes_during_the_merge_stops_it(change: str, base: Path, adapter: Path, tmp_path: Path) -> None:
+    """The last file of the base, while the first is merged; and each of them, after its first slab."""
+    for path in sorted(base.glob("*.safetensors")):
+        kept = path.read_bytes()
+        done = []
+
+        def once(nbytes: int, path: Path = path, done: list[int] = done) -> None:
+            if not done:
+                CHANGES[change](path)
+            done.append(nbytes)
+
+        with pytest.raises(CheckpointError, match=f"{path.name}: (changed while|cannot be read)"):
+            merge(adapter, tmp_path / "merged", progress=once)
+        assert not (tmp_path / "merged").exists()
+        path.write_bytes(kept)
+
+
+def test_a_file_cut_under_the_reader_is_an_error_and_no_signal(tmp_path: Path) -> None:
+    """In a process of its own, which a read through a map would have killed."""
+    save_file({"weight": torch.zeros(1 << 20)}, tmp_path / "model.safetensors")
+    script = """
+import os, sys
+from pathlib import Path
+import numpy as np
+from fossil_export.adapters.quantized import quantized_training
+from fossil_export.checkpoints.header import read_header
+from fossil_export.checkpoints.source import InputFile
+from fossil_export.errors import CheckpointError
+path = Path(sys.argv[1])
+header = read_header(path)
+file = InputFile(path, header)
+os.truncate(path, 4096)
+try:
+    file.read(header.tensors[0].offset, np.empty(1 << 22, np.uint8))
+except CheckpointError as problem:
+    print(problem)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "model.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "changed while it was being read" in done.stdout
+
+
+def test_a_file_cut_while_it_is_copied_is_the_same_error(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Untouched ranges go to the system through a map; it has no pages for what is gone."""
+    big = {"untouched": torch.randn(3 << 20)}
+    save_file(big | load_file(sorted(base.glob("*.safetensors"))[0]), base / "model.safetensors")
+    header = read_header(base / "model.safetensors")
+    file = InputFile(header.path, header)
+    whole = file.view(0, header.size)
+    os.truncate(header.path, 1 << 20)
+    target = os.open(tmp_path / "copy", os.O_WRONLY | os.O_CREAT)
+    with pytest.raises(OSError, match="Bad address"):
+        for start in range(0, header.size, 1 << 20):
+            os.pwrite(target, whole[start : start + (1 << 20)].data, start)
+    os.close(target)
+    del whole
+    with pytest.raises(CheckpointError, match="changed while"):
+        file.check()
+    file.close()
+
+
+@pytest.mark.parametrize("change", ["replaced", "written into"])
+def test_verify_does_not_judge_a_base_that_changes(change: str, base: Path, adapter: Path, tmp_path: Path) -> None:
+    merge(adapter, tmp_path / "merged")
+    done: list[int] = []
+    path = sorted(base.glob("*.safetensors"))[0]
+
+    def once(nbytes: int) -> None:
+        if not done:
+            CHANGES[change](path)
+        done.append(nbytes)
+
+    with pytest.raises(CheckpointError, match="changed while"):
+        verify(tmp_path / "merged", level="weights", progress=once)
+
+
+def _cut_on_first_view(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """Cut `path` as soon as a piece of any file was asked for, which a map would answer with a signal."""
+    view = LocalFolder.view
+
+    def cutting(self: LocalFolder, name: str, offset: int, nbytes: int) -> object:
+        found = view(self, name, offset, nbytes)
+        os.truncate(path, 0)
+        return found
+
+    monkeypatch.setattr(LocalFolder, "view", cutting)
+
+
+@pytest.mark.parametrize("target", ["lora", "miss"])
+def test_an_adapter_cut_while_it_is_converted_is_an_error(
+    target: str, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _cut_on_first_view(monkeypatch, adapter / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="changed while it was being read"):
+        convert(adapter, tmp_path / "out", to=target)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("target", ["lora", "miss"])
+def test_an_adapter_that_changes_while_it_is_converted_is_an_error(
+    target: str, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fossil_export.converting import api
+
+    write = api.TARGETS[target].write
+
+    def changing(*arguments: Any) -> Any:
+        found = write(*arguments)
+        _write_into(adapter / "adapter_model.safetensors")
+        return found
+
+    monkeypatch.setitem(api.TARGETS, target, replace(api.TARGETS[target], write=changing))
+    with pytest.raises(AdapterError, match="changed while it was being read"):
+        convert(adapter, tmp_path / "out", to=target)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", [_cut, _write_into, _replace])
+def test_a_pickled_adapter_that_changes_after_it_was_read_is_an_error(
+    change: Callable[[Path], None], adapter: Path, tmp_path: Path
+) -> None:
+    weights = adapter / "adapter_model.bin"
+    torch.save(load_file(adapter / "adapter_model.safetensors"), weights)
+    (adapter / "adapter_model.safetensors").unlink()
+    loaded = load_adapter(adapter)
+    change(weights)
+    with pytest.raises(CheckpointError, match="changed while it was being read"):
+        merge(loaded, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    next(iter(loaded.pickled.values())).sum()  # what a map of a cut file would answer with a signal
