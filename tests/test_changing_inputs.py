@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,17 @@ def _grow(path: Path) -> None:
 CHANGES = {"replaced": _replace, "cut": _cut, "written into": _write_into, "grown": _grow, "removed": Path.unlink}
 
 
+def once_only(change: Callable[[], object]) -> Callable[[int], None]:
+    """A callback for progress, which several threads call, that makes the change the first time."""
+    turns = itertools.count()
+
+    def once(nbytes: int) -> None:
+        if next(turns) == 0:
+            change()
+
+    return once
+
+
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("which", ["base", "adapter", "tokenizer"])
 def test_a_file_that_changes_after_the_plan_stops_the_merge(
@@ -72,13 +85,7 @@ def test_a_base_that_changes_during_the_merge_stops_it(change: str, base: Path, 
     """The last file of the base, while the first is merged; and each of them, after its first slab."""
     for path in sorted(base.glob("*.safetensors")):
         kept = path.read_bytes()
-        done = []
-
-        def once(nbytes: int, path: Path = path, done: list[int] = done) -> None:
-            if not done:
-                CHANGES[change](path)
-            done.append(nbytes)
-
+        once = once_only(partial(CHANGES[change], path))
         with pytest.raises(CheckpointError, match=f"{path.name}: (changed while|cannot be read)"):
             merge(adapter, tmp_path / "merged", progress=once)
         assert not (tmp_path / "merged").exists()
@@ -132,14 +139,7 @@ def test_a_file_cut_while_it_is_copied_is_the_same_error(base: Path, adapter: Pa
 @pytest.mark.parametrize("change", ["replaced", "written into"])
 def test_verify_does_not_judge_a_base_that_changes(change: str, base: Path, adapter: Path, tmp_path: Path) -> None:
     merge(adapter, tmp_path / "merged")
-    done: list[int] = []
-    path = sorted(base.glob("*.safetensors"))[0]
-
-    def once(nbytes: int) -> None:
-        if not done:
-            CHANGES[change](path)
-        done.append(nbytes)
-
+    once = once_only(partial(CHANGES[change], sorted(base.glob("*.safetensors"))[0]))
     with pytest.raises(CheckpointError, match="changed while"):
         verify(tmp_path / "merged", level="weights", progress=once)
 
