@@ -1,4 +1,4 @@
-"""Shards whose weight the base does not store: quantized, or tied under another name; training over quantized weights."""
+"""Shards whose weight the base does not store: quantized, or tied by another name; training over quantized weights."""
 
 from __future__ import annotations
 

@@ -41,12 +41,15 @@ def uses(source: str) -> Iterator[tuple[str, str]]:
             yield "huggingface_hub.constants", node.attr
 
 
+OTHERS = {"_attn_implementation", "_experts_implementation"}  # fields of transformers' configs
+
+
 def attributes(source: str) -> Iterator[str]:
     """Private attributes of objects that are not the file's own, also by their names as text."""
     tree = list(ast.walk(ast.parse(source)))
     own = {node.name for node in tree if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     for node in tree:
-        if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr) and node.attr not in own:
+        if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr) and node.attr not in own | OTHERS:
             if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls", "os", "constants")):
                 yield node.attr
         elif isinstance(node, ast.Constant) and re.match("_[^_]", str(node.value)):

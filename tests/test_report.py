@@ -34,7 +34,13 @@ def result(**changes: Any) -> Verification:
         "artifact": Path("out/merged"),
         "base": SimpleNamespace(location=Path("models/base")),
         "base_name": "models/base",
-        "adapter": SimpleNamespace(path=Path("adapters/mine"), variant="tile", rank=16),
+        "adapter": SimpleNamespace(
+            path=Path("adapters/mine"),
+            variant="tile",
+            rank=16,
+            base_model="models/base",
+            files=(Path("adapters/mine/x"),),
+        ),
         "problems": (),
         "tensors": None,
         "forward": None,
@@ -195,7 +201,9 @@ def test_names_are_escaped() -> None:
         result(
             artifact=Path(f"out/{NASTY}"),
             base=SimpleNamespace(location=NASTY),
-            adapter=SimpleNamespace(path=NASTY, variant=NASTY, rank=1),
+            adapter=SimpleNamespace(
+                path=NASTY, variant=NASTY, rank=1, base_model=f"{NASTY} bnb-4bit", files=(Path(NASTY),)
+            ),
             device=NASTY,
             problems=(f"{name} is off", NASTY),
             tensors=(
