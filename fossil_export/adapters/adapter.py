@@ -112,8 +112,8 @@ class Adapter:
         """The values of one of this adapter's tensors, or of another file's, in its own dtype; with `start` and `stop`
         those rows of it.
 
-        Its own are read into memory, and what is on the Hub alone comes by a range; another file's are a read-only view
-        of that file. Raises AdapterError when it cannot be read any more, or the adapter is another one by now.
+        They are read into memory; what is on the Hub alone comes by a range. Raises AdapterError when it cannot be read
+        any more, or the adapter is another one by now.
         """
         if tensor.offset is None:
             return self.pickled[tensor.name][start:stop] if tensor.shape else self.pickled[tensor.name]
@@ -122,14 +122,10 @@ class Adapter:
             first, last, _ = slice(start, stop).indices(shape[0])
             size = nbytes // max(1, shape[0])
             shape, offset, nbytes = (last - first, *shape[1:]), offset + first * size, (last - first) * size
-        import numpy as np
-
         ours = tensor.path in self.files
         try:
-            if ours:
-                raw = self._folder.view(tensor.path.name, offset, nbytes)
-            else:
-                raw = np.memmap(tensor.path, np.uint8, "r", offset, (nbytes,))
+            folder = self._folder if ours else LocalFolder(tensor.path.parent)
+            raw = folder.view(tensor.path.name, offset, nbytes)
         except CheckpointError as problem:
             raise AdapterError(str(problem)) from problem
         except (OSError, ValueError) as problem:

@@ -12,6 +12,7 @@ import numpy as np
 
 from fossil_export.adapters import Adapter, Shard
 from fossil_export.checkpoints.dtypes import numpy_dtype
+from fossil_export.checkpoints.header import TensorInfo
 from fossil_export.errors import OnnxError, listed
 from fossil_export.merging.plan import MergePlan
 from fossil_export.methods import METHODS
@@ -120,6 +121,14 @@ def check_mode(adapter: Adapter, mode: str, precision: str | None = None) -> Non
         )
 
 
+def _weight(adapter: Adapter, info: TensorInfo) -> Array:
+    """A weight (out, in) that may be the base's: mapped, since all of them are looked at here and there, at once."""
+    if info.offset is None or info.path in adapter.files:
+        return adapter.array(info)
+    raw = np.memmap(info.path, np.uint8, "r", info.offset, (info.nbytes,))
+    return raw.view(numpy_dtype(info.dtype)).reshape(info.shape)
+
+
 def plan_onnx(merge: MergePlan, mode: str, graph: Path) -> OnnxPlan:
     """Read `graph` and place every shard of the merge plan in it. Raises OnnxError with everything that stops it."""
     model = load_graph(graph)
@@ -131,7 +140,7 @@ def plan_onnx(merge: MergePlan, mode: str, graph: Path) -> OnnxPlan:
         passes.ShapeInferencePass()(model)  # a graph by hand, without types of what lies between
         sites = find_sites(model.graph)
     wanted = [
-        Wanted(t.shard.module, (t.shard.module, t.name.removesuffix(".weight")), merge.adapter.array(t.source))
+        Wanted(t.shard.module, (t.shard.module, t.name.removesuffix(".weight")), _weight(merge.adapter, t.source))
         for t in merge.tensors
         if t.shard is not None
     ]
