@@ -101,6 +101,17 @@ def test_links_out_of_the_graphs_folder(name: str, case: Case, graph: Path, tmp_
     refused(f"{name}: is a link to", case, tmp_path, onnx=graph, mode="tiled")
 
 
+def test_a_base_that_changes_while_the_graph_is_made(case: Case, graph: Path, tmp_path: Path) -> None:
+    def change(step: str) -> None:
+        if step == "checking the graph":
+            content = bytearray((case.base / "model.safetensors").read_bytes())
+            content[-1] ^= 1
+            (tmp_path / "incoming").write_bytes(content)
+            (tmp_path / "incoming").replace(case.base / "model.safetensors")
+
+    refused("changed while it was being read", case, tmp_path, onnx=graph, mode="swappable", progress=change)
+
+
 def test_no_graph(case: Case, graph: Path, tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("this is no graph, it is a sentence")
     refused("is no ONNX graph", case, tmp_path, onnx=tmp_path / "text.onnx")
