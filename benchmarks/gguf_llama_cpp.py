@@ -32,7 +32,7 @@ from fossil_export import load_adapter
 from fossil_export.converting import gguf_lora
 from fossil_export.converting.options import Options
 from fossil_export.errors import CheckpointError
-from fossil_export.hub import locate
+from fossil_export.storage.hub import locate
 
 Array = np.ndarray[Any, Any]
 

@@ -23,8 +23,8 @@ from fossil_export.commands.push import push
 from fossil_export.commands.verify import verify
 from fossil_export.console import quiet_hub
 from fossil_export.errors import FossilExportError
-from fossil_export.hub.background import is_anything_left
-from fossil_export.hub.errors import redacted
+from fossil_export.storage.hub.background import is_anything_left
+from fossil_export.storage.hub.errors import redacted
 from fossil_export.version import __version__
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from fossil_export.hub.client import LOGGERS
+from fossil_export.storage.hub.client import LOGGERS
 
 
 def print_json(value: dict[str, Any]) -> None:

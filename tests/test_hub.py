@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from fossil_export import FossilExportError, convert, inspect, load_adapter, merge, plan_merge, verify
 from fossil_export.errors import AdapterError, CheckpointError
-from fossil_export.hub import Located, locate, pinned
-from fossil_export.hub.resolve import is_hub_id, is_on_hub, repository_of
 from fossil_export.merging.api import run_plan
+from fossil_export.storage.hub import Located, locate, pinned
+from fossil_export.storage.hub.resolve import is_hub_id, is_on_hub, repository_of
 
 
 def without_names(found: dict[str, Any]) -> dict[str, Any]:
@@ -390,7 +390,7 @@ def empty_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]
     folder = tmp_path_factory.mktemp("empty")
     with LoopbackHub(folder / "storage") as hub, pytest.MonkeyPatch.context() as patch:
         point_client_at(patch, hub, folder / "home")
-        patch.setattr("fossil_export.hub.errors.PAUSE", 0.0)
+        patch.setattr("fossil_export.storage.hub.errors.PAUSE", 0.0)
         patch.chdir(folder)
         yield hub
         assert hub.incidents == []

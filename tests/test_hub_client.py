@@ -19,8 +19,8 @@ from loopback_hub import LoopbackHub, point_client_at
 
 import fossil_export
 from fossil_export.errors import HubError
-from fossil_export.hub import client
 from fossil_export.publishing.operations import uploaded
+from fossil_export.storage.hub import client
 
 PACKAGE = Path(fossil_export.__file__).parent
 PUBLIC = {"huggingface_hub"} | {f"huggingface_hub.{name}" for name in ("constants", "errors", "utils")}
@@ -86,7 +86,7 @@ def test_private_names_are_seen(source: str) -> None:
 
 def test_only_one_file_uses_private_names() -> None:
     found = {path.relative_to(PACKAGE).as_posix(): private(path.read_text()) for path in PACKAGE.rglob("*.py")}
-    assert [name for name, names in found.items() if names] == ["hub/client.py"]
+    assert [name for name, names in found.items() if names] == ["storage/hub/client.py"]
 
 
 def test_all_that_is_used_is_there() -> None:

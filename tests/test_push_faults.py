@@ -45,7 +45,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def no_pauses(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fossil_export.hub.errors.PAUSE", 0.0)
+    monkeypatch.setattr("fossil_export.storage.hub.errors.PAUSE", 0.0)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fossil_export.hub import Located
+from fossil_export.storage.hub import Located
 from fossil_export.verifying.forward import FLOOR, Distance, ForwardCheck, ModuleError
 from fossil_export.verifying.report import REASONS, WRONG, html
 from fossil_export.verifying.verdict import Verification

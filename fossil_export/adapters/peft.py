@@ -52,7 +52,7 @@ def load_adapter(path: str | Path) -> Adapter:
     mini, 3-D bat); the config must agree. Raises AdapterError for anything that is damaged, contradictory or not
     understood: nothing the adapter holds is ever left out silently. HubError says what the Hub refuses.
     """
-    from fossil_export.hub import locate
+    from fossil_export.storage.hub import locate
 
     found = locate(path, AdapterError, "adapter")
     given = found.path

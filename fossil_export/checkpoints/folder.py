@@ -1,4 +1,4 @@
-"""A model's files, wherever they lie: a local folder here, a repository on the Hub in `hub/remote.py`."""
+"""A model's files, wherever they lie: a local folder here, a repository on the Hub in `storage/hub/remote.py`."""
 
 from __future__ import annotations
 

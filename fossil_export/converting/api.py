@@ -13,8 +13,8 @@ from fossil_export.checkpoints.single_file import staged_file
 from fossil_export.checkpoints.staging import check_destination, staged_folder
 from fossil_export.converting.options import Options
 from fossil_export.errors import CheckpointError, FossilExportError, OutputError
-from fossil_export.hub import expanded
 from fossil_export.merging.plan import find_base
+from fossil_export.storage.hub import expanded
 
 
 @dataclass(frozen=True)

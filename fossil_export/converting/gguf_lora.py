@@ -26,9 +26,9 @@ from fossil_export.converting.record import record_of
 from fossil_export.converting.widths import Shapes, layer_shapes
 from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError, listed
 from fossil_export.extras import required
-from fossil_export.hub import resolve
-from fossil_export.hub.resolve import is_on_hub, repository_of
 from fossil_export.merging.ties import declared_tie, is_head
+from fossil_export.storage.hub import resolve
+from fossil_export.storage.hub.resolve import is_on_hub, repository_of
 from fossil_export.version import __version__
 
 if TYPE_CHECKING:

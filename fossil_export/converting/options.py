@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fossil_export.hub import Located
-from fossil_export.hub.resolve import folder_of, repository_of
+from fossil_export.storage.hub import Located
+from fossil_export.storage.hub.resolve import folder_of, repository_of
 
 
 @dataclass(frozen=True)

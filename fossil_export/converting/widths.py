@@ -10,9 +10,9 @@ from fossil_export.adapters import Adapter
 from fossil_export.checkpoints.jsonfile import read_json
 from fossil_export.converting.options import Options
 from fossil_export.errors import CheckpointError, MergeError, listed
-from fossil_export.hub import resolve
 from fossil_export.merging.match import match_names
 from fossil_export.methods import METHODS
+from fossil_export.storage.hub import resolve
 
 Shapes = dict[str, tuple[int, int]]
 

@@ -17,11 +17,11 @@ from fossil_export.checkpoints.companions import PROVENANCE
 from fossil_export.checkpoints.jsonfile import write_json
 from fossil_export.checkpoints.staging import check_destination, staged_folder
 from fossil_export.errors import OutputError, listed
-from fossil_export.hub import expanded
 from fossil_export.merging.plan import MergePlan, plan_merge
 from fossil_export.merging.provenance import provenance, survival_record
 from fossil_export.merging.run import run
 from fossil_export.merging.survival import WARNING_BELOW, Survival
+from fossil_export.storage.hub import expanded
 
 if TYPE_CHECKING:
     import torch

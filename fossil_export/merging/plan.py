@@ -20,11 +20,11 @@ from fossil_export.checkpoints.header import TensorInfo
 from fossil_export.checkpoints.jsonfile import write_json
 from fossil_export.checkpoints.stamp import Stamp, check_stamp, stamps_of
 from fossil_export.errors import CheckpointError, MergeError, listed
-from fossil_export.hub import Located, locate, names_hub, pinned
 from fossil_export.merging.config import difference, edited_config
 from fossil_export.merging.layout import FilePlan, TensorPlan, lay_out, parse_size, tensor_record
 from fossil_export.merging.place import place
 from fossil_export.merging.placement import Placement
+from fossil_export.storage.hub import Located, locate, names_hub, pinned
 
 if TYPE_CHECKING:
     import torch

@@ -16,13 +16,13 @@ from fossil_export.checkpoints.jsonfile import read_json, write_json
 from fossil_export.checkpoints.staging import check_destination, staged_folder
 from fossil_export.errors import OnnxError, OutputError, listed
 from fossil_export.extras import required
-from fossil_export.hub import expanded
 from fossil_export.merging.api import write_companions
 from fossil_export.merging.plan import MergePlan, plan_merge
 from fossil_export.merging.provenance import provenance
 from fossil_export.merging.run import run
 from fossil_export.onnx.check import check
 from fossil_export.onnx.plan import OnnxPlan, check_mode, plan_onnx
+from fossil_export.storage.hub import expanded
 
 RUNTIMES = ("genai", "torch")
 PRECISIONS = ("fp32", "fp16", "bf16", "int4")

@@ -11,9 +11,9 @@ from fossil_export.cards.facts import part
 from fossil_export.cards.frontmatter import MARKED, is_template, read_card
 from fossil_export.checkpoints.companions import CARD
 from fossil_export.errors import FossilExportError, HubError
-from fossil_export.hub.errors import retried
-from fossil_export.hub.resolve import folder_of, is_old_id, is_on_hub, names_hub, repository_of
 from fossil_export.publishing.repository import Repository
+from fossil_export.storage.hub.errors import retried
+from fossil_export.storage.hub.resolve import folder_of, is_old_id, is_on_hub, names_hub, repository_of
 
 _LOCATED = ("merged", "onnx")
 """Artifacts whose base was read: where it was on the Hub, the record has its commit."""
@@ -122,7 +122,7 @@ def _has_metadata(card: str) -> bool:
 
 def _old_id(name: Any, revision: Any) -> str | None:
     """The id that one of the oldest models, such as gpt2, has today."""
-    from fossil_export.hub.opening import open_repository
+    from fossil_export.storage.hub.opening import open_repository
 
     if not isinstance(name, str) or not is_old_id(name):
         return None

@@ -10,10 +10,6 @@ from pathlib import Path
 
 from fossil_export.checkpoints.header import read_header
 from fossil_export.errors import HubError, OutputError
-from fossil_export.hub import client
-from fossil_export.hub.errors import errno_of, retried
-from fossil_export.hub.remote import is_sound
-from fossil_export.hub.xet import index_bytes
 from fossil_export.merging.run import Runner
 from fossil_export.merging.survival import Survival
 from fossil_export.publishing.journal import Journal
@@ -23,6 +19,10 @@ from fossil_export.publishing.paths import Paths
 from fossil_export.publishing.repository import Repository
 from fossil_export.publishing.result import Progress
 from fossil_export.publishing.workplace import BASE, JOURNAL, MERGING, check_room
+from fossil_export.storage.hub import client
+from fossil_export.storage.hub.errors import errno_of, retried
+from fossil_export.storage.hub.remote import is_sound
+from fossil_export.storage.hub.xet import index_bytes
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from fossil_export.checkpoints.companions import CARD
 from fossil_export.errors import OutputError
-from fossil_export.hub.remote import HubFolder
-from fossil_export.hub.xet import index_bytes
 from fossil_export.merging.layout import FilePlan
 from fossil_export.merging.plan import MergePlan
 from fossil_export.merging.run import in_place
+from fossil_export.storage.hub.remote import HubFolder
+from fossil_export.storage.hub.xet import index_bytes
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from fossil_export.hub import client
+from fossil_export.storage.hub import client
 
 Operation = Any
 """CommitOperationAdd, CommitOperationDelete or Copy."""

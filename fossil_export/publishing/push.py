@@ -9,7 +9,6 @@ from pathlib import Path
 
 from fossil_export.checkpoints.companions import CARD
 from fossil_export.errors import CheckpointError
-from fossil_export.hub import expanded, resolve
 from fossil_export.publishing.about import card_for, facts_of, local_names
 from fossil_export.publishing.closing import Closing, closing
 from fossil_export.publishing.operations import Operation
@@ -18,6 +17,7 @@ from fossil_export.publishing.paths import ADAPTER_CONFIG, Paths, is_path
 from fossil_export.publishing.repository import Repository
 from fossil_export.publishing.result import Progress, PushResult
 from fossil_export.publishing.stale import refuse_base, stale
+from fossil_export.storage.hub import expanded, resolve
 
 LARGE = 1 << 20
 """Bytes from which a file is uploaded by itself, and named while it is."""

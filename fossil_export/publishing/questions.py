@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fossil_export.hub.errors import redacted
+from fossil_export.storage.hub.errors import redacted
 
 _LFS = "application/vnd.git-lfs+json"
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fossil_export.hub import errors
-from fossil_export.hub.errors import is_transient
+from fossil_export.storage.hub import errors
+from fossil_export.storage.hub.errors import is_transient
 
 
 def is_damaged(problem: BaseException) -> bool:

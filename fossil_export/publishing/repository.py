@@ -12,11 +12,19 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from fossil_export.errors import FossilExportError, HubError, listed
-from fossil_export.hub import client, errors
-from fossil_export.hub.errors import ATTEMPTS, check_client, endpoint, explained, is_conflict, is_transient, retried
 from fossil_export.publishing.operations import Copy, Operation, digest_of, for_client, name_of
 from fossil_export.publishing.questions import held, said_of_card
 from fossil_export.publishing.refusals import is_copy_refusal, is_damaged, why_not_copied
+from fossil_export.storage.hub import client, errors
+from fossil_export.storage.hub.errors import (
+    ATTEMPTS,
+    check_client,
+    endpoint,
+    explained,
+    is_conflict,
+    is_transient,
+    retried,
+)
 
 T = TypeVar("T")
 

@@ -15,8 +15,8 @@ from fossil_export.checkpoints.dtypes import BY_TORCH_NAME
 from fossil_export.checkpoints.jsonfile import read_json
 from fossil_export.checkpoints.single_file import write_file
 from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError, listed
-from fossil_export.hub import Located, locate, pinned
 from fossil_export.merging.plan import plan_merge
+from fossil_export.storage.hub import Located, locate, pinned
 from fossil_export.verifying.artifacts import open_any
 from fossil_export.verifying.forward import check_forward
 from fossil_export.verifying.models import check_device, tokenize

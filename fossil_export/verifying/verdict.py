@@ -13,7 +13,7 @@ from fossil_export.adapters import Adapter
 from fossil_export.adapters.quantized import quantized_training
 from fossil_export.checkpoints.checkpoint import Checkpoint, identity, sha256
 from fossil_export.checkpoints.jsonfile import write_json
-from fossil_export.hub import Located
+from fossil_export.storage.hub import Located
 from fossil_export.verifying.artifacts import open_any
 from fossil_export.verifying.forward import FACTOR, Distance, ForwardCheck
 from fossil_export.verifying.weights import TensorCheck

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TypeVar
 
 from fossil_export.errors import FossilExportError, HubError
-from fossil_export.hub import client, xet
+from fossil_export.storage.hub import client, xet
 
 T = TypeVar("T")
 

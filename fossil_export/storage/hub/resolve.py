@@ -12,7 +12,7 @@ from pathlib import Path
 from fossil_export.checkpoints.checkpoint import Checkpoint, hub_revision, open_checkpoint
 from fossil_export.checkpoints.folder import Folder, LocalFolder
 from fossil_export.errors import FossilExportError, HubError
-from fossil_export.hub.errors import NotThereError, check_client, endpoint, redacted
+from fossil_export.storage.hub.errors import NotThereError, check_client, endpoint, redacted
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+(@\S+)?")
 _OLD_ID = re.compile(r"[\w.-]+(@\S+)?")
@@ -162,8 +162,8 @@ def pinned(name: str, revision: str | None) -> str:
 
 def _on_hub(text: str, error: type[FossilExportError]) -> Located:
     check_client()
-    from fossil_export.hub.opening import open_repository
-    from fossil_export.hub.remote import HubFolder
+    from fossil_export.storage.hub.opening import open_repository
+    from fossil_export.storage.hub.remote import HubFolder
 
     repository, revision, inside = _parsed(text, error)
     folder, repository, commit, notes = open_repository(repository, revision)

@@ -8,8 +8,8 @@ from contextlib import suppress
 from fossil_export.checkpoints.folder import Folder, LocalFolder
 from fossil_export.checkpoints.single_file import write_file
 from fossil_export.errors import HubError
-from fossil_export.hub.errors import ATTEMPTS, NOT_CACHED, NotThereError, explained, is_unreachable, retried
-from fossil_export.hub.remote import Entry, HubFolder, storage_of
+from fossil_export.storage.hub.errors import ATTEMPTS, NOT_CACHED, NotThereError, explained, is_unreachable, retried
+from fossil_export.storage.hub.remote import Entry, HubFolder, storage_of
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 

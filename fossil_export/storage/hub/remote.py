@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from fossil_export.checkpoints.folder import LocalFolder, hub_blob
 from fossil_export.checkpoints.header import Header, header_length, parse_header, read_header
 from fossil_export.errors import HubError, listed
-from fossil_export.hub.background import interruptible
-from fossil_export.hub.errors import retried
+from fossil_export.storage.hub.background import interruptible
+from fossil_export.storage.hub.errors import retried
 
 if TYPE_CHECKING:
     import numpy as np
