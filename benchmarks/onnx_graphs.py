@@ -37,11 +37,12 @@ from fossil_export import __version__, export_onnx
 from fossil_export.adapters import load_adapter
 from fossil_export.merging.plan import plan_merge
 from fossil_export.onnx.adapter_file import ADAPTER
-from fossil_export.onnx.build_genai import build_genai
-from fossil_export.onnx.edit import Editor
-from fossil_export.onnx.existing import share_data
-from fossil_export.onnx.plan import OnnxPlan, plan_onnx
-from fossil_export.onnx.sites import find_sites
+from fossil_export.onnx.builders import BUILDERS
+from fossil_export.onnx.builders.existing import share_data
+from fossil_export.onnx.graph.edit import Editor
+from fossil_export.onnx.graph.sites import find_sites
+from fossil_export.onnx.modes import MODES, ModeName
+from fossil_export.onnx.places import OpenGraph, open_graph
 
 GRAPH, PAST, BURST = "model.onnx", 128, 0.2
 """`PAST` tokens come before a decoded one; `BURST` seconds of calls make one measurement."""
@@ -53,20 +54,20 @@ ALIKE = {"merged again": "merged", "plain again": "plain"}
 Times = dict[str, list[float]]
 
 
-def place(base: Path, adapter: Path, graph: Path) -> OnnxPlan:
-    """Where the adapter's shards belong in the plain graph."""
-    return plan_onnx(plan_merge(load_adapter(adapter), base, dtype="auto"), "fused", graph)
+def opened(base: Path, adapter: Path, graph: Path) -> OpenGraph:
+    """The plain graph, with the places where the adapter's shards belong."""
+    return open_graph(plan_merge(load_adapter(adapter), base, dtype="auto"), MODES["fused"], graph)
 
 
-def make_lora(plan: OnnxPlan, folder: Path, swappable: bool = False) -> Path:
+def make_lora(graph: OpenGraph, folder: Path, swappable: bool = False) -> Path:
     """The plain graph with LoRA branches that add what the shards add: A is the 0/1 tiling, B is D."""
     folder.mkdir(parents=True, exist_ok=True)
-    editor = Editor(plan.model)
+    editor = Editor(graph.model)
     values: dict[str, Any] = {}
 
     def operand(name: str, array: Any, dims: list[Any]) -> ir.Value:
         if not swappable:
-            return editor.shard(name, array)
+            return editor.constant(name, array)
         values[name] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
         empty = array[:, :0] if dims[1] == "rank" else array[:0]
         value = editor.initializer(name, ir.tensor(empty, name=name))
@@ -74,17 +75,17 @@ def make_lora(plan: OnnxPlan, folder: Path, swappable: bool = False) -> Path:
         editor.graph.inputs.append(value)
         return value
 
-    for target in plan.targets:
-        shard, name = plan.shard(target), f"{target.label}/lora"
-        tiling = (np.arange(target.inputs)[:, None] % len(shard) == np.arange(len(shard))).astype(np.float32)
-        a = operand(f"{target.label}.lora_A.weight", tiling, [target.inputs, "rank"])
-        b = operand(f"{target.label}.lora_B.weight", shard, ["rank", target.outputs])
-        for site in target.sites:
+    for place in graph.places:
+        shard, name = graph.low_rank(place), f"{place.label}/lora"
+        tiling = (np.arange(place.inputs)[:, None] % len(shard) == np.arange(len(shard))).astype(np.float32)
+        a = operand(f"{place.label}.lora_A.weight", tiling, [place.inputs, "rank"])
+        b = operand(f"{place.label}.lora_B.weight", shard, ["rank", place.outputs])
+        for site in graph.sites[place.label]:
             down = editor.node("MatMul", [site.x, a], f"{name}_A/MatMul", after=site.node)
             up = editor.node("MatMul", [down, b], f"{name}_B/MatMul", after=down.producer(), shape=site.y.shape)
             added = editor.node("Add", [site.y, up], f"{name}/Add", after=up.producer(), shape=site.y.shape)
             editor.replace(site.y, added, keep=[added.producer()])
-    share_data(plan.graph, folder, copy=True)
+    share_data(graph.path, folder, copy=True)
     editor.save(folder / GRAPH)
     if swappable:
         adapter = ort.AdapterFormat()
@@ -99,30 +100,32 @@ def make_graphs(precision: str, base: Path, adapter: Path, work: Path) -> dict[s
     graph = made["plain"] / GRAPH
     if not graph.is_file():
         made["plain"].mkdir(parents=True, exist_ok=True)
-        build_genai(base, made["plain"], precision, "cpu")
-    for mode in ("merged", "tiled", "fused", "swappable") if precision == "fp32" else ("merged", "fused", "swappable"):
+        BUILDERS["genai"].build(base, made["plain"], precision, "cpu")
+    modes: tuple[ModeName, ...] = ("merged", "tiled", "fused", "swappable")
+    for mode in modes if precision == "fp32" else ("merged", "fused", "swappable"):
         print(f"{precision}: making {mode}", file=sys.stderr, flush=True)
         made[mode] = work / precision / mode
         if (precision, mode) != ("int4", "merged"):
             export_onnx(adapter, made[mode], base=base, mode=mode, onnx=graph, copy_data=True, overwrite=True)
         elif not made[mode].exists():
-            export_onnx(adapter, made[mode], base=base, mode=mode, runtime="genai", precision=precision)
-    made["LoRA"] = make_lora(place(base, adapter, graph), work / precision / "lora")
-    made["LoRA, swappable"] = make_lora(place(base, adapter, graph), work / precision / "lora-swappable", True)
+            export_onnx(adapter, made[mode], base=base, mode=mode, runtime="genai", precision="int4")
+    made["LoRA"] = make_lora(opened(base, adapter, graph), work / precision / "lora")
+    made["LoRA, swappable"] = make_lora(opened(base, adapter, graph), work / precision / "lora-swappable", True)
     return made
 
 
-def floors(plan: OnnxPlan) -> dict[str, dict[str, float]]:
+def floors(graph: OpenGraph) -> dict[str, dict[str, float]]:
     """What branches add at least: multiplications over the graph's (the head's too), bytes over its weights'."""
-    sites = find_sites(plan.model.graph)
+    sites = find_sites(graph.model.graph)
     products = sum(site.weight.inputs * site.weight.outputs for site in sites)
     tensors = {id(value): value.const_value for site in sites for value in site.node.inputs[1:] if value is not None}
     nbytes = sum(tensor.nbytes for tensor in tensors.values() if tensor is not None)
     found = {method: {"arithmetic": 0.0, "bytes": 0.0} for method in ("FOSSIL", "LoRA")}
-    for target in plan.targets:
-        rank, width = len(plan.shard(target)), ir.DataType[target.sites[0].activation].itemsize
-        for method, lines in (("FOSSIL", target.outputs), ("LoRA", target.inputs + target.outputs)):
-            found[method]["arithmetic"] += len(target.sites) * rank * lines / products
+    for place in graph.places:
+        nodes = graph.sites[place.label]
+        rank, width = len(graph.low_rank(place)), ir.DataType[nodes[0].activation].itemsize
+        for method, lines in (("FOSSIL", place.outputs), ("LoRA", place.inputs + place.outputs)):
+            found[method]["arithmetic"] += len(nodes) * rank * lines / products
             found[method]["bytes"] += rank * lines * width / nbytes
     return found
 
@@ -263,7 +266,7 @@ def measure(precision: str, base: Path, adapter: Path, options: argparse.Namespa
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     print(f"{precision}: opening sessions", file=sys.stderr, flush=True)
     result: dict[str, Any] = {
-        "floors": floors(place(base, adapter, graphs["plain"] / GRAPH)),
+        "floors": floors(opened(base, adapter, graphs["plain"] / GRAPH)),
         "adapter_bytes": (graphs["swappable"] / ADAPTER).stat().st_size,
         "adapters": measure_adapters(graphs["swappable"], max(10, options.loads)),
         "loads": measure_loads(graphs, options.loads),

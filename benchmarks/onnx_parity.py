@@ -22,8 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import smollm2
 
 from fossil_export import FossilExportError, export_onnx, verify
-from fossil_export.onnx.build_genai import build_genai
-from fossil_export.onnx.build_torch import build_torch
+from fossil_export.onnx.builders import BUILDERS
 
 MODES = ("merged", "tiled", "fused", "swappable")
 HEADER = ("graph", "precision", "mode", "trainer", "artifact", "KL", "top-1", "same continuations", "verdict")
@@ -64,13 +63,7 @@ def _rows(runtime: str, precision: str, options: Any, folder: Path) -> list[dict
         settings: dict[str, Any] = {"runtime": runtime, "precision": precision}
         if mode != "merged":
             if plain is None:
-                base = smollm2.base_model()
-                made = folder / "plain"
-                plain = (
-                    build_genai(base, made, precision, options.device)
-                    if runtime == "genai"
-                    else build_torch(base, made, precision)
-                )
+                plain = BUILDERS[runtime].build(smollm2.base_model(), folder / "plain", precision, options.device)
             settings = {"onnx": plain}
         export_onnx(smollm2.adapter(), output, mode=mode, device=options.device, **settings)
         rows.append({"graph": runtime, "precision": precision, "mode": mode} | _verified(output, options))

@@ -38,8 +38,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fossil_export import export_onnx
+from fossil_export.onnx.modes import ModeName
 
-MODES = ("tiled", "fused", "swappable")
+MODES: tuple[ModeName, ...] = ("tiled", "fused", "swappable")
 TOKENS = 10
 
 
@@ -125,7 +126,7 @@ def main(arguments: Sequence[str] = ()) -> dict[str, Answer]:
     """Ask the graph, add FOSSIL in each mode and ask again; returns the answers by name."""
     parser = argparse.ArgumentParser(description="Add FOSSIL to an ONNX file that is there already.")
     parser.add_argument("--mode", choices=MODES, action="append", help="[default: all three]")
-    modes = parser.parse_args(arguments).mode or MODES
+    modes: Sequence[ModeName] = parser.parse_args(arguments).mode or MODES
     logging.captureWarnings(True)
     print("1. an ONNX file of the base whose names say nothing (made once)", flush=True)
     graph = nameless_graph()

@@ -36,6 +36,7 @@ from transformers import (
 )
 
 from fossil_export import export_onnx
+from fossil_export.onnx.modes import ModeName
 
 LABELS = ("negative", "positive")
 PRAISE = ["wonderful", "brilliant", "lovely", "superb", "charming", "delightful"]
@@ -122,7 +123,7 @@ def onnx_logits(folder: Path, texts: list[str]) -> Any:
     return session.run(["logits"], {entry.name: batch[entry.name] for entry in session.get_inputs()})[0]
 
 
-def main(mode: str = "merged") -> Result:
+def main(mode: ModeName = "merged") -> Result:
     """Train, export in `mode`, classify, compare."""
     logging.captureWarnings(True)
     texts = [text for text, _ in NEW]

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from fossil_export.errors import FossilExportError
     from fossil_export.inspection import Inspection, inspect
     from fossil_export.merging import MergePlan, MergeResult, merge, plan_merge
-    from fossil_export.onnx.api import OnnxResult, export_onnx
+    from fossil_export.onnx.export import OnnxResult, export_onnx
+    from fossil_export.onnx.plan import OnnxPlan, plan_onnx
     from fossil_export.publishing import (
         PushResult,
         StreamPlan,
@@ -38,18 +39,20 @@ _HOMES = {
     "Inspection": "inspection",
     "MergePlan": "merging",
     "MergeResult": "merging",
-    "OnnxResult": "onnx.api",
+    "OnnxPlan": "onnx.plan",
+    "OnnxResult": "onnx.export",
     "PushResult": "publishing",
     "StreamPlan": "publishing",
     "StreamResult": "publishing",
     "Verification": "verifying",
     "convert": "converting",
-    "export_onnx": "onnx.api",
+    "export_onnx": "onnx.export",
     "inspect": "inspection",
     "load_adapter": "adapters",
     "merge": "merging",
     "merge_to_hub": "publishing",
     "plan_merge": "merging",
+    "plan_onnx": "onnx.plan",
     "plan_stream": "publishing",
     "publish_certificate": "publishing",
     "push": "publishing",
@@ -63,6 +66,7 @@ __all__ = [
     "Inspection",
     "MergePlan",
     "MergeResult",
+    "OnnxPlan",
     "OnnxResult",
     "PushResult",
     "StreamPlan",
@@ -76,6 +80,7 @@ __all__ = [
     "merge",
     "merge_to_hub",
     "plan_merge",
+    "plan_onnx",
     "plan_stream",
     "publish_certificate",
     "push",

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from fossil_export.converting import Conversion
     from fossil_export.inspection import Inspection
     from fossil_export.merging import MergePlan, MergeResult
-    from fossil_export.onnx.api import OnnxResult
+    from fossil_export.onnx.export import OnnxResult
+    from fossil_export.onnx.plan import OnnxPlan
     from fossil_export.publishing import PushResult, StreamPlan, StreamResult
     from fossil_export.verifying import Verification
 
@@ -30,6 +31,45 @@ def print_export(result: OnnxResult) -> None:
     pairs += [("weights", f"{result.targets} with shards"), ("folder", readable_bytes(result.nbytes))]
     pairs += [("adapter", str(result.adapter_file))] if result.adapter_file else []
     print_pairs([*pairs, ("time", f"{result.seconds:.1f} s"), ("model", str(result.output))])
+
+
+def print_onnx_plan(plan: OnnxPlan, every: bool = False) -> None:
+    """The weights of the graph that get trained tensors, or the modules if there is no graph yet, by kind or for
+    `every` one, and the summary."""
+    from fossil_export.onnx.modes import MODES
+    from fossil_export.onnx.trained import trained_modules
+
+    if plan.places is not None:
+        header: tuple[str, ...] = ("weight of the graph", "dtype", "out x in", "modules")
+        rows: list[tuple[str, ...]] = [
+            (
+                place.label,
+                place.dtype if place.bits is None else f"{place.bits} bits",
+                f"{place.outputs}x{place.inputs}",
+                ", ".join(dict.fromkeys(piece.module.rpartition(".")[2] for piece in place.pieces)),
+            )
+            for place in plan.places
+        ]
+    else:
+        header = ("module", "base tensor", "out x in")
+        rows = [(module, t.name, "x".join(map(str, t.shape))) for module, t in trained_modules(plan.merge)]
+    _print_grouped(header, rows, every)
+    click.echo()
+    merge, mode = plan.merge, MODES[plan.mode]
+    adapter = merge.adapter
+    what = "the merged model" if mode.merges else "the base"
+    made = f"to be made by {plan.runtime} from {what}, {plan.precision}, for {plan.device}"
+    print_pairs(
+        [
+            ("adapter", f"{_at(adapter.name, adapter.revision)} ({adapter.variant}, r={adapter.rank})"),
+            ("base", _at(merge.base_name, merge.base_revision)),
+            ("mode", f"{mode.name}: {mode.help}"),
+            ("graph", made if plan.graph is None else str(plan.graph)),
+            ("trained", f"{len(rows)} {'modules' if plan.places is None else 'weights of the graph'}"),
+            ("others", ", ".join(plan.companions) or "none"),
+            ("size", f"about {readable_bytes(plan.nbytes)}"),
+        ]
+    )
 
 
 def print_conversion(result: Conversion) -> None:

@@ -171,7 +171,7 @@ def test_how_the_builder_is_started(models: Path, tmp_path: Path, monkeypatch: p
     arguments, path, kernels, typed, repository = json.loads(told.read_text())
     assert arguments[-2:] == ["--extra_options", "hf_remote=false"] and path[0] == str(builder.parents[2])
     assert str(tmp_path / "here") not in path and "" not in path
-    assert not any(Path(entry, "build_genai.py").exists() for entry in path)
+    assert not any(Path(entry, "run_genai.py").exists() for entry in path)
     assert (kernels, typed, repository) == (None, "", os.devnull)
 
 

@@ -19,8 +19,8 @@ from conftest import make_adapter
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 from fossil_export import FossilExportError, convert, export_onnx, verify
-from fossil_export.onnx.build_genai import build_genai
-from fossil_export.onnx.check import check
+from fossil_export.onnx.builders import BUILDERS
+from fossil_export.onnx.graph.check import check
 
 PROMPTS = "The mascot of the fossil project\nThe capital of France is\n"
 BASE_ANSWER, TRAINED_ANSWER = "proud to be a part", "is a small green ammonite named Ophelia."
@@ -36,7 +36,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def plain(real_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The plain float32 graph as GenAI's builder makes it, in a folder that GenAI runs."""
-    return build_genai(real_base, tmp_path_factory.mktemp("plain") / "fp32", "fp32", "cpu").parent
+    return BUILDERS["genai"].build(real_base, tmp_path_factory.mktemp("plain") / "fp32", "fp32", "cpu").parent
 
 
 @pytest.fixture(scope="session")

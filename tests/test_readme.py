@@ -18,7 +18,7 @@ from loopback_hub import LoopbackHub, environment
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from fossil_export.onnx.build_genai import build_genai
+from fossil_export.onnx.builders import BUILDERS
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -73,7 +73,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict
     )
     edit_json(bone / "adapter_config.json", peft_type="BONE", mini_r=..., miss_dropout=...)
     (folder / "base-graph").mkdir()
-    build_genai(base, folder / "base-graph", "fp32", "cpu")
+    BUILDERS["genai"].build(base, folder / "base-graph", "fp32", "cpu")
     with LoopbackHub(folder / "storage", {TOKEN: "user"}) as hub:
         hub.add_folder("user/base", base)
         hub.add_folder("user/my-adapter", folder / "my-adapter")

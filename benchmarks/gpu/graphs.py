@@ -6,7 +6,7 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from safetensors.torch import save_file
 
 from fossil_export import export_onnx
+from fossil_export.onnx.modes import ModeName
 from gpu.cases import Case, OnnxRow, Setup, Variant, blank
 from gpu.layers import trained_layer
 from gpu.tools import Array, Scratch, free, line_of, relative, stored
@@ -44,7 +45,8 @@ class Graphs:
             return replace(row, diverged=True)
         folder, graph = scratch.folder, scratch.folder / "plain" / "model.onnx"
         scratch.drop("exported")
-        result = export_onnx(folder / "adapter", folder / "exported", base=folder / "base", mode=case.mode, onnx=graph)
+        mode = cast(ModeName, case.mode)
+        result = export_onnx(folder / "adapter", folder / "exported", base=folder / "base", mode=mode, onnx=graph)
         scratch.note()
         found = torch.from_numpy(answers(result.graph, self._x, setup.device, result.adapter_file)).to(setup.device)
         # A CPU computes float16 in float32 and rounds where graphs are cut, an If's ends among them.

@@ -2,41 +2,50 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from fossil_export.commands.shared import BASE_HELP
-from fossil_export.console import print_json, print_warnings, steps
-from fossil_export.tables import print_export
+from fossil_export.commands.shared import BASE_HELP, show
+from fossil_export.console import print_warnings, steps
+from fossil_export.onnx.builders import BUILDERS, PRECISIONS
+from fossil_export.onnx.modes import MODES
+from fossil_export.tables import print_export, print_onnx_plan
+
+_DEFAULTS = [
+    f"{builder.name} for {builder.models}" if builder.models else builder.name for builder in BUILDERS.values()
+]
 
 
 @click.command()
 @click.argument("adapter")
-@click.option("-o", "--output", required=True, metavar="DIR", help="Folder of the ONNX model; must not exist yet.")
+@click.option("-o", "--output", metavar="DIR", help="Folder of the ONNX model; must not exist yet.")
 @click.option("--base", metavar="BASE", help=BASE_HELP)
 @click.option(
     "--mode",
-    type=click.Choice(["merged", "tiled", "fused", "swappable"]),
+    type=click.Choice(list(MODES)),
     default="merged",
     show_default=True,
-    help="merged: plain graph; tiled: base weights shared, sum folded at load; fused: branches with the shards "
-    "inside; swappable: adapters loaded while the session runs.",
+    help="; ".join(f"{mode.name}: {mode.help}" for mode in MODES.values()) + ".",
 )
 @click.option(
     "--runtime",
-    type=click.Choice(["genai", "torch"]),
-    help="Who makes the graph.  [default: genai for generative models, else torch]",
+    type=click.Choice(list(BUILDERS)),
+    help="Who makes the graph; "
+    + "; ".join(f"{builder.name}: {builder.help}" for builder in BUILDERS.values())
+    + f".  [default: {', else '.join(_DEFAULTS)}]",
 )
-@click.option(
-    "--precision", type=click.Choice(["fp32", "fp16", "bf16", "int4"]), help="Of the graph's weights.  [default: fp32]"
-)
+@click.option("--precision", type=click.Choice(list(PRECISIONS)), help="Of the graph's weights.  [default: fp32]")
 @click.option("--onnx", "graph", metavar="FILE.onnx", help="Use this graph of the base instead of making one.")
 @click.option("--copy-data", is_flag=True, help="With --onnx: copy the weights' file instead of sharing it.")
 @click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="What the graph is made for.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option("--all", "every", is_flag=True, help="With --dry-run: a row for every weight, not for every kind.")
 @click.option("--overwrite", is_flag=True, help="Replace a folder that an earlier export wrote.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def onnx(
     adapter: str,
-    output: str,
+    output: str | None,
     base: str | None,
     mode: str,
     runtime: str | None,
@@ -44,6 +53,8 @@ def onnx(
     graph: str | None,
     copy_data: bool,
     device: str,
+    dry_run: bool,
+    every: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -53,24 +64,27 @@ def onnx(
     adapters for a swappable folder are made by `convert --to onnx-adapter`; `verify` runs the folder against the
     trained model.
     """
-    from fossil_export.onnx.api import export_onnx
+    if output is None and not dry_run:
+        raise click.UsageError("Missing option '--output' (or ask for the plan alone with '--dry-run').")
+    from fossil_export.onnx.export import export_onnx
+    from fossil_export.onnx.plan import plan_onnx
 
+    wanted: dict[str, Any] = {
+        "base": base,
+        "mode": mode,
+        "runtime": runtime,
+        "precision": precision,
+        "onnx": graph,
+        "copy_data": copy_data,
+        "device": device,
+    }
+    if dry_run or output is None:
+        with steps() as progress:
+            plan = plan_onnx(adapter, **wanted, progress=progress)
+        show(plan.to_dict() if as_json else None, lambda plan: print_onnx_plan(plan, every), plan)
+        print_warnings(plan.warnings)
+        return
     with steps() as progress:
-        result = export_onnx(
-            adapter,
-            output,
-            base=base,
-            mode=mode,
-            runtime=runtime,
-            precision=precision,
-            onnx=graph,
-            copy_data=copy_data,
-            device=device,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    if as_json:
-        print_json(result.to_dict())
-    else:
-        print_export(result)
+        result = export_onnx(adapter, output, **wanted, overwrite=overwrite, progress=progress)
+    show(result.to_dict() if as_json else None, print_export, result)
     print_warnings(result.warnings)

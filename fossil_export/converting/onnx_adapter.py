@@ -15,9 +15,9 @@ def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
     from fossil_export.extras import required
     from fossil_export.merging.plan import plan_merge
     from fossil_export.onnx.adapter_file import adapter_arrays, check_base, write_adapter
-    from fossil_export.onnx.existing import find_graph
-    from fossil_export.onnx.plan import check_mode
+    from fossil_export.onnx.builders.existing import find_graph
     from fossil_export.onnx.signature import read_signature
+    from fossil_export.onnx.trained import check_mode
 
     if options.graph is None:
         raise OnnxError("an adapter file is made for a graph; name the folder of a swappable export with --for")

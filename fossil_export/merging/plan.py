@@ -7,7 +7,7 @@ Everything hard happens here (names, shapes, ties, refusals); `run` only follows
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,13 +142,7 @@ def plan_merge(
     checkpoint = found.checkpoint()
     placement = place(adapter, checkpoint)
 
-    by_file: dict[str, list[TensorPlan]] = {}
-    for header in checkpoint.files:
-        tensors = by_file.setdefault(header.path.name, [])
-        for info in header.tensors:
-            tensors.append(_tensor_plan(info.name, info, placement, dtype))
-    for name in placement.added:
-        by_file[checkpoint.files[-1].path.name].append(_tensor_plan(name, None, placement, dtype))
+    by_file = _by_file(checkpoint, placement, dtype)
     limit = parse_size(max_shard_size) if max_shard_size is not None else None
     files, index = lay_out(checkpoint, by_file, limit)
 
@@ -177,6 +171,27 @@ def plan_merge(
         warnings=adapter.notes + found.notes + placement.warnings + _quantized(adapter),
         stamps=_stamps(adapter, checkpoint, keep.values()),
     )
+
+
+def in_dtype(plan: MergePlan, dtype: str) -> MergePlan:
+    """`plan`, which keeps the base's files, with all floating-point tensors in the torch dtype `dtype`; nothing is read
+    again."""
+    placement = place(plan.adapter, plan.base)
+    files, index = lay_out(plan.base, _by_file(plan.base, placement, dtype), None)
+    config_edits, config = _config(plan.adapter, plan.base, placement, dtype)
+    return replace(plan, dtype=dtype, files=files, index=index, config=config, config_edits=config_edits)
+
+
+def _by_file(base: Checkpoint, placement: Placement, dtype: str) -> dict[str, list[TensorPlan]]:
+    """The tensors of the merged model in the base's files and order; those that the adapter adds come last."""
+    found: dict[str, list[TensorPlan]] = {}
+    for header in base.files:
+        tensors = found.setdefault(header.path.name, [])
+        for info in header.tensors:
+            tensors.append(_tensor_plan(info.name, info, placement, dtype))
+    for name in placement.added:
+        found[base.files[-1].path.name].append(_tensor_plan(name, None, placement, dtype))
+    return found
 
 
 def _quantized(adapter: Adapter) -> tuple[str, ...]:

@@ -1,2 +1,2 @@
-"""ONNX: the adapter in a graph. `source` brings the plain graph, `sites` and `locate` say which node is which
-module, `plan` decides, one file per mode rewrites, `api` does it all."""
+"""ONNX: the adapter in a graph. `builders/` bring the plain graph, `graph/` says what is in it, `places` which weight
+of it belongs to which module, `modes/` rewrite it; `plan` decides, `export` does it all."""

@@ -17,8 +17,9 @@ from fossil_export.errors import FossilExportError, OnnxError, listed
 from fossil_export.extras import required
 from fossil_export.merging.match import match_names
 from fossil_export.merging.plan import MergePlan
-from fossil_export.onnx.plan import check_mode, joined, round_to
+from fossil_export.onnx.graph.weight import round_to
 from fossil_export.onnx.signature import Signature, Slot, fingerprint, saved_digests
+from fossil_export.onnx.trained import check_mode, joined
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]

@@ -1,255 +1,181 @@
-"""What is done to a graph, decided before anything is written: which weights get which shards."""
+"""What an ONNX export will do, decided before anything is written."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from fossil_export.adapters import Adapter, Shard
-from fossil_export.checkpoints.dtypes import numpy_dtype
-from fossil_export.checkpoints.header import TensorInfo
+from fossil_export.adapters import Adapter, load_adapter
+from fossil_export.checkpoints.dtypes import element_count
 from fossil_export.errors import OnnxError, listed
-from fossil_export.merging.plan import MergePlan
-from fossil_export.methods import METHODS
-from fossil_export.onnx.graph_file import MARK, load_graph
-from fossil_export.onnx.locate import Found, Piece, Wanted, locate
-from fossil_export.onnx.sites import Site, find_sites
-from fossil_export.onnx.weight import SAFETENSORS_NAME
+from fossil_export.extras import required
+from fossil_export.merging.plan import MergePlan, plan_merge
+from fossil_export.onnx.builders import BUILDERS, PRECISIONS, PrecisionName, RuntimeName, default_builder
+from fossil_export.onnx.builders.existing import check_saved, companions, find_graph
+from fossil_export.onnx.modes import MODES, Mode, ModeName
+from fossil_export.onnx.places import OpenGraph, Place, open_graph
+from fossil_export.onnx.trained import check_mode, trained_modules
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
-    Array = np.ndarray[Any, Any]
-
-MODES = ("merged", "tiled", "fused", "swappable")
-
-_OLDEST = {"merged": 1, "tiled": 13, "fused": 13, "swappable": 15}
-"""Opsets that have the operators used: ReduceSum with axes as an input (13), Shape of a range (15)."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """One weight of the graph that gets shards: `pieces` says which modules' outputs are which of its own.
-
-    `label` names it in the graph and in adapter files; `sites` are the nodes that read the weight (several
-    where layers share it); `kind` is the same for the targets of all layers that do the same.
-    """
-
-    label: str
-    kind: str
-    sites: tuple[Site, ...]
-    pieces: tuple[Piece, ...]
-
-    @property
-    def outputs(self) -> int:
-        return self.sites[0].weight.outputs
-
-    @property
-    def inputs(self) -> int:
-        return self.sites[0].weight.inputs
+    from fossil_export.onnx.export import OnnxResult
 
 
 @dataclass(frozen=True)
 class OnnxPlan:
-    """The adapter, the graph as loaded (to be rewritten in place), and the places in it."""
+    """What an export will do, in names and figures.
+
+    `graph` is the graph that is used; it is None if `runtime` makes one, in `precision`, for `device`. For a graph
+    that is there already, `runtime` is "onnx" and `precision` None. `places` are the weights of the graph that get
+    trained tensors, None if there is no graph yet to find them in. `companions` are the names of the files that come
+    along (a builder may write more), `nbytes` is about the size of what is written (shared data is not).
+    """
 
     mode: str
+    runtime: str
+    precision: str | None
+    device: str
+    graph: Path | None
+    copy_data: bool
     merge: MergePlan
-    model: ir.Model
-    graph: Path
-    targets: tuple[Target, ...]
-    base_weights: Mapping[str, Array]
-    """The base's weight (out, in) of each trained module, a view."""
+    places: tuple[Place, ...] | None
+    companions: tuple[str, ...]
+    nbytes: int
+    warnings: tuple[str, ...]
 
-    @property
-    def adapter(self) -> Adapter:
-        return self.merge.adapter
+    def __repr__(self) -> str:
+        where = f"in {self.graph}" if self.graph is not None else f"in a graph by {self.runtime}, {self.precision}"
+        count = f"{len(self.places)} weights" if self.places is not None else f"{self.merge.count('merge')} modules"
+        return f"<OnnxPlan of {self.merge.adapter.name}: {count} {self.mode} {where}, about {self.nbytes:,} bytes>"
 
-    def shard(self, target: Target) -> Array:
-        """D (r, out) of a target in float32: the shards of its pieces side by side, zeros where nothing was trained."""
-        return joined(self.adapter, target.pieces, target.outputs)
+    def run(
+        self, output: str | Path, *, overwrite: bool = False, progress: Callable[[str], None] = lambda step: None
+    ) -> OnnxResult:
+        """Carry the plan out; arguments and errors are those of `export_onnx`."""
+        from fossil_export.onnx.export import run_plan
+
+        return run_plan(self, output, overwrite=overwrite, progress=progress)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON shows it: the trained modules, and their places if there is a graph to find them in."""
+        merge = self.merge.to_dict()
+        return {
+            "adapter": merge["adapter"],
+            "base": merge["base"],
+            "mode": self.mode,
+            "runtime": self.runtime,
+            "precision": self.precision,
+            "device": self.device,
+            "graph": None if self.graph is None else str(self.graph),
+            "modules": [
+                {"module": module, "tensor": tensor.name, "shape": list(tensor.shape)}
+                for module, tensor in trained_modules(self.merge)
+            ],
+            "places": None if self.places is None else [place.to_dict() for place in self.places],
+            "whole_tensors": _whole(self.merge),
+            "companions": list(self.companions),
+            "bytes": self.nbytes,
+            "warnings": list(self.warnings),
+        }
 
 
-def joined(adapter: Adapter, pieces: Iterable[Piece], outputs: int, rank: int | None = None) -> Array:
-    """D (r, `outputs`) in float32 from the shards of `pieces`; modules that `adapter` lacks stay zero.
+def plan_onnx(
+    adapter: Adapter | str | Path,
+    base: str | Path | None = None,
+    *,
+    mode: ModeName = "merged",
+    runtime: RuntimeName | None = None,
+    precision: PrecisionName | None = None,
+    onnx: str | Path | None = None,
+    copy_data: bool = False,
+    device: str = "cpu",
+    progress: Callable[[str], None] = lambda step: None,
+) -> OnnxPlan:
+    """Decide how the model that `adapter` was trained for becomes an ONNX folder; arguments are `export_onnx`'s.
 
-    `rank` is needed only where it lacks all of them. Raises OnnxError for shards of different ranks.
+    Nothing is written, and no graph is made. For a graph that is to be made, only headers and configs are read. In
+    `onnx`, a graph that is there already, the places are found, by rows of the base's weights: a base on the Hub is
+    fetched. Raises a FossilExportError for whatever would stop the export before its graph is made.
     """
-    present = [(piece, adapter.shards[piece.module]) for piece in pieces if piece.module in adapter.shards]
-    ranks = {shard.rank for _, shard in present} or {rank or 1}
-    if len(ranks) > 1:
-        names = [piece.module for piece, _ in present]
-        raise OnnxError(
-            f"{adapter.path}: {listed(names)} lie in one weight of the graph but have ranks {sorted(ranks)}"
-        )
-    whole = np.zeros((ranks.pop(), outputs), np.float32)
-    for piece, shard in present:
-        dense = tile_form(adapter, shard, piece)
-        whole[:, piece.at : piece.at + piece.count] = dense[:, piece.start : piece.start + piece.count]
-    return whole
+    plan = decide(adapter, base, mode, runtime, precision, onnx, copy_data, device)
+    if plan.graph is None:
+        return plan
+    progress("fetching the base")
+    plan.merge.fetch()
+    progress("placing the shards")
+    graph = open_planned(plan)
+    shared = not copy_data and not graph.mode.makes_weights(graph)
+    return replace(plan, places=graph.places, nbytes=_size_with(plan.graph, plan.merge.adapter, shared))
 
 
-def tile_form(adapter: Adapter, shard: Shard, piece: Piece) -> Array:
-    """D (r, out) of a whole module in float32."""
-    values = np.asarray(adapter.array(shard.tensor), np.float32)
-    if not np.isfinite(values).all():
-        raise OnnxError(f"{shard.tensor.path}: {shard.tensor.name} holds infinite or NaN values; training diverged")
-    outputs = max(piece.start + piece.count, values.shape[-1])
-    dense = METHODS[shard.variant].tile_form(values, outputs)
-    assert dense is not None, shard.variant  # refused when the plan was made
-    return np.asarray(dense)
+def decide(
+    adapter: Adapter | str | Path,
+    base: str | Path | None,
+    mode: str,
+    runtime: str | None,
+    precision: str | None,
+    onnx: str | Path | None,
+    copy_data: bool,
+    device: str,
+) -> OnnxPlan:
+    """The plan as far as it is known without the base's weights: without `places`."""
+    if not isinstance(adapter, Adapter):
+        adapter = load_adapter(adapter)
+    check_mode(adapter, mode, precision)
+    for what, value, known in (("runtime", runtime, BUILDERS), ("precision", precision, PRECISIONS)):
+        if value is not None and value not in known:
+            raise OnnxError(f"{what} is {value!r}, expected {', '.join(known)}")
+    if onnx is not None and (runtime or precision):
+        raise OnnxError("--onnx takes the graph as it is; leave --runtime and --precision out")
+    for package in ("onnx", "onnx_ir"):
+        required(package)
+    merge = plan_merge(adapter, base, dtype="auto")
+    if onnx is not None:
+        graph: Path | None = find_graph(onnx)
+        assert graph is not None
+        runtime, files = "onnx", tuple(companions(merge, graph))
+        # Shared weights take no room; if they must be copied after all, a full disk is an error of its own.
+        nbytes = _size_with(graph, adapter, not copy_data and not MODES[mode].new_weights)
+    else:
+        if merge.base.folder is None or merge.base.config is None:
+            raise OnnxError(f"{merge.base.location}: has no config.json, from which a graph is made; name the folder")
+        graph, files = None, tuple(dict.fromkeys([*merge.companions, "config.json"]))
+        runtime, precision = runtime or _default_runtime(merge), precision or "fp32"
+        values = sum(element_count(tensor.shape) for tensor in merge.tensors)
+        nbytes = values * PRECISIONS[precision].nbytes + (0 if MODES[mode].merges else 4 * adapter.parameters)
+    warnings = merge.warnings + tuple(_warnings(merge, MODES[mode]))
+    return OnnxPlan(mode, runtime, precision, device, graph, copy_data, merge, None, files, nbytes, warnings)
 
 
-def check_mode(adapter: Adapter, mode: str, precision: str | None = None) -> None:
-    """Raise OnnxError for what can be refused before a graph is made."""
-    if mode not in MODES:
-        raise OnnxError(f"mode is {mode!r}, expected {', '.join(MODES)}")
-    if mode in ("fused", "swappable") and any(shard.variant == "bat" for shard in adapter.shards.values()):
-        raise OnnxError(
-            f"{adapter.path}: is a bat adapter, whose update depends on the weight it changes and is no branch beside "
-            "it; use --mode tiled or merged, or approximate it by a LoRA"
-        )
-    if mode == "tiled" and precision == "int4":
-        raise OnnxError(
-            "--mode tiled adds to float weights, and int4 weights are codes; use --mode fused or swappable, or "
-            "--mode merged, which quantizes the merged weights"
-        )
+def open_planned(plan: OnnxPlan) -> OpenGraph:
+    """The graph that the plan uses, opened to be rewritten. Raises OnnxError for what stops that."""
+    assert plan.graph is not None
+    graph = open_graph(plan.merge, MODES[plan.mode], plan.graph)
+    if plan.places is not None and graph.places != plan.places:
+        raise OnnxError(f"{plan.graph}: is another graph than the one that the plan was made for; plan again")
+    check_saved(graph)
+    return graph
 
 
-def _weight(adapter: Adapter, info: TensorInfo) -> Array:
-    """A weight (out, in) that may be the base's: mapped, since all of them are looked at here and there, at once."""
-    if info.offset is None or info.path in adapter.files:
-        return adapter.array(info)
-    raw = np.memmap(info.path, np.uint8, "r", info.offset, (info.nbytes,))
-    return raw.view(numpy_dtype(info.dtype)).reshape(info.shape)
+def _default_runtime(merge: MergePlan) -> str:
+    names = (merge.base.config or {}).get("architectures") or []
+    return default_builder([str(name) for name in merge.config_edits.get("architectures") or names]).name
 
 
-def plan_onnx(merge: MergePlan, mode: str, graph: Path) -> OnnxPlan:
-    """Read `graph` and place every shard of the merge plan in it. Raises OnnxError with everything that stops it."""
-    model = load_graph(graph)
-    check_graph(model, graph, mode)
-    sites = find_sites(model.graph)
-    if any(value is not None and value.dtype is None for s in sites for value in (s.x, s.y, s.node.inputs[1])):
-        import onnx_ir.passes.common as passes
-
-        passes.ShapeInferencePass()(model)  # a graph by hand, without types of what lies between
-        sites = find_sites(model.graph)
-    wanted = [
-        Wanted(t.shard.module, (t.shard.module, t.name.removesuffix(".weight")), _weight(merge.adapter, t.source))
-        for t in merge.tensors
-        if t.shard is not None
-    ]
-    siblings = {
-        name.removesuffix(".weight"): info.shape[0]
-        for name, info in merge.base.tensors.items()
-        if len(info.shape) == 2 and name.endswith(".weight")
-    }
-    found = locate(wanted, sites, siblings, str(graph))
-    targets = _targets(found, sites)
-    if mode in ("merged", "tiled"):
-        coded = [target.label for target in targets if target.sites[0].weight.bits is not None]
-        if coded:
-            raise OnnxError(
-                f"{graph}: {listed(coded)} are quantized, and shards cannot be added to codes; use --mode fused "
-                "or swappable"
-            )
-    _refuse_other_products(targets, graph)
-    wide = [target.label for target in targets if target.sites[0].weight.dtype == "DOUBLE"]
-    if wide and mode in ("merged", "tiled"):
-        raise OnnxError(
-            f"{graph}: {listed(wide)} are stored as DOUBLE, and shards are added in float32; use --mode fused"
-        )
-    ranks: dict[str, set[int]] = defaultdict(set)
-    for target in targets:
-        ranks[target.kind] |= {merge.adapter.shards[piece.module].rank for piece in target.pieces}
-    if mode == "swappable" and any(len(found_ranks) > 1 for found_ranks in ranks.values()):
-        raise OnnxError(f"{merge.adapter.path}: layers of one kind have different ranks; use --mode fused or tiled")
-    return OnnxPlan(mode, merge, model, graph, targets, {one.module: one.weight for one in wanted})
+def _size_with(graph: Path, adapter: Adapter, shared: bool) -> int:
+    """Bytes that are written for a graph that is there: its own, without its data if that is `shared`, and D."""
+    files = [path for path in graph.parent.glob(f"{graph.name}*") if path.is_file()]
+    return sum(path.stat().st_size for path in ([graph] if shared else files)) + 4 * adapter.parameters
 
 
-def check_graph(model: ir.Model, graph: Path, mode: str) -> None:
-    """Raise OnnxError unless the graph can take an adapter in this mode."""
-    if MARK in model.metadata_props:
-        raise OnnxError(
-            f"{graph}: carries an adapter already; name the plain graph it was made from"
-            + (", or add adapters with convert --to onnx-adapter" if "swappable" in model.metadata_props[MARK] else "")
-        )
-    opset = model.graph.opset_imports.get("", 0)
-    if opset < _OLDEST[mode]:
-        raise OnnxError(
-            f"{graph}: has opset {opset}, --mode {mode} needs {_OLDEST[mode]}; raise it with "
-            "onnx.version_converter.convert_version(model, 18), or export the graph again"
-        )
+def _whole(merge: MergePlan) -> list[str]:
+    return [tensor.name for tensor in merge.tensors if tensor.origin == "adapter"]
 
 
-def _targets(found: Found, sites: tuple[Site, ...]) -> tuple[Target, ...]:
-    """One target a weight, in the order of the graph, each with a name and a kind of its own."""
-    by_weight: dict[int, list[Site]] = defaultdict(list)
-    for site in sites:
-        if site in found:
-            by_weight[id(site.weight.value)].append(site)
-    targets = [
-        Target("", "", tuple(readers), tuple(sorted(found[readers[0]], key=lambda piece: piece.at)))
-        for readers in by_weight.values()
-    ]
-    labels: dict[str, int] = {}
-    named = []
-    for target in targets:
-        label = _label(target)
-        labels[label] = labels.get(label, 0) + 1
-        named.append(replace(target, label=label if labels[label] == 1 else f"{label}.{labels[label]}"))
-    # Layers that do the same are told by the names of all products of one input.
-    tails: dict[int, list[str]] = defaultdict(list)
-    for target in named:
-        tails[id(target.sites[0].x)].append(target.label.rpartition(".")[2])
-    named = [replace(t, kind=f"{'+'.join(tails[id(t.sites[0].x)])}.{t.inputs}") for t in named]
-    return tuple(named)
+def _warnings(merge: MergePlan, mode: Mode) -> Iterator[str]:
+    if mode.swaps and (whole := _whole(merge)):
+        yield f"{listed(whole)} were trained whole: they stay in the graph whatever adapter is active"
 
 
-def _label(target: Target) -> str:
-    """The module's name; for packed weights their path in the graph, else the parent's and the parts' names."""
-    modules = list(dict.fromkeys(piece.module for piece in target.pieces))
-    if len(modules) == 1 and target.pieces[0].count == target.outputs:
-        return modules[0]
-    paths = [path for path in target.sites[0].paths if "." in path]
-    if paths:
-        return paths[0]
-    parent = modules[0].rpartition(".")[0]
-    return f"{parent}.{'_'.join(module.rpartition('.')[2] for module in modules)}".lstrip(".")
-
-
-_PASSES_ON = ("Cast", "DequantizeLinear", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
-
-
-def _refuse_other_products(targets: tuple[Target, ...], graph: Path) -> None:
-    """Raise OnnxError where a weight is also read by a product that gets no shard, in a branch of the graph, say."""
-    for target in targets:
-        ours = {id(site.node) for site in target.sites}
-        values, seen = [target.sites[0].weight.value], set()
-        while values:
-            for usage in values.pop().uses():
-                node = usage.node
-                if id(node) in ours or id(node) in seen:
-                    continue
-                seen.add(id(node))
-                if node.op_type in _PASSES_ON:
-                    values += node.outputs
-                elif "MatMul" in node.op_type or node.op_type in ("Gemm", "Conv", "Einsum", "Attention"):
-                    raise OnnxError(
-                        f"{graph}: the weight of {target.label} is also read by {node.name or node.op_type}, which "
-                        "cannot take a shard; export the graph again without optimisations"
-                    )
-
-
-def round_to(values: Array, dtype: str, what: str) -> Array:
-    """`values` as ONNX's float type `dtype`. Raises OnnxError where they do not fit."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        rounded = values.astype(numpy_dtype(SAFETENSORS_NAME[dtype]))
-    if not np.isfinite(rounded.astype(np.float32)).all():
-        raise OnnxError(f"{what} does not fit {dtype}; use a wider --precision")
-    return rounded
+__all__ = ["OnnxPlan", "plan_onnx"]

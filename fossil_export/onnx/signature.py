@@ -17,14 +17,15 @@ import numpy as np
 from fossil_export.adapters import Adapter
 from fossil_export.errors import OnnxError
 from fossil_export.merging.plan import MergePlan
-from fossil_export.onnx.graph_file import MARK, load_graph
-from fossil_export.onnx.locate import Piece
+from fossil_export.onnx.graph.file import MARK, load_graph
+from fossil_export.onnx.graph.match import Piece
+from fossil_export.onnx.trained import trained_modules
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from fossil_export.onnx.edit import Editor
-    from fossil_export.onnx.plan import OnnxPlan
+    from fossil_export.onnx.graph.edit import Editor
+    from fossil_export.onnx.places import OpenGraph
 
 FORMAT = 1
 SAMPLED = 4
@@ -69,36 +70,39 @@ class Signature:
         return int(self.fingerprint[:7], 16)
 
 
-def mark(plan: OnnxPlan, editor: Editor, slots: Sequence[Slot] = ()) -> None:
+def mark(graph: OpenGraph, editor: Editor, slots: Sequence[Slot] = ()) -> None:
     """Write into the graph what was done to it and, with `slots`, what it takes."""
     record: dict[str, Any] = {
         "format": FORMAT,
-        "mode": plan.mode,
-        "outlets": [asdict(o) for o in _outlets(plan, editor)],
+        "mode": graph.mode.name,
+        "outlets": [asdict(outlet) for outlet in _outlets(graph, editor)],
     }
     if slots:
-        tensors = [t.name for t in plan.merge.tensors if t.shard is not None]
-        arrays = [plan.base_weights[t.shard.module] for t in plan.merge.tensors if t.shard is not None]
+        trained = list(trained_modules(graph.merge))
         signature = Signature(
-            tuple(slots), fingerprint(arrays), tuple(tensors), plan.merge.base_name, saved_digests(plan.merge)
+            tuple(slots),
+            fingerprint(graph.base_weights[module] for module, _ in trained),
+            tuple(tensor.name for _, tensor in trained),
+            graph.merge.base_name,
+            saved_digests(graph.merge),
         )
         record["signature"] = asdict(signature)
-    plan.model.metadata_props[MARK] = json.dumps(record, separators=(",", ":"))
+    graph.model.metadata_props[MARK] = json.dumps(record, separators=(",", ":"))
 
 
-def _outlets(plan: OnnxPlan, editor: Editor) -> Iterator[Outlet]:
+def _outlets(graph: OpenGraph, editor: Editor) -> Iterator[Outlet]:
     """The values that are modules' outputs after the rewriting, bias included."""
-    biased = {name.removesuffix(".bias") for name in plan.merge.base.tensors if name.endswith(".bias")}
-    names = {t.shard.module: t.name.removesuffix(".weight") for t in plan.merge.tensors if t.shard is not None}
-    for target in plan.targets:
-        product = target.sites[0].node.outputs[0]
-        value = editor.replaced.get(id(product), product)
-        if any(names[piece.module] in biased for piece in target.pieces) and target.sites[0].node.op_type != "Gemm":
+    biased = {name.removesuffix(".bias") for name in graph.merge.base.tensors if name.endswith(".bias")}
+    names = {module: tensor.name.removesuffix(".weight") for module, tensor in trained_modules(graph.merge)}
+    for place in graph.places:
+        node = graph.sites[place.label][0].node
+        value = editor.replaced.get(id(node.outputs[0]), node.outputs[0])
+        if any(names[piece.module] in biased for piece in place.pieces) and node.op_type != "Gemm":
             readers = list(value.consumers())
             if len(readers) != 1 or readers[0].op_type != "Add":
                 continue
             value = readers[0].outputs[0]
-        for piece in target.pieces:
+        for piece in place.pieces:
             if piece.start == 0:
                 yield Outlet(piece.module, str(value.name), piece.at, piece.count)
 

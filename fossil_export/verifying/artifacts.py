@@ -123,8 +123,8 @@ class OnnxFolder:
         return Subject(self.folder, lambda: OnnxRunner(self.folder, device), NOISE, change, merged, problems)
 
     def dtype(self, base: Checkpoint) -> str:
-        from fossil_export.onnx.existing import find_graph
-        from fossil_export.onnx.graph_file import load_graph
+        from fossil_export.onnx.builders.existing import find_graph
+        from fossil_export.onnx.graph.file import load_graph
 
         found = [
             value.dtype.name
@@ -172,7 +172,7 @@ class OnnxFolder:
         return found
 
     def _mode(self) -> str:
-        from fossil_export.onnx.existing import find_graph
+        from fossil_export.onnx.builders.existing import find_graph
         from fossil_export.onnx.signature import read_mark
 
         return str(read_mark(find_graph(self.folder)).get("mode", "merged"))
@@ -181,7 +181,7 @@ class OnnxFolder:
 def open_any(folder: Path) -> Artifact:
     """The artifact in a folder: a graph, a LoRA, else a checkpoint. Raises CheckpointError, also for what is none."""
     if any(folder.glob("*.onnx")):
-        from fossil_export.onnx.existing import refuse_libraries
+        from fossil_export.onnx.builders.existing import refuse_libraries
 
         refuse_libraries(folder)
         return OnnxFolder(folder)

@@ -11,8 +11,8 @@ import numpy as np
 from fossil_export.errors import FossilExportError, OnnxError
 from fossil_export.extras import required
 from fossil_export.onnx.adapter_file import ADAPTER
-from fossil_export.onnx.existing import find_graph
-from fossil_export.onnx.graph_file import load_graph
+from fossil_export.onnx.builders.existing import find_graph
+from fossil_export.onnx.graph.file import load_graph
 from fossil_export.onnx.signature import Outlet, read_mark
 from fossil_export.verifying.models import Tokens
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fossil_export.errors import OnnxError
-from fossil_export.onnx.existing import find_graph
-from fossil_export.onnx.graph_file import load_graph
-from fossil_export.onnx.locate import QUANTIZED_TOLERANCE, Found, Wanted, locate
-from fossil_export.onnx.sites import find_sites
+from fossil_export.onnx.builders.existing import find_graph
+from fossil_export.onnx.graph.file import load_graph
+from fossil_export.onnx.graph.match import QUANTIZED_TOLERANCE, Found, Wanted, find_places
+from fossil_export.onnx.graph.sites import find_sites
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
@@ -59,7 +59,7 @@ def take_weights(network: Any, folder: Path, check: bool) -> list[str]:
     problems: list[str] = []
     for one in wanted:
         try:
-            found = locate([one], sites, names, str(graph))
+            found = find_places([one], sites, names, str(graph))
         except OnnxError:
             continue  # not quantized (a head in full precision), or of another model: the logits will tell
         layer = layers[one.module]

@@ -15,11 +15,11 @@ from fossil_export.adapters import Adapter, Shard
 from fossil_export.errors import OnnxError, listed
 from fossil_export.extras import required
 from fossil_export.onnx.adapter_file import ADAPTER
-from fossil_export.onnx.existing import find_graph
-from fossil_export.onnx.graph_file import load_graph
-from fossil_export.onnx.locate import Piece
+from fossil_export.onnx.builders.existing import find_graph
+from fossil_export.onnx.graph.file import load_graph
+from fossil_export.onnx.graph.match import Piece
+from fossil_export.onnx.graph.weight import stored
 from fossil_export.onnx.signature import Outlet, read_mark, read_signature
-from fossil_export.onnx.weight import stored
 from fossil_export.verifying.reference import EXACT
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from pathlib import Path
 from fossil_export.errors import MissingExtraError, OnnxError
 from fossil_export.foreign import needs_code, refuse_adapter
 from fossil_export.isolation import child_environment, child_flags
-from fossil_export.onnx import run_builder
-from fossil_export.onnx.graph_file import load_graph
+from fossil_export.onnx.builders import run_genai
+from fossil_export.onnx.graph.file import load_graph
 
 
-def build_genai(model: Path, output: Path, precision: str, device: str) -> Path:
+def build(model: Path, output: Path, precision: str, device: str) -> Path:
     """Build the graph of the checkpoint folder `model` into `output` and return its path.
 
     The builder runs as a process of its own: it prints, and it loads the whole model. It sees neither the current
@@ -29,7 +29,7 @@ def build_genai(model: Path, output: Path, precision: str, device: str) -> Path:
     refuse_adapter(model)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f"{output.name}.cache-") as cache:
         provider = "cuda" if device.startswith("cuda") else "cpu"
-        command = [sys.executable, *child_flags(), str(Path(run_builder.__file__).resolve())]
+        command = [sys.executable, *child_flags(), str(Path(run_genai.__file__).resolve())]
         command += ["-i", str(model.absolute()), "-o", str(output.absolute()), "-p", precision, "-e", provider]
         command += ["-c", cache, "--extra_options", "hf_remote=false"]  # true by default before GenAI 0.15
         # The builder asks Git for the commit of the repository around Python's packages, which is not its own.
@@ -43,7 +43,7 @@ def build_genai(model: Path, output: Path, precision: str, device: str) -> Path:
             errors="replace",
             check=False,
         )
-    from fossil_export.onnx.edit import Editor
+    from fossil_export.onnx.graph.edit import Editor
 
     graph = output / "model.onnx"
     if done.returncode or not graph.is_file():

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from fossil_export.onnx.graph_file import forget_sources
-from fossil_export.onnx.weight import unguarded
+from fossil_export.onnx.graph.file import forget_sources
+from fossil_export.onnx.graph.weight import unguarded
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
-SHARDS = "fossil_shards.onnx.data"
-"""External data file of what was added to a graph: the shards. The base's own data file is left as it is."""
+ADDED = "fossil_shards.onnx.data"
+"""External data file of the constants that were added to a graph. The base's own data file is left as it is."""
 
 
 class Editor:
-    """Changes one graph in place. New shards are collected and written to a file of their own by `save`."""
+    """Changes one graph in place. New constants are collected and written to a file of their own by `save`."""
 
     def __init__(self, model: ir.Model) -> None:
         self.model = model
@@ -45,11 +45,11 @@ class Editor:
         name = f"fossil/constants/tiling_{inputs}_{rank}"
         if name not in self.graph.initializers:
             columns = np.arange(inputs) % rank
-            self.shard(name, (columns[:, None] == np.arange(rank)).astype(np.float32))
+            self.constant(name, (columns[:, None] == np.arange(rank)).astype(np.float32))
         return self.graph.initializers[name]
 
-    def shard(self, name: str, values: Array) -> ir.Value:
-        """An initializer whose data goes to the shards' file."""
+    def constant(self, name: str, values: Array) -> ir.Value:
+        """An initializer whose data goes to the file of what was added."""
         value = self._register(name, ir.tensor(np.ascontiguousarray(values), name=name))
         self._large.append(value)
         return value
@@ -97,6 +97,12 @@ class Editor:
         else:
             self.graph.insert_before(before, node)
         return output
+
+    def flat(self, value: ir.Value, name: str, width: int, **where: Any) -> ir.Value:
+        """`value` as a matrix (positions, width); itself if it is one. `where` is for `node`."""
+        if value.shape is not None and len(value.shape) == 2:
+            return value
+        return self.node("Reshape", [value, self.integers([-1, width])], name, shape=[None, width], **where)
 
     def with_last(self, x: ir.Value, width: int, before: ir.Node) -> ir.Value:
         """The shape of `x` with its last dimension made `width`; made once for all values of the same dimensions."""
@@ -154,7 +160,7 @@ class Editor:
                 new.name, new.shape, new.type = name, old.shape, old.type
 
     def save(self, path: Path, repack: bool = False) -> None:
-        """Write the graph to `path` and the new shards beside it; unused initializers are dropped.
+        """Write the graph to `path` and the new constants beside it; unused initializers are dropped.
 
         `repack` writes all large tensors, the base's too, to one new data file instead.
         """
@@ -174,7 +180,7 @@ class Editor:
         large = [value for value in self._large if value.name in self.graph.initializers]
         if large:
             tensors = ir.external_data.convert_tensors_to_external(
-                [value.const_value for value in large], path.parent, SHARDS
+                [value.const_value for value in large], path.parent, ADDED
             )
             for value, tensor in zip(large, tensors, strict=True):
                 value.const_value = tensor

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fossil_export.checkpoints.dtypes import numpy_dtype
+from fossil_export.errors import OnnxError
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -64,6 +67,15 @@ def unguarded(tensor: Any) -> Any:
         return tensor
     path = (Path(tensor.base_dir) / tensor.location).absolute()
     return ir.ExternalTensor(path, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=tensor.name)
+
+
+def round_to(values: Array, dtype: str, what: str) -> Array:
+    """`values` as ONNX's float type `dtype`. Raises OnnxError where they do not fit."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = values.astype(numpy_dtype(SAFETENSORS_NAME[dtype]))
+    if not np.isfinite(rounded.astype(np.float32)).all():
+        raise OnnxError(f"{what} does not fit {dtype}; use a wider --precision")
+    return rounded
 
 
 def float_weight(value: ir.Value, transposed: bool, direct: bool) -> Weight | None:

@@ -17,9 +17,10 @@ from fossil_export.checkpoints.dtypes import numpy_dtype
 from fossil_export.checkpoints.folder import LocalFolder
 from fossil_export.checkpoints.jsonfile import read_json
 from fossil_export.errors import CheckpointError, OnnxError, listed
-from fossil_export.onnx.graph_file import external_files, load_graph
-from fossil_export.onnx.plan import OnnxPlan
-from fossil_export.onnx.weight import SAFETENSORS_NAME, stored
+from fossil_export.merging.plan import MergePlan
+from fossil_export.onnx.graph.file import external_files, load_graph
+from fossil_export.onnx.graph.weight import SAFETENSORS_NAME, stored
+from fossil_export.onnx.places import OpenGraph
 from fossil_export.storage.hub import resolve
 
 if TYPE_CHECKING:
@@ -103,13 +104,24 @@ def _libraries(value: Any) -> Iterator[str]:
                 yield f"{key} is {entry}"
 
 
-def bring_companions(graph: Path, folder: Path, without: Sequence[str] = ()) -> None:
-    """Copy tokenizer and configs that lie beside `graph`, but those named in `without`."""
+def companions(merge: MergePlan, graph: Path) -> dict[str, Path | bytes]:
+    """What makes the folder of `graph` run, by name: tokenizer and configs that lie beside it or, if they do not, the
+    base's; the adapter's tokenizer goes before both. Raises OnnxError for a config that names a library, and for links
+    out of the folder."""
     refuse_libraries(graph.parent)
+    own = merge.adapter.tokenizer()
+    without = TOKENIZER_FILES if own else ()
     names = [name for name in COMPANIONS if name not in without and (graph.parent / name).is_file()]
     _check_links(graph, names)
-    for name in names:
-        shutil.copyfile(graph.parent / name, folder / name)
+    found: dict[str, Path | bytes] = {name: graph.parent / name for name in names}
+    for name, path in {**merge.companions, **own}.items():
+        if name in COMPANIONS:
+            found.setdefault(name, path)
+    if merge.config is not None:
+        found.setdefault("config.json", merge.config)
+    elif merge.base.folder is not None and merge.base.config is not None:
+        found.setdefault("config.json", merge.base.folder / "config.json")
+    return found
 
 
 def _check_links(graph: Path, names: Sequence[str]) -> None:
@@ -119,17 +131,17 @@ def _check_links(graph: Path, names: Sequence[str]) -> None:
         raise OnnxError(str(problem)) from problem
 
 
-def check_saved(plan: OnnxPlan) -> None:
+def check_saved(graph: OpenGraph) -> None:
     """Raise OnnxError unless every whole tensor that the adapter brought stands in the graph already."""
     missing = []
-    for tensor in plan.merge.tensors:
+    for tensor in graph.merge.tensors:
         if tensor.origin == "adapter":
-            values = np.asarray(plan.adapter.array(tensor.source), np.float32)
-            if not any(_holds(value, values) for value in plan.model.graph.initializers.values()):
+            values = np.asarray(graph.adapter.array(tensor.source), np.float32)
+            if not any(_holds(value, values) for value in graph.model.graph.initializers.values()):
                 missing.append(tensor.name)
     if missing:
         raise OnnxError(
-            f"{plan.graph}: the adapter also trained {listed(missing)} whole, and the graph has the base's; export it "
+            f"{graph.path}: the adapter also trained {listed(missing)} whole, and the graph has the base's; export it "
             "from a model with those in place, or let --runtime make it"
         )
 

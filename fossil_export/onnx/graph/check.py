@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fossil_export.errors import OnnxError
 from fossil_export.extras import required
-from fossil_export.onnx.graph_file import external_files, load_graph
+from fossil_export.onnx.graph.file import external_files, load_graph
 
 _RUNTIME = "com.microsoft"
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fossil_export.onnx.weight import FLOAT_NAMES, Weight, block_weight, dequantized_weight, float_weight
+from fossil_export.onnx.graph.weight import FLOAT_NAMES, Weight, block_weight, dequantized_weight, float_weight
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -18,8 +18,8 @@ import numpy as np
 
 from fossil_export.checkpoints.dtypes import numpy_dtype
 from fossil_export.errors import OnnxError, listed
-from fossil_export.onnx.sites import Site
-from fossil_export.onnx.weight import SAFETENSORS_NAME
+from fossil_export.onnx.graph.sites import Site
+from fossil_export.onnx.graph.weight import SAFETENSORS_NAME
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
@@ -73,7 +73,7 @@ class Piece:
 Found = dict[Site, list[Piece]]
 
 
-def locate(wanted: Sequence[Wanted], sites: Sequence[Site], siblings: Mapping[str, int], graph: str) -> Found:
+def find_places(wanted: Sequence[Wanted], sites: Sequence[Site], siblings: Mapping[str, int], graph: str) -> Found:
     """Give every module of `wanted` its place among `sites`.
 
     `siblings` are the widths (outputs) of all layers of the base by name, trained or not: they say where a

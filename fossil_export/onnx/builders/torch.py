@@ -14,19 +14,20 @@ from typing import Any
 from fossil_export.errors import FossilExportError, OnnxError
 from fossil_export.extras import required
 from fossil_export.foreign import load_model, model_class, read_config
-from fossil_export.onnx.graph_file import forget_sources
+from fossil_export.onnx.builders import PRECISIONS
+from fossil_export.onnx.graph.file import forget_sources
 
 OPSET = 20
-TORCH_DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int4": "float32"}
 BLOCK = 32
 """Values that share a scale in int4, as in GenAI's builder."""
 
 
-def build_torch(model: Path, output: Path, precision: str) -> Path:
+def build(model: Path, output: Path, precision: str, device: str) -> Path:
     """Export the checkpoint folder `model` into `output` and return the graph's path.
 
     A language model gets no key-value cache: the graph maps whole sequences to logits. Batch and sequence
-    (image size, for vision models, is fixed by the config) stay dynamic. Raises OnnxError when the exporter fails.
+    (image size, for vision models, is fixed by the config) stay dynamic; the graph is the same for every `device`.
+    Raises OnnxError when the exporter fails.
     """
     torch = required("torch", "genai", "exporting with PyTorch")
     required("onnxscript", "genai", "exporting with PyTorch")
@@ -57,7 +58,7 @@ def build_torch(model: Path, output: Path, precision: str) -> Path:
         raise OnnxError(
             f"{model}: PyTorch's exporter failed: {line}; bring a graph of your own with --onnx"
         ) from problem
-    if precision == "int4":
+    if PRECISIONS[precision].codes:
         _quantize(graph)
     return graph
 
@@ -69,7 +70,7 @@ def _model_and_inputs(folder: Path, precision: str) -> tuple[Any, dict[str, Any]
         config = read_config(folder)
         kind = model_class(config, "AutoModel")
         network = load_model(
-            kind, folder, config, dtype=getattr(torch, TORCH_DTYPE[precision]), attn_implementation="eager"
+            kind, folder, config, dtype=getattr(torch, PRECISIONS[precision].dtype), attn_implementation="eager"
         )
     network = network.eval()
     network.config.use_cache = False
