@@ -12,9 +12,7 @@ from fossil_export.onnx.builders import BUILDERS, PRECISIONS
 from fossil_export.onnx.modes import MODES
 from fossil_export.tables import print_export, print_onnx_plan
 
-_DEFAULTS = [
-    f"{builder.name} for {builder.models}" if builder.models else builder.name for builder in BUILDERS.values()
-]
+_DEFAULTS = [f"{name} for {builder.models}" if builder.models else name for name, builder in BUILDERS.items()]
 
 
 @click.command()

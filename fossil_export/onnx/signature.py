@@ -34,7 +34,7 @@ SAMPLED = 4
 
 @dataclass(frozen=True)
 class Slot:
-    """One optional input (r, `outputs`) of the graph; slots of one `kind` take shards of one rank."""
+    """One optional input (r, `outputs`) of the graph; slots of one `kind` take trained tensors of one rank."""
 
     name: str
     kind: str

@@ -27,23 +27,24 @@ def rewrite(graph: OpenGraph, editor: Editor) -> tuple[Slot, ...]:
     """Beside float weights the trained tensors lengthen the product, [x, S(x)] [W; D]; beside quantized ones, and if x
     is of unknown rank, they are in a Gemm whose C is the base's product."""
     sums: dict[tuple[int, int, bool], ir.Value] = {}
-    shards: dict[str, ir.Value] = {}
+    constants: dict[str, ir.Value] = {}
     for place, site in graph.in_order():
-        shard = round_to(graph.low_rank(place), site.activation, f"the shard of {place.label}")
-        rank = shard.shape[0]
+        trained = round_to(graph.low_rank(place), site.activation, f"the shard of {place.label}")
+        rank = trained.shape[0]
         longer = _lengthens(site)
         key = (id(site.x), rank, longer)
         if key not in sums:
             sums[key] = _lengthened(editor, site, rank) if longer else _sum(editor, site, rank)
         if longer:
-            if place.label not in shards:
-                shards[place.label] = _longer_weight(editor, graph.sites[place.label][0].weight, place.label, shard)
+            if place.label not in constants:
+                weight = graph.sites[place.label][0].weight
+                constants[place.label] = _longer_weight(editor, weight, place.label, trained)
             site.node.replace_input_with(0, sums[key])
-            site.node.replace_input_with(1, shards[place.label])
+            site.node.replace_input_with(1, constants[place.label])
         else:
-            if place.label not in shards:
-                shards[place.label] = editor.constant(f"{place.label}.shard", shard)
-            _add(editor, site, place, sums[key], shards[place.label])
+            if place.label not in constants:
+                constants[place.label] = editor.constant(f"{place.label}.shard", trained)
+            _add(editor, site, place, sums[key], constants[place.label])
     return ()
 
 
@@ -71,15 +72,16 @@ def _lengthened(editor: Editor, site: Site, rank: int) -> ir.Value:
     return editor.node("Concat", [site.x, summed], f"{name}/Concat", before=before, shape=length, axis=-1)
 
 
-def _longer_weight(editor: Editor, weight: Weight, label: str, shard: Array) -> ir.Value:
+def _longer_weight(editor: Editor, weight: Weight, label: str, trained: Array) -> ir.Value:
     """The stored weight with D below it (in + r, out), or beside it if rows are outputs."""
     tensor = weight.value.const_value
     by_rows = weight.transposed
-    shape = (weight.inputs + len(shard), weight.outputs) if by_rows else (weight.outputs, weight.inputs + len(shard))
+    inputs = weight.inputs + len(trained)
+    shape = (inputs, weight.outputs) if by_rows else (weight.outputs, inputs)
     name = f"{label}.weight_and_shard"
 
     def joined() -> ir.Tensor:
-        parts = [stored(tensor), shard if by_rows else shard.T]
+        parts = [stored(tensor), trained if by_rows else trained.T]
         return ir.Tensor(np.concatenate(parts, 0 if by_rows else 1), tensor.dtype, name=name)
 
     return editor.lazy(name, ir.LazyTensor(joined, tensor.dtype, ir.Shape(shape), name=name))
@@ -107,13 +109,13 @@ def _padded(editor: Editor, x: ir.Value, site: Site, rank: int) -> tuple[int, ir
     return times, x
 
 
-def _add(editor: Editor, site: Site, place: Place, summed: ir.Value, shard: ir.Value) -> None:
+def _add(editor: Editor, site: Site, place: Place, summed: ir.Value, trained: ir.Value) -> None:
     """y + S(x) D in one Gemm, whose C is y; whoever read y reads the sum."""
     name = f"{place.label}/fossil"
     y, outputs = site.y, place.outputs
     flat = editor.flat(y, f"{name}/flat", outputs, after=site.node)
     last = site.node if flat is y else flat.producer()
-    added = editor.node("Gemm", [summed, shard, flat], f"{name}/Gemm", after=last, shape=[None, outputs])
+    added = editor.node("Gemm", [summed, trained, flat], f"{name}/Gemm", after=last, shape=[None, outputs])
     if flat is y:
         editor.replace(y, added, keep=[added.producer()])
         return

@@ -51,10 +51,10 @@ class _Form:
     shape: ir.Value
 
 
-def _form(editor: Editor, before: ir.Node, shard: ir.Value, place: Place) -> _Form:
+def _form(editor: Editor, before: ir.Node, given: ir.Value, place: Place) -> _Form:
     name = f"fossil/{place.kind}"
     kind = ir.DataType.INT64
-    rank = editor.node("Shape", [shard], f"{name}/rank", before=before, shape=[1], dtype=kind, start=0, end=1)
+    rank = editor.node("Shape", [given], f"{name}/rank", before=before, shape=[1], dtype=kind, start=0, end=1)
     none, one = editor.integers([0]), editor.integers([1])
     boolean = ir.DataType.BOOL
     loaded = editor.node("Greater", [rank, none], f"{name}/is_loaded", before=before, shape=[1], dtype=boolean)
@@ -73,7 +73,7 @@ def _form(editor: Editor, before: ir.Node, shard: ir.Value, place: Place) -> _Fo
     )
 
 
-def _branch(editor: Editor, members: list[tuple[Place, Site]], shards: Mapping[str, ir.Value], form: _Form) -> None:
+def _branch(editor: Editor, members: list[tuple[Place, Site]], inputs: Mapping[str, ir.Value], form: _Form) -> None:
     """One If for all products of one x: their sums with S(x) D where an adapter is loaded, else they themselves."""
     place, site = members[0]
     name, rank = f"{site.x.name}/fossil", f"rank_{place.kind}"
@@ -88,7 +88,7 @@ def _branch(editor: Editor, members: list[tuple[Place, Site]], shards: Mapping[s
     for one, product in members:
         label, y = f"{one.label}/fossil", product.y
         plain = editor.flat(y, f"{label}/flat", one.outputs, into=taken)
-        added = editor.node("Gemm", [summed, shards[one.label], plain], f"{label}/Gemm", into=taken, shape=plain.shape)
+        added = editor.node("Gemm", [summed, inputs[one.label], plain], f"{label}/Gemm", into=taken, shape=plain.shape)
         if plain is not y:
             shape = editor.with_last(product.x, one.outputs, before=product.node)
             added = editor.node("Reshape", [added, shape], f"{label}/Reshape", into=taken, shape=y.shape)

@@ -37,14 +37,14 @@ def _tile(graph: OpenGraph, editor: Editor, place: Place, name: str) -> ir.Value
     operand = site.node.inputs[1]
     values = graph.low_rank(place)
     round_to(values, site.weight.dtype, f"the shard of {place.label}")
-    shard = editor.constant(f"{place.label}.shard", values)
-    tiling = editor.tiling(place.inputs, int(shard.shape[0]))
+    trained = editor.constant(f"{place.label}.shard", values)
+    tiling = editor.tiling(place.inputs, int(trained.shape[0]))
     wide = _cast(editor, site, operand, f"{name}/Cast_in", ir.DataType.FLOAT)
     if site.inputs_first:
-        added = editor.node("Gemm", [tiling, shard, wide], f"{name}/Gemm", before=site.node, shape=operand.shape)
+        added = editor.node("Gemm", [tiling, trained, wide], f"{name}/Gemm", before=site.node, shape=operand.shape)
     else:
         added = editor.node(
-            "Gemm", [shard, tiling, wide], f"{name}/Gemm", before=site.node, shape=operand.shape, transA=1, transB=1
+            "Gemm", [trained, tiling, wide], f"{name}/Gemm", before=site.node, shape=operand.shape, transA=1, transB=1
         )
     return _cast(editor, site, added, f"{name}/Cast_out", operand.dtype)
 
