@@ -112,7 +112,7 @@ def _check(folder: Path, adapter: Adapter, plan: MergePlan) -> Iterator[str]:
     wanted_names = {f"{_PREFIX}{m}.lora_{part}.weight" for m in adapter.trained for part in "AB"}
     if extra := sorted(set(tensors) - wanted_names - {info.name for info in adapter.saved.values()}):
         yield f"holds {listed(extra)}, which the adapter does not"
-    sizes = {module: tensor.matrix.shape for module, tensor in plan.modules.items()}
+    sizes = {module: matrix.shape for module, matrix in plan.matrices.items()}
     for info in adapter.saved.values():
         found = tensors.get(info.name)
         if found is None or not np.array_equal(adapter.array(found), adapter.array(info)):
