@@ -62,6 +62,7 @@ def trained_on_linears(base: Path, folder: Path, **config: Any) -> torch.nn.Modu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
     "config", [{"r": 8}, {"r": 5}, {"r": 4, "init_weights": "mini", "mini_r": 8}, {"r": 8, "init_weights": "bat"}]
 )
 def test_conv1d_is_the_live_model(config: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
