@@ -118,9 +118,8 @@ def test_a_method_from_elsewhere_merges_and_is_verified(toy: Path, tmp_path: Pat
         assert result.survival[f"{module}.weight"].survived == pytest.approx(1.0, abs=1e-5)
     assert sum(not torch.equal(before[name], after[name]) for name in before) == len(MODULES)
     assert verify(tmp_path / "merged", level="weights").parity
-    file = next(
-        path for path in (tmp_path / "merged").glob("*.safetensors") if "layers.1.mlp.down" in str(load_file(path))
-    )
+    name = "model.layers.1.mlp.down_proj.weight"
+    file = next(path for path in (tmp_path / "merged").glob("*.safetensors") if name in load_file(path))
     tensors = load_file(file)
     tensors[name][2, 3] += 1e-3
     save_file(tensors, file, {"format": "pt"})

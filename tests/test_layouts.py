@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers.models
 from conftest import edit_json, make_adapter, make_base, randomise, weights
-from peft import MissConfig, get_peft_model
+from peft import MissConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
