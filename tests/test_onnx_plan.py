@@ -8,16 +8,20 @@ import sys
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import click
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
-from conftest import edit_json, make_adapter
-from graphs import make_case, make_graph
+from conftest import make_adapter, make_base
+from graphs import make_case, make_graph, run
 from loopback_hub import LoopbackHub
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
-from fossil_export import FossilExportError, OnnxPlan, export_onnx, load_adapter, plan_onnx
+from fossil_export import FossilExportError, OnnxPlan, convert, export_onnx, load_adapter, merge, plan_onnx
 from fossil_export.cli import main
 from fossil_export.onnx.builders import BUILDERS, PRECISIONS, PrecisionName, RuntimeName, default_builder
 from fossil_export.onnx.modes import MODES, ModeName
@@ -180,20 +184,46 @@ def test_without_an_output_and_without_dry_run() -> None:
 
 def test_a_base_on_the_hub_keeps_its_name_and_stays_there(hosted: LoopbackHub, tmp_path: Path) -> None:
     """For a graph that is to be made only headers are read; the second plan has the first's name."""
-    from fossil_export.merging.plan import in_dtype
-
     plan = plan_onnx("ada/adapter", runtime="torch", precision="fp16")
     assert plan.merge.base_name == "ada/base" and not list((tmp_path / "home").rglob("*.safetensors"))
-    again = in_dtype(plan.merge, "float16")
+    again = plan.merge.with_dtype("float16")
     assert (again.base_name, again.base_revision) == ("ada/base", plan.merge.base_revision)
     assert again.dtype == "float16" and all(tensor.dtype == "F16" for tensor in again.tensors)
 
 
-def test_merged_weights_of_the_second_plan_are_those_of_a_merge(base: Path, adapter: Path) -> None:
-    from fossil_export import plan_merge
-    from fossil_export.merging.plan import in_dtype
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("mode", ["merged", "fused"])
+def test_a_head_that_is_still_the_embedding_stays_tied(mode: ModeName, moved: bool, tmp_path: Path) -> None:
+    """Only values tell, so no plan of headers does; the record of the graph has what a merge's has."""
 
-    edit_json(base / "config.json", dtype=..., torch_dtype=...)
-    for dtype in ("float32", "float16", "bfloat16"):
-        again, once = in_dtype(plan_merge(adapter, base), dtype), plan_merge(adapter, base, dtype=dtype)
-        assert again.to_dict() == once.to_dict() and again.config == once.config and again.files == once.files
+    def change(model: Any) -> None:
+        for name, parameter in model.named_parameters():
+            if "miss_block" in name or (moved and "lm_head" in name and parameter.requires_grad):
+                parameter.data = parameter.data + 0.1
+
+    base = make_base(tmp_path / "base", tie=True)
+    make_adapter(tmp_path / "adapter", base, change, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    result = export_onnx(tmp_path / "adapter", tmp_path / "out", mode=mode, runtime="torch")
+    merged = merge(tmp_path / "adapter", tmp_path / "merged")
+    records = [json.loads((folder / "fossil_export.json").read_text()) for folder in (result.output, merged.output)]
+    assert records[0]["config_edits"] == records[1]["config_edits"] == ({"tie_word_embeddings": False} if moved else {})
+    assert [entry["tensor"] for entry in records[0]["tensors"]] == [entry["tensor"] for entry in records[1]["tensors"]]
+    tokens = np.arange(6)[None]
+    feeds = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
+    trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        want = trained(torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(run(result.graph, tokens, feeds=feeds)[0], want, rtol=1e-3, atol=1e-4)
+
+
+def test_an_adapter_file_of_such_a_head(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", tie=True)
+
+    def change(model: Any) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.data += 0.1 * ("miss_block" in name)
+
+    make_adapter(tmp_path / "adapter", base, change, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    result = export_onnx(tmp_path / "adapter", tmp_path / "out", mode="swappable", runtime="torch")
+    made = convert(tmp_path / "adapter", tmp_path / "one.onnx_adapter", to="onnx-adapter", graph=result.output)
+    assert result.adapter_file is not None and made.output.read_bytes() == result.adapter_file.read_bytes()

@@ -26,6 +26,6 @@ def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
     graph = find_graph(options.graph)
     signature = read_signature(graph)
     arrays = adapter_arrays(adapter, signature)
-    check_base(plan_merge(adapter, options.base), signature, graph)
+    check_base(plan_merge(adapter, options.base).settled(), signature, graph)
     write_adapter(output, arrays, signature)
     return {"graph": str(graph), "tensors": len(arrays), "inputs": len(signature.slots)}

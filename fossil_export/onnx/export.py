@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from fossil_export.checkpoints.jsonfile import read_json, write_json
 from fossil_export.checkpoints.staging import check_destination, staged_folder
 from fossil_export.errors import OnnxError, OutputError, listed
 from fossil_export.merging.api import write_companions
-from fossil_export.merging.plan import in_dtype
 from fossil_export.merging.provenance import provenance
 from fossil_export.merging.run import run
 from fossil_export.onnx.builders import BUILDERS, PRECISIONS, PrecisionName, RuntimeName
@@ -116,7 +115,8 @@ def run_plan(
     check_destination(target, [merge.base.location, merge.adapter.path], overwrite)
     merge.check()
     progress("fetching the base")
-    merge.fetch()
+    plan = plan.fetched()
+    merge = plan.merge
     with staged_folder(target, _room(plan), overwrite) as folder:
         try:
             graph, opened, linked = (_build if plan.graph is None else _take)(plan, folder, progress)
@@ -182,15 +182,11 @@ def _build(plan: OnnxPlan, folder: Path, progress: Progress) -> _Unfinished:
 def _model_folder(plan: OnnxPlan, work: Path, progress: Progress) -> Path:
     """The checkpoint the graph is made from: merged, or the base with whatever the adapter brought but updates."""
     assert plan.precision is not None
-    merges, merge = MODES[plan.mode].merges, plan.merge
+    merges = MODES[plan.mode].merges
     if merges:
-        merge = in_dtype(merge, PRECISIONS[plan.precision].dtype)
+        merge = plan.merge.with_dtype(PRECISIONS[plan.precision].dtype).settled()
     else:
-        files = tuple(
-            replace(file, tensors=tuple((without_updates(tensor), offset) for tensor, offset in file.tensors))
-            for file in merge.files
-        )
-        merge = replace(merge, files=files)
+        merge = without_updates(plan.merge)
         own = all(path.parent == merge.base.folder or "/" in name for name, path in merge.companions.items())
         if own and merge.config is None and all(tensor.action == "copy" for tensor in merge.tensors):
             assert merge.base.folder is not None

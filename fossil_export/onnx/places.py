@@ -19,7 +19,7 @@ from fossil_export.onnx.graph.file import MARK, load_graph
 from fossil_export.onnx.graph.match import Found, Piece, Wanted, find_places
 from fossil_export.onnx.graph.sites import Site, find_sites
 from fossil_export.onnx.modes import Mode
-from fossil_export.onnx.trained import joined, ranks_of, trained_modules
+from fossil_export.onnx.trained import joined, ranks_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -96,7 +96,7 @@ def open_graph(merge: MergePlan, mode: Mode, path: Path) -> OpenGraph:
         sites = find_sites(model.graph)
     wanted = [
         Wanted(module, (module, tensor.name.removesuffix(".weight")), _weight(merge.adapter, tensor.source))
-        for module, tensor in trained_modules(merge)
+        for module, tensor in merge.modules.items()
     ]
     siblings = {
         name.removesuffix(".weight"): info.shape[0]

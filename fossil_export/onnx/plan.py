@@ -16,7 +16,7 @@ from fossil_export.onnx.builders import BUILDERS, PRECISIONS, PrecisionName, Run
 from fossil_export.onnx.builders.existing import check_saved, companions, find_graph
 from fossil_export.onnx.modes import MODES, Mode, ModeName
 from fossil_export.onnx.places import OpenGraph, Place, open_graph
-from fossil_export.onnx.trained import check_mode, trained_modules
+from fossil_export.onnx.trained import check_mode
 
 if TYPE_CHECKING:
     from fossil_export.onnx.export import OnnxResult
@@ -42,12 +42,21 @@ class OnnxPlan:
     places: tuple[Place, ...] | None
     companions: tuple[str, ...]
     nbytes: int
-    warnings: tuple[str, ...]
 
     def __repr__(self) -> str:
         where = f"in {self.graph}" if self.graph is not None else f"in a graph by {self.runtime}, {self.precision}"
         count = f"{len(self.places)} weights" if self.places is not None else f"{self.merge.count('merge')} modules"
         return f"<OnnxPlan of {self.merge.adapter.name}: {count} {self.mode} {where}, about {self.nbytes:,} bytes>"
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know."""
+        return self.merge.warnings + tuple(_warnings(self.merge, MODES[self.mode]))
+
+    def fetched(self) -> OnnxPlan:
+        """The plan once adapter and base are on this machine, with nothing undecided that only their values tell."""
+        self.merge.fetch()
+        return replace(self, merge=self.merge.settled())
 
     def run(
         self, output: str | Path, *, overwrite: bool = False, progress: Callable[[str], None] = lambda step: None
@@ -70,7 +79,7 @@ class OnnxPlan:
             "graph": None if self.graph is None else str(self.graph),
             "modules": [
                 {"module": module, "tensor": tensor.name, "shape": list(tensor.shape)}
-                for module, tensor in trained_modules(self.merge)
+                for module, tensor in self.merge.modules.items()
             ],
             "places": None if self.places is None else [place.to_dict() for place in self.places],
             "whole_tensors": _whole(self.merge),
@@ -102,11 +111,11 @@ def plan_onnx(
     if plan.graph is None:
         return plan
     progress("fetching the base")
-    plan.merge.fetch()
+    plan = plan.fetched()
     progress("placing the shards")
     graph = open_planned(plan)
     shared = not copy_data and not graph.mode.makes_weights(graph)
-    return replace(plan, places=graph.places, nbytes=_size_with(plan.graph, plan.merge.adapter, shared))
+    return replace(plan, places=graph.places, nbytes=_size_with(graph.path, graph.adapter, shared))
 
 
 def decide(
@@ -144,8 +153,7 @@ def decide(
         runtime, precision = runtime or _default_runtime(merge), precision or "fp32"
         values = sum(element_count(tensor.shape) for tensor in merge.tensors)
         nbytes = values * PRECISIONS[precision].nbytes + (0 if MODES[mode].merges else 4 * adapter.parameters)
-    warnings = merge.warnings + tuple(_warnings(merge, MODES[mode]))
-    return OnnxPlan(mode, runtime, precision, device, graph, copy_data, merge, None, files, nbytes, warnings)
+    return OnnxPlan(mode, runtime, precision, device, graph, copy_data, merge, None, files, nbytes)
 
 
 def open_planned(plan: OnnxPlan) -> OpenGraph:

@@ -19,7 +19,6 @@ from fossil_export.errors import OnnxError
 from fossil_export.merging.plan import MergePlan
 from fossil_export.onnx.graph.file import MARK, load_graph
 from fossil_export.onnx.graph.match import Piece
-from fossil_export.onnx.trained import trained_modules
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -78,11 +77,11 @@ def mark(graph: OpenGraph, editor: Editor, slots: Sequence[Slot] = ()) -> None:
         "outlets": [asdict(outlet) for outlet in _outlets(graph, editor)],
     }
     if slots:
-        trained = list(trained_modules(graph.merge))
+        trained = graph.merge.modules
         signature = Signature(
             tuple(slots),
-            fingerprint(graph.base_weights[module] for module, _ in trained),
-            tuple(tensor.name for _, tensor in trained),
+            fingerprint(graph.base_weights[module] for module in trained),
+            tuple(tensor.name for tensor in trained.values()),
             graph.merge.base_name,
             saved_digests(graph.merge),
         )
@@ -93,7 +92,7 @@ def mark(graph: OpenGraph, editor: Editor, slots: Sequence[Slot] = ()) -> None:
 def _outlets(graph: OpenGraph, editor: Editor) -> Iterator[Outlet]:
     """The values that are modules' outputs after the rewriting, bias included."""
     biased = {name.removesuffix(".bias") for name in graph.merge.base.tensors if name.endswith(".bias")}
-    names = {module: tensor.name.removesuffix(".weight") for module, tensor in trained_modules(graph.merge)}
+    names = {module: tensor.name.removesuffix(".weight") for module, tensor in graph.merge.modules.items()}
     for place in graph.places:
         node = graph.sites[place.label][0].node
         value = editor.replaced.get(id(node.outputs[0]), node.outputs[0])
