@@ -161,6 +161,7 @@ class MergePlan:
             "config_edits": dict(self.config_edits),
             "companions": sorted(self.companions),
             "left_behind": list(self.left_behind),
+            **({"undecided": [list(pair) for pair in self.undecided if pair]} if any(self.undecided) else {}),
             "warnings": list(self.warnings),
         }
 
