@@ -48,7 +48,7 @@ def run(checkout: Path, cases: Mapping[str, Case], inputs: Path, work: Path, job
                 found[name] = _streams(results)
         for path, content in _files(work / "cases"):
             name, _, rest = path.partition("/")
-            if rest:
+            if rest:  # not the case's own folder
                 found[name][rest] = content
         found["inputs"] = dict(_files(inputs))
         if hub is not None:
@@ -111,14 +111,12 @@ def _without(value: Any) -> Any:
 
 
 def _files(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Every file, link and folder: its permissions, then its content."""
+    """The content of every file, the target of every link, and the permissions of these and of folders."""
     for path in sorted(folder.rglob("*")):
-        name, kept = path.relative_to(folder).as_posix(), path.lstat()
-        mode = f"{stat.filemode(kept.st_mode)}\n".encode()
+        name = path.relative_to(folder).as_posix()
+        yield f"{name} (mode)", stat.filemode(path.lstat().st_mode).encode()
         if path.is_symlink():
-            yield name, mode + os.fsencode(path.readlink())
+            yield name, os.fsencode(path.readlink())
         elif path.is_file():
             content = path.read_bytes()
-            yield name, mode + (_TIMES.sub(b"", content) if path.suffix == ".html" else content)
-        elif path.parent != folder:
-            yield name, mode
+            yield name, _TIMES.sub(b"", content) if path.suffix == ".html" else content
