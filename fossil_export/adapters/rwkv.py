@@ -11,6 +11,7 @@ from pathlib import Path
 from fossil_export.adapters.adapter import Adapter, Shard
 from fossil_export.adapters.pickled import read_pickled
 from fossil_export.checkpoints.dtypes import FLOATS
+from fossil_export.checkpoints.folder import Folder
 from fossil_export.checkpoints.stamp import stamps_of
 from fossil_export.errors import AdapterError, listed
 
@@ -22,8 +23,10 @@ def is_state_dict(path: Path) -> bool:
     return path.is_file() and path.suffix == ".pth" and not (path.parent / "adapter_config.json").is_file()
 
 
-def load_state_dict(path: Path) -> Adapter:
-    """Read such a file. Raises AdapterError for tensors that are no shards of one variant and rank."""
+def load_state_dict(path: Path, source: Folder) -> Adapter:
+    """Read such a file, which lies in `source`.
+
+    Raises AdapterError for tensors that are no shards of one variant and rank."""
     stamps = stamps_of([path])
     tensors, pickled = read_pickled(path)
     shards: dict[str, Shard] = {}
@@ -67,6 +70,7 @@ def load_state_dict(path: Path) -> Adapter:
         shards=shards,
         saved={},
         files=(path,),
+        source=source,
         pickled=pickled,
         stamps=stamps,
     )

@@ -19,6 +19,7 @@ from fossil_export.converting.widths import Shapes
 from fossil_export.errors import FossilExportError, MergeError
 from fossil_export.merging.plan import plan_merge
 from fossil_export.methods import METHODS
+from fossil_export.storage import fetch
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
@@ -111,7 +112,7 @@ class _Updates:
             raise MergeError("the update of a bat adapter depends on the base's weights; name the model with --base")
         self._adapter = adapter
         self._plan = plan_merge(adapter, options.base)
-        self._plan.fetch()
+        fetch(*self._plan.needed)
         self._sources = {t.shard.module: t.source for t in self._plan.tensors if t.shard is not None}
 
     def of(self, module: str) -> Array:

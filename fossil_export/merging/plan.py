@@ -24,7 +24,7 @@ from fossil_export.merging.config import difference, edited_config
 from fossil_export.merging.layout import FilePlan, TensorPlan, lay_out, parse_size, tensor_record
 from fossil_export.merging.place import place
 from fossil_export.merging.placement import Placement
-from fossil_export.storage.hub import Located, locate, names_hub, pinned
+from fossil_export.storage import Needed, Origin, find_origin, is_path, pinned
 
 if TYPE_CHECKING:
     import torch
@@ -69,16 +69,15 @@ class MergePlan:
         for path, stamp in self.stamps.items():
             check_stamp(path, stamp)
 
-    def fetch(self) -> None:
-        """Bring the files here that the run reads; only for what is on the Hub there is something to do."""
-        self.adapter.fetch()
+    @property
+    def needed(self) -> tuple[Needed, ...]:
+        """The files that a run reads, which whoever runs it fetches."""
         source = self.base.source
         names = [header.path.name for header in self.base.files]
         names += [path.relative_to(source.path).as_posix() for path in self._base_companions()]
         if self.base.folder is not None:  # the record tells one revision from another by them
             names += [name for name in source.root_names() if name.endswith(".json")]
-        source.fetch(dict.fromkeys(names))
-        source.check(self.base.files)
+        return self.adapter.needed, Needed(source, tuple(dict.fromkeys(names)), self.base.files)
 
     def _base_companions(self) -> list[Path]:
         return [path for path in self.companions.values() if path.is_relative_to(self.base.source.path)]
@@ -121,7 +120,7 @@ class MergePlan:
 
 def plan_merge(
     adapter: Adapter | str | Path,
-    base: str | Path | Located | None = None,
+    base: str | Path | Origin | None = None,
     *,
     dtype: str | torch.dtype = "auto",
     max_shard_size: int | str | None = None,
@@ -138,7 +137,7 @@ def plan_merge(
     dtype = torch_name(dtype)
     if dtype != "auto" and dtype not in BY_TORCH_NAME:
         raise MergeError(f"dtype is {dtype!r}, expected auto, {', '.join(BY_TORCH_NAME)}")
-    found = base if isinstance(base, Located) else find_base(adapter, base)
+    found = base if isinstance(base, Origin) else find_base(adapter, base)
     checkpoint = found.checkpoint()
     placement = place(adapter, checkpoint)
 
@@ -197,13 +196,13 @@ def _stamps(adapter: Adapter, base: Checkpoint, companions: Iterable[Path]) -> d
     return {**stamps_of(small), **adapter.stamps, **found}
 
 
-def find_base(adapter: Adapter, base: str | Path | None = None) -> Located:
+def find_base(adapter: Adapter, base: str | Path | None = None) -> Origin:
     """Where `base` lies, by default the model that `adapter` names, at its revision; raises CheckpointError."""
     if base is None and not adapter.base_model:
         raise MergeError(f"{adapter.path}: does not name its base model; name it with --base")
     own = str(adapter.base_model)
-    wanted = base if base is not None else pinned(own, adapter.base_revision) if names_hub(own) else own
-    return locate(wanted, CheckpointError, "base model")
+    wanted = base if base is not None else own if is_path(own) else pinned(own, adapter.base_revision)
+    return find_origin(wanted, CheckpointError, "base model")
 
 
 def _tensor_plan(name: str, info: TensorInfo | None, placement: Placement, dtype: str) -> TensorPlan:
