@@ -201,8 +201,9 @@ def find_base(adapter: Adapter, base: str | Path | None = None) -> Origin:
     if base is None and not adapter.base_model:
         raise MergeError(f"{adapter.path}: does not name its base model; name it with --base")
     own = str(adapter.base_model)
-    wanted = base if base is not None else own if is_path(own) else pinned(own, adapter.base_revision)
-    return find_origin(wanted, CheckpointError, "base model")
+    if base is None:
+        base = own if is_path(own) else pinned(own, adapter.base_revision)
+    return find_origin(base, CheckpointError, "base model")
 
 
 def _tensor_plan(name: str, info: TensorInfo | None, placement: Placement, dtype: str) -> TensorPlan:

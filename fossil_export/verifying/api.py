@@ -81,7 +81,7 @@ def _verified(
     started = time.perf_counter()
     _fetch_parts(origin)
     folder = origin.path
-    if not origin.is_path and origin.file is None and not folder.is_dir():
+    if origin.file is None and not folder.is_dir():
         names = origin.folder.root_names()
         held = f" (only {listed(names)})" if names else ""
         raise CheckpointError(f"{folder}: holds no model, LoRA or ONNX graph{held}; name what is to be verified")
