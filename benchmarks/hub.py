@@ -5,7 +5,7 @@
 
 makes a random Llama-shaped bfloat16 base of about that many GB in four files (benchmarks/merge.py), of which the
 first holds the embedding alone, and a q,v-only adapter (tile, r = 64); both lie on a Hub on this machine
-(tests/loopback_hub.py). Every contestant is a whole process with an empty cache. Prints, as Markdown, medians of the
+(tests/loopback). Every contestant is a whole process with an empty cache. Prints, as Markdown, medians of the
 bytes that moved and of the wall time, the process's peak memory, and the most bytes on the client's disk, looked at
 every few milliseconds. With --xet large files move by hf_xet, from and to a folder, whose bytes are not counted here.
 """
@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import merge
-from loopback_hub import LoopbackHub, environment  # type: ignore[import-not-found]
+from loopback import LoopbackHub, environment  # type: ignore[import-not-found]
 
 TOKEN = "hf_benchmark"
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import smollm2
 import torch
-from loopback_hub import LoopbackHub, point_client_at
+from loopback import LoopbackHub, point_client_at
 from peft import MissConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM

@@ -16,7 +16,7 @@ from conftest import ADA, NOISE, make_adapter, make_base, weights
 from hub_tools import cli, content, fetched, record
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from loopback_hub import Fault, LoopbackHub, environment, point_client_at
+from loopback import Fault, LoopbackHub, environment, point_client_at
 from safetensors.torch import load_file, save_file
 
 from fossil_export import FossilExportError, convert, inspect, load_adapter, merge, plan_merge, verify

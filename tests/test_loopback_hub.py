@@ -13,7 +13,7 @@ from hub_tools import HTTPX
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, constants, hf_hub_url
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
-from loopback_hub import Fault, LoopbackHub, environment, point_client_at
+from loopback import Fault, LoopbackHub, environment, point_client_at
 
 ADA, BOB = "hf_adaadaada", "hf_bobbobbob"
 WEIGHTS = os.urandom(3_000_000)

@@ -18,7 +18,7 @@ from hub_tools import cli, content
 from huggingface_hub import metadata_load, snapshot_download
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loopback_hub import LoopbackHub, environment
+from loopback import LoopbackHub, environment
 from onnx import TensorProto, helper
 from safetensors.torch import load_file
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from conftest import ADA, BOB
-from loopback_hub import Fault, LoopbackHub, Request
+from loopback import Fault, LoopbackHub, Request
 
 from fossil_export import FossilExportError, merge, merge_to_hub, push
 from fossil_export.cli import main

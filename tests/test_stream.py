@@ -14,7 +14,7 @@ from hub_tools import cli
 from huggingface_hub import snapshot_download
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loopback_hub import Fault, LoopbackHub
+from loopback import Fault, LoopbackHub
 from transformers import AutoModelForCausalLM
 
 from fossil_export import FossilExportError, StreamResult, merge, merge_to_hub, plan_stream, push
@@ -150,7 +150,7 @@ def test_a_large_tokenizer_is_copied_too(scene: LoopbackHub, bases: Path, tmp_pa
 def test_whatever_the_hub_keeps_outside_of_git(
     large: tuple[str, ...], hub: LoopbackHub, bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loopback_repos.LFS_SUFFIXES", large)
+    monkeypatch.setattr("loopback.git.LFS_SUFFIXES", large)
     hub.add_folder("ada/many", bases / "many")
     result = merge_to_hub(bases / "qv", "ada/streamed", base="ada/many", cache_dir=tmp_path / "cache", hash=True)
     push(merge(bases / "qv", tmp_path / "merged", base="ada/many", hash=True).output, "ada/pushed")

@@ -22,7 +22,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.lfs import UploadInfo
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loopback_hub import Fault, LoopbackHub, environment
+from loopback import Fault, LoopbackHub, environment
 
 from fossil_export import FossilExportError, StreamResult, merge, merge_to_hub, plan_stream
 from fossil_export.merging.run import Runner
