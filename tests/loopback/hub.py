@@ -26,7 +26,8 @@ class LoopbackHub(Hub):
         multipart_above: int = 1 << 40,
         xet: bool = False,
     ) -> None:
-        super().__init__(storage, tokens, multipart_above, xet)
+        super().__init__(storage, tokens, xet)
+        self.multipart_above, self.part_size = multipart_above, max(1, min(multipart_above, self.part_size))
         self.when_stopped: list[Callable[[], object]] = []
         self.server = Server(self)
         self.port = self.server.server_address[1]

@@ -14,15 +14,9 @@ from loopback.repos import Repos
 
 
 class Hub(Repos):
-    def __init__(
-        self,
-        storage: Path,
-        tokens: Mapping[str, str] | None = None,
-        multipart_above: int = 1 << 40,
-        xet: bool = False,
-    ) -> None:
+    def __init__(self, storage: Path, tokens: Mapping[str, str] | None = None, xet: bool = False) -> None:
         super().__init__(storage, tokens, xet)
-        self.multipart_above, self.part_size = multipart_above, max(1, min(multipart_above, 16 << 20))
+        self.multipart_above, self.part_size = 1 << 40, 16 << 20
         self.log: list[Request] = []
         self.incidents: list[str] = []
         self.secret = secrets.token_hex(8)
