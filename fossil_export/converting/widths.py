@@ -11,7 +11,6 @@ from fossil_export.checkpoints.jsonfile import read_json
 from fossil_export.converting.options import Options
 from fossil_export.errors import CheckpointError, MergeError, listed
 from fossil_export.merging.match import match_names
-from fossil_export.methods import METHODS
 from fossil_export.storage.hub import resolve
 
 Shapes = dict[str, tuple[int, int]]
@@ -43,20 +42,21 @@ def layer_shapes(adapter: Adapter, options: Options) -> tuple[Shapes, frozenset[
     }
 
     def fits(module: str, candidate: str) -> bool:
-        shard = adapter.shards[module]
-        return METHODS[shard.variant].mismatch(shard.tensor.shape, matrices[candidate]) is None
+        trained = adapter.trained[module]
+        return trained.mismatch(matrices[candidate]) is None
 
-    names = match_names([module for module in adapter.shards if module not in _tied(adapter, matrices)], matrices, fits)
+    tied = _tied(adapter, matrices)
+    names = match_names([module for module in adapter.trained if module not in tied], matrices, fits)
     embedding = next((shape for module, shape in matrices.items() if module.endswith(("embed_tokens", "wte"))), None)
     found: Shapes = {}
-    for module, shard in adapter.shards.items():
-        shape = matrices.get(names.get(module, module), embedding if module in _tied(adapter, matrices) else None)
+    for module, trained in adapter.trained.items():
+        shape = matrices.get(names.get(module, module), embedding if module in tied else None)
         if shape is None:
             raise MergeError(
                 f"{where}: has no weights for {module}, which {adapter.path} was trained on; name the base "
                 "it was trained from with --base"
             )
-        if reason := METHODS[shard.variant].mismatch(shard.tensor.shape, shape):
+        if reason := trained.mismatch((shape[0], shape[1])):
             raise MergeError(f"{where}: {module} {list(shape)} does not fit its shard: {reason}")
         found[module] = (shape[0], shape[1])
     renamed = {name: module for module, name in names.items()}
@@ -65,14 +65,14 @@ def layer_shapes(adapter: Adapter, options: Options) -> tuple[Shapes, frozenset[
 
 def _tied(adapter: Adapter, matrices: Mapping[str, Any]) -> set[str]:
     """Heads that the base does not store because they are its embedding."""
-    return {module for module in adapter.shards if module.endswith("lm_head") and module not in matrices}
+    return {module for module in adapter.trained if module.endswith("lm_head") and module not in matrices}
 
 
 def _by_config(adapter: Adapter, config: Mapping[str, Any], path: Path) -> Shapes:
     """By the names that Llama and its kin give their layers."""
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     kind = text.get("model_type")
-    if kind not in _PLAIN or any("experts" in module or "vision" in module for module in adapter.shards):
+    if kind not in _PLAIN or any("experts" in module or "vision" in module for module in adapter.trained):
         raise CheckpointError(
             f"{path}: is of type {kind!r}, whose layers' sizes a config alone does not tell; name the model with --base"
         )
@@ -97,12 +97,12 @@ def _by_config(adapter: Adapter, config: Mapping[str, Any], path: Path) -> Shape
         "down_proj": (hidden, inner),
         "lm_head": (int(text.get("vocab_size") or 0), hidden),
     }
-    unknown = [module for module in adapter.shards if module.rpartition(".")[2] not in sizes]
+    unknown = [module for module in adapter.trained if module.rpartition(".")[2] not in sizes]
     if unknown:
         raise CheckpointError(f"{path}: does not tell the sizes of {listed(unknown)}; name the model with --base")
-    found = {module: sizes[module.rpartition(".")[2]] for module in adapter.shards}
+    found = {module: sizes[module.rpartition(".")[2]] for module in adapter.trained}
     for module, shape in found.items():
-        shard = adapter.shards[module]
-        if reason := METHODS[shard.variant].mismatch(shard.tensor.shape, shape):
+        trained = adapter.trained[module]
+        if reason := trained.mismatch((shape[0], shape[1])):
             raise MergeError(f"{path}: {module} {list(shape)} does not fit its shard: {reason}")
     return found

@@ -8,40 +8,22 @@ a sum, a proven bound for bat's products).
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from fossil_export.adapters import Adapter, Shard
+from fossil_export.adapters import Adapter
 from fossil_export.checkpoints.checkpoint import Checkpoint
-from fossil_export.checkpoints.dtypes import BITS, BY_TORCH_NAME, FLOATS, element_count, numpy_dtype
-from fossil_export.checkpoints.header import Header, TensorInfo
-from fossil_export.checkpoints.source import InputFile, StoredArray
+from fossil_export.checkpoints.dtypes import BY_TORCH_NAME, FLOATS, element_count
+from fossil_export.merging.change import Change, parts_of
 from fossil_export.merging.place import place
-from fossil_export.merging.placement import Placement
+from fossil_export.merging.placement import Places, together
+from fossil_export.merging.ties import are_equal
 from fossil_export.threads import in_order, one_blas_thread
-from fossil_export.verifying.reference import EXACT, step
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    Array = np.ndarray[Any, Any]
-
-TOLERANCE = 2.0**-10
-"""Steps beyond half of one that rounding to float32 before rounding to 16 bits can cost."""
-
-SAMPLED = 8
-"""One row in so many is measured for the survival of the update."""
-
-SLAB = 4 << 20
-BLOCK = 1 << 18
-"""Bytes of the base looked at per task; elements computed at a time, so that float64 stays in the cache."""
+from fossil_export.verifying.slabs import Files, Job, Sums, compare
 
 AHEAD = 4
 """Tasks that wait for each thread: enough that none is idle, few enough that they take no memory in any model."""
@@ -71,17 +53,6 @@ class TensorCheck:
         return self.kept / self.update if self.update else None
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Sums over some rows; `first` is the index of the first wrong element in the tensor, -1 for none."""
-
-    worst: float
-    off: int
-    kept: float
-    update: float
-    first: int
-
-
 def check_weights(
     artifact: Checkpoint,
     base: Checkpoint,
@@ -94,16 +65,16 @@ def check_weights(
     `dtype` is what the merge was asked for ("auto": each tensor keeps its own). Reads every byte once, in
     little memory. Raises MergeError where the adapter does not belong to the base.
     """
-    placement = place(adapter, base)
-    names = [*base.tensors, *placement.added]
-    jobs = [_expected(name, artifact, base, placement, dtype) for name in names]
+    places = _places(adapter, base)
+    names = [*base.tensors, *places.added]
+    tensors = [_expected(name, artifact, base, places, dtype) for name in names]
+    jobs = [job for found in tensors if isinstance(found, tuple) for job in found]
     headers = [*artifact.files, *base.files, *([adapter.header] if adapter.header is not None else [])]
     threads = os.cpu_count() or 1
-    with one_blas_thread(), _Files(headers) as files, ThreadPoolExecutor(threads) as pool:
-        slabs = ((job, *rows) for job in jobs if isinstance(job, _Job) for rows in job.slabs())
-        calls = (partial(_compare, job, start, stop, adapter, files, progress) for job, start, stop in slabs)
-        with closing(in_order(pool, calls, AHEAD * threads)) as parts:
-            checks = [_summary(job, parts) if isinstance(job, _Job) else job for job in jobs]
+    with one_blas_thread(), Files(headers) as files, ThreadPoolExecutor(threads) as pool:
+        calls = (partial(compare, job, *rows, adapter, files, progress) for job in jobs for rows in job.slabs())
+        with closing(in_order(pool, calls, AHEAD * threads)) as sums:
+            checks = [_summary(found, sums) if isinstance(found, tuple) else found for found in tensors]
         files.check()
     wanted = set(names)
     checks += [
@@ -114,50 +85,26 @@ def check_weights(
     return tuple(checks)
 
 
-@dataclass(frozen=True)
-class _Job:
-    name: str
-    found: TensorInfo
-    source: TensorInfo
-    shard: Shard | None
-    action: str
-
-    @property
-    def as_bytes(self) -> bool:
-        """Whether equal bytes are asked for, of whatever dtype."""
-        return self.shard is None and self.source.dtype == self.found.dtype and self.source.offset is not None
-
-    @property
-    def rows(self) -> int:
-        """What the tensor is cut by: bytes, or else rows of a matrix, or else elements."""
-        if self.as_bytes:
-            return self.found.nbytes
-        return self.found.shape[0] if len(self.found.shape) == 2 else element_count(self.found.shape)
-
-    def slabs(self) -> Iterator[tuple[int, int]]:
-        """Row ranges; bat's blocks stay whole."""
-        if not self.found.nbytes:
-            return
-        unit = EXACT[self.shard.variant].unit(self.shard.tensor.shape) if self.shard is not None else 1
-        size = max(1, self.source.nbytes // self.rows) * unit
-        count = max(1, SLAB // size) * unit
-        for start in range(0, self.rows, count):
-            yield start, min(start + count, self.rows)
+def _places(adapter: Adapter, base: Checkpoint) -> Places:
+    placement = place(adapter, base)
+    if placement.undecided is not None:
+        placement = place(adapter, base, are_equal(adapter, base, placement))
+    return together([adapter], [placement], [1.0])
 
 
 def _expected(
-    name: str, artifact: Checkpoint, base: Checkpoint, placement: Placement, dtype: str
-) -> _Job | TensorCheck:
+    name: str, artifact: Checkpoint, base: Checkpoint, places: Places, dtype: str
+) -> tuple[Job, ...] | TensorCheck:
     """What to compare tensor `name` with, or the check that already failed."""
     own = base.tensors.get(name)
-    source = placement.source(name, own)
-    shard = placement.shards.get(name)
-    action = "merge" if shard is not None else "replace" if name in placement.saved else "copy"
+    source, owner = places.sources.get(name, (own, None))
+    assert source is not None, name
+    changes = places.changes.get(name, ())
+    action = "merge" if changes else "replace" if owner is not None else "copy"
     found = artifact.tensors.get(name)
 
     def failed(problem: str) -> TensorCheck:
-        module = shard.module if shard is not None else None
-        return TensorCheck(name, action, module, worst=float("inf"), problem=problem)
+        return TensorCheck(name, action, _module(changes), worst=float("inf"), problem=problem)
 
     if found is None:
         return failed("is missing from the artifact")
@@ -167,167 +114,38 @@ def _expected(
         return failed(f"is stored as {found.dtype}, should be {wanted}")
     if found.shape != source.shape:
         return failed(f"has shape {list(found.shape)}, should have {list(source.shape)}")
-    return _Job(name, found, source, shard, action)
+    return tuple(Job(name, found, source, part, action) for part in parts_of(found.shape, changes))
 
 
-class _Files:
-    """Open files by path, each held against the header that was read of it."""
-
-    def __init__(self, headers: list[Header]) -> None:
-        self._headers = {header.path: header for header in headers}
-        self._open: dict[Path, InputFile] = {}
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> _Files:
-        return self
-
-    def __exit__(self, *problem: object) -> None:
-        for file in self._open.values():
-            file.close()
-
-    def _file(self, info: TensorInfo) -> InputFile:
-        with self._lock:
-            if info.path not in self._open:
-                self._open[info.path] = InputFile(info.path, self._headers[info.path])
-            return self._open[info.path]
-
-    def read(self, info: TensorInfo, start: int, nbytes: int) -> Array:
-        """`nbytes` bytes of a tensor, from its byte `start` on, as uint8."""
-        import numpy as np
-
-        assert info.offset is not None
-        found = np.empty(nbytes, np.uint8)
-        self._file(info).read(info.offset + start, found)
-        return found
-
-    def array(self, info: TensorInfo, adapter: Adapter) -> Array | StoredArray:
-        """A tensor of the adapter, of which what is sliced is read."""
-        if info.offset is None:
-            return adapter.array(info)
-        return StoredArray(self._file(info), info.offset, info.shape, numpy_dtype(info.dtype))
-
-    def check(self) -> None:
-        for file in self._open.values():
-            file.check()
+def _module(changes: Sequence[Change]) -> str | None:
+    """The module of a tensor that is one matrix."""
+    return changes[0].trained.module if len(changes) == 1 else None
 
 
-def _compare(
-    job: _Job, start: int, stop: int, adapter: Adapter, files: _Files, progress: Callable[[int], None]
-) -> _Part:
-    found_row, source_row = job.found.nbytes // job.rows, job.source.nbytes // job.rows
-    found = files.read(job.found, start * found_row, (stop - start) * found_row)
-    if job.source.offset is None:
-        stored = adapter.array(job.source).reshape(job.rows, -1)[start:stop]
-        part = _values(job, start, stored, found, _trained(job, start, stop, adapter, files))
-    else:
-        raw = files.read(job.source, start * source_row, (stop - start) * source_row)
-        if job.as_bytes:
-            part = _bytes(job, start, raw, found)
-        else:
-            stored = raw.view(numpy_dtype(job.source.dtype)).reshape(stop - start, -1)
-            part = _values(job, start, stored, found, _trained(job, start, stop, adapter, files))
-    progress(len(found))
-    return part
-
-
-def _bytes(job: _Job, start: int, want: Array, found: Array) -> _Part:
-    """Equal to the last bit; the dtype may be one that has no arithmetic here."""
-    import numpy as np
-
-    same = bool(np.array_equal(_words(want), _words(found)))
-    if same:
-        return _Part(0.0, 0, 0.0, 0.0, -1)
-    bits = BITS[job.found.dtype]
-    size = max(1, bits // 8)
-    wrong = (want.reshape(-1, size) != found.reshape(-1, size)).any(axis=1)
-    return _Part(float("inf"), int(wrong.sum()), 0.0, 0.0, (start + int(wrong.argmax()) * size) * 8 // bits)
-
-
-def _words(raw: Array) -> Array:
-    """The same bytes as wide integers where they divide, which compare faster."""
-    import numpy as np
-
-    return raw.view(np.uint64) if len(raw) % 8 == 0 else raw
-
-
-def _values(job: _Job, start: int, stored: Array, raw: Array, trained: Array | None) -> _Part:
-    """Compare rows `stored` of the base, with what they need of the shard (`trained`), with those of the artifact."""
-    import numpy as np
-
-    found = raw.view(numpy_dtype(job.found.dtype)).reshape(len(stored), -1)
-    exactly = EXACT[job.shard.variant] if job.shard is not None else None
-    unit = exactly.unit(job.shard.tensor.shape) if exactly is not None and job.shard is not None else 1
-    rows = max(1, BLOCK // (found.shape[1] * unit)) * unit
-    # Four arrays used over and over: allocating them for every block would cost more than the arithmetic.
-    space = np.empty((4, min(rows, len(stored)), found.shape[1]))
-    worst, off, kept, update, first = 0.0, 0, 0.0, 0.0, -1
-    for at in range(0, len(stored), rows):
-        weight, got, exact, steps = space[:, : min(rows, len(stored) - at)]
-        np.copyto(weight, stored[at : at + rows])
-        np.copyto(got, found[at : at + rows])
-        bound = None
-        if exactly is not None:
-            assert trained is not None
-            bound = exactly.rebuild(weight, exactly.part(trained, at, at + len(weight)), exact)
-        else:
-            np.copyto(exact, weight)
-        step(exact, job.found.dtype, steps)
-        if exactly is not None:
-            some = slice(None, None, SAMPLED)
-            change = exact[some] - weight[some]
-            update += float(np.einsum("ij,ij->", change, change))
-            kept += float(np.einsum("ij,ij->", got[some] - weight[some], change))
-        if exactly is None:
-            # A base may hold infinities (masks), whose cast is compared as it is.
-            alike = ~np.isfinite(exact) & ((got == exact) | np.isnan(got) & np.isnan(exact))
-            got[alike] = exact[alike] = 0.0
-        with np.errstate(invalid="ignore"):
-            error = np.subtract(got, exact, out=got)
-            np.abs(error, out=error)
-            error /= steps
-        if bound is not None:
-            error -= np.divide(bound, steps, out=bound)  # what the float32 products may cost
-        furthest = float(error.max())  # NaN if any is
-        worst = max(worst, furthest if furthest == furthest else float("inf"))
-        if furthest <= 0.5 + TOLERANCE:
-            continue
-        wrong = ~(error <= 0.5 + TOLERANCE)
-        if (count := int(np.count_nonzero(wrong))) and first < 0:
-            first = (start + at) * found.shape[1] + int(wrong.reshape(-1).argmax())
-        off += count
-    return _Part(worst, off, kept, update, first)
-
-
-def _trained(job: _Job, start: int, stop: int, adapter: Adapter, files: _Files) -> Array | None:
-    """What rows [start, stop) need of the shard as the merge sees it (float32, but for float64 weights), in float64."""
-    import numpy as np
-
-    if job.shard is None:
-        return None
-    array = EXACT[job.shard.variant].part(files.array(job.shard.tensor, adapter), start, stop)
-    return (array if job.source.dtype == "F64" else array.astype(np.float32)).astype(np.float64)
-
-
-def _summary(job: _Job, found: Iterator[_Part]) -> TensorCheck:
-    """The check of a tensor whose slabs are the next ones in `found`."""
-    parts = list(islice(found, sum(1 for _ in job.slabs())))
+def _summary(jobs: tuple[Job, ...], sums: Iterator[Sums]) -> TensorCheck:
+    """The check of a tensor whose slabs are the next ones in `sums`."""
+    parts = list(islice(sums, sum(1 for job in jobs for _ in job.slabs())))
+    found, action = jobs[0].found, jobs[0].action
     off = sum(part.off for part in parts)
     worst = max((part.worst for part in parts), default=0.0)
     problem = None
     if off:
         first = next(part.first for part in parts if part.first >= 0)
-        width = job.found.shape[-1] if len(job.found.shape) == 2 else 0
+        changes = jobs[0].part.changes
+        width = (
+            changes[0].into.shape[1] if len(jobs) == 1 and changes else found.shape[-1] if len(found.shape) == 2 else 0
+        )
         where = f"[{first // width}, {first % width}]" if width else f"[{first}]"
-        problem = f"{off} of {element_count(job.found.shape)} elements are off, the first at {where}"
-        if job.action == "copy" and job.as_bytes:
+        problem = f"{off} of {element_count(found.shape)} elements are off, the first at {where}"
+        if action == "copy" and jobs[0].as_bytes:
             problem += "; the adapter does not touch it, it should be the base's bytes"
         else:
-            problem += f", worst by {worst:.3g} steps of {job.found.dtype}"
+            problem += f", worst by {worst:.3g} steps of {found.dtype}"
     return TensorCheck(
-        name=job.name,
-        action=job.action,
-        module=job.shard.module if job.shard is not None else None,
-        elements=element_count(job.found.shape),
+        name=jobs[0].name,
+        action=action,
+        module=_module([change for job in jobs for change in job.part.changes]),
+        elements=element_count(found.shape),
         worst=worst,
         off=off,
         kept=sum(part.kept for part in parts),
