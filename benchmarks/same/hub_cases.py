@@ -53,7 +53,7 @@ def running(work: Path, inputs: Path) -> Iterator[Hub]:
 def _tests() -> tuple[Any, Any]:
     """The Hub of the tests, and what makes the environment of its clients."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-    from loopback_hub import LoopbackHub, environment  # type: ignore[import-not-found]
+    from loopback import LoopbackHub, environment  # type: ignore[import-not-found]
 
     return LoopbackHub, environment
 
