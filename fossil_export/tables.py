@@ -65,6 +65,7 @@ def print_onnx_plan(plan: OnnxPlan, every: bool = False) -> None:
             ("base", _at(merge.base_name, merge.base_revision)),
             ("mode", f"{mode.name}: {mode.help}"),
             ("graph", made if plan.graph is None else str(plan.graph)),
+            *([("places", "found when the base is here")] if plan.graph is not None and plan.places is None else []),
             ("trained", f"{len(rows)} {'modules' if plan.places is None else 'weights of the graph'}"),
             ("others", ", ".join(plan.companions) or "none"),
             ("size", f"about {readable_bytes(plan.nbytes)}"),
@@ -207,6 +208,7 @@ def print_plan_summary(plan: MergePlan) -> None:
                 else []
             ),
             *([("left behind", ", ".join(plan.left_behind))] if plan.left_behind else []),
+            *(("undecided", f"{pair[1]} stays tied to {pair[0]} if they are equal") for pair in plan.undecided if pair),
         ]
     )
 

@@ -191,6 +191,19 @@ def test_a_base_on_the_hub_keeps_its_name_and_stays_there(hosted: LoopbackHub, t
     assert again.dtype == "float16" and all(tensor.dtype == "F16" for tensor in again.tensors)
 
 
+def test_a_graph_of_a_base_on_the_hub_is_placed_once_that_is_here(hub: LoopbackHub, tmp_path: Path) -> None:
+    case = make_case(tmp_path)
+    graph = make_graph(case, tmp_path / "model.onnx")
+    hub.add_folder("ada/base", case.base)
+    command = [case.adapter, "--base", "ada/base", "--onnx", graph, "--mode", "fused"]
+    shown = invoke(*command, "--dry-run").output
+    assert "layers.{0–1}.q_proj.weight" in shown and "found when the base is here" in shown
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+    made = invoke(*command, "--output", tmp_path / "out")
+    assert made.exit_code == 0, made.output
+    assert "6 weights of the graph" in invoke(*command, "--dry-run").output
+
+
 @pytest.mark.parametrize("moved", [False, True])
 @pytest.mark.parametrize("mode", ["merged", "fused"])
 def test_a_head_that_is_still_the_embedding_stays_tied(mode: ModeName, moved: bool, tmp_path: Path) -> None:

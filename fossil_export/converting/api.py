@@ -14,7 +14,7 @@ from fossil_export.checkpoints.staging import check_destination, staged_folder
 from fossil_export.converting.options import Options
 from fossil_export.errors import CheckpointError, FossilExportError, OutputError
 from fossil_export.merging.plan import find_base
-from fossil_export.storage.hub import expanded
+from fossil_export.storage import expanded, fetch
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _base(adapter: Adapter, to: str, base: str | Path | None, base_config: str |
     if base is None and not adapter.base_model:
         raise CheckpointError(f"{adapter.path}: does not name its base model; name it with --base or --base-config")
     found = find_base(adapter, base)
-    return Options(found, found.name, found.revision if found.source is not None else adapter.base_revision)
+    return Options(found, found.name, adapter.base_revision if found.is_path else found.revision)
 
 
 def convert(
@@ -151,7 +151,7 @@ def convert(
     if not isinstance(adapter, Adapter):
         adapter = load_adapter(adapter)
     options = replace(_base(adapter, to, base, base_config), graph=graph, rank=rank, energy=energy, outtype=outtype)
-    adapter.fetch()
+    fetch(adapter.needed)
     path = expanded(output, OutputError).absolute()
     if TARGETS[to].folder:
         # A state dict may lie anywhere; PEFT's folder is only read.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from fossil_export.onnx.modes import MODES, ModeName
 from fossil_export.onnx.places import OpenGraph, open_graph
 from fossil_export.onnx.plan import OnnxPlan, decide, open_planned
 from fossil_export.onnx.trained import without_updates
-from fossil_export.storage.hub import expanded
+from fossil_export.storage import expanded, fetch
 
 Progress = Callable[[str], None]
 
@@ -108,15 +108,16 @@ def run_plan(
     """Carry out a plan; arguments as for `export_onnx`. `started` is when the clock began."""
     started = time.perf_counter() if started is None else started
     merge = plan.merge
-    merge.adapter.fetch()
+    fetch(merge.adapter.needed)
     target = expanded(output, OutputError).absolute()
     if plan.graph is not None and target.resolve() in plan.graph.resolve().parents:
         raise OutputError(f"{output}: holds {plan.graph}, which would be replaced; choose another --output")
     check_destination(target, [merge.base.location, merge.adapter.path], overwrite)
     merge.check()
     progress("fetching the base")
-    plan = plan.fetched()
-    merge = plan.merge
+    fetch(*merge.needed)
+    merge = merge.settled()
+    plan = replace(plan, merge=merge)
     with staged_folder(target, _room(plan), overwrite) as folder:
         try:
             graph, opened, linked = (_build if plan.graph is None else _take)(plan, folder, progress)

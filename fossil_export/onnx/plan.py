@@ -28,8 +28,9 @@ class OnnxPlan:
 
     `graph` is the graph that is used; it is None if `runtime` makes one, in `precision`, for `device`. For a graph
     that is there already, `runtime` is "onnx" and `precision` None. `places` are the weights of the graph that get
-    trained tensors, None if there is no graph yet to find them in. `companions` are the names of the files that come
-    along (a builder may write more), `nbytes` is about the size of what is written (shared data is not).
+    trained tensors, None if there is no graph yet, or no base here to find them by. `companions` are the names of the
+    files that come along (a builder may write more), `nbytes` is about the size of what is written (shared data is
+    not).
     """
 
     mode: str
@@ -52,11 +53,6 @@ class OnnxPlan:
     def warnings(self) -> tuple[str, ...]:
         """What the user should know."""
         return self.merge.warnings + tuple(_warnings(self.merge, MODES[self.mode]))
-
-    def fetched(self) -> OnnxPlan:
-        """The plan once adapter and base are on this machine, with nothing undecided that only their values tell."""
-        self.merge.fetch()
-        return replace(self, merge=self.merge.settled())
 
     def run(
         self, output: str | Path, *, overwrite: bool = False, progress: Callable[[str], None] = lambda step: None
@@ -103,17 +99,15 @@ def plan_onnx(
 ) -> OnnxPlan:
     """Decide how the model that `adapter` was trained for becomes an ONNX folder; arguments are `export_onnx`'s.
 
-    Nothing is written, and no graph is made. For a graph that is to be made, only headers and configs are read. In
-    `onnx`, a graph that is there already, the places are found, by rows of the base's weights: a base on the Hub is
-    fetched. Raises a FossilExportError for whatever would stop the export before its graph is made.
+    Nothing is written and no graph is made. Of adapter and base only headers and configs are read, but for the places
+    in `onnx`, a graph that is there already: they are found by the base's values, if it is on this machine. Raises a
+    FossilExportError for whatever stops the export as far as it can be seen from there.
     """
     plan = decide(adapter, base, mode, runtime, precision, onnx, copy_data, device)
-    if plan.graph is None:
+    if plan.graph is None or not _is_here(plan.merge):
         return plan
-    progress("fetching the base")
-    plan = plan.fetched()
     progress("placing the shards")
-    graph = open_planned(plan)
+    graph = open_planned(replace(plan, merge=plan.merge.settled()))
     shared = not copy_data and not graph.mode.makes_weights(graph)
     return replace(plan, places=graph.places, nbytes=_size_with(graph.path, graph.adapter, shared))
 
@@ -164,6 +158,11 @@ def open_planned(plan: OnnxPlan) -> OpenGraph:
         raise OnnxError(f"{plan.graph}: is another graph than the one that the plan was made for; plan again")
     check_saved(graph)
     return graph
+
+
+def _is_here(merge: MergePlan) -> bool:
+    """Whether all weights are on this machine."""
+    return merge.adapter.is_here and all(header.path.is_file() for header in merge.base.files)
 
 
 def _default_runtime(merge: MergePlan) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from fossil_export.checkpoints.companions import CERTIFICATE, PROVENANCE
 from fossil_export.checkpoints.jsonfile import write_json
-from fossil_export.storage.hub.resolve import is_hub_id
+from fossil_export.storage.hub.names import is_hub_id
 
 ADAPTER_CONFIG = "adapter_config.json"
 

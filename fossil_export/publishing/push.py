@@ -17,7 +17,7 @@ from fossil_export.publishing.paths import ADAPTER_CONFIG, Paths, is_path
 from fossil_export.publishing.repository import Repository
 from fossil_export.publishing.result import Progress, PushResult
 from fossil_export.publishing.stale import refuse_base, stale
-from fossil_export.storage.hub import expanded, resolve
+from fossil_export.storage import expanded, resolve
 
 LARGE = 1 << 20
 """Bytes from which a file is uploaded by itself, and named while it is."""

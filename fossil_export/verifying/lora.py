@@ -57,14 +57,14 @@ class LoraFolder:
     def weights(
         self, base: Checkpoint, adapter: Adapter, record: Mapping[str, Any] | None, progress: Any
     ) -> tuple[tuple[TensorCheck, ...] | None, list[str]]:
-        self._plan = plan_merge(adapter, base.location)
+        self._plan = plan_merge(adapter, base.location).settled()
         return None, [*check_record(base, adapter, record), *_check(self.folder, adapter, self._plan)]
 
     def incomparable(self) -> str | None:
         return None
 
     def subject(self, base: Checkpoint, adapter: Adapter, device: str) -> Subject:
-        plan = self._plan or plan_merge(adapter, base.location)
+        plan = self._plan or plan_merge(adapter, base.location).settled()
         described = base.location
         if plan.config is not None:  # the task's own config, as a merge would write it
             self._described = tempfile.TemporaryDirectory()

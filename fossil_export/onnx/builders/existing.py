@@ -21,7 +21,7 @@ from fossil_export.merging.plan import MergePlan
 from fossil_export.onnx.graph.file import external_files, load_graph
 from fossil_export.onnx.graph.weight import SAFETENSORS_NAME, stored
 from fossil_export.onnx.places import OpenGraph
-from fossil_export.storage.hub import resolve
+from fossil_export.storage import resolve
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
