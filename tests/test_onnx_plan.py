@@ -8,6 +8,7 @@ import sys
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import click
@@ -16,15 +17,15 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import make_adapter, make_base
-from graphs import make_case, make_graph, run
-from loopback_hub import LoopbackHub
+from graphs import answers, make_case, make_graph, run
+from loopback import LoopbackHub
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from fossil_export import FossilExportError, OnnxPlan, convert, export_onnx, load_adapter, merge, plan_onnx
 from fossil_export.cli import main
-from fossil_export.onnx.builders import BUILDERS, PRECISIONS, PrecisionName, RuntimeName, default_builder
-from fossil_export.onnx.modes import MODES, ModeName
+from fossil_export.onnx.builders import BUILDERS, PRECISIONS, Builder, PrecisionName, RuntimeName, default_builder
+from fossil_export.onnx.modes import MODES, Mode, ModeName
 
 
 def invoke(*arguments: object) -> Result:
@@ -67,6 +68,30 @@ def test_every_mode_and_builder_has_its_file_and_its_line_of_help() -> None:
 def test_who_makes_a_graph_by_default() -> None:
     assert default_builder(["LlamaForCausalLM"]).name == "genai"
     assert default_builder(["BertForSequenceClassification"]).name == "torch" == default_builder([]).name
+
+
+def test_another_mode_and_builder_are_a_file_and_an_entry_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(tmp_path)
+    (case.base / "config.json").write_text('{"architectures": ["Layers"]}')
+    seen: list[tuple[str, str]] = []
+
+    def build(model: Path, output: Path, precision: str, device: str) -> Path:
+        seen.append((precision, device))
+        return make_graph(case, output / "model.onnx", external=False)
+
+    for table, entry, functions in (
+        (MODES, Mode("plain", "nothing is added", 1), {"rewrite": lambda graph, editor: ()}),
+        (BUILDERS, Builder("handmade", "a test", "layers", lambda names: "Layers" in names), {"build": build}),
+    ):
+        name = f"{type(entry).__module__}.{entry.name}"
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**functions))
+        monkeypatch.setitem(table, entry.name, entry)
+    x = np.random.default_rng(0).standard_normal((2, 3, 24)).astype(np.float32)
+    for mode, want in (("plain", case.plain), ("fused", case.trained)):
+        result = export_onnx(case.adapter, tmp_path / mode, base=case.base, mode=mode, runtime="handmade", device="cpu")
+        assert (result.mode, result.runtime, result.targets) == (mode, "handmade", 6)
+        np.testing.assert_allclose(run(result.graph, x), answers(want, x), rtol=1e-4, atol=1e-5)
+    assert seen == [("fp32", "cpu")] * 2
 
 
 def test_help_imports_nothing_heavy() -> None:
