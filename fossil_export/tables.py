@@ -12,12 +12,12 @@ from fossil_export.errors import listed
 from fossil_export.grouping import Group, grouped
 
 if TYPE_CHECKING:
-    from fossil_export.converting import Conversion
+    from fossil_export.converting.conversion import Conversion
     from fossil_export.inspection import Inspection
     from fossil_export.merging import MergePlan, MergeResult
     from fossil_export.onnx.api import OnnxResult
     from fossil_export.publishing import PushResult, StreamPlan, StreamResult
-    from fossil_export.verifying import Verification
+    from fossil_export.verifying.verdict import Verification
 
 
 GROUPS = 60

@@ -28,8 +28,9 @@ from transformers import (
 )
 
 from fossil_export import convert
-from fossil_export.cards import BEGIN, END, KINDS, Facts, model_card, warnings
-from fossil_export.cards.snippets import pipeline_tag
+from fossil_export.artifacts.kinds import KINDS
+from fossil_export.cards import BEGIN, END, Facts, model_card, warnings
+from fossil_export.cards.task import pipeline_tag
 from fossil_export.errors import FossilExportError
 
 BASE, ADAPTER, LOCAL = "meta-llama/Llama-3.2-1B", "ada/mascot-miss", "/home/ada/models/base"

@@ -23,8 +23,8 @@ from onnx import TensorProto, helper
 from safetensors.torch import load_file
 
 from fossil_export import FossilExportError, __version__, convert, merge, merge_to_hub, push, verify
+from fossil_export.artifacts.parts import parts_of
 from fossil_export.errors import CheckpointError
-from fossil_export.publishing.parts import parts_of
 from fossil_export.publishing.paths import Paths
 
 JUNK = {

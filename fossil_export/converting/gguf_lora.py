@@ -20,6 +20,7 @@ import numpy as np
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints.gguf_file import RECORD
 from fossil_export.checkpoints.jsonfile import read_json
+from fossil_export.converting.converters import OUTTYPES
 from fossil_export.converting.form import exact_lora
 from fossil_export.converting.options import Options
 from fossil_export.converting.record import record_of
@@ -33,9 +34,6 @@ from fossil_export.version import __version__
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
-
-OUTTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
-"""Number formats: the name of gguf's GGMLQuantizationType in small letters, and of its LlamaFileType."""
 
 _LARGEST = {"f32": float("inf"), "f16": 65504.0, "q8_0": 65504.0 * 127}
 # q8_0 keeps a float16 scale for 32 values, which is their largest over 127.
@@ -122,8 +120,6 @@ def _refuse(adapter: Adapter, options: Options) -> None:
             f"{adapter.path}: is a bat adapter, which is no LoRA; get the nearest one by --to lora with --rank or "
             "--energy, or merge it into the base and convert that"
         )
-    if options.rank is not None or options.energy is not None:
-        raise AdapterError(f"{adapter.path}: is a LoRA of rank {adapter.rank} exactly; leave --rank and --energy out")
     if adapter.saved:
         own = all(name.removesuffix(".weight") in adapter.shards for name in adapter.saved)
         hint = ", or save the adapter with save_pretrained(..., save_embedding_layers=False) if they are the base's own"
