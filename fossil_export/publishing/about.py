@@ -12,7 +12,7 @@ from fossil_export.cards.facts import part
 from fossil_export.cards.frontmatter import MARKED, is_template, read_card
 from fossil_export.checkpoints.companions import CARD
 from fossil_export.errors import FossilExportError, HubError
-from fossil_export.publishing.repository import Repository
+from fossil_export.publishing.target import Target
 from fossil_export.storage.hub.errors import retried
 from fossil_export.storage.hub.resolve import folder_of, is_old_id, is_on_hub, names_hub, repository_of
 
@@ -79,7 +79,7 @@ def local_names(
 
 
 def card_for(
-    repository: Repository, facts: Facts, own: str | None, head: str, there: Mapping[str, str]
+    repository: Target, facts: Facts, own: str | None, head: str, there: Mapping[str, str]
 ) -> tuple[bytes, list[str]]:
     """The card, and what to say of it, for a commit on top of `head`, which holds the files `there`.
 

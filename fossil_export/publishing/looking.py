@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from fossil_export.checkpoints.companions import CARD
 from fossil_export.errors import HubError
-from fossil_export.publishing.repository import Repository
+from fossil_export.publishing.target import Target
 
 
 @dataclass(frozen=True)
@@ -21,24 +21,24 @@ class Looked:
     unchecked: tuple[str, ...] = ()
 
 
-def look(repository: Repository) -> Looked:
+def look(target: Target) -> Looked:
     """Ask for all that may be known without writing. A renamed repository, or one named without its owner, has its
-    whole name in `repository` afterwards. Raises no HubError: what the Hub does not tell is `unchecked`."""
+    whole name in `target` afterwards. Raises no HubError: what the Hub does not tell is `unchecked`."""
     exists: bool | None = None
     files: dict[str, str] = {}
     card = None
     unchecked: list[str] = []
     try:
-        exists = repository.find()
+        exists = target.find()
         if exists:
-            head = repository.head_below()
-            files = repository.files(head)
-            card = repository.read(CARD, head) if CARD in files else None
+            head = target.head_below()
+            files = target.files(head)
+            card = target.read(CARD, head) if CARD in files else None
     except HubError as problem:
         unchecked.append(f"what the repository holds was not checked: {problem}")
     if exists is not None:
         try:
-            repository.check_writing(exists)
+            target.check_writing(exists)
         except HubError as problem:
             unchecked.append(f"whether you may write there was not checked: {problem}")
     return Looked(exists, files, card, tuple(unchecked))

@@ -7,14 +7,12 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fossil_export.artifacts.kind import ADAPTER_CONFIG
 from fossil_export.checkpoints.companions import CARD
 from fossil_export.errors import CheckpointError, FossilExportError, longer
 from fossil_export.merging.api import MergeResult
 from fossil_export.publishing.about import card_for
 from fossil_export.publishing.closing import Closing, closing
 from fossil_export.publishing.operations import Operation
-from fossil_export.publishing.paths import is_path
 from fossil_export.publishing.push_plan import PushPlan, contents_of, facts_for, plan_files
 from fossil_export.publishing.repository import Repository
 from fossil_export.publishing.result import Progress, PushResult
@@ -41,12 +39,15 @@ def push(
     the one that is there extended. Everything appears in one commit; interrupted, the same call goes on with what is
     not uploaded yet. `progress` is called with the name of each step. Raises a FossilExportError in one line.
     """
-    return plan_files(folder, repo_id, private, revision, create_pr, commit_message).run(progress)
-
-
-def run_push(plan: PushPlan, *, progress: Progress = lambda step: None) -> PushResult:
-    """Carry out a plan that `plan_push` made. Raises CheckpointError if a file has another size by now."""
     started = time.perf_counter()
+    plan = plan_files(folder, repo_id, private, revision, create_pr, commit_message)
+    return run_push(plan, progress=progress, started=started)
+
+
+def run_push(plan: PushPlan, *, progress: Progress = lambda step: None, started: float | None = None) -> PushResult:
+    """Carry out a plan that `plan_push` made; `started` is when the clock began. Raises CheckpointError if a file has
+    another size by now, and otherwise as `push` does."""
+    started = time.perf_counter() if started is None else started
     repository = Repository(plan.repo_id, plan.revision, plan.create_pr)
     from huggingface_hub import CommitOperationAdd
 
@@ -78,14 +79,9 @@ def run_push(plan: PushPlan, *, progress: Progress = lambda step: None) -> PushR
 
     progress("committing")
     commit = repository.commit(build, plan.title)
-    if is_path(str((parts.config or {}).get("base_model_name_or_path") or "a/b")):
-        problems.append(
-            f"{ADAPTER_CONFIG} names the base by a path, which was left out; if it is on the Hub, write its id there"
-        )
-    notes = [note.replace("verify DIR`", f"verify {shlex.quote(plan.folder)}`") for note in ends[0].notes]
-    found, removed = [*repository.notes, *problems, *notes], ends[0].removed
-    names = (*parts.names, CARD)
-    return PushResult.of(repository, commit, started, names, plan.nbytes, found, removed, parts.left_behind)
+    names, removed = (*parts.names, CARD), ends[0].removed
+    told = [*repository.notes, *plan.told(problems, ends[0].notes)]
+    return PushResult.of(repository, commit, started, names, plan.nbytes, told, removed, parts.left_behind)
 
 
 def push_merged(

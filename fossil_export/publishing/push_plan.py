@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export.artifacts.kind import ADAPTER_CONFIG
 from fossil_export.artifacts.kinds import KINDS
 from fossil_export.artifacts.parts import Parts, parts_of
 from fossil_export.cards import Facts
@@ -16,10 +18,10 @@ from fossil_export.checkpoints.companions import CARD
 from fossil_export.errors import CheckpointError
 from fossil_export.publishing.about import extended_card, facts_of, local_names
 from fossil_export.publishing.looking import look
-from fossil_export.publishing.paths import Paths
-from fossil_export.publishing.repository import Repository
+from fossil_export.publishing.paths import Paths, is_path
 from fossil_export.publishing.result import Progress
 from fossil_export.publishing.stale import refuse_base, removal_warnings, stale
+from fossil_export.publishing.target import Target
 from fossil_export.storage.hub import expanded, resolve
 
 if TYPE_CHECKING:
@@ -61,6 +63,15 @@ class PushPlan:
     def nbytes(self) -> int:
         """Bytes of the files, but for the card."""
         return sum(self.files.values())
+
+    def told(self, problems: Iterable[str], notes: Iterable[str]) -> tuple[str, ...]:
+        """What to tell the user: `problems` of the files, and `notes` of the card."""
+        named = (note.replace("verify DIR`", f"verify {shlex.quote(self.folder)}`") for note in notes)
+        base = str((self.parts.config or {}).get("base_model_name_or_path") or "a/b")
+        if not is_path(base):
+            return (*problems, *named)
+        remedy = "if it is on the Hub, write its id there"
+        return (*problems, f"{ADAPTER_CONFIG} names the base by a path, which was left out; {remedy}", *named)
 
     def run(self, progress: Progress = lambda step: None) -> PushResult:
         """Carry it out. What the Hub was asked is asked anew."""
@@ -104,19 +115,19 @@ def plan_push(
     Raises a FossilExportError as `push` does for what is no artifact and for what the repository must not take.
     """
     plan = plan_files(folder, repo_id, private, revision, create_pr, commit_message)
-    repository = Repository(repo_id, revision, create_pr)
-    found = look(repository)
-    facts, problems = facts_for(plan.parts, repository.repo_id)
-    refuse_base(facts, repository)
+    target = Target(repo_id, revision, create_pr)
+    found = look(target)
+    facts, problems = facts_for(plan.parts, target.repo_id)
+    refuse_base(facts, target)
     removed = stale(facts, found.files)
     content, notes = extended_card(facts, plan.parts.card, found.card)
     return replace(
         plan,
-        repo_id=repository.repo_id,
+        repo_id=target.repo_id,
         exists=found.exists,
         removed=tuple(removed),
         card=read_card(content.decode())[2],
-        warnings=(*plan.parts.notes, *problems, *notes, *removal_warnings(repository.repo_id, removed)),
+        warnings=plan.told([*problems, *plan.parts.notes], [*notes, *removal_warnings(target.repo_id, removed)]),
         unchecked=found.unchecked,
     )
 
@@ -125,6 +136,7 @@ def plan_files(
     folder: str | Path, repo_id: str, private: bool, revision: str | None, create_pr: bool, commit_message: str | None
 ) -> PushPlan:
     """The plan as far as the folder tells it; the Hub is not asked."""
+    Target(repo_id, revision, create_pr)  # a wrong name shows first
     parts = parts_of(_found(folder))
     return PushPlan(
         folder=str(folder),

@@ -8,17 +8,17 @@ from fossil_export.artifacts.kinds import KINDS
 from fossil_export.cards import Facts
 from fossil_export.checkpoints.companions import CERTIFICATE, PROVENANCE
 from fossil_export.errors import HubError, listed
-from fossil_export.publishing.repository import Repository
+from fossil_export.publishing.target import Target
 
 
-def refuse_base(facts: Facts, repository: Repository, branch: str | None = None) -> None:
+def refuse_base(facts: Facts, target: Target, branch: str | None = None) -> None:
     """Raise HubError for a model that would replace its own base, on main or on the `branch` that was read: the next
     merge would be on top of this one."""
-    own = facts.base is not None and facts.base.lower() == repository.repo_id.lower()
-    onto = repository.revision or "main"
-    if own and KINDS[facts.kind].whole and not repository.create_pr and onto in ("main", branch):
+    own = facts.base is not None and facts.base.lower() == target.repo_id.lower()
+    onto = target.revision or "main"
+    if own and KINDS[facts.kind].whole and not target.create_pr and onto in ("main", branch):
         raise HubError(
-            f"{repository.repo_id}: is the base itself, and the next merge would be on top of this one; choose another "
+            f"{target.repo_id}: is the base itself, and the next merge would be on top of this one; choose another "
             "repository, or --revision or --create-pr"
         )
 
