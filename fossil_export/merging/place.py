@@ -25,8 +25,11 @@ QUANTIZED = (
 )
 
 
-def place(adapter: Adapter, base: Checkpoint) -> Placement:
-    """Give every shard and saved tensor of `adapter` its place in `base`, or raise MergeError naming it."""
+def place(adapter: Adapter, base: Checkpoint, *, into_floats: bool = True) -> Placement:
+    """Give every shard and saved tensor of `adapter` its place in `base`, or raise MergeError naming it.
+
+    The base's weights must be floats, unless nothing will be added to them (`into_floats` is False).
+    """
     placement = Placement()
     names = _match(adapter, base)
     missing = [module for module in adapter.shards if module not in names]
@@ -43,7 +46,7 @@ def place(adapter: Adapter, base: Checkpoint) -> Placement:
     check_vocabulary(adapter, base, placement)
     _refuse_homeless(adapter, base, placement)
     for name, shard in placement.shards.items():
-        _check_shape(name, shard, placement.source(name, base.tensors.get(name)), adapter, base)
+        _check_shape(name, shard, placement.source(name, base.tensors.get(name)), adapter, base, into_floats)
     placement.warnings = tuple(_warnings(adapter, base, set(names.values())))
     return placement
 
@@ -129,9 +132,11 @@ def _mismatch(shard: Shard, weight_shape: tuple[int, ...]) -> str | None:
     return METHODS[shard.variant].mismatch(shard.tensor.shape, weight_shape)
 
 
-def _check_shape(name: str, shard: Shard, weight: TensorInfo, adapter: Adapter, base: Checkpoint) -> None:
+def _check_shape(
+    name: str, shard: Shard, weight: TensorInfo, adapter: Adapter, base: Checkpoint, into_floats: bool
+) -> None:
     where = f"{base.location}: {name} {list(weight.shape)}"
-    if weight.dtype not in FLOATS:
+    if into_floats and weight.dtype not in FLOATS:
         raise MergeError(f"{where} is stored as {weight.dtype}: {QUANTIZED}")
     if len(weight.shape) != 2 or 0 in weight.shape:
         raise MergeError(f"{where} is no matrix, but the adapter has a shard for it ({shard.tensor.name}); {_REMEDY}")
