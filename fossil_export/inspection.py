@@ -19,8 +19,8 @@ from fossil_export.merging.plan import find_base
 
 @dataclass(frozen=True)
 class Inspection:
-    """`norms` is the Frobenius norm of each module's shard, empty while the adapter is on the Hub alone; `plan` is
-    None where the merge would stop, and `problems` then says why. Without a base at hand both stay empty."""
+    """`norms` is the Frobenius norm of each module's trained tensors, empty while the adapter is on the Hub alone;
+    `plan` is None where the merge would stop, and `problems` then says why. Without a base at hand both stay empty."""
 
     adapter: Adapter
     norms: Mapping[str, float]
@@ -46,13 +46,14 @@ class Inspection:
             "dtypes": dtypes(adapter),
             "modules": [
                 {
-                    "module": shard.module,
-                    "shard": shard.tensor.name,
-                    "shape": list(shard.tensor.shape),
-                    "dtype": TORCH_NAME[shard.tensor.dtype],
-                    "norm": _finite(self.norms.get(shard.module, math.nan)),
+                    "module": trained.module,
+                    "shard": info.name,
+                    "shape": list(info.shape),
+                    "dtype": TORCH_NAME[info.dtype],
+                    "norm": _finite(self.norms.get(trained.module, math.nan)),
                 }
-                for shard in adapter.shards.values()
+                for trained in adapter.trained.values()
+                for info in trained.tensors.values()
             ],
             "saved": [
                 {"tensor": info.name, "shape": list(info.shape), "dtype": TORCH_NAME[info.dtype]}
@@ -74,9 +75,9 @@ def inspect(adapter: Adapter | str | Path, base: str | Path | None = None) -> In
     """
     if not isinstance(adapter, Adapter):
         adapter = load_adapter(adapter)
-    norms = {module: _norm(adapter, module) for module in adapter.shards} if adapter.is_here else {}
+    norms = {module: _norm(adapter, module) for module in adapter.trained} if adapter.is_here else {}
     problems = [
-        f"{adapter.shards[module].tensor.name} holds infinite or NaN values"
+        f"{adapter.trained[module].label} holds infinite or NaN values"
         for module, norm in norms.items()
         if not math.isfinite(norm)
     ]
@@ -97,15 +98,16 @@ def inspect(adapter: Adapter | str | Path, base: str | Path | None = None) -> In
 
 
 def dtypes(adapter: Adapter) -> dict[str, int]:
-    """Number of shards by dtype."""
-    return dict(Counter(TORCH_NAME[shard.tensor.dtype] for shard in adapter.shards.values()))
+    """Number of trained tensors by dtype."""
+    tensors = (info for trained in adapter.trained.values() for info in trained.tensors.values())
+    return dict(Counter(TORCH_NAME[info.dtype] for info in tensors))
 
 
 def _norm(adapter: Adapter, module: str) -> float:
     import numpy as np
 
-    values = adapter.array(adapter.shards[module].tensor).astype(np.float64)
-    return float(np.sqrt((values * values).sum()))
+    wide = [array.astype(np.float64) for array in adapter.arrays(module).values()]
+    return float(np.sqrt(sum((values * values).sum() for values in wide)))
 
 
 def _finite(value: float) -> float | None:

@@ -12,6 +12,7 @@ from fossil_export.errors import listed
 from fossil_export.grouping import Group, grouped
 
 if TYPE_CHECKING:
+    from fossil_export.adapters import Trained
     from fossil_export.converting.conversion import Conversion
     from fossil_export.inspection import Inspection
     from fossil_export.merging import MergePlan, MergeResult
@@ -148,7 +149,7 @@ def print_plan(plan: MergePlan, every: bool = False) -> None:
             tensor.name,
             tensor.dtype,
             "x".join(map(str, tensor.shape)),
-            tensor.shard.tensor.name if tensor.shard else tensor.source.name,
+            " + ".join(change.trained.label for change in tensor.changes) or tensor.source.name,
         )
         for tensor in plan.tensors
         if tensor.action in ("merge", "replace", "add")
@@ -173,10 +174,12 @@ def _print_grouped(header: Sequence[str], rows: Sequence[Sequence[str]], every: 
 def print_plan_summary(plan: MergePlan) -> None:
     from fossil_export.merging.plan import ACTIONS
 
-    adapter = plan.adapter
     print_pairs(
         [
-            ("adapter", f"{_at(adapter.name, adapter.revision)} ({adapter.variant}, r={adapter.rank})"),
+            *(
+                ("adapter", f"{_at(adapter.name, adapter.revision)} ({adapter.variant}, r={adapter.rank})")
+                for adapter in plan.adapters
+            ),
             ("base", _at(plan.base_name, plan.base_revision)),
             ("tensors", ", ".join(f"{action} {count}" for action in ACTIONS if (count := plan.count(action)))),
             ("files", f"{len(plan.files)} of weights, {readable_bytes(plan.nbytes)}; {len(plan.companions)} others"),
@@ -190,6 +193,10 @@ def print_plan_summary(plan: MergePlan) -> None:
     )
 
 
+def _trained_as(plan: MergePlan) -> str:
+    return "; ".join(f"{adapter.variant}, r={adapter.rank}" for adapter in plan.adapters)
+
+
 def print_result(result: MergeResult) -> None:
     plan = result.plan
     total = result.to_dict()["survival"]["survived"]
@@ -197,7 +204,7 @@ def print_result(result: MergeResult) -> None:
         [
             (
                 "merged",
-                f"{plan.count('merge')} of {len(plan.tensors)} tensors ({plan.adapter.variant}, r={plan.adapter.rank})",
+                f"{plan.count('merge')} of {len(plan.tensors)} tensors ({_trained_as(plan)})",
             ),
             ("update kept", "-" if total is None else f"{total:.1%} (sampled rows)"),
             ("written", readable_bytes(plan.nbytes)),
@@ -211,12 +218,12 @@ def print_result(result: MergeResult) -> None:
 def print_inspection(found: Inspection, every: bool = False) -> None:
     """What was found, by kind of module or for `every` one; the summary comes last."""
     adapter = found.adapter
-    touched = (
-        {t.shard.module: t.name for t in found.plan.tensors if t.shard is not None} if found.plan is not None else {}
-    )
-    shards = list(adapter.shards.values())
-    rows = [(s.module, "x".join(map(str, s.tensor.shape)), touched.get(s.module, "-")) for s in shards]
-    norms = [found.norms.get(shard.module) for shard in shards]
+    touched = found.plan.modules if found.plan is not None else {}
+    rows = [
+        (module, _shapes(trained), touched[module].name if module in touched else "-")
+        for module, trained in adapter.trained.items()
+    ]
+    norms = [found.norms.get(module) for module in adapter.trained]
     groups = [Group(row, (place,)) for place, row in enumerate(rows)] if every else grouped(rows)
     shown = groups if every else groups[:GROUPS]
     table = [(*g.cells, _span([norms[place] for place in g.members]), str(len(g))) for g in shown]
@@ -225,6 +232,10 @@ def print_inspection(found: Inspection, every: bool = False) -> None:
         click.echo(f"and {len(groups) - len(shown)} more kinds; --all shows every module")
     click.echo()
     _print_adapter(found)
+
+
+def _shapes(trained: Trained) -> str:
+    return " + ".join("x".join(map(str, shape)) for shape in trained.shapes.values())
 
 
 def _span(norms: Sequence[float | None]) -> str:
@@ -244,7 +255,7 @@ def _print_adapter(found: Inspection) -> None:
         ("adapter", f"{_at(adapter.name, adapter.revision)} ({adapter.peft_type})"),
         ("variant", adapter.variant),
         ("rank", str(adapter.rank)),
-        ("modules", str(len(adapter.shards))),
+        ("modules", str(len(adapter.trained))),
         ("parameters", f"{adapter.parameters:,}"),
         ("dtype", ", ".join(dtypes(adapter))),
         ("also holds", saved or "nothing"),

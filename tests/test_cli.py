@@ -34,7 +34,7 @@ def test_json_is_only_json_and_a_pipe_is_quiet(adapter: Path, tmp_path: Path) ->
     assert (done.returncode, done.stderr) == (0, "")
     result = json.loads(done.stdout)
     assert result["tensors_merged"] == 14 and result["output"] == str(tmp_path / "merged")
-    assert set(result["modules"]) == set(fossil_export.load_adapter(adapter).shards)
+    assert set(result["modules"]) == set(fossil_export.load_adapter(adapter).trained)
     assert 20e6 < result["peak_memory"] < 300e6 and result["seconds"] > 0
     assert result["bytes"] == sum(path.stat().st_size for path in (tmp_path / "merged").glob("*.safetensors"))
 

@@ -17,11 +17,13 @@ from peft.tuners.miss.layer import MissLinear
 
 from fossil_export import load_adapter, merge, plan_merge
 from fossil_export.errors import MergeError
-from fossil_export.merging.engine import NumpyEngine, TorchEngine, compute_dtype, is_finite, merge_slab
+from fossil_export.merging.engine import NumpyEngine, TorchEngine, Update, compute_dtype, is_finite, merge_slab
 from fossil_export.methods import METHODS
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
+
+ROLE = {"tile": "D", "mini": "D", "bat": "B"}
 
 
 def ulps(ours: torch.Tensor, theirs: torch.Tensor) -> int:
@@ -96,13 +98,13 @@ def test_any_shape_rank_and_dtype_matches_peft(case: tuple[str, str, tuple[int, 
             return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return np.asarray(tensor.numpy())
 
-    assert METHODS[variant].mismatch(sizes, shape) is None
+    assert METHODS[variant].mismatch({ROLE[variant]: sizes}, {}, shape) is None
     results = []
     for engine in (NumpyEngine(), TorchEngine("cpu")):
         engine.block = 64  # many blocks even here
         out = np.empty(shape, NUMPY[dtype])
         wide = engine.widen(shard.numpy().reshape(sizes[0], -1), compute_dtype(dtype)).reshape(sizes)
-        merge_slab(engine, stored(weight), out, wide, variant, 0, shape[0])
+        merge_slab(engine, stored(weight), out, [Update(METHODS[variant], {ROLE[variant]: wide}, {})], 0, shape[0])
         results.append(out)
         ours = torch.from_numpy(out.view(f"i{out.itemsize}").copy()).view(DTYPES[dtype])
         if variant == "bat":
@@ -124,11 +126,12 @@ def test_slabs_do_not_show(case: tuple[str, str, tuple[int, int], int, int, int]
     sizes = {"tile": (rank, shape[0]), "mini": (rank, mini_r), "bat": (shape[0] // rank, rank, rank)}[variant]
     shard, weight = rng.standard_normal(sizes, np.float32), rng.standard_normal(shape, np.float32)
     whole, parts = weight.copy(), weight.copy()
-    update = method.update(weight, shard, 0)
-    method.merge_rows(whole, shard, 0)
-    step = method.block_rows(sizes) * 2
+    arrays = {ROLE[variant]: shard}
+    update = method.update(weight, arrays, {}, 0)
+    method.add(whole, arrays, {}, 0)
+    step = method.block_rows({ROLE[variant]: sizes}) * 2
     for start in range(0, shape[0], step):
-        method.merge_rows(parts[start : start + step], shard, start)
+        method.add(parts[start : start + step], arrays, {}, start)
     if variant == "bat":
         np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(weight + update, whole, rtol=1e-5, atol=1e-5)
@@ -189,7 +192,7 @@ def test_float64_rounds_once_in_both_engines() -> None:
         outs = []
         for engine in (NumpyEngine(), TorchEngine("cpu")):
             outs.append(np.empty((1, 1), kind))
-            merge_slab(engine, weight, outs[-1], engine.widen(shard, "F64"), "tile", 0, 1)
+            merge_slab(engine, weight, outs[-1], [Update(METHODS["tile"], {"D": engine.widen(shard, "F64")}, {})], 0, 1)
         assert outs[0].tobytes() == outs[1].tobytes()
 
 

@@ -272,9 +272,9 @@ def test_swallowed_update_is_measured_and_warned_of(tmp_path: Path) -> None:
     result = merge(tmp_path / "adapter", tmp_path / "merged")
     before, after = weights(base), weights(tmp_path / "merged")
     # All rows of these small weights are in the sample, so the figures can be had in full.
-    for shard in result.plan.adapter.shards.values():
-        name = f"{shard.module}.weight"
-        update = torch.from_numpy(result.plan.adapter.array(shard.tensor).copy()).T.double()
+    for trained in result.plan.adapter.trained.values():
+        name = f"{trained.module}.weight"
+        update = torch.from_numpy(result.plan.adapter.arrays(trained.module)["D"].copy()).T.double()
         update = update.repeat(1, before[name].shape[1] // 8)
         moved = after[name].double() - before[name].double()
         rows = slice(0, 64) if len(update) <= 64 else slice(None)

@@ -213,7 +213,7 @@ class TestConvert:
     def test_other_widths(self, case: Case, swappable: Path, tmp_path: Path) -> None:
         (tmp_path / "wide").mkdir()
         wide = make_case(tmp_path / "wide", outputs={"q_proj": 20, "k_proj": 8, "v_proj": 8})
-        self.refused("was trained for 20 outputs, the graph's layer has 16", wide, tmp_path, graph=swappable)
+        self.refused("does not fit the graph's layer", wide, tmp_path, graph=swappable)
 
     def test_bat(self, case: Case, swappable: Path, tmp_path: Path) -> None:
         bat = make_case(tmp_path, variant="bat", adapter="bat")

@@ -20,9 +20,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaForSequenceClassification
 
 from fossil_export import FossilExportError, load_adapter, merge, verify
-from fossil_export.verifying.layers import FossilLinear, attach
+from fossil_export.adapters import Trained
+from fossil_export.verifying.layers import TrainedLinear, attach
 from fossil_export.verifying.models import tokenize
-from fossil_export.verifying.reference import EXACT, step
+from fossil_export.verifying.reference import EXACT
+from fossil_export.verifying.reference.steps import step
 
 Q0, Q1 = (f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1))
 UP1 = "model.layers.1.mlp.up_proj"
@@ -459,7 +461,8 @@ def test_reconstruction_is_the_definition(variant: str) -> None:
     weight = rng.standard_normal((out, width))
     shard = rng.standard_normal({"tile": (rank, out), "mini": (rank, 6), "bat": (out // rank, rank, rank)}[variant])
     exact = np.empty_like(weight)
-    EXACT[variant].rebuild(weight, EXACT[variant].part(shard, 0, out), exact)
+    arrays = {"B" if variant == "bat" else "D": shard}
+    EXACT[variant].rebuild(weight, EXACT[variant].part(arrays, 0, out), {"r": rank}, exact)
     for o in range(out):
         for j in range(width):
             if variant == "bat":
@@ -474,10 +477,10 @@ def test_reconstruction_is_the_definition(variant: str) -> None:
 def test_an_unknown_variant_is_never_checked_by_another_ones_formula(base: Path, adapter: Path, tmp_path: Path) -> None:
     merge(adapter, tmp_path / "merged")
     loaded = load_adapter(adapter)
-    shards = {module: replace(shard, variant="lora") for module, shard in loaded.shards.items()}
+    trained = {module: replace(one, method="lora") for module, one in loaded.trained.items()}
     with pytest.raises(KeyError, match="lora"):
-        verify(tmp_path / "merged", adapter=replace(loaded, shards=shards), level="weights")
+        verify(tmp_path / "merged", adapter=replace(loaded, trained=trained), level="weights")
     with pytest.raises(KeyError, match="lora"):
         EXACT["lora"]
     with pytest.raises(KeyError, match="lora"):
-        FossilLinear(torch.nn.Linear(8, 8), torch.zeros(4, 8), "lora")
+        TrainedLinear(torch.nn.Linear(8, 8), {"D": torch.zeros(4, 8)}, Trained("a", "lora", {}))

@@ -13,7 +13,8 @@ import torch
 from peft import inject_adapter_in_model
 from threadpoolctl import threadpool_limits
 
-from fossil_export.merging.engine import Engine, NumpyEngine, TorchEngine, is_finite, merge_slab
+from fossil_export.merging.engine import Engine, NumpyEngine, TorchEngine, Update, is_finite, merge_slab
+from fossil_export.methods import METHODS
 from gpu.cases import REPEATS, SEED, Case, LayerRow, Setup, Variant, blank
 from gpu.tools import Array, Scratch, compare, relative, stored
 
@@ -84,7 +85,8 @@ class Layers:
 
 
 def _merge(engine: Engine, weight: Array, shard: Array, method: str, out: Array) -> None:
-    merge_slab(engine, weight, out, engine.widen(shard, "F32"), method, 0, len(weight))
+    arrays = {next(iter(METHODS[method].PEFT["MISS"].values())): engine.widen(shard, "F32")}
+    merge_slab(engine, weight, out, [Update(METHODS[method], arrays, {})], 0, len(weight))
 
 
 def _speed(engine: Engine, weight: Array, shard: Array, method: str, out: Array) -> float:

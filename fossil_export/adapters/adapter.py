@@ -8,8 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export.adapters.trained import Trained
 from fossil_export.checkpoints.companions import tokenizer_of
-from fossil_export.checkpoints.dtypes import numpy_dtype
+from fossil_export.checkpoints.dtypes import element_count, numpy_dtype
 from fossil_export.checkpoints.folder import Folder, LocalFolder
 from fossil_export.checkpoints.header import Header, TensorInfo
 from fossil_export.checkpoints.stamp import Stamp, check_stamp
@@ -20,27 +21,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """The trained tensor of one module.
-
-    `module` is the name the model had when it was trained (`model.layers.0.self_attn.q_proj`); `variant` is
-    "tile", "mini" or "bat"; `rank` is r. The shape of `tensor` is (r, out) for tile, (r, mini_r) for mini
-    and (out/r, r, r) for bat.
-    """
-
-    module: str
-    variant: str
-    rank: int
-    tensor: TensorInfo
-
-
-@dataclass(frozen=True)
 class Adapter:
-    """A trained FOSSIL adapter.
+    """A trained adapter.
 
-    `shards` is by module; `saved` holds whole tensors that were trained or stored beside the shards, by the
-    base model's parameter name (`lm_head.weight`, `model.layers.0.self_attn.q_proj.bias`). Nothing is read
-    into memory until `array` is called; arrays of pickled adapters, which are no byte ranges, are in `pickled`.
+    `trained` is by module; `saved` holds whole tensors that were trained or stored beside it, by the base model's
+    parameter name (`lm_head.weight`, `model.layers.0.self_attn.q_proj.bias`). Nothing is read into memory until
+    `array` is called; arrays of pickled adapters, which are no byte ranges, are in `pickled`.
     `name` is what records call it (its id on the Hub, else the path as given) and `revision` its commit there.
     `source` is the folder of its `files` (default: where they lie), whose weights have this `header`; those of an
     adapter on the Hub are here once `fetch` was called. `stamps` are those of the files that were read already.
@@ -48,12 +34,10 @@ class Adapter:
 
     path: Path
     peft_type: str
-    variant: str
-    rank: int
     base_model: str | None
     base_revision: str | None
     config: Mapping[str, Any]
-    shards: Mapping[str, Shard]
+    trained: Mapping[str, Trained]
     saved: Mapping[str, TensorInfo]
     files: tuple[Path, ...]
     pickled: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict, repr=False)
@@ -66,7 +50,7 @@ class Adapter:
 
     def __repr__(self) -> str:
         """One line, however many modules there are."""
-        what = f"{self.peft_type} {self.variant} r={self.rank}, {len(self.shards)} modules"
+        what = f"{self.peft_type} {self.variant} r={self.rank}, {len(self.trained)} modules"
         more = f", {len(self.saved)} whole tensors" if self.saved else ""
         return f"<Adapter {self.name or self.path}: {what}{more}, base {self.base_model}>"
 
@@ -102,11 +86,23 @@ class Adapter:
         return tokenizer_of(self._folder)
 
     @cached_property
-    def parameters(self) -> int:
-        """Number of trained values in the shards."""
-        from fossil_export.checkpoints.dtypes import element_count
+    def variant(self) -> str:
+        """The method of its modules."""
+        return "+".join(dict.fromkeys(one.method for one in self.trained.values()))
 
-        return sum(element_count(shard.tensor.shape) for shard in self.shards.values())
+    @cached_property
+    def rank(self) -> int:
+        """The largest of its modules' ranks."""
+        return max(one.rank for one in self.trained.values())
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of trained values beside the weights."""
+        return sum(element_count(info.shape) for one in self.trained.values() for info in one.tensors.values())
+
+    def arrays(self, module: str) -> dict[str, np.ndarray[Any, Any]]:
+        """The trained values of a module by role, in their own dtypes; raises as `array` does."""
+        return {role: self.array(info) for role, info in self.trained[module].tensors.items()}
 
     def array(self, tensor: TensorInfo, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
         """The values of one of this adapter's tensors, or of another file's, in its own dtype; with `start` and `stop`

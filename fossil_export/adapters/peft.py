@@ -7,14 +7,25 @@ peft/utils/save_and_load.py for what else lies in the file.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fossil_export.adapters.adapter import Adapter, Shard
+from fossil_export.adapters.adapter import Adapter
 from fossil_export.adapters.pickled import read_pickled
 from fossil_export.adapters.rwkv import is_state_dict, load_state_dict
+from fossil_export.adapters.trained import (
+    Trained,
+    empty,
+    fields_of,
+    formats,
+    methods_of,
+    refuse_mixtures,
+    split_key,
+    trained_module,
+)
 from fossil_export.checkpoints.dtypes import FLOATS
 from fossil_export.checkpoints.folder import Folder, LocalFolder
 from fossil_export.checkpoints.header import TensorInfo
@@ -25,15 +36,12 @@ from fossil_export.errors import AdapterError, CheckpointError, listed
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
-SHARD_KEYS = {"MISS": "miss_block", "BONE": "bone_block"}
 
-# Fields that say how the adapter was trained or stored; none of them changes what the tensors mean.
+# Fields that say how any adapter was trained or stored; none of them changes what the tensors mean.
 _NEUTRAL_FIELDS = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "inference_mode",
-    "init_weights", "layers_pattern", "layers_to_transform", "mini_r", "miss_dropout", "modules_to_save",
-    "peft_type", "peft_version", "r", "revision", "target_modules", "task_type",
+    "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "inference_mode", "layers_pattern",
+    "layers_to_transform", "modules_to_save", "peft_type", "peft_version", "revision", "target_modules", "task_type",
 }  # fmt: skip
-
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "base_model_name_or_path": (str,),
@@ -94,8 +102,10 @@ def _load_folder(given: Path, weights: Path | None, source: Folder) -> Adapter:
     else:
         tensors, pickled = read_pickled(weights)
 
-    peft_type = config["peft_type"]
-    shards: dict[str, Shard] = {}
+    methods = methods_of(config["peft_type"])
+    endings = dict.fromkeys(ending for roles in methods.values() for ending in roles)
+    known = ", ".join(f"….{ending}" for ending in endings)
+    parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     saved: dict[str, TensorInfo] = {}
     for tensor in tensors:
         if not tensor.name.startswith(PREFIX):
@@ -107,38 +117,34 @@ def _load_folder(given: Path, weights: Path | None, source: Folder) -> Adapter:
             raise AdapterError(
                 f"{weights}: tensor {tensor.name} is {tensor.dtype}, expected one of {', '.join(FLOATS)}"
             )
-        module, _, parameter = tensor.name.removeprefix(PREFIX).rpartition(".")
-        if parameter == SHARD_KEYS[peft_type]:
-            shards[module] = _shard(weights, module, tensor, config)
+        key = tensor.name.removeprefix(PREFIX)
+        module, _, parameter = key.rpartition(".")
+        if found := split_key(key, endings):
+            parts[found[0]][found[1]] = tensor
         elif parameter in {"weight", "bias"}:
             name = f"{module.removesuffix('.base_layer')}.{parameter}"
             if 0 in tensor.shape or not tensor.shape:
-                raise AdapterError(_empty(f"{weights}: saved tensor {tensor.name} {list(tensor.shape)}"))
+                raise AdapterError(empty(f"{weights}: saved tensor {tensor.name} {list(tensor.shape)}"))
             if name in saved:
                 raise AdapterError(f"{weights}: holds {name} twice, as {saved[name].name} and {tensor.name}; keep one")
             saved[name] = tensor
         else:
             raise AdapterError(
-                f"{weights}: tensor {tensor.name} is neither a shard (….{SHARD_KEYS[peft_type]}) nor a "
+                f"{weights}: tensor {tensor.name} is neither a shard ({known}) nor a "
                 "saved weight or bias; this adapter holds something fossil-export does not know how to merge"
             )
-    if not shards:
-        raise AdapterError(
-            f"{weights}: holds no shards (….{SHARD_KEYS[peft_type]}); was the adapter saved before training?"
-        )
-    variants = {shard.variant for shard in shards.values()}
-    if len(variants) > 1:
-        raise AdapterError(f"{weights}: mixes {' and '.join(sorted(variants))} shards; one adapter has one variant")
-    _check_targets(folder / CONFIG, config, shards)
+    if not parts:
+        raise AdapterError(f"{weights}: holds no shards ({known}); was the adapter saved before training?")
+    trained = {module: trained_module(weights, module, own, methods, config) for module, own in parts.items()}
+    refuse_mixtures(trained, weights)
+    _check_targets(folder / CONFIG, config, trained)
     return Adapter(
         path=given,
-        peft_type=peft_type,
-        variant=variants.pop(),
-        rank=config["r"],
+        peft_type=config["peft_type"],
         base_model=config.get("base_model_name_or_path") or None,
         base_revision=config.get("revision") or None,
         config=config,
-        shards=shards,
+        trained=trained,
         saved=saved,
         files=(folder / CONFIG, weights),
         pickled=pickled,
@@ -155,23 +161,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{folder}: not an adapter, {CONFIG} is missing{_hint(names)}")
     config = read_json(path, AdapterError)
     peft_type = config.get("peft_type")
-    if not isinstance(peft_type, str) or peft_type not in SHARD_KEYS:
+    if not isinstance(peft_type, str) or peft_type not in formats():
         raise AdapterError(
-            f"{path}: peft_type is {peft_type!r}, not a FOSSIL adapter (MISS or BONE); "
+            f"{path}: peft_type is {peft_type!r}, not a FOSSIL adapter ({' or '.join(formats())}); "
             "merge it with the tool of that method"
         )
-    rank, mini_r = config.get("r"), config.get("mini_r", 1)
-    for name, value in (("r", rank), ("mini_r", mini_r)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise AdapterError(f"{path}: {name} is {value!r}, expected a positive integer")
-    if config.get("init_weights", True) not in (True, False, "bat", "mini"):
-        raise AdapterError(f"{path}: init_weights is {config['init_weights']!r}, expected true, false, 'bat' or 'mini'")
+    fields = fields_of(peft_type)
+    for name, field in fields.items():
+        value = config.get(name, field.default)
+        if not field.holds(value):
+            raise AdapterError(f"{path}: {name} is {value!r}, expected {field.expected}")
     for name, kinds in _TYPES.items():
         value = config.get(name)
         if value is not None and not isinstance(value, kinds):
             raise AdapterError(f"{path}: {name} is {value!r}, which PEFT never writes; mend or save it again")
+    understood = _NEUTRAL_FIELDS | fields.keys()
     unknown = [
-        name for name, value in config.items() if name not in _NEUTRAL_FIELDS and value not in (None, False, [], {}, "")
+        name for name, value in config.items() if name not in understood and value not in (None, False, [], {}, "")
     ]
     if unknown:
         raise AdapterError(
@@ -196,56 +202,22 @@ def find_weights(folder: Path) -> Path:
     raise AdapterError(f"{folder}: holds neither {' nor '.join(WEIGHTS)}; copy the adapter's weights into it")
 
 
-def _shard(weights: Path, module: str, tensor: TensorInfo, config: Mapping[str, Any]) -> Shard:
-    """Decide the variant from the tensor's dimensions and hold it against the config."""
-    init, rank, mini_r = config.get("init_weights", True), config["r"], config.get("mini_r", 1)
-    where = f"{weights}: shard {tensor.name} {list(tensor.shape)}"
-    if 0 in tensor.shape:
-        raise AdapterError(_empty(where))
-    if len(tensor.shape) == 3:
-        # PEFT 0.14.0.dev stored bat shards under "init_weights": true; MISS never did.
-        if init != "bat" and not (config["peft_type"] == "BONE" and init is True):
-            raise AdapterError(
-                f"{where} is 3-dimensional, a bat shard, but the config says init_weights={init!r}; mend the config"
-            )
-        if tensor.shape[1] != tensor.shape[2]:
-            raise AdapterError(f"{where} should be (out/r, r, r), but its last two sizes differ")
-        found, variant = tensor.shape[1], "bat"
-    elif len(tensor.shape) == 2:
-        if init == "bat":
-            raise AdapterError(
-                f"{where} is 2-dimensional, a tile shard, but the config says init_weights='bat'; mend the config"
-            )
-        found, variant = tensor.shape[0], "mini" if init == "mini" else "tile"
-        if variant == "mini" and tensor.shape[1] != mini_r:
-            raise AdapterError(f"{where} has mini_r {tensor.shape[1]}, but the config says mini_r={mini_r}")
-    else:
-        raise AdapterError(f"{where} has {len(tensor.shape)} dimensions, expected 2 (tile, mini) or 3 (bat)")
-    if found != rank:
-        raise AdapterError(f"{where} has rank {found}, but the config says r={rank}")
-    return Shard(module, variant, rank, tensor)
-
-
-def _empty(where: str) -> str:
-    return f"{where} is empty; it was saved without being gathered (DeepSpeed ZeRO-3 or FSDP), save it again"
-
-
-def _check_targets(path: Path, config: Mapping[str, Any], shards: Mapping[str, Shard]) -> None:
-    """Every shard must belong to a module that the config targets.
+def _check_targets(path: Path, config: Mapping[str, Any], trained: Mapping[str, Trained]) -> None:
+    """Every trained module must be one that the config targets.
 
     Source: check_target_module_exists in peft/tuners/tuners_utils.py.
     """
     targets = config.get("target_modules")
     if isinstance(targets, list):
         strays = [
-            name for name in shards if not any(name == target or name.endswith(f".{target}") for target in targets)
+            name for name in trained if not any(name == target or name.endswith(f".{target}") for target in targets)
         ]
     elif isinstance(targets, str) and targets != "all-linear":
         try:
             pattern = re.compile(targets)
         except (re.error, OverflowError, RecursionError) as problem:
             raise AdapterError(f"{path}: target_modules is not a valid regular expression: {problem}") from problem
-        strays = [name for name in shards if not pattern.fullmatch(name)]
+        strays = [name for name in trained if not pattern.fullmatch(name)]
     else:
         return
     if strays:

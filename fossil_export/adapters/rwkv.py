@@ -6,15 +6,16 @@ say which variant it is, as in PEFT folders: 2-D (r, out) is tile, 3-D (out/r, r
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 
-from fossil_export.adapters.adapter import Adapter, Shard
+from fossil_export.adapters.adapter import Adapter
 from fossil_export.adapters.pickled import read_pickled
+from fossil_export.adapters.trained import methods_of_state_dicts, split_key, trained_module
 from fossil_export.checkpoints.dtypes import FLOATS
+from fossil_export.checkpoints.header import TensorInfo
 from fossil_export.checkpoints.stamp import stamps_of
 from fossil_export.errors import AdapterError, listed
-
-ENDINGS = ("disha", "bone")
 
 
 def is_state_dict(path: Path) -> bool:
@@ -26,45 +27,38 @@ def load_state_dict(path: Path) -> Adapter:
     """Read such a file. Raises AdapterError for tensors that are no shards of one variant and rank."""
     stamps = stamps_of([path])
     tensors, pickled = read_pickled(path)
-    shards: dict[str, Shard] = {}
+    methods = methods_of_state_dicts()
+    endings = dict.fromkeys(ending for roles in methods.values() for ending in roles)
+    found: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     strangers = []
     for tensor in tensors:
-        module, _, ending = tensor.name.rpartition(".")
-        if ending not in ENDINGS or not module:
+        split = split_key(tensor.name, endings)
+        if split is None:
             strangers.append(tensor.name)
             continue
+        module, ending = split
         if tensor.dtype not in FLOATS or 0 in tensor.shape:
             raise AdapterError(
                 f"{path}: tensor {tensor.name} {list(tensor.shape)} is {tensor.dtype} or empty, no shard"
             )
-        if module in shards:
-            raise AdapterError(
-                f"{path}: holds {module} twice, as {shards[module].tensor.name} and {tensor.name}; keep one"
-            )
-        if len(tensor.shape) == 2:
-            shards[module] = Shard(module, "tile", tensor.shape[0], tensor)
-        elif len(tensor.shape) == 3 and tensor.shape[1] == tensor.shape[2]:
-            shards[module] = Shard(module, "bat", tensor.shape[1], tensor)
-        else:
-            raise AdapterError(f"{path}: {tensor.name} {list(tensor.shape)} is neither (r, out) nor (out/r, r, r)")
+        found[module][ending] = tensor
+    trained = {module: trained_module(path, module, own, methods, {}) for module, own in found.items()}
     if strangers:
+        known_endings = ", ".join(f"….{ending}" for ending in endings)
         raise AdapterError(
-            f"{path}: holds {listed(strangers)}, which are no shards (….disha, ….bone); this adapter was trained with "
+            f"{path}: holds {listed(strangers)}, which are no shards ({known_endings}); this adapter was trained with "
             "more than FOSSIL, which fossil-export does not understand"
         )
-    kinds = {(shard.variant, shard.rank) for shard in shards.values()}
+    kinds = {(one.method, one.rank) for one in trained.values()}
     if len(kinds) != 1:
         raise AdapterError(f"{path}: holds {'no shards' if not kinds else 'shards of different variants or ranks'}")
-    variant, rank = kinds.pop()
     return Adapter(
         path=path,
         peft_type="RWKV",
-        variant=variant,
-        rank=rank,
         base_model=None,
         base_revision=None,
         config={},
-        shards=shards,
+        trained=trained,
         saved={},
         files=(path,),
         pickled=pickled,

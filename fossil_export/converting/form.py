@@ -1,7 +1,7 @@
-"""The LoRA that a shard is: B A is the update, A (r, in), B (out, r), alpha = r.
+"""The LoRA that a module is: B A is the update, A (r, in), B (out, r), alpha = r.
 
-Tile and mini exactly: A[k, j] = 1 where j mod r == k, else 0, and B = Dᵀ with D (r, out) the tile form of the
-shard (methods/). Bat's update depends on the weight; its LoRA is the nearest of some rank (see `svd`).
+It is the method's low-rank form (methods/low_rank.py). A method whose update depends on the weight has none; its LoRA
+is the nearest of some rank (see `nearest`).
 """
 
 from __future__ import annotations
@@ -21,20 +21,30 @@ if TYPE_CHECKING:
 
 
 def exact_lora(adapter: Adapter, shapes: Shapes) -> Iterator[tuple[str, Array, Array]]:
-    """Module, A and B in the shard's own dtype, one module at a time. For tile and mini; `shapes` are (out, in)."""
-    for module, shard in adapter.shards.items():
-        values = finite(adapter, module)
+    """Module, A and B in the trained tensors' own dtype, one module at a time, of an adapter with a `lora_rank`;
+    `shapes` are (out, in)."""
+    for module, trained in adapter.trained.items():
         outputs, inputs = shapes[module]
-        dense = METHODS[shard.variant].tile_form(values, outputs)
-        assert dense is not None
-        tiling = (np.arange(inputs) % shard.rank == np.arange(shard.rank)[:, None]).astype(values.dtype)
-        yield module, tiling, np.ascontiguousarray(np.asarray(dense).T)
+        form = METHODS[trained.method].low_rank(finite(adapter, module), trained.numbers, outputs)
+        assert form is not None, module
+        yield module, np.asarray(form.down_matrix(inputs)), np.ascontiguousarray(form.up)
 
 
-def finite(adapter: Adapter, module: str) -> Array:
-    """The shard of a module; raises AdapterError if its training diverged."""
-    tensor = adapter.shards[module].tensor
-    values = adapter.array(tensor)
-    if not np.isfinite(np.asarray(values, np.float32)).all():
-        raise AdapterError(f"{tensor.path}: {tensor.name} holds infinite or NaN values; training diverged")
-    return values
+def lora_rank(adapter: Adapter) -> int | None:
+    """The rank of the LoRA that `adapter` is; None if some module is none. Raises AdapterError for different ranks."""
+    ranks = {trained.form_rank for trained in adapter.trained.values()}
+    if None in ranks:
+        return None
+    if len(ranks) > 1:
+        raise AdapterError(f"{adapter.path}: its modules have different ranks, and the LoRA written here has one")
+    return ranks.pop()
+
+
+def finite(adapter: Adapter, module: str) -> dict[str, Array]:
+    """The trained tensors of a module by role; raises AdapterError if its training diverged."""
+    arrays = adapter.arrays(module)
+    for role, values in arrays.items():
+        if not np.isfinite(np.asarray(values, np.float32)).all():
+            info = adapter.trained[module].tensors[role]
+            raise AdapterError(f"{info.path}: {info.name} holds infinite or NaN values; training diverged")
+    return arrays

@@ -21,7 +21,7 @@ from fossil_export.adapters import Adapter
 from fossil_export.checkpoints.gguf_file import RECORD
 from fossil_export.checkpoints.jsonfile import read_json
 from fossil_export.converting.converters import OUTTYPES
-from fossil_export.converting.form import exact_lora
+from fossil_export.converting.form import exact_lora, lora_rank
 from fossil_export.converting.options import Options
 from fossil_export.converting.record import record_of
 from fossil_export.converting.widths import Shapes, layer_shapes
@@ -115,13 +115,13 @@ def interleaved(rows: Array, heads: int) -> Array:
 def _refuse(adapter: Adapter, options: Options) -> None:
     if options.outtype not in OUTTYPES:
         raise FossilExportError(f"outtype is {options.outtype!r}, expected {', '.join(OUTTYPES)}")
-    if adapter.variant == "bat":
+    if lora_rank(adapter) is None:
         raise AdapterError(
-            f"{adapter.path}: is a bat adapter, which is no LoRA; get the nearest one by --to lora with --rank or "
-            "--energy, or merge it into the base and convert that"
+            f"{adapter.path}: is a {adapter.variant} adapter, which is no LoRA; get the nearest one by --to "
+            "lora with --rank or --energy, or merge it into the base and convert that"
         )
     if adapter.saved:
-        own = all(name.removesuffix(".weight") in adapter.shards for name in adapter.saved)
+        own = all(name.removesuffix(".weight") in adapter.trained for name in adapter.saved)
         hint = ", or save the adapter with save_pretrained(..., save_embedding_layers=False) if they are the base's own"
         raise AdapterError(
             f"{adapter.path}: holds whole trained tensors ({listed(sorted(adapter.saved))}), for which a LoRA of "
@@ -157,7 +157,7 @@ def _base(adapter: Adapter, options: Options) -> _Base:
 
 def _names(gguf: Any, adapter: Adapter, base: _Base) -> dict[str, str]:
     """llama.cpp's name of each module's weight. Raises MergeError where there is none."""
-    heads = [module for module in adapter.shards if is_head(module)]
+    heads = [module for module in adapter.trained if is_head(module)]
     if heads and base.tied:
         raise MergeError(
             f"{base.where}: ties {heads[0]} to the embedding, so llama.cpp has no head to add to; merge the adapter "
@@ -165,12 +165,12 @@ def _names(gguf: Any, adapter: Adapter, base: _Base) -> dict[str, str]:
         )
     known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[base.family.arch], _count(base, "num_hidden_layers"))
     found: dict[str, str] = {}
-    for module in adapter.shards:
+    for module in adapter.trained:
         plain = module.rpartition(".")[2] if is_head(module) else _TO_LAYERS.sub("model.", module, count=1)
         name = known.get_name(plain) if plain.startswith("model.layers.") or is_head(plain) else None
         if name is not None:
             found[module] = f"{name}.weight"
-    missing = [module for module in adapter.shards if module not in found]
+    missing = [module for module in adapter.trained if module not in found]
     if missing:
         raise MergeError(
             f"{adapter.path}: llama.cpp's {_architecture(gguf, base)} has no tensor for {listed(missing)}; merge the "

@@ -1,7 +1,7 @@
 """To a PEFT LoRA folder, which PEFT, vLLM, SGLang, TGI and LoRAX serve.
 
-Tile and mini adapters are LoRAs of the same rank, exactly (see `form`). A bat adapter is not; it gets the nearest
-LoRA of a rank, or of the rank that keeps a share of its energy, when the user asks for that.
+Most adapters are LoRAs of the same rank, exactly (see `form`). One whose update depends on the weight (bat) is not; it
+gets the nearest LoRA of a rank, or of the rank that keeps a share of its energy, when the user asks for that.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fossil_export.cards.frontmatter import BEGIN, END
 from fossil_export.checkpoints.dtypes import numpy_dtype
 from fossil_export.checkpoints.header import encode_header
 from fossil_export.checkpoints.jsonfile import write_json
-from fossil_export.converting.form import exact_lora
+from fossil_export.converting.form import exact_lora, lora_rank
 from fossil_export.converting.options import Options
 from fossil_export.converting.record import write_record
 from fossil_export.converting.widths import Shapes, layer_shapes
@@ -36,24 +36,25 @@ _BIASES = {"none": "none", "all": "all", "miss_only": "lora_only", "bone_only": 
 
 def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
     """Fill the folder `output`: adapter_config.json, adapter_model.safetensors, README.md and the record."""
-    approximate = adapter.variant == "bat"
+    exact_rank = lora_rank(adapter)
+    approximate = exact_rank is None
     if approximate and options.rank is None and options.energy is None:
         raise AdapterError(
-            f"{adapter.path}: is a bat adapter, which is no LoRA; ask for the nearest one with --rank N or "
-            "--energy 0.99"
+            f"{adapter.path}: is a {adapter.variant} adapter, which is no LoRA; ask for the nearest one with --rank "
+            "N or --energy 0.99"
         )
     if not approximate and (options.rank is not None or options.energy is not None):
-        raise AdapterError(f"{adapter.path}: is a LoRA of rank {adapter.rank} exactly; leave --rank and --energy out")
+        raise AdapterError(f"{adapter.path}: is a LoRA of rank {exact_rank} exactly; leave --rank and --energy out")
     shapes, known = layer_shapes(adapter, options)
     details: dict[str, Any] = {"exact": not approximate}
-    if approximate:
+    if exact_rank is None:
         from fossil_export.converting.nearest import nearest_lora
 
         rank, parts, report = nearest_lora(adapter, shapes, options)
         details |= report
     else:
-        rank, parts = adapter.rank, exact_lora(adapter, shapes)
-    dtypes = {adapter.shards[module].tensor.dtype for module in shapes}
+        rank, parts = exact_rank, exact_lora(adapter, shapes)
+    dtypes = {info.dtype for trained in adapter.trained.values() for info in trained.tensors.values()}
     dtype = "F32" if approximate or len(dtypes) > 1 else dtypes.pop()
     _write_weights(output / "adapter_model.safetensors", adapter, shapes, rank, dtype, parts)
     base = options.base_id
@@ -96,7 +97,7 @@ def _config(adapter: Adapter, rank: int, known: frozenset[str]) -> dict[str, Any
         "modules_to_save": given.get("modules_to_save"),
         "peft_type": "LORA",
         "r": rank,
-        "target_modules": target_modules(adapter.shards, known),
+        "target_modules": target_modules(adapter.trained, known),
         "task_type": given.get("task_type"),
         "use_dora": False,
         "use_rslora": False,
@@ -108,7 +109,7 @@ def _write_weights(
 ) -> None:
     """A and B of every module, and what else the adapter holds under the names it has there; one module in memory."""
     entries: list[tuple[str, str, tuple[int, ...]]] = []
-    for module in adapter.shards:
+    for module in adapter.trained:
         outputs, inputs = shapes[module]
         entries.append((f"{_PREFIX}{module}.lora_A.weight", dtype, (rank, inputs)))
         entries.append((f"{_PREFIX}{module}.lora_B.weight", dtype, (outputs, rank)))

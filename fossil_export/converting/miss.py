@@ -24,10 +24,14 @@ _BIASES = {"bone_only": "miss_only"}
 def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
     """Fill the folder `output`: adapter_config.json and adapter_model.safetensors."""
     names = {
-        **{f"base_model.model.{module}.miss_block": shard.tensor for module, shard in adapter.shards.items()},
+        **{
+            f"base_model.model.{module}.miss_block": info
+            for module, trained in adapter.trained.items()
+            for info in trained.tensors.values()
+        },
         **{info.name: info for info in adapter.saved.values()},
     }
-    for module in adapter.shards:
+    for module in adapter.trained:
         finite(adapter, module)
     with (output / "adapter_model.safetensors").open("wb") as file:
         file.write(encode_header(((name, info.dtype, info.shape) for name, info in names.items()), {"format": "pt"}))
@@ -36,7 +40,7 @@ def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
     (output / "adapter_config.json").write_bytes(write_json(_config(adapter, options)))
     for name, path in adapter.tokenizer().items():
         (output / name).write_bytes(path.read_bytes())
-    details = {"rank": adapter.rank, "modules": len(adapter.shards), "variant": adapter.variant}
+    details = {"rank": adapter.rank, "modules": len(adapter.trained), "variant": adapter.variant}
     write_record(output, adapter, options, "miss", details)
     return details
 
@@ -45,17 +49,17 @@ def _config(adapter: Adapter, options: Options) -> dict[str, Any]:
     given = adapter.config
     kept = ("auto_mapping", "exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save", "task_type")
     bias = given.get("bias") or "none"
-    first = next(iter(adapter.shards.values()))
+    first = next(iter(adapter.trained.values()))
     return {
         **{name: given.get(name) for name in kept},
         "base_model_name_or_path": options.base_id,
         "bias": _BIASES.get(bias, bias),
         "inference_mode": True,
         "init_weights": {"bat": "bat", "mini": "mini", "tile": True}[adapter.variant],
-        "mini_r": first.tensor.shape[1] if adapter.variant == "mini" else 1,
+        "mini_r": first.shapes["D"][1] if adapter.variant == "mini" else 1,
         "miss_dropout": 0.0,
         "peft_type": "MISS",
         "r": adapter.rank,
         "revision": options.base_revision,
-        "target_modules": given.get("target_modules") or sorted(adapter.shards),
+        "target_modules": given.get("target_modules") or sorted(adapter.trained),
     }

@@ -1,6 +1,6 @@
-"""The nearest LoRA of a bat adapter: a truncated SVD of each layer's update.
+"""The nearest LoRA of an adapter whose update depends on the weight: a truncated SVD of each layer's update.
 
-The update ΔW (out, in) of one layer at a time is built from the base's rows (methods/bat.py) and cut off. Where the
+The update ΔW (out, in) of one layer at a time is built from the base's rows (methods/) and cut off. Where the
 smaller side is short, its Gram matrix is decomposed, which gives the whole spectrum; on long sides the range is
 sampled (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4 with two power iterations).
 """
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fossil_export.adapters import Adapter
+from fossil_export.checkpoints.header import TensorInfo
 from fossil_export.converting.form import finite
 from fossil_export.converting.options import Options
 from fossil_export.converting.widths import Shapes
@@ -110,15 +111,19 @@ class _Updates:
         if options.base_config is not None:
             raise MergeError("the update of a bat adapter depends on the base's weights; name the model with --base")
         self._adapter = adapter
-        self._plan = plan_merge(adapter, options.base)
-        self._plan.fetch()
-        self._sources = {t.shard.module: t.source for t in self._plan.tensors if t.shard is not None}
+        plan = plan_merge(adapter, options.base)
+        plan.fetch()
+        self._plan = plan.settled()
+        self._tensors = self._plan.modules
+
+    def _rows(self, info: TensorInfo, start: int, stop: int) -> Array:
+        return self._adapter.array(info, start, stop)
 
     def of(self, module: str) -> Array:
         """ΔW (out, in) in float32."""
-        shard = self._adapter.shards[module]
-        weight = np.asarray(self._adapter.array(self._sources[module]), np.float32)
-        values = np.asarray(finite(self._adapter, module), np.float32)
-        update: Array = METHODS[shard.variant].update(weight, values, 0)
+        trained, matrix = self._adapter.trained[module], self._tensors[module].matrix
+        weight = np.asarray(matrix.read(self._rows, 0, matrix.shape[0])[:], np.float32)
+        values = {role: np.asarray(array, np.float32) for role, array in finite(self._adapter, module).items()}
+        update: Array = METHODS[trained.method].update(weight, values, trained.numbers, 0)
         self._plan.check()
         return update

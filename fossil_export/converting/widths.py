@@ -11,7 +11,6 @@ from fossil_export.checkpoints.jsonfile import read_json
 from fossil_export.converting.options import Options
 from fossil_export.errors import CheckpointError, MergeError, listed
 from fossil_export.merging.place import place
-from fossil_export.methods import METHODS
 from fossil_export.storage.hub import resolve
 
 Shapes = dict[str, tuple[int, int]]
@@ -36,12 +35,8 @@ def layer_shapes(adapter: Adapter, options: Options) -> tuple[Shapes, frozenset[
     assert options.base is not None
     base = options.base.checkpoint()
     placement = place(adapter, base, into_floats=False)
-    found: Shapes = {}
-    renamed: dict[str, str] = {}
-    for name, shard in placement.shards.items():
-        outputs, inputs = placement.source(name, base.tensors.get(name)).shape
-        found[shard.module] = (outputs, inputs)
-        renamed[name.removesuffix(".weight")] = shard.module
+    found = {trained.module: placement.into[name].shape for name, trained in placement.trained.items()}
+    renamed = {name.removesuffix(".weight"): trained.module for name, trained in placement.trained.items()}
     matrices = (info for info in base.tensors.values() if info.name.endswith(".weight") and len(info.shape) == 2)
     modules = (info.name.removesuffix(".weight") for info in matrices)
     return found, frozenset(renamed.get(module, module) for module in modules)
@@ -51,7 +46,7 @@ def _by_config(adapter: Adapter, config: Mapping[str, Any], path: Path) -> Shape
     """By the names that Llama and its kin give their layers."""
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     kind = text.get("model_type")
-    if kind not in _PLAIN or any("experts" in module or "vision" in module for module in adapter.shards):
+    if kind not in _PLAIN or any("experts" in module or "vision" in module for module in adapter.trained):
         raise CheckpointError(
             f"{path}: is of type {kind!r}, whose layers' sizes a config alone does not tell; name the model with --base"
         )
@@ -76,12 +71,12 @@ def _by_config(adapter: Adapter, config: Mapping[str, Any], path: Path) -> Shape
         "down_proj": (hidden, inner),
         "lm_head": (int(text.get("vocab_size") or 0), hidden),
     }
-    unknown = [module for module in adapter.shards if module.rpartition(".")[2] not in sizes]
+    unknown = [module for module in adapter.trained if module.rpartition(".")[2] not in sizes]
     if unknown:
         raise CheckpointError(f"{path}: does not tell the sizes of {listed(unknown)}; name the model with --base")
-    found = {module: sizes[module.rpartition(".")[2]] for module in adapter.shards}
+    found = {module: sizes[module.rpartition(".")[2]] for module in adapter.trained}
     for module, shape in found.items():
-        shard = adapter.shards[module]
-        if reason := METHODS[shard.variant].mismatch(shard.tensor.shape, shape):
+        trained = adapter.trained[module]
+        if reason := trained.mismatch((shape[0], shape[1])):
             raise MergeError(f"{path}: {module} {list(shape)} does not fit its shard: {reason}")
     return found

@@ -6,18 +6,18 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.checkpoints.checkpoint import sha256
 from fossil_export.checkpoints.companions import PROVENANCE
 from fossil_export.checkpoints.jsonfile import write_json
 from fossil_export.checkpoints.staging import check_destination, staged_folder
 from fossil_export.errors import OutputError, listed
-from fossil_export.merging.plan import MergePlan, plan_merge
+from fossil_export.merging.layout import TensorPlan
+from fossil_export.merging.plan import Given, MergePlan, plan_merge
 from fossil_export.merging.provenance import provenance, survival_record
 from fossil_export.merging.run import run
 from fossil_export.merging.survival import WARNING_BELOW, Survival
@@ -58,17 +58,18 @@ class MergeResult:
             "seconds": round(self.seconds, 3),
             "peak_memory": self.peak_memory,
             "survival": survival_record(self.survival),
-            "modules": {t.shard.module: self.survival[t.name].to_dict() for t in merged if t.shard is not None},
+            "modules": {module: self.survival[t.name].to_dict() for t in merged for module in _modules(t)},
             "plan": self.plan.to_dict(),
             "warnings": list(self.warnings),
         }
 
 
 def merge(
-    adapter: Adapter | str | Path,
+    adapter: Given | Sequence[Given],
     output: str | Path,
     *,
     base: str | Path | None = None,
+    weights: Sequence[float] | None = None,
     dtype: str | torch.dtype = "auto",
     max_shard_size: int | str | None = None,
     device: str = "cpu",
@@ -91,9 +92,7 @@ def merge(
     0.998
     """
     started = time.perf_counter()
-    if not isinstance(adapter, Adapter):
-        adapter = load_adapter(adapter)
-    plan = plan_merge(adapter, base, dtype=dtype, max_shard_size=max_shard_size)
+    plan = plan_merge(adapter, base, weights=weights, dtype=dtype, max_shard_size=max_shard_size)
     return run_plan(plan, output, device=device, overwrite=overwrite, hash=hash, progress=progress, started=started)
 
 
@@ -110,9 +109,10 @@ def run_plan(
     """Carry out a plan that `plan_merge` made; arguments as for `merge`. `started` is when the clock began."""
     started = time.perf_counter() if started is None else started
     target = expanded(output, OutputError).absolute()
-    check_destination(target, [plan.base.location, plan.adapter.path], overwrite)
+    check_destination(target, [plan.base.location, *(adapter.path for adapter in plan.adapters)], overwrite)
     plan.check()
     plan.fetch()
+    plan = plan.settled()
     needed = plan.nbytes + sum(path.stat().st_size for path in plan.companions.values()) + (1 << 20)
     with staged_folder(target, needed, overwrite) as folder:
         try:
@@ -136,6 +136,10 @@ def run_plan(
         peak_memory=peak_memory(),
         warnings=plan.warnings + tuple(survival_warnings(plan, survival)),
     )
+
+
+def _modules(tensor: TensorPlan) -> list[str]:
+    return [change.trained.module for change in tensor.changes]
 
 
 def peak_memory() -> int:

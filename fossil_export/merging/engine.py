@@ -8,13 +8,16 @@ whose casts NumPy does in software.
 from __future__ import annotations
 
 import importlib.util
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fossil_export.checkpoints.dtypes import element_count, numpy_dtype
 from fossil_export.errors import MergeError, MissingExtraError
 from fossil_export.merging.layout import TensorPlan
 from fossil_export.merging.survival import Survival, group_rows, measure, sample_starts
-from fossil_export.methods import METHODS
+from fossil_export.methods import Arrays, Method, Numbers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +35,7 @@ class Engine(Protocol):
     """Elements worked on at a time: what stays in the processor's cache, or fills a GPU."""
 
     def widen(self, rows: Array, dtype: str) -> Any:
-        """`rows` as an array of `dtype` ("F32" or "F64") that may be changed."""
+        """`rows` as an array of `dtype` ("F32" or "F64"), row by row in memory, that may be changed."""
 
     def round(self, wide: Any, out: Array) -> None:
         """Round `wide` to the dtype of the NumPy view `out` and store it there."""
@@ -48,7 +51,7 @@ class NumpyEngine:
     block = 1 << 19
 
     def widen(self, rows: Array, dtype: str) -> Array:
-        return rows.astype(numpy_dtype(dtype))
+        return rows.astype(numpy_dtype(dtype), order="C")
 
     def round(self, wide: Array, out: Array) -> None:
         import numpy as np
@@ -93,7 +96,7 @@ class TorchEngine:
     def widen(self, rows: Array, dtype: str) -> Any:
         torch = self._torch
         wide = torch.float64 if dtype == "F64" else torch.float32
-        return self._tensor(rows).to(device=self._device, dtype=wide, copy=True)
+        return self._tensor(rows).to(device=self._device, dtype=wide, copy=True, memory_format=torch.contiguous_format)
 
     def round(self, wide: Any, out: Array) -> None:
         import numpy as np
@@ -136,17 +139,30 @@ def compute_dtype(weight_dtype: str) -> str:
     return "F64" if weight_dtype == "F64" else "F32"
 
 
+@dataclass(frozen=True)
+class Update:
+    """`weight` times the update of `method`; `arrays`, widened, are what the rows at hand need (`Method.part`)."""
+
+    method: Method
+    arrays: Arrays
+    numbers: Numbers
+    weight: float = 1.0
+
+    @property
+    def block_rows(self) -> int:
+        return self.method.block_rows({role: tuple(array.shape) for role, array in self.arrays.items()})
+
+
 def merge_slab(
-    engine: Engine, source: Any, out: Array, shard: Any, variant: str, start: int, out_features: int
+    engine: Engine, source: Any, out: Array, updates: Sequence[Update], start: int, out_features: int
 ) -> Survival:
-    """`out` = round(`source` + ΔW) for the rows (n, in) that begin at row `start` of a weight (out_features, in).
+    """`out` = round(`source` + the sum of ΔW) for the rows (n, in) that begin at row `start` of a weight (out, in).
 
     `source` and `out` are NumPy views in their stored dtypes; `source` may be anything that gives such views when it is
-    sliced, which is done once a block. `shard` is the part of the shard that these rows need (`Method.part`), from
-    `engine.widen`. Returns the sums of the sampled rows among them. Whether `out` is finite is for the caller to see.
+    sliced, which is done once a block. Every update is that of `source`, whatever the others are. Returns the sums of
+    the sampled rows among them. Whether `out` is finite is for the caller to see.
     """
-    method = METHODS[variant]
-    group = group_rows(method.block_rows(tuple(shard.shape)))
+    group = group_rows(math.lcm(*(update.block_rows for update in updates)))
     step = max(1, engine.block // (group * source.shape[1])) * group
     dtype = "F64" if source.dtype.itemsize == 8 else "F32"
     sample = sample_starts(out_features, group)
@@ -158,12 +174,25 @@ def merge_slab(
         for row in _between(sample, start + first, start + stop):
             rows = slice(row - start - first, row - start - first + group)
             before = engine.numpy(weight[rows]).copy()
-            sampled.append((rows, before, engine.numpy(method.update(weight[rows], shard, row - start))))
-        method.merge_rows(weight, shard, first)
+            sampled.append((rows, before, engine.numpy(_sum(weight[rows], updates, row - start))))
+        if len(updates) == 1 and updates[0].weight == 1.0:
+            updates[0].method.add(weight, updates[0].arrays, updates[0].numbers, first)
+        else:
+            weight += _sum(weight, updates, first)
         result = out[first:stop]
         engine.round(weight, result)
         for rows, before, update in sampled:
             total += measure(before, update, result[rows])
+    return total
+
+
+def _sum(weight: Any, updates: Sequence[Update], start: int) -> Any:
+    """The sum of the updates of rows that begin at row `start` of the slab."""
+    total = None
+    for one in updates:
+        found = one.method.update(weight, one.arrays, one.numbers, start)
+        found = found if one.weight == 1.0 else found * one.weight
+        total = found if total is None else total + found
     return total
 
 

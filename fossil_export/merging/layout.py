@@ -9,33 +9,45 @@ from decimal import Decimal
 from itertools import accumulate
 from typing import Any
 
-from fossil_export.adapters import Shard
 from fossil_export.checkpoints.checkpoint import Checkpoint
 from fossil_export.checkpoints.dtypes import BITS, TORCH_NAME, byte_count, element_count
 from fossil_export.checkpoints.header import Header, TensorInfo, encode_header
 from fossil_export.checkpoints.jsonfile import write_json
+from fossil_export.checkpoints.layouts import Matrix
 from fossil_export.errors import MergeError
+from fossil_export.merging.change import Change
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One tensor of the merged model: `source`'s values, with `shard`'s update added if there is one, as `dtype`.
+    """One tensor of the merged model: `source`'s values, with `changes` to the one matrix in it, as `dtype`.
 
-    `origin` is "base" or "adapter", the owner of `source`.
+    `owner` is the number of the adapter that `source` comes with, None for the base's; `added` says that the base has
+    no tensor of that name.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     source: TensorInfo
-    origin: str
-    shard: Shard | None
+    owner: int | None = None
+    changes: tuple[Change, ...] = ()
     added: bool = False
+
+    @property
+    def origin(self) -> str:
+        """Whose values `source` holds: "base" or "adapter"."""
+        return "base" if self.owner is None else "adapter"
+
+    @property
+    def matrix(self) -> Matrix:
+        """What the changes go into."""
+        return self.changes[0].into
 
     @property
     def action(self) -> str:
         """merge, add, replace, cast or copy."""
-        if self.shard is not None:
+        if self.changes:
             return "merge"
         if self.added:
             return "add"
@@ -58,10 +70,17 @@ def tensor_record(tensor: TensorPlan) -> dict[str, Any]:
     }
     if tensor.source.name != tensor.name or tensor.origin == "adapter":
         record["source"] = {"of": tensor.origin, "tensor": tensor.source.name}
-    if tensor.shard is not None:
-        record["module"] = tensor.shard.module
-        record["shard"] = tensor.shard.tensor.name
-    return record
+    found = [_change_record(change) for change in tensor.changes]
+    return record | found[0] if len(found) == 1 else record | ({"changes": found} if found else {})
+
+
+def _change_record(change: Change) -> dict[str, Any]:
+    names = {role: info.name for role, info in change.trained.tensors.items()}
+    record: dict[str, Any] = {"module": change.trained.module}
+    record |= {"shard": next(iter(names.values()))} if len(names) == 1 else {"trained": names}
+    if change.adapter:
+        record["adapter"] = change.adapter
+    return record | ({"weight": change.weight} if change.weight != 1.0 else {})
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fossil_export.adapters import Adapter, Shard
+from fossil_export.adapters import Adapter, Trained
 from fossil_export.checkpoints.checkpoint import Checkpoint
 from fossil_export.checkpoints.dtypes import FLOATS
 from fossil_export.checkpoints.header import TensorInfo
+from fossil_export.checkpoints.layouts import Matrix, find_matrix
 from fossil_export.errors import MergeError, listed
 from fossil_export.merging.config import CLASSIFIERS
 from fossil_export.merging.match import match_names
 from fossil_export.merging.placement import Placement
 from fossil_export.merging.ties import check_vocabulary, embedding_tensor, is_head, is_tied_head, part_head
-from fossil_export.methods import METHODS
 
 _LABEL_LAYERS = ("score", "classifier", "out_proj", "qa_outputs")
 _REMEDY = "name the base model it was trained from with --base"
@@ -25,28 +25,31 @@ QUANTIZED = (
 )
 
 
-def place(adapter: Adapter, base: Checkpoint, *, into_floats: bool = True) -> Placement:
-    """Give every shard and saved tensor of `adapter` its place in `base`, or raise MergeError naming it.
+def place(adapter: Adapter, base: Checkpoint, tied: bool | None = None, *, into_floats: bool = True) -> Placement:
+    """Give every trained and saved tensor of `adapter` its place in `base`, or raise MergeError naming it.
 
-    The base's weights must be floats, unless nothing will be added to them (`into_floats` is False).
+    Only headers are read. `tied` says what they do not: whether a head and an embedding that came with the adapter are
+    equal (`ties.are_equal`); without it they are taken as parted, and `Placement.undecided` names them. The base's
+    weights must be floats, unless nothing will be added to them (`into_floats` is False).
     """
     placement = Placement()
     names = _match(adapter, base)
-    missing = [module for module in adapter.shards if module not in names]
+    missing = [module for module in adapter.trained if module not in names]
     if missing:
         raise MergeError(
             f"{base.location}: has no weights for {listed(missing)}, which adapter "
             f"{adapter.path} was trained on; {_REMEDY}"
         )
-    for module, shard in adapter.shards.items():
-        placement.shards[f"{names[module]}.weight"] = shard
+    for module, trained in adapter.trained.items():
+        placement.trained[f"{names[module]}.weight"] = trained
     for name, info in adapter.saved.items():
         _place_saved(name, info, names, adapter, base, placement)
-    part_head(adapter, base, placement)
+    part_head(adapter, base, placement, tied)
     check_vocabulary(adapter, base, placement)
     _refuse_homeless(adapter, base, placement)
-    for name, shard in placement.shards.items():
-        _check_shape(name, shard, placement.source(name, base.tensors.get(name)), adapter, base, into_floats)
+    for name, trained in placement.trained.items():
+        info = placement.source(name, base.tensors.get(name))
+        placement.into[name] = _matrix(name, trained, info, adapter, base, into_floats)
     placement.warnings = tuple(_warnings(adapter, base, set(names.values())))
     return placement
 
@@ -56,17 +59,18 @@ def _match(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
     known = {name.rpartition(".")[0] for name in base.tensors}
 
     def fits(module: str, candidate: str) -> bool:
-        shard, info = adapter.shards.get(module), base.tensors.get(f"{candidate}.weight")
-        return shard is None or (info is not None and len(info.shape) == 2 and _mismatch(shard, info.shape) is None)
+        trained = adapter.trained.get(module)
+        matrix = find_matrix(f"{candidate}.weight", base.tensors, base.config) if trained is not None else None
+        return trained is None or (matrix is not None and trained.mismatch(matrix.shape) is None)
 
-    modules = dict.fromkeys([*adapter.shards, *(name.rpartition(".")[0] for name in adapter.saved)])
+    modules = dict.fromkeys([*adapter.trained, *(name.rpartition(".")[0] for name in adapter.saved)])
     own = [module for module in modules if module in known or not _is_new(module, adapter, base)]
     return {module: module for module in modules if is_tied_head(module, base)} | match_names(own, known, fits)
 
 
 def _is_new(module: str, adapter: Adapter, base: Checkpoint) -> bool:
     """Whether the base has no tensor for `module` by right: it was trained from scratch, or is a tied head."""
-    return is_tied_head(module, base) or (module not in adapter.shards and _trained_whole(module, adapter))
+    return is_tied_head(module, base) or (module not in adapter.trained and _trained_whole(module, adapter))
 
 
 def _is_classifier(module: str, parameter: str, adapter: Adapter) -> bool:
@@ -114,12 +118,12 @@ def _place_saved(
 
 def _refuse_homeless(adapter: Adapter, base: Checkpoint, placement: Placement) -> None:
     """Raise MergeError for a shard whose module the base knows, but without the weight that it changes."""
-    for name, shard in placement.shards.items():
+    for name, trained in placement.trained.items():
         if name in base.tensors or name in placement.saved or name in placement.copied:
             continue
         module = name.removesuffix(".weight")
         beside = sorted(other.rpartition(".")[2] for other in base.tensors if other.rpartition(".")[0] == module)
-        where = f"{base.location}: has no {name}, which shard {shard.tensor.name} of {adapter.path} changes"
+        where = f"{base.location}: has no {name}, which shard {trained.label} of {adapter.path} changes"
         if set(beside) - {"bias"}:
             raise MergeError(f"{where}, but {listed(beside)}: {QUANTIZED}")
         raise MergeError(
@@ -128,23 +132,20 @@ def _refuse_homeless(adapter: Adapter, base: Checkpoint, placement: Placement) -
         )
 
 
-def _mismatch(shard: Shard, weight_shape: tuple[int, ...]) -> str | None:
-    return METHODS[shard.variant].mismatch(shard.tensor.shape, weight_shape)
-
-
-def _check_shape(
-    name: str, shard: Shard, weight: TensorInfo, adapter: Adapter, base: Checkpoint, into_floats: bool
-) -> None:
+def _matrix(
+    name: str, trained: Trained, weight: TensorInfo, adapter: Adapter, base: Checkpoint, into_floats: bool
+) -> Matrix:
+    """Where the weight lies that `trained` changes. Raises MergeError for one that it does not fit."""
     where = f"{base.location}: {name} {list(weight.shape)}"
     if into_floats and weight.dtype not in FLOATS:
         raise MergeError(f"{where} is stored as {weight.dtype}: {QUANTIZED}")
-    if len(weight.shape) != 2 or 0 in weight.shape:
-        raise MergeError(f"{where} is no matrix, but the adapter has a shard for it ({shard.tensor.name}); {_REMEDY}")
-    if reason := _mismatch(shard, weight.shape):
-        raise MergeError(
-            f"{where} does not fit shard {shard.tensor.name} {list(shard.tensor.shape)} of {adapter.path}: {reason}; "
-            f"{_REMEDY}"
-        )
+    matrix = find_matrix(name, {**base.tensors, name: weight}, base.config)
+    if matrix is None or 0 in matrix.shape:
+        raise MergeError(f"{where} is no matrix, but the adapter has a shard for it ({trained.label}); {_REMEDY}")
+    if reason := trained.mismatch(matrix.shape):
+        shapes = " and ".join(str(list(info.shape)) for info in trained.tensors.values())
+        raise MergeError(f"{where} does not fit shard {trained.label} {shapes} of {adapter.path}: {reason}; {_REMEDY}")
+    return matrix
 
 
 def _warnings(adapter: Adapter, base: Checkpoint, placed: set[str]) -> list[str]:

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+from fossil_export.adapters import Adapter
 from fossil_export.checkpoints.checkpoint import identity, sha256
 from fossil_export.merging.layout import tensor_record
 from fossil_export.merging.plan import MergePlan
@@ -22,23 +23,15 @@ def provenance(
     plan: MergePlan, survival: Mapping[str, Survival], digests: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
     """The record of a merge; with `digests` (SHA-256 of each finished weights file) it holds those of the base too."""
-    adapter, base = plan.adapter, plan.base
+    base = plan.base
+    adapters = [_adapter_record(adapter) for adapter in plan.adapters]
+    if len(adapters) > 1:
+        adapters = [known | {"weight": weight} for known, weight in zip(adapters, plan.weights, strict=True)]
     record: dict[str, Any] = {
         "format": FORMAT,
         "tool": {"name": "fossil-export", "version": __version__},
         "artifact": "merged",
-        "adapter": {
-            "name": adapter.name,
-            "revision": adapter.revision,
-            "base_model": adapter.base_model,
-            "peft_type": adapter.peft_type,
-            "variant": adapter.variant,
-            "rank": adapter.rank,
-            "parameters": adapter.parameters,
-            "files": [
-                {"file": path.name, "size": path.stat().st_size, "sha256": sha256(path)} for path in adapter.files
-            ],
-        },
+        **({"adapter": adapters[0]} if len(adapters) == 1 else {"adapters": adapters}),
         "base": {
             "name": plan.base_name,
             "revision": plan.base_revision,
@@ -61,6 +54,19 @@ def provenance(
     if digests is not None:
         record["files"] = [{"file": file.name, "size": file.size, "sha256": digests[file.name]} for file in plan.files]
     return record
+
+
+def _adapter_record(adapter: Adapter) -> dict[str, Any]:
+    return {
+        "name": adapter.name,
+        "revision": adapter.revision,
+        "base_model": adapter.base_model,
+        "peft_type": adapter.peft_type,
+        "variant": adapter.variant,
+        "rank": adapter.rank,
+        "parameters": adapter.parameters,
+        "files": [{"file": path.name, "size": path.stat().st_size, "sha256": sha256(path)} for path in adapter.files],
+    }
 
 
 def survival_record(survival: Mapping[str, Survival]) -> dict[str, Any]:

@@ -7,29 +7,22 @@ writes its own bytes, so the order does not show.
 
 from __future__ import annotations
 
-import errno
-import mmap
 import os
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fossil_export.checkpoints.dtypes import numpy_dtype
-from fossil_export.checkpoints.header import Header, TensorInfo
-from fossil_export.checkpoints.output import ALIGNMENT, OutputFile
-from fossil_export.checkpoints.source import InputFile, StoredArray
-from fossil_export.checkpoints.stamp import changed
-from fossil_export.errors import MergeError
-from fossil_export.merging.engine import Engine, choose_engine, compute_dtype, is_finite, merge_slab
-from fossil_export.merging.layout import FilePlan, TensorPlan
+from fossil_export.checkpoints.header import Header
+from fossil_export.checkpoints.output import OutputFile
+from fossil_export.merging.engine import choose_engine
+from fossil_export.merging.layout import FilePlan
 from fossil_export.merging.plan import MergePlan
-from fossil_export.merging.steps import SLAB, CopyStep, RowsStep, group_of, rows_of, steps
-from fossil_export.merging.survival import Survival, sampled_share
-from fossil_export.methods import METHODS
+from fossil_export.merging.steps import CopyStep, RowsStep, steps
+from fossil_export.merging.survival import Survival
+from fossil_export.merging.worker import Worker
 from fossil_export.threads import in_order, one_blas_thread
 
 if TYPE_CHECKING:
@@ -42,9 +35,6 @@ THREADS = min(12, (os.cpu_count() or 1) + 6)
 
 AHEAD = 4
 """Slabs that wait for each thread."""
-
-SMALL_SHARD = 4 << 20
-"""Bytes up to which a shard is kept while its weight is merged; reading it row by row would cost more calls."""
 
 
 def run(
@@ -100,14 +90,14 @@ class Runner:
         wanted: Iterable[CopyStep | RowsStep],
         moved: Mapping[Path, Path],
     ) -> dict[str, Survival]:
-        worker = _Worker(self._plan, self._engine, moved)
+        worker = Worker(self._plan, self._engine, moved, THREADS)
         try:
             with one_blas_thread(), ThreadPoolExecutor(THREADS) as pool:
                 _write_file(file, output, wanted, worker, pool, self._progress)
             worker.check()
         finally:
             worker.close()
-        return {tensor.name: worker.survival(tensor) for tensor, _ in file.tensors if tensor.shard is not None}
+        return {tensor.name: worker.survival(tensor) for tensor, _ in file.tensors if tensor.changes}
 
 
 def in_place(file: FilePlan, base: Header) -> bool:
@@ -122,7 +112,7 @@ def _write_file(
     file: FilePlan,
     output: OutputFile,
     wanted: Iterable[CopyStep | RowsStep],
-    worker: _Worker,
+    worker: Worker,
     pool: ThreadPoolExecutor,
     progress: Callable[[int], None],
 ) -> None:
@@ -142,146 +132,3 @@ def _write_file(
         done = True
     finally:
         output.close(sync=done)
-
-
-class _Worker:
-    """What the threads share: open sources, two buffers for each thread, the sums so far."""
-
-    def __init__(self, plan: MergePlan, engine: Engine, moved: Mapping[Path, Path]) -> None:
-        self._adapter = plan.adapter
-        self._engine = engine
-        self._moved = moved
-        headers = (*plan.base.files, plan.adapter.header)
-        self._headers = {header.path: header for header in headers if header is not None}
-        self._sources: dict[Path, InputFile] = {}
-        self._sums: dict[str, dict[int, Survival]] = {}
-        self._lock = threading.Lock()
-        self._local = threading.local()
-        # Slabs of one weight follow each other: as many shards as threads are ever in use.
-        self._small_shard = lru_cache(maxsize=THREADS + 1)(lambda info: self._stored(info)[:])
-
-    def check(self) -> None:
-        """Raise CheckpointError where a source was written to since it was opened."""
-        for source in self._sources.values():
-            source.check()
-
-    def close(self) -> None:
-        for source in self._sources.values():
-            source.close()
-
-    def survival(self, tensor: TensorPlan) -> Survival:
-        """The sums over a merged tensor, added up in the order of its rows and taken for the whole of it."""
-        sums = self._sums[tensor.name]
-        total = sum((sums[start] for start in sorted(sums)), Survival())
-        return total.scaled(1 / sampled_share(tensor.shape[0], group_of(tensor)))
-
-    def do(self, step: CopyStep | RowsStep, output: OutputFile) -> None:
-        if isinstance(step, CopyStep):
-            self._copy(step, output)
-        else:
-            self._rows(step, output)
-
-    def _copy(self, step: CopyStep, output: OutputFile) -> None:
-        source = self._source(step.path)
-        if (step.source - step.target) % ALIGNMENT:
-            buffer = self._buffer("written", step.nbytes, step.target)
-            source.read(step.source, buffer)
-            output.write(step.target, buffer)
-            return
-        data = source.view(step.source, step.nbytes)
-        try:
-            output.write(step.target, data)
-        except OSError as problem:
-            if problem.errno == errno.EFAULT:  # pages that the file no longer has
-                raise changed(step.path) from problem
-            raise
-        finally:
-            del data
-        source.release(step.source, step.nbytes)
-
-    def _rows(self, step: RowsStep, output: OutputFile) -> None:
-        tensor, info = step.tensor, step.tensor.source
-        written = self._buffer("written", step.nbytes, step.target)
-        out = written.view(numpy_dtype(tensor.dtype)).reshape(step.count, -1)
-        if info.offset is None:
-            self._fill(step, self._adapter.array(info).reshape(rows_of(tensor), -1)[step.start : step.stop], out)
-        else:
-            size = info.nbytes // rows_of(tensor)
-            dtype = numpy_dtype(info.dtype)
-            shape, offset = (step.count, size // dtype.itemsize), info.offset + step.start * size
-            stored = StoredArray(self._source(info.path), offset, shape, dtype, partial(self._buffer, "read"))
-            self._fill(step, stored, out)
-        output.write(step.target, written)
-
-    def _fill(self, step: RowsStep, stored: Array | StoredArray, out: Array) -> None:
-        """Compute the rows of `step` from the stored ones into `out`."""
-        import numpy as np
-
-        tensor = step.tensor
-        if tensor.shard is None:
-            data = stored[:]
-            with np.errstate(over="ignore", invalid="ignore"):
-                np.copyto(out, data, casting="unsafe")
-            if not is_finite(out):
-                if tensor.origin == "adapter" and not is_finite(data):
-                    raise MergeError(_diverged(tensor.source))
-                # A base may hold infinities of its own (masks); finite values must stay finite.
-                if np.isfinite(data[~np.isfinite(out.astype(np.float64))].astype(np.float64)).any():
-                    raise MergeError(_overflow(tensor))
-            return
-        variant = tensor.shard.variant
-        # Only what these rows need is widened: whole shards of a high rank take more than the slabs do.
-        part = METHODS[variant].part(self._shard(tensor.shard.tensor), step.start, step.stop)
-        shard = self._engine.widen(part, compute_dtype(tensor.source.dtype))
-        sums = merge_slab(self._engine, stored, out, shard, variant, step.start, tensor.shape[0])
-        if not is_finite(out):
-            raise MergeError(self._why_not_finite(tensor, stored[:]))
-        with self._lock:
-            self._sums.setdefault(tensor.name, {})[step.start] = sums
-
-    def _why_not_finite(self, tensor: TensorPlan, data: Array) -> str:
-        assert tensor.shard is not None
-        shard, source = tensor.shard.tensor, tensor.source
-        if not is_finite(data):
-            return f"{source.path}: {source.name} holds infinite or NaN values; the base is damaged, fetch it again"
-        if not is_finite(self._adapter.array(shard)):
-            return _diverged(shard)
-        return _overflow(tensor)
-
-    def _shard(self, info: TensorInfo) -> Any:
-        """The trained values as they are stored: small ones in memory, of large ones what is sliced is read."""
-        if info.offset is None:
-            return self._adapter.array(info)
-        return self._small_shard(info) if info.nbytes <= SMALL_SHARD else self._stored(info)
-
-    def _stored(self, info: TensorInfo) -> StoredArray:
-        assert info.offset is not None
-        return StoredArray(self._source(info.path), info.offset, info.shape, numpy_dtype(info.dtype))
-
-    def _source(self, path: Path) -> InputFile:
-        with self._lock:
-            if path not in self._sources:
-                place = self._moved.get(path, path)
-                self._sources[path] = InputFile(place, self._headers[path], steady=place == path)
-            return self._sources[path]
-
-    def _buffer(self, use: str, nbytes: int, target: int = 0) -> Array:
-        """This thread's buffer for `use`, at an address that suits writing to offset `target` past the page cache."""
-        import numpy as np
-
-        room = nbytes + 2 * ALIGNMENT
-        whole: Array | None = getattr(self._local, use, None)
-        if whole is None or len(whole) < room:
-            whole = np.frombuffer(mmap.mmap(-1, max(room, SLAB + 2 * ALIGNMENT)), np.uint8)
-            setattr(self._local, use, whole)
-        start = target % ALIGNMENT
-        return whole[start : start + nbytes]
-
-
-def _diverged(info: TensorInfo) -> str:
-    return f"{info.path}: {info.name} holds infinite or NaN values; training diverged, take an earlier adapter"
-
-
-def _overflow(tensor: TensorPlan) -> str:
-    wider = "bfloat16 or float32" if tensor.dtype == "F16" else "float32"
-    return f"{tensor.name}: overflows {numpy_dtype(tensor.dtype).name}; choose --dtype {wider}"

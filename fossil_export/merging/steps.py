@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fossil_export.checkpoints.dtypes import FLOATS, element_count
+from fossil_export.merging.change import sampled_rows
 from fossil_export.merging.layout import FilePlan, TensorPlan
-from fossil_export.merging.survival import group_rows
-from fossil_export.methods import METHODS
 
 SLAB = 8 << 20
 """Bytes written at a time."""
@@ -27,12 +26,18 @@ class CopyStep:
 
 @dataclass(frozen=True, slots=True)
 class RowsStep:
-    """Rows [start, stop) of a tensor that is merged, cast, or comes from a pickled adapter."""
+    """Rows [start, stop) of a tensor that is merged, cast, or comes from a pickled adapter. The tensor begins at
+    `offset` of the file being written."""
 
     tensor: TensorPlan
     start: int
     stop: int
-    target: int
+    offset: int
+
+    @property
+    def target(self) -> int:
+        """Where the rows go if they lie in the file as they are numbered."""
+        return self.offset + self.start * (self.tensor.nbytes // rows_of(self.tensor))
 
     @property
     def count(self) -> int:
@@ -45,15 +50,15 @@ class RowsStep:
 
 
 def rows_of(tensor: TensorPlan) -> int:
-    """A matrix is cut by rows, everything else by elements."""
+    """A matrix is cut by its rows, however it lies; a tensor of two dimensions by its own; all else by elements."""
+    if tensor.changes:
+        return tensor.matrix.shape[0]
     return tensor.shape[0] if len(tensor.shape) == 2 else element_count(tensor.shape)
 
 
-def group_of(tensor: TensorPlan) -> int:
+def _unit(tensor: TensorPlan) -> int:
     """Rows of a tensor that must not be cut apart."""
-    if tensor.shard is None:
-        return 1
-    return group_rows(METHODS[tensor.shard.variant].block_rows(tensor.shard.tensor.shape))
+    return tensor.matrix.unit(sampled_rows(tensor.changes)) if tensor.changes else 1
 
 
 def steps(file: FilePlan) -> Iterator[CopyStep | RowsStep]:
@@ -65,7 +70,7 @@ def steps(file: FilePlan) -> Iterator[CopyStep | RowsStep]:
         source = tensor.source.offset
         # A whole tensor of the adapter's is looked at too: it must be finite.
         looked_at = tensor.origin == "adapter" and tensor.dtype in FLOATS
-        if tensor.shard is not None or tensor.dtype != tensor.source.dtype or source is None or looked_at:
+        if tensor.changes or tensor.dtype != tensor.source.dtype or source is None or looked_at:
             yield from _row_steps(tensor, offset)
             continue
         step = CopyStep(tensor.source.path, source, offset, tensor.nbytes)
@@ -94,8 +99,8 @@ def _copy_steps(whole: CopyStep) -> Iterator[CopyStep]:
 
 
 def _row_steps(tensor: TensorPlan, offset: int) -> Iterator[RowsStep]:
-    rows, group = rows_of(tensor), group_of(tensor)
+    rows, unit = rows_of(tensor), _unit(tensor)
     size = tensor.nbytes // rows
-    step = max(1, SLAB // (size * group)) * group
+    step = max(1, SLAB // (size * unit)) * unit
     for start in range(0, rows, step):
-        yield RowsStep(tensor, start, min(start + step, rows), offset + start * size)
+        yield RowsStep(tensor, start, min(start + step, rows), offset)

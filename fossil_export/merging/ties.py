@@ -51,13 +51,14 @@ def declared_tie(config: Mapping[str, Any] | None) -> bool | None:
     return None
 
 
-def part_head(adapter: Adapter, base: Checkpoint, placement: Placement) -> None:
-    """Store head and embedding apart where training parted them; keep them tied where they are still equal."""
+def part_head(adapter: Adapter, base: Checkpoint, placement: Placement, tied: bool | None) -> None:
+    """Store head and embedding apart where training parted them; keep them tied where they are still equal, which
+    `tied` says of those that came with the adapter."""
     embedding = embedding_tensor(base.tensors)
     if declared_tie(base.config) is False:
         return
     if embedding is None:
-        changed = [name for name in [*placement.saved, *placement.shards] if is_head(name.removesuffix(".weight"))]
+        changed = [name for name in [*placement.saved, *placement.trained] if is_head(name.removesuffix(".weight"))]
         if changed and declared_tie(base.config):
             raise MergeError(
                 f"{base.location}: ties {changed[0]} to an embedding that cannot be told among its tensors; "
@@ -65,18 +66,21 @@ def part_head(adapter: Adapter, base: Checkpoint, placement: Placement) -> None:
             )
         return
     stored = next((name for name in base.tensors if name.endswith(".weight") and is_head(name[:-7])), None)
-    spoken_of = [f"{module}.weight" for module in adapter.shards if is_head(module)]
+    spoken_of = [f"{module}.weight" for module in adapter.trained if is_head(module)]
     spoken_of += [name for name in placement.added if name.endswith(".weight") and is_head(name[:-7])]
     head = stored or next(iter(spoken_of), None) or _conventional_head(embedding, adapter, base)
-    if head is None or not {embedding, head} & (placement.saved.keys() | placement.shards.keys()):
+    if head is None or not {embedding, head} & (placement.saved.keys() | placement.trained.keys()):
         return
-    if head not in placement.shards and head in placement.saved and _equal(adapter, base, placement, embedding, head):
+    comparable = head not in placement.trained and head in placement.saved and _alike(base, placement, embedding, head)
+    if comparable and tied is None:
+        placement.undecided = (embedding, head)
+    if comparable and tied:
         if stored is None:
             del placement.saved[head]
             placement.added.remove(head)
         return
     if stored is None:
-        resized = placement.vocab_size is not None and head in placement.shards and head in placement.saved
+        resized = placement.vocab_size is not None and head in placement.trained and head in placement.saved
         if embedding not in placement.saved and resized:
             # The shard's base layer was the tied embedding, resized; PEFT saves it under the head's name alone.
             placement.saved[embedding] = placement.saved[head]
@@ -116,15 +120,23 @@ def _conventional_head(embedding: str, adapter: Adapter, base: Checkpoint) -> st
     return prefix + ("embed_out.weight" if "embed_in" in embedding else "lm_head.weight")
 
 
-def _equal(adapter: Adapter, base: Checkpoint, placement: Placement, embedding: str, head: str) -> bool:
-    """Whether the head that the adapter saved is the embedding it will be stored beside, byte for byte."""
+def _alike(base: Checkpoint, placement: Placement, embedding: str, head: str) -> bool:
+    first, second = placement.saved.get(embedding) or base.tensors[embedding], placement.saved[head]
+    return (first.dtype, first.shape) == (second.dtype, second.shape)
+
+
+def are_equal(adapter: Adapter, base: Checkpoint, placement: Placement) -> bool | None:
+    """Whether the head that is `undecided` is the embedding it would be stored beside, byte for byte; None if none is.
+
+    Reads both, some megabytes at a time.
+    """
+    if placement.undecided is None:
+        return None
+    embedding, head = placement.undecided
     second = placement.saved[head]
     first = placement.saved.get(embedding) or base.tensors[embedding]
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-
     size = max(1, first.nbytes // max(1, first.shape[0]))
-    rows = max(1, (1 << 25) // size)  # some megabytes at a time
+    rows = max(1, (1 << 25) // size)
     for at in range(0, first.shape[0], rows):
         count = min(rows, first.shape[0] - at)
         if embedding in placement.saved:

@@ -8,30 +8,54 @@ in peft/tuners/miss/layer.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from fossil_export.errors import AdapterError
+from fossil_export.methods import fossil
+from fossil_export.methods.fossil import init_of, peft_keys, ranked, state_dict_keys
+from fossil_export.methods.method import Arrays, Numbers, Shapes
 
-def block_rows(shard_shape: tuple[int, ...]) -> int:
-    return shard_shape[1]
+FIELDS = fossil.FIELDS
+PEFT = peft_keys("B")
+STATE_DICT = state_dict_keys("B")
 
 
-def mismatch(shard_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> str | None:
-    blocks, rank, _ = shard_shape
-    if blocks * rank != weight_shape[0]:
-        return f"it is made for {blocks * rank} outputs, the weight has {weight_shape[0]}"
-    if weight_shape[1] % rank:
-        return f"its rank {rank} does not divide the weight's {weight_shape[1]} inputs"
+def read(config: Mapping[str, Any], shapes: Shapes, where: str) -> Numbers | None:
+    if len(shapes["B"]) != 3:
+        return None
+    init = init_of(config)
+    if config and init != "bat" and not (config["peft_type"] == "BONE" and init is True):
+        raise AdapterError(
+            f"{where} is 3-dimensional, a bat shard, but the config says init_weights={init!r}; mend the config"
+        )
+    if shapes["B"][1] != shapes["B"][2]:
+        raise AdapterError(f"{where} should be (out/r, r, r), but its last two sizes differ")
+    return ranked(shapes["B"][1], config, where)
+
+
+def block_rows(shapes: Shapes) -> int:
+    return shapes["B"][1]
+
+
+def mismatch(shapes: Shapes, numbers: Numbers, weight: tuple[int, int]) -> str | None:
+    blocks, rank, _ = shapes["B"]
+    if blocks * rank != weight[0]:
+        return f"it is made for {blocks * rank} outputs, the weight has {weight[0]}"
+    if weight[1] % rank:
+        return f"its rank {rank} does not divide the weight's {weight[1]} inputs"
     return None
 
 
-def part(shard: Any, start: int, stop: int) -> Any:
-    return shard[start // shard.shape[1] : stop // shard.shape[1]]
+def part(arrays: Arrays, start: int, stop: int) -> Arrays:
+    blocks = arrays["B"]
+    return {"B": blocks[start // blocks.shape[1] : stop // blocks.shape[1]]}
 
 
-def update(weight: Any, shard: Any, start: int) -> Any:
+def update(weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> Any:
     count, width = weight.shape
-    rank = shard.shape[1]
-    blocks = shard[start // rank : (start + count) // rank]
+    rank = arrays["B"].shape[1]
+    blocks = arrays["B"][start // rank : (start + count) // rank]
     product = weight.reshape(len(blocks), count * width // len(blocks) // rank, rank) @ blocks
     # Row i of a block gets row i of B under every column block a.
     by_row = product.reshape(len(blocks), rank, width // rank, rank)
@@ -39,9 +63,13 @@ def update(weight: Any, shard: Any, start: int) -> Any:
     return by_row.reshape(count, width)
 
 
-def tile_form(shard: Any, outputs: int) -> None:
+def add(weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> None:
+    weight += update(weight, arrays, numbers, start)
+
+
+def form_rank(shapes: Shapes) -> None:
     return None
 
 
-def merge_rows(weight: Any, shard: Any, start: int) -> None:
-    weight += update(weight, shard, start)
+def low_rank(arrays: Arrays, numbers: Numbers, outputs: int) -> None:
+    return None

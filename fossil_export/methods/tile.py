@@ -8,42 +8,70 @@ for every column j, also where r does not divide `in`. Source: arXiv 2409.15371,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from fossil_export.errors import AdapterError
+from fossil_export.methods import fossil
+from fossil_export.methods.fossil import init_of, peft_keys, ranked, state_dict_keys
+from fossil_export.methods.low_rank import LowRank, Tiling
+from fossil_export.methods.method import Arrays, Numbers, Shapes
+
+FIELDS = fossil.FIELDS
+PEFT = peft_keys("D")
+STATE_DICT = state_dict_keys("D")
 
 _SPAN = 512
 # Columns added at a time: a small r alone would leave the inner loop too short to be worth starting.
 
 
-def block_rows(shard_shape: tuple[int, ...]) -> int:
+def read(config: Mapping[str, Any], shapes: Shapes, where: str) -> Numbers | None:
+    dimensions = len(shapes["D"])
+    if dimensions not in (2, 3):
+        raise AdapterError(f"{where} has {dimensions} dimensions, expected 2 (tile, mini) or 3 (bat)")
+    if dimensions == 3 or init_of(config) == "mini":
+        return None
+    if init_of(config) == "bat":
+        raise AdapterError(
+            f"{where} is 2-dimensional, a tile shard, but the config says init_weights='bat'; mend the config"
+        )
+    return ranked(shapes["D"][0], config, where)
+
+
+def block_rows(shapes: Shapes) -> int:
     return 1
 
 
-def mismatch(shard_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> str | None:
-    rank, out_features = shard_shape
-    if out_features != weight_shape[0]:
-        return f"it is made for {out_features} outputs, the weight has {weight_shape[0]}"
-    if rank > weight_shape[1]:
-        return f"its rank {rank} exceeds the weight's {weight_shape[1]} inputs"
+def mismatch(shapes: Shapes, numbers: Numbers, weight: tuple[int, int]) -> str | None:
+    rank, out_features = shapes["D"]
+    if out_features != weight[0]:
+        return f"it is made for {out_features} outputs, the weight has {weight[0]}"
+    if rank > weight[1]:
+        return f"its rank {rank} exceeds the weight's {weight[1]} inputs"
     return None
 
 
-def part(shard: Any, start: int, stop: int) -> Any:
-    return shard[:, start:stop]
+def part(arrays: Arrays, start: int, stop: int) -> Arrays:
+    return {"D": arrays["D"][:, start:stop]}
 
 
-def update(weight: Any, shard: Any, start: int) -> Any:
-    return tiled(shard_rows(shard, start, len(weight)), weight.shape[1])
+def update(weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> Any:
+    return tiled(_rows(arrays["D"], start, len(weight)), weight.shape[1])
 
 
-def tile_form(shard: Any, outputs: int) -> Any:
-    return shard
+def add(weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> None:
+    add_tiled(weight, _rows(arrays["D"], start, len(weight)))
 
 
-def merge_rows(weight: Any, shard: Any, start: int) -> None:
-    add_tiled(weight, shard_rows(shard, start, len(weight)))
+def form_rank(shapes: Shapes) -> int:
+    return shapes["D"][0]
 
 
-def shard_rows(shard: Any, start: int, count: int) -> Any:
+def low_rank(arrays: Arrays, numbers: Numbers, outputs: int) -> LowRank:
+    return LowRank(arrays["D"].T, Tiling(len(arrays["D"])))
+
+
+def _rows(shard: Any, start: int, count: int) -> Any:
     """D transposed, cut to the outputs of the rows at hand: (count, r)."""
     return shard[:, start : start + count].T
 

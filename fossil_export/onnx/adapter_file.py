@@ -39,26 +39,26 @@ def adapter_arrays(adapter: Adapter, signature: Signature) -> dict[str, Array]:
     for slot in signature.slots:
         for piece in slot.pieces:
             if piece.module in names:
-                shard = adapter.shards[names[piece.module]]
-                if shard.rank > slot.inputs:
+                trained = adapter.trained[names[piece.module]]
+                if trained.rank > slot.inputs:
                     raise OnnxError(
-                        f"{adapter.path}: {shard.module} has rank {shard.rank}, its layer {slot.inputs} inputs"
+                        f"{adapter.path}: {trained.module} has rank {trained.rank}, its layer {slot.inputs} inputs"
                     )
-                ranks[slot.kind].add(shard.rank)
+                ranks[slot.kind].add(trained.rank)
     for kind, found in ranks.items():
         if len(found) > 1:
             raise OnnxError(f"{adapter.path}: layers of kind {kind} have ranks {sorted(found)}, the graph takes one")
-    renamed = {module: adapter.shards[name] for module, name in names.items()}
+    renamed = {module: adapter.trained[name] for module, name in names.items()}
     widths: dict[str, int] = defaultdict(int)
     for slot in signature.slots:
         for piece in slot.pieces:
             widths[piece.module] = max(widths[piece.module], piece.start + piece.count)
-    for module, shard in renamed.items():
-        trained = shard.tensor.shape[-1]
-        if (shard.variant == "tile" and trained != widths[module]) or widths[module] % trained:
+    inputs = {piece.module: slot.inputs for slot in signature.slots for piece in slot.pieces}
+    for module, trained in renamed.items():
+        if reason := trained.mismatch((widths[module], inputs[module])):
             raise OnnxError(
-                f"{adapter.path}: {shard.module} was trained for {trained} outputs, the graph's layer has "
-                f"{widths[module]}; it belongs to another model"
+                f"{adapter.path}: {trained.module} does not fit the graph's layer [{widths[module]}, "
+                f"{inputs[module]}]: {reason}; it belongs to another model"
             )
     arrays = {}
     for slot in signature.slots:
@@ -113,10 +113,10 @@ def _names(adapter: Adapter, signature: Signature) -> dict[str, str]:
     """The adapter's name of each module of the graph that it trained."""
     known = {piece.module for slot in signature.slots for piece in slot.pieces}
     try:
-        found = match_names(adapter.shards, known)
+        found = match_names(adapter.trained, known)
     except FossilExportError as problem:
         raise OnnxError(str(problem)) from problem
-    missing = [module for module in adapter.shards if module not in found]
+    missing = [module for module in adapter.trained if module not in found]
     if missing:
         raise OnnxError(
             f"{adapter.path}: the graph has no inputs for {listed(missing)}; export the swappable graph with an "
@@ -126,7 +126,7 @@ def _names(adapter: Adapter, signature: Signature) -> dict[str, str]:
 
 
 def _value(adapter: Adapter, renamed: Mapping[str, Any], slot: Slot, rank: int) -> Array:
-    known = replace(adapter, shards=dict(renamed))
+    known = replace(adapter, trained=dict(renamed))
     return round_to(joined(known, slot.pieces, slot.outputs, rank), slot.dtype, f"{adapter.path}: {slot.name}")
 
 

@@ -228,7 +228,7 @@ def _model_folder(merge: MergePlan, mode: str, precision: str, work: Path, progr
         plan = plan_merge(merge.adapter, merge.base.location, dtype=_MERGED_DTYPE[precision])
     else:
         files = tuple(
-            replace(file, tensors=tuple((replace(tensor, shard=None), offset) for tensor, offset in file.tensors))
+            replace(file, tensors=tuple((replace(tensor, changes=()), offset) for tensor, offset in file.tensors))
             for file in merge.files
         )
         plan = replace(merge, files=files)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fossil_export.adapters import Adapter, Shard
+from fossil_export.adapters import Adapter, Trained
 from fossil_export.checkpoints.dtypes import numpy_dtype
 from fossil_export.checkpoints.header import TensorInfo
 from fossil_export.errors import OnnxError, listed
 from fossil_export.merging.plan import MergePlan
-from fossil_export.methods import METHODS
+from fossil_export.methods import METHODS, Tiling
 from fossil_export.onnx.graph_file import MARK, load_graph
 from fossil_export.onnx.locate import Found, Piece, Wanted, locate
 from fossil_export.onnx.sites import Site, find_sites
@@ -80,39 +80,41 @@ def joined(adapter: Adapter, pieces: Iterable[Piece], outputs: int, rank: int | 
 
     `rank` is needed only where it lacks all of them. Raises OnnxError for shards of different ranks.
     """
-    present = [(piece, adapter.shards[piece.module]) for piece in pieces if piece.module in adapter.shards]
-    ranks = {shard.rank for _, shard in present} or {rank or 1}
+    present = [(piece, adapter.trained[piece.module]) for piece in pieces if piece.module in adapter.trained]
+    ranks = {trained.form_rank or 1 for _, trained in present} or {rank or 1}
     if len(ranks) > 1:
         names = [piece.module for piece, _ in present]
         raise OnnxError(
             f"{adapter.path}: {listed(names)} lie in one weight of the graph but have ranks {sorted(ranks)}"
         )
     whole = np.zeros((ranks.pop(), outputs), np.float32)
-    for piece, shard in present:
-        dense = tile_form(adapter, shard, piece)
+    for piece, trained in present:
+        dense = tile_form(adapter, trained, piece)
         whole[:, piece.at : piece.at + piece.count] = dense[:, piece.start : piece.start + piece.count]
     return whole
 
 
-def tile_form(adapter: Adapter, shard: Shard, piece: Piece) -> Array:
+def tile_form(adapter: Adapter, trained: Trained, piece: Piece) -> Array:
     """D (r, out) of a whole module in float32."""
-    values = np.asarray(adapter.array(shard.tensor), np.float32)
-    if not np.isfinite(values).all():
-        raise OnnxError(f"{shard.tensor.path}: {shard.tensor.name} holds infinite or NaN values; training diverged")
-    outputs = max(piece.start + piece.count, values.shape[-1])
-    dense = METHODS[shard.variant].tile_form(values, outputs)
-    assert dense is not None, shard.variant  # refused when the plan was made
-    return np.asarray(dense)
+    arrays = {role: np.asarray(adapter.array(info), np.float32) for role, info in trained.tensors.items()}
+    for role, values in arrays.items():
+        if not np.isfinite(values).all():
+            info = trained.tensors[role]
+            raise OnnxError(f"{info.path}: {info.name} holds infinite or NaN values; training diverged")
+    outputs = max(piece.start + piece.count, *(values.shape[-1] for values in arrays.values()))
+    form = METHODS[trained.method].low_rank(arrays, trained.numbers, outputs)
+    assert form is not None and isinstance(form.down, Tiling), trained.method  # refused when the plan was made
+    return np.asarray(form.up.T)
 
 
 def check_mode(adapter: Adapter, mode: str, precision: str | None = None) -> None:
     """Raise OnnxError for what can be refused before a graph is made."""
     if mode not in MODES:
         raise OnnxError(f"mode is {mode!r}, expected {', '.join(MODES)}")
-    if mode in ("fused", "swappable") and any(shard.variant == "bat" for shard in adapter.shards.values()):
+    if mode in ("fused", "swappable") and any(trained.form_rank is None for trained in adapter.trained.values()):
         raise OnnxError(
-            f"{adapter.path}: is a bat adapter, whose update depends on the weight it changes and is no branch beside "
-            "it; use --mode tiled or merged, or approximate it by a LoRA"
+            f"{adapter.path}: is a {adapter.variant} adapter, whose update depends on the weight it changes and is no "
+            "branch beside it; use --mode tiled or merged, or approximate it by a LoRA"
         )
     if mode == "tiled" and precision == "int4":
         raise OnnxError(
@@ -140,9 +142,8 @@ def plan_onnx(merge: MergePlan, mode: str, graph: Path) -> OnnxPlan:
         passes.ShapeInferencePass()(model)  # a graph by hand, without types of what lies between
         sites = find_sites(model.graph)
     wanted = [
-        Wanted(t.shard.module, (t.shard.module, t.name.removesuffix(".weight")), _weight(merge.adapter, t.source))
-        for t in merge.tensors
-        if t.shard is not None
+        Wanted(module, (module, tensor.name.removesuffix(".weight")), _weight(merge.adapter, tensor.source))
+        for module, tensor in merge.modules.items()
     ]
     siblings = {
         name.removesuffix(".weight"): info.shape[0]
@@ -166,7 +167,7 @@ def plan_onnx(merge: MergePlan, mode: str, graph: Path) -> OnnxPlan:
         )
     ranks: dict[str, set[int]] = defaultdict(set)
     for target in targets:
-        ranks[target.kind] |= {merge.adapter.shards[piece.module].rank for piece in target.pieces}
+        ranks[target.kind] |= {merge.adapter.trained[piece.module].rank for piece in target.pieces}
     if mode == "swappable" and any(len(found_ranks) > 1 for found_ranks in ranks.values()):
         raise OnnxError(f"{merge.adapter.path}: layers of one kind have different ranks; use --mode fused or tiled")
     return OnnxPlan(mode, merge, model, graph, targets, {one.module: one.weight for one in wanted})

@@ -36,8 +36,9 @@ def _merged(plan: OnnxPlan, target: Target) -> Array:
     for piece in target.pieces:
         base = plan.base_weights[piece.module]
         rows = slice(piece.start, piece.start + piece.count)
-        shard = plan.adapter.shards[piece.module]
+        trained = plan.adapter.trained[piece.module]
         part = np.array(base[rows], np.float32)
-        METHODS[shard.variant].merge_rows(part, np.asarray(plan.adapter.array(shard.tensor), np.float32), piece.start)
+        arrays = {role: np.asarray(array, np.float32) for role, array in plan.adapter.arrays(piece.module).items()}
+        METHODS[trained.method].add(part, arrays, trained.numbers, piece.start)
         whole[piece.at : piece.at + piece.count] = part
     return whole

@@ -77,8 +77,8 @@ def mark(plan: OnnxPlan, editor: Editor, slots: Sequence[Slot] = ()) -> None:
         "outlets": [asdict(o) for o in _outlets(plan, editor)],
     }
     if slots:
-        tensors = [t.name for t in plan.merge.tensors if t.shard is not None]
-        arrays = [plan.base_weights[t.shard.module] for t in plan.merge.tensors if t.shard is not None]
+        tensors = [tensor.name for tensor in plan.merge.modules.values()]
+        arrays = [plan.base_weights[module] for module in plan.merge.modules]
         signature = Signature(
             tuple(slots), fingerprint(arrays), tuple(tensors), plan.merge.base_name, saved_digests(plan.merge)
         )
@@ -89,7 +89,7 @@ def mark(plan: OnnxPlan, editor: Editor, slots: Sequence[Slot] = ()) -> None:
 def _outlets(plan: OnnxPlan, editor: Editor) -> Iterator[Outlet]:
     """The values that are modules' outputs after the rewriting, bias included."""
     biased = {name.removesuffix(".bias") for name in plan.merge.base.tensors if name.endswith(".bias")}
-    names = {t.shard.module: t.name.removesuffix(".weight") for t in plan.merge.tensors if t.shard is not None}
+    names = {module: tensor.name.removesuffix(".weight") for module, tensor in plan.merge.modules.items()}
     for target in plan.targets:
         product = target.sites[0].node.outputs[0]
         value = editor.replaced.get(id(product), product)

@@ -26,7 +26,7 @@ def rewrite(plan: OnnxPlan, editor: Editor) -> None:
     """Put the sum in the place of every target's weight."""
     for target in plan.targets:
         name = f"{target.label}/tiled"
-        if any(plan.adapter.shards[piece.module].variant == "bat" for piece in target.pieces):
+        if any(plan.adapter.trained[piece.module].form_rank is None for piece in target.pieces):
             merged = _bat(plan, editor, target, name)
         else:
             merged = _tile(plan, editor, target, name)
@@ -79,13 +79,13 @@ def _bat(plan: OnnxPlan, editor: Editor, target: Target, name: str) -> ir.Value:
 
 def _blocks(plan: OnnxPlan, target: Target) -> Array:
     """B (out/r, r, r) of the whole target; zeros, which change nothing, where nothing was trained."""
-    shards = [plan.adapter.shards[piece.module] for piece in target.pieces]
+    shards = [plan.adapter.trained[piece.module] for piece in target.pieces]
     rank = shards[0].rank
     whole = np.zeros((target.outputs // rank, rank, rank), np.float32)
     for piece, shard in zip(target.pieces, shards, strict=True):
         if (
             shard.rank != rank
-            or shard.variant != "bat"
+            or shard.method != "bat"
             or target.outputs % rank
             or piece.at % rank
             or piece.start % rank
@@ -94,7 +94,7 @@ def _blocks(plan: OnnxPlan, target: Target) -> Array:
                 f"{plan.graph}: the blocks of {piece.module} do not fit the packed weight {target.label}; "
                 "use --mode merged"
             )
-        values = np.asarray(plan.adapter.array(shard.tensor), np.float32)
+        values = np.asarray(plan.adapter.array(shard.tensors["B"]), np.float32)
         start, blocks = piece.start // rank, piece.count // rank
         whole[piece.at // rank : piece.at // rank + blocks] = values[start : start + blocks]
     return whole

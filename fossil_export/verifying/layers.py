@@ -1,70 +1,54 @@
-"""FOSSIL's unmerged forward pass, for adapters that today's PEFT cannot load (Bone).
+"""The unmerged forward pass, for adapters that today's PEFT cannot load (Bone).
 
-    tile, mini:  y = W x + S(x) D,  S(x)[k] = sum of x[j] over j with j mod r == k
-    bat:         y = (W + ΔW) x with ΔW as in methods/bat.py
+    y = W x + up · down(x)       for a method that has such a form (methods/low_rank.py)
+    y = (W + ΔW) x               for the others
 
 Source: MissLinear.forward in peft/tuners/miss/layer.py, against which it is tested.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from fossil_export.adapters import Adapter
+from fossil_export.adapters import Adapter, Trained
 from fossil_export.errors import MergeError, listed
 from fossil_export.merging.match import match_names
+from fossil_export.methods import METHODS
 
 
-class FossilLinear(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy here
-    """A Linear with its shard beside it; computes in the shard's dtype and returns the input's."""
+class TrainedLinear(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy here
+    """A Linear with what was trained beside it; computes in the trained tensors' dtype and returns the input's."""
 
-    def __init__(self, base_layer: nn.Linear, shard: torch.Tensor, variant: str) -> None:
+    def __init__(self, base_layer: nn.Linear, arrays: Mapping[str, torch.Tensor], trained: Trained) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.shard = nn.Parameter(shard, requires_grad=False)
-
-        self._result = FORWARD[variant]
+        self.trained = nn.ParameterDict({role: nn.Parameter(array, False) for role, array in arrays.items()})
+        self._method, self._numbers = METHODS[trained.method], trained.numbers
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._result(self.base_layer, self.shard, x).to(x.dtype)
-
-
-def _tile(layer: nn.Linear, shard: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    rank = len(shard)
-    padded = nn.functional.pad(x.to(shard.dtype), (0, -x.shape[-1] % rank))
-    sums = padded.reshape(*x.shape[:-1], -1, rank).sum(dim=-2)
-    result: torch.Tensor = layer(x) + sums @ shard
-    return result
-
-
-def _mini(layer: nn.Linear, shard: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return _tile(layer, shard.repeat(1, layer.weight.shape[0] // shard.shape[1]), x)
-
-
-def _bat(layer: nn.Linear, shard: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    rank = shard.shape[1]
-    wide = layer.weight.to(shard.dtype)
-    blocks = wide.reshape(len(shard), rank, -1, rank)
-    update = torch.einsum("biak,bkl->bial", blocks, shard) + shard[:, :, None, :]
-    bias = None if layer.bias is None else layer.bias.to(shard.dtype)
-    result: torch.Tensor = nn.functional.linear(x.to(shard.dtype), wide + update.reshape(wide.shape), bias)
-    return result
-
-
-FORWARD = {"tile": _tile, "mini": _mini, "bat": _bat}
-"""The output of a layer with its shard, by variant; a variant that is not here cannot be run."""
+        layer, arrays = self.base_layer, dict(self.trained)
+        wide = next(iter(arrays.values())).dtype
+        form = self._method.low_rank(arrays, self._numbers, layer.weight.shape[0])
+        if form is not None:
+            return (layer(x) + form.branch(x.to(wide))).to(x.dtype)
+        weight = layer.weight.to(wide)
+        bias = None if layer.bias is None else layer.bias.to(wide)
+        changed = weight + self._method.update(weight, arrays, self._numbers, 0)
+        result: torch.Tensor = nn.functional.linear(x.to(wide), changed, bias)
+        return result.to(x.dtype)
 
 
 def attach(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> nn.Module:
-    """Put `adapter`'s shards (as `dtype`) and saved tensors into `model`, in place.
+    """Put what `adapter` trained (as `dtype`) and its saved tensors into `model`, in place.
 
     Raises MergeError when a module is not found.
     """
     modules = dict(model.named_modules())
-    trained = dict.fromkeys([*adapter.shards, *(name.rpartition(".")[0] for name in adapter.saved)])
+    trained = dict.fromkeys([*adapter.trained, *(name.rpartition(".")[0] for name in adapter.saved)])
     names = match_names(trained, modules)
     missing = [module for module in trained if module not in names]
     if missing:
@@ -78,11 +62,11 @@ def attach(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> nn.Module:
         setattr(
             modules[names[module]], parameter, nn.Parameter(_tensor(adapter.array(info)).to(place), requires_grad=False)
         )
-    for module, shard in adapter.shards.items():
+    for module, one in adapter.trained.items():
         parent, _, last = names[module].rpartition(".")
         layer = modules[names[module]]
-        values = _tensor(adapter.array(shard.tensor)).to(layer.weight.device, dtype)
-        setattr(modules[parent], last, FossilLinear(layer, values, shard.variant))
+        arrays = {role: _tensor(array).to(layer.weight.device, dtype) for role, array in adapter.arrays(module).items()}
+        setattr(modules[parent], last, TrainedLinear(layer, arrays, one))
     return model
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fossil_export.adapters import Adapter
+from fossil_export.adapters import Adapter, Trained
 from fossil_export.checkpoints.checkpoint import Checkpoint, sha256
 from fossil_export.checkpoints.dtypes import element_count
 from fossil_export.checkpoints.header import read_header
@@ -88,7 +88,7 @@ class LoraFolder:
 
 
 def _check(folder: Path, adapter: Adapter, plan: MergePlan) -> Iterator[str]:
-    """Tile and mini: every A is the tiling and every B the shard's columns; all else is carried as it is."""
+    """Every A and B is what the method's own formula says; all else is carried as it is."""
     header = read_header(folder / "adapter_model.safetensors", AdapterError)
     tensors = {tensor.name: tensor for tensor in header.tensors}
     config = read_json(folder / "adapter_config.json", AdapterError)
@@ -100,18 +100,18 @@ def _check(folder: Path, adapter: Adapter, plan: MergePlan) -> Iterator[str]:
             yield f"adapter_config.json sets {name}, which changes what the matrices mean"
     targets = config.get("target_modules")
     if isinstance(targets, list):
-        bare = [m for m in adapter.shards if not any(m == target or m.endswith(f".{target}") for target in targets)]
+        bare = [m for m in adapter.trained if not any(m == target or m.endswith(f".{target}") for target in targets)]
         if bare:
             yield f"target_modules does not cover {listed(bare)}"
-    wanted_names = {f"{_PREFIX}{m}.lora_{part}.weight" for m in adapter.shards for part in "AB"}
+    wanted_names = {f"{_PREFIX}{m}.lora_{part}.weight" for m in adapter.trained for part in "AB"}
     if extra := sorted(set(tensors) - wanted_names - {info.name for info in adapter.saved.values()}):
         yield f"holds {listed(extra)}, which the adapter does not"
-    sizes = {tensor.shard.module: tensor.shape for tensor in plan.tensors if tensor.shard is not None}
+    sizes = {module: tensor.matrix.shape for module, tensor in plan.modules.items()}
     for info in adapter.saved.values():
         found = tensors.get(info.name)
         if found is None or not np.array_equal(adapter.array(found), adapter.array(info)):
             yield f"{info.name} is not the trained one"
-    for module, shard in adapter.shards.items():
+    for module, trained in adapter.trained.items():
         first = tensors.get(f"{_PREFIX}{module}.lora_A.weight")
         second = tensors.get(f"{_PREFIX}{module}.lora_B.weight")
         if first is None or second is None:
@@ -119,14 +119,20 @@ def _check(folder: Path, adapter: Adapter, plan: MergePlan) -> Iterator[str]:
         elif (second.shape[0], first.shape[1]) != sizes[module] or first.shape[0] != second.shape[1]:
             fit = f"do not fit {list(sizes[module])}"
             yield f"{module}: its matrices {list(second.shape)} and {list(first.shape)} {fit}"
-        elif adapter.variant == "bat":
-            if not adapter.array(first).any() or not adapter.array(second).any():
-                yield f"{module}: its matrices are zero"
         else:
-            one, other = adapter.array(first), adapter.array(second)
-            wanted = EXACT[shard.variant].part(adapter.array(shard.tensor), 0, len(other)).T.astype(other.dtype)
-            columns = np.arange(one.shape[1]) % shard.rank
-            if not np.array_equal(one, (np.arange(shard.rank)[:, None] == columns).astype(one.dtype)):
-                yield f"{module}: its lora_A does not sum the inputs as FOSSIL does"
-            elif not np.array_equal(other, wanted):
-                yield f"{module}: its lora_B is not the trained shard"
+            yield from _matrices(trained, adapter, adapter.array(first), adapter.array(second))
+
+
+def _matrices(trained: Trained, adapter: Adapter, first: Array, second: Array) -> Iterator[str]:
+    """A (r, in) and B (out, r) against what they must be; of a method that is no LoRA, they must be something."""
+    exactly, module = EXACT[trained.method], trained.module
+    arrays = adapter.arrays(module)
+    up = exactly.up(exactly.part(arrays, 0, len(second)), trained.numbers)
+    down = exactly.down(arrays, trained.numbers, first.shape[1])
+    if up is None or down is None:
+        if not first.any() or not second.any():
+            yield f"{module}: its matrices are zero"
+    elif not np.array_equal(first, down.astype(first.dtype)):
+        yield f"{module}: its lora_A does not sum the inputs as FOSSIL does"
+    elif not np.array_equal(second, up.astype(second.dtype)):
+        yield f"{module}: its lora_B is not the trained shard"

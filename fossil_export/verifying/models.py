@@ -111,7 +111,7 @@ def _plain_name(name: str) -> str | None:
     for prefix in ("base_model.model.", "base_model"):
         name = name.removeprefix(prefix)
     parts = name.split(".")
-    wrapped = {"base_layer", "original_module", "shard"} & set(parts) or any(p.startswith("miss_") for p in parts)
+    wrapped = {"base_layer", "original_module", "trained"} & set(parts) or any(p.startswith("miss_") for p in parts)
     if not name or wrapped or parts[-1] == "modules_to_save":
         return None
     return name.replace(".modules_to_save.default", "")

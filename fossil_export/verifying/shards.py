@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fossil_export.adapters import Adapter, Shard
+from fossil_export.adapters import Adapter, Trained
 from fossil_export.errors import OnnxError, listed
 from fossil_export.extras import required
 from fossil_export.onnx.adapter_file import ADAPTER
@@ -38,10 +38,10 @@ def check_shards(folder: Path, adapter: Adapter) -> list[str]:
     values = {value.name: value for node in model.graph for value in node.outputs}
     problems: list[str] = []
     for outlet in (Outlet(**entry) for entry in mark.get("outlets", ())):
-        shard, node = adapter.shards.get(outlet.module), _gemm(values.get(outlet.value))
-        if shard is not None and node is not None:
+        trained, node = adapter.trained.get(outlet.module), _gemm(values.get(outlet.value))
+        if trained is not None and node is not None:
             piece = Piece(outlet.module, 0, outlet.at, outlet.count)
-            problems += _compare(piece, stored(node.inputs[1].const_value), shard, adapter)
+            problems += _compare(piece, stored(node.inputs[1].const_value), trained, adapter)
     return problems
 
 
@@ -50,10 +50,10 @@ def _check_file(folder: Path, graph: Path, adapter: Adapter) -> Iterator[str]:
     signature = read_signature(graph)
     file = _parameters(folder / ADAPTER)
     known = {piece.module for slot in signature.slots for piece in slot.pieces}
-    if missing := [module for module in adapter.shards if module not in known]:
+    if missing := [module for module in adapter.trained if module not in known]:
         yield f"the graph has no inputs for {listed(missing)}"
     for slot in signature.slots:
-        trained = [piece for piece in slot.pieces if piece.module in adapter.shards]
+        trained = [piece for piece in slot.pieces if piece.module in adapter.trained]
         values = file.get(slot.name)
         if values is None:
             if trained:
@@ -61,22 +61,27 @@ def _check_file(folder: Path, graph: Path, adapter: Adapter) -> Iterator[str]:
             continue
         covered = np.zeros(slot.outputs, bool)
         for piece in trained:
-            yield from _compare(piece, values, adapter.shards[piece.module], adapter)
+            yield from _compare(piece, values, adapter.trained[piece.module], adapter)
             covered[piece.at : piece.at + piece.count] = True
         if values[:, ~covered].any():
             yield f"{slot.name}: has values for modules that were not trained"
 
 
-def _compare(piece: Piece, found: Array, shard: Shard, adapter: Adapter) -> Iterator[str]:
-    trained = EXACT[shard.variant].part(adapter.array(shard.tensor), piece.start, piece.start + piece.count)
-    wanted = np.asarray(trained, np.float32).astype(found.dtype)
-    part = found[:, piece.at : piece.at + piece.count]
-    if part.shape != wanted.shape:
-        yield f"{piece.module}: its shard in the graph is {list(part.shape)}, the trained one {list(wanted.shape)}"
-    elif not np.array_equal(part, wanted):
-        row, column = np.argwhere(part != wanted)[0]
+def _compare(piece: Piece, found: Array, trained: Trained, adapter: Adapter) -> Iterator[str]:
+    exactly = EXACT[trained.method]
+    part = exactly.part(adapter.arrays(trained.module), piece.start, piece.start + piece.count)
+    up = exactly.up(part, trained.numbers)
+    if up is None:
+        yield f"{piece.module}: a {trained.method} update is no branch beside the weight"
+        return
+    wanted = np.asarray(up.T, np.float32).astype(found.dtype)
+    there = found[:, piece.at : piece.at + piece.count]
+    if there.shape != wanted.shape:
+        yield f"{piece.module}: its shard in the graph is {list(there.shape)}, the trained one {list(wanted.shape)}"
+    elif not np.array_equal(there, wanted):
+        row, column = np.argwhere(there != wanted)[0]
         yield (
-            f"{piece.module}: its shard in the graph has {float(part[row, column]):g} at [{row}, {column}], the "
+            f"{piece.module}: its shard in the graph has {float(there[row, column]):g} at [{row}, {column}], the "
             f"trained one {float(wanted[row, column]):g}"
         )
 

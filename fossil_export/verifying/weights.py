@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,15 +18,19 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fossil_export.adapters import Adapter, Shard
+from fossil_export.adapters import Adapter
 from fossil_export.checkpoints.checkpoint import Checkpoint
 from fossil_export.checkpoints.dtypes import BITS, BY_TORCH_NAME, FLOATS, element_count, numpy_dtype
 from fossil_export.checkpoints.header import Header, TensorInfo
+from fossil_export.checkpoints.layouts import Rows, Source
 from fossil_export.checkpoints.source import InputFile, StoredArray
+from fossil_export.merging.change import Change
 from fossil_export.merging.place import place
-from fossil_export.merging.placement import Placement
+from fossil_export.merging.placement import Places, together
+from fossil_export.merging.ties import are_equal
 from fossil_export.threads import in_order, one_blas_thread
-from fossil_export.verifying.reference import EXACT, step
+from fossil_export.verifying.reference import EXACT
+from fossil_export.verifying.reference.steps import step
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,9 +98,9 @@ def check_weights(
     `dtype` is what the merge was asked for ("auto": each tensor keeps its own). Reads every byte once, in
     little memory. Raises MergeError where the adapter does not belong to the base.
     """
-    placement = place(adapter, base)
-    names = [*base.tensors, *placement.added]
-    jobs = [_expected(name, artifact, base, placement, dtype) for name in names]
+    places = _places(adapter, base)
+    names = [*base.tensors, *places.added]
+    jobs = [_expected(name, artifact, base, places, dtype) for name in names]
     headers = [*artifact.files, *base.files, *([adapter.header] if adapter.header is not None else [])]
     threads = os.cpu_count() or 1
     with one_blas_thread(), _Files(headers) as files, ThreadPoolExecutor(threads) as pool:
@@ -114,49 +118,62 @@ def check_weights(
     return tuple(checks)
 
 
+def _places(adapter: Adapter, base: Checkpoint) -> Places:
+    placement = place(adapter, base)
+    if placement.undecided is not None:
+        placement = place(adapter, base, are_equal(adapter, base, placement))
+    return together([adapter], [placement], [1.0])
+
+
 @dataclass(frozen=True)
 class _Job:
     name: str
     found: TensorInfo
     source: TensorInfo
-    shard: Shard | None
+    change: Change | None
     action: str
 
     @property
     def as_bytes(self) -> bool:
         """Whether equal bytes are asked for, of whatever dtype."""
-        return self.shard is None and self.source.dtype == self.found.dtype and self.source.offset is not None
+        return self.change is None and self.source.dtype == self.found.dtype and self.source.offset is not None
 
     @property
     def rows(self) -> int:
-        """What the tensor is cut by: bytes, or else rows of a matrix, or else elements."""
+        """What the tensor is cut by: bytes, or else rows of its matrix, or else elements."""
         if self.as_bytes:
             return self.found.nbytes
+        if self.change is not None:
+            return self.change.into.shape[0]
         return self.found.shape[0] if len(self.found.shape) == 2 else element_count(self.found.shape)
 
+    @property
+    def unit(self) -> int:
+        """Rows that are rebuilt together."""
+        return EXACT[self.change.trained.method].unit(self.change.trained.tensors) if self.change is not None else 1
+
     def slabs(self) -> Iterator[tuple[int, int]]:
-        """Row ranges; bat's blocks stay whole."""
+        """Row ranges; what is merged together stays together."""
         if not self.found.nbytes:
             return
-        unit = EXACT[self.shard.variant].unit(self.shard.tensor.shape) if self.shard is not None else 1
+        unit = self.unit if self.change is None else self.change.into.unit(self.unit)
         size = max(1, self.source.nbytes // self.rows) * unit
         count = max(1, SLAB // size) * unit
         for start in range(0, self.rows, count):
             yield start, min(start + count, self.rows)
 
 
-def _expected(
-    name: str, artifact: Checkpoint, base: Checkpoint, placement: Placement, dtype: str
-) -> _Job | TensorCheck:
+def _expected(name: str, artifact: Checkpoint, base: Checkpoint, places: Places, dtype: str) -> _Job | TensorCheck:
     """What to compare tensor `name` with, or the check that already failed."""
     own = base.tensors.get(name)
-    source = placement.source(name, own)
-    shard = placement.shards.get(name)
-    action = "merge" if shard is not None else "replace" if name in placement.saved else "copy"
+    source, owner = places.sources.get(name, (own, None))
+    assert source is not None, name
+    change = next(iter(places.changes.get(name, ())), None)
+    action = "merge" if change is not None else "replace" if owner is not None else "copy"
     found = artifact.tensors.get(name)
 
     def failed(problem: str) -> TensorCheck:
-        module = shard.module if shard is not None else None
+        module = change.trained.module if change is not None else None
         return TensorCheck(name, action, module, worst=float("inf"), problem=problem)
 
     if found is None:
@@ -167,7 +184,7 @@ def _expected(
         return failed(f"is stored as {found.dtype}, should be {wanted}")
     if found.shape != source.shape:
         return failed(f"has shape {list(found.shape)}, should have {list(source.shape)}")
-    return _Job(name, found, source, shard, action)
+    return _Job(name, found, source, change, action)
 
 
 class _Files:
@@ -201,10 +218,18 @@ class _Files:
         return found
 
     def array(self, info: TensorInfo, adapter: Adapter) -> Array | StoredArray:
-        """A tensor of the adapter, of which what is sliced is read."""
+        """A tensor, of which what is sliced is read."""
         if info.offset is None:
             return adapter.array(info)
         return StoredArray(self._file(info), info.offset, info.shape, numpy_dtype(info.dtype))
+
+    def rows(self, adapter: Adapter) -> Source:
+        """Rows of stored tensors, of which the adapter may be the owner."""
+
+        def read(info: TensorInfo, start: int, stop: int) -> Any:
+            return self.array(info, adapter)[start:stop]
+
+        return read
 
     def check(self) -> None:
         for file in self._open.values():
@@ -214,19 +239,27 @@ class _Files:
 def _compare(
     job: _Job, start: int, stop: int, adapter: Adapter, files: _Files, progress: Callable[[int], None]
 ) -> _Part:
-    found_row, source_row = job.found.nbytes // job.rows, job.source.nbytes // job.rows
-    found = files.read(job.found, start * found_row, (stop - start) * found_row)
-    if job.source.offset is None:
-        stored = adapter.array(job.source).reshape(job.rows, -1)[start:stop]
+    size = job.found.nbytes // job.rows
+    if job.change is not None:
+        matrix, source = job.change.into, files.rows(adapter)
+        stored = _whole(matrix.read(source, start, stop))
+        found = _whole(matrix.moved(job.found).read(source, start, stop))
         part = _values(job, start, stored, found, _trained(job, start, stop, adapter, files))
+    elif job.as_bytes:
+        part = _bytes(
+            job, start, files.read(job.source, start, stop - start), files.read(job.found, start, stop - start)
+        )
     else:
-        raw = files.read(job.source, start * source_row, (stop - start) * source_row)
-        if job.as_bytes:
-            part = _bytes(job, start, raw, found)
+        raw = files.read(job.found, start * size, (stop - start) * size)
+        found = raw.view(numpy_dtype(job.found.dtype)).reshape(stop - start, -1)
+        if job.source.offset is None:
+            stored = adapter.array(job.source).reshape(job.rows, -1)[start:stop]
         else:
+            size_of_source = job.source.nbytes // job.rows
+            raw = files.read(job.source, start * size_of_source, (stop - start) * size_of_source)
             stored = raw.view(numpy_dtype(job.source.dtype)).reshape(stop - start, -1)
-            part = _values(job, start, stored, found, _trained(job, start, stop, adapter, files))
-    progress(len(found))
+        part = _values(job, start, stored, found, None)
+    progress((stop - start) * size)
     return part
 
 
@@ -250,14 +283,17 @@ def _words(raw: Array) -> Array:
     return raw.view(np.uint64) if len(raw) % 8 == 0 else raw
 
 
-def _values(job: _Job, start: int, stored: Array, raw: Array, trained: Array | None) -> _Part:
-    """Compare rows `stored` of the base, with what they need of the shard (`trained`), with those of the artifact."""
+def _whole(rows: Rows) -> Array:
+    found: Array = rows[:]
+    return found
+
+
+def _values(job: _Job, start: int, stored: Array, found: Array, trained: Mapping[str, Array] | None) -> _Part:
+    """Compare rows `stored` of the base, changed by what they need of the `trained`, with those `found`."""
     import numpy as np
 
-    found = raw.view(numpy_dtype(job.found.dtype)).reshape(len(stored), -1)
-    exactly = EXACT[job.shard.variant] if job.shard is not None else None
-    unit = exactly.unit(job.shard.tensor.shape) if exactly is not None and job.shard is not None else 1
-    rows = max(1, BLOCK // (found.shape[1] * unit)) * unit
+    exactly = EXACT[job.change.trained.method] if job.change is not None else None
+    rows = max(1, BLOCK // (found.shape[1] * job.unit)) * job.unit
     # Four arrays used over and over: allocating them for every block would cost more than the arithmetic.
     space = np.empty((4, min(rows, len(stored)), found.shape[1]))
     worst, off, kept, update, first = 0.0, 0, 0.0, 0.0, -1
@@ -267,8 +303,9 @@ def _values(job: _Job, start: int, stored: Array, raw: Array, trained: Array | N
         np.copyto(got, found[at : at + rows])
         bound = None
         if exactly is not None:
-            assert trained is not None
-            bound = exactly.rebuild(weight, exactly.part(trained, at, at + len(weight)), exact)
+            assert trained is not None and job.change is not None
+            needed = exactly.part(trained, at, at + len(weight))
+            bound = exactly.rebuild(weight, needed, job.change.trained.numbers, exact)
         else:
             np.copyto(exact, weight)
         step(exact, job.found.dtype, steps)
@@ -298,14 +335,19 @@ def _values(job: _Job, start: int, stored: Array, raw: Array, trained: Array | N
     return _Part(worst, off, kept, update, first)
 
 
-def _trained(job: _Job, start: int, stop: int, adapter: Adapter, files: _Files) -> Array | None:
-    """What rows [start, stop) need of the shard as the merge sees it (float32, but for float64 weights), in float64."""
+def _trained(job: _Job, start: int, stop: int, adapter: Adapter, files: _Files) -> dict[str, Array]:
+    """What rows [start, stop) need of the trained tensors as the merge sees them (float32, but for float64 weights), in
+    float64."""
     import numpy as np
 
-    if job.shard is None:
-        return None
-    array = EXACT[job.shard.variant].part(files.array(job.shard.tensor, adapter), start, stop)
-    return (array if job.source.dtype == "F64" else array.astype(np.float32)).astype(np.float64)
+    assert job.change is not None
+    trained = job.change.trained
+    arrays = {role: files.array(info, adapter) for role, info in trained.tensors.items()}
+    part = EXACT[trained.method].part(arrays, start, stop)
+    return {
+        role: (array if job.source.dtype == "F64" else array.astype(np.float32)).astype(np.float64)
+        for role, array in part.items()
+    }
 
 
 def _summary(job: _Job, found: Iterator[_Part]) -> TensorCheck:
@@ -326,7 +368,7 @@ def _summary(job: _Job, found: Iterator[_Part]) -> TensorCheck:
     return TensorCheck(
         name=job.name,
         action=job.action,
-        module=job.shard.module if job.shard is not None else None,
+        module=job.change.trained.module if job.change is not None else None,
         elements=element_count(job.found.shape),
         worst=worst,
         off=off,

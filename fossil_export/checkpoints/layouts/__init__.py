@@ -1,0 +1,23 @@
+"""How weights lie in files: one file per layout, one entry in `LAYOUTS`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fossil_export.checkpoints.header import TensorInfo
+from fossil_export.checkpoints.layouts.matrix import Layout, Matrix, Rows, Source, Stored
+from fossil_export.checkpoints.layouts.plain import plain
+from fossil_export.checkpoints.layouts.transposed import transposed
+
+LAYOUTS: dict[str, Layout] = {"transposed": transposed, "plain": plain}
+"""Asked in this order: the first that knows a weight has it."""
+
+
+def find_matrix(name: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None) -> Matrix | None:
+    """Where the weight `name` of a checkpoint lies, None if no layout knows it."""
+    found = (layout(name, tensors, config or {}) for layout in LAYOUTS.values())
+    return next((matrix for matrix in found if matrix is not None), None)
+
+
+__all__ = ["LAYOUTS", "Layout", "Matrix", "Rows", "Source", "Stored", "find_matrix"]

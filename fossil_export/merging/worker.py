@@ -1,0 +1,203 @@
+"""What the threads of a merge do with a slab: copy bytes, cast rows, add what was trained."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import threading
+from collections.abc import Mapping
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fossil_export.checkpoints.dtypes import numpy_dtype
+from fossil_export.checkpoints.header import TensorInfo
+from fossil_export.checkpoints.layouts import Rows
+from fossil_export.checkpoints.output import ALIGNMENT, OutputFile
+from fossil_export.checkpoints.source import InputFile, StoredArray
+from fossil_export.checkpoints.stamp import changed
+from fossil_export.errors import MergeError
+from fossil_export.merging.change import sampled_rows
+from fossil_export.merging.engine import Engine, Update, compute_dtype, is_finite, merge_slab
+from fossil_export.merging.layout import TensorPlan
+from fossil_export.merging.plan import MergePlan
+from fossil_export.merging.steps import SLAB, CopyStep, RowsStep, rows_of
+from fossil_export.merging.survival import Survival, sampled_share
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+SMALL = 4 << 20
+"""Bytes up to which a trained tensor is kept while its weight is merged; reading it by rows would cost more calls."""
+
+
+class Worker:
+    """What the threads share: open sources, buffers of each thread, the sums so far.
+
+    `moved` says where files lie that the plan has elsewhere; `threads` is how many there are.
+    """
+
+    def __init__(self, plan: MergePlan, engine: Engine, moved: Mapping[Path, Path], threads: int) -> None:
+        self._adapters = plan.adapters
+        self._engine = engine
+        self._moved = moved
+        headers = (*plan.base.files, *(adapter.header for adapter in plan.adapters))
+        self._headers = {header.path: header for header in headers if header is not None}
+        self._sources: dict[Path, InputFile] = {}
+        self._sums: dict[str, dict[int, Survival]] = {}
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        # Slabs of one weight follow each other: the tensors of as many modules as threads are ever in use.
+        roles = max((len(change.trained.tensors) for t in plan.tensors for change in t.changes), default=1)
+        self._small = lru_cache(maxsize=(threads + 1) * roles)(lambda info: self._stored(info)[:])
+
+    def check(self) -> None:
+        """Raise CheckpointError where a source was written to since it was opened."""
+        for source in self._sources.values():
+            source.check()
+
+    def close(self) -> None:
+        for source in self._sources.values():
+            source.close()
+
+    def survival(self, tensor: TensorPlan) -> Survival:
+        """The sums over a merged tensor, added up in the order of its rows and taken for the whole of it."""
+        sums = self._sums[tensor.name]
+        total = sum((sums[start] for start in sorted(sums)), Survival())
+        return total.scaled(1 / sampled_share(rows_of(tensor), sampled_rows(tensor.changes)))
+
+    def do(self, step: CopyStep | RowsStep, output: OutputFile) -> None:
+        if isinstance(step, CopyStep):
+            self._copy(step, output)
+        else:
+            self._rows(step, output)
+
+    def _copy(self, step: CopyStep, output: OutputFile) -> None:
+        source = self._source(step.path)
+        if (step.source - step.target) % ALIGNMENT:
+            buffer = self._buffer("written", step.nbytes, step.target)
+            source.read(step.source, buffer)
+            output.write(step.target, buffer)
+            return
+        data = source.view(step.source, step.nbytes)
+        try:
+            output.write(step.target, data)
+        except OSError as problem:
+            if problem.errno == errno.EFAULT:  # pages that the file no longer has
+                raise changed(step.path) from problem
+            raise
+        finally:
+            del data
+        source.release(step.source, step.nbytes)
+
+    def _rows(self, step: RowsStep, output: OutputFile) -> None:
+        import numpy as np
+
+        tensor = step.tensor
+        written = self._buffer("written", step.nbytes, step.target)
+        out = written.view(numpy_dtype(tensor.dtype)).reshape(step.count, -1)
+        if not tensor.changes:
+            self._cast(step, self._part(tensor.source, step.start, step.stop, rows_of(tensor), owner=tensor.owner), out)
+            output.write(step.target, written)
+            return
+        stored = tensor.matrix.read(partial(self._part, owner=tensor.owner), step.start, step.stop)
+        self._merge(step, stored, out)
+        for part in tensor.matrix.write(out, step.start):
+            target = step.offset + part.offset * out.dtype.itemsize
+            if part.values is not out:
+                written = self._buffer("stored", part.values.nbytes, target)
+                np.copyto(written.view(out.dtype).reshape(part.values.shape), part.values)
+            output.write(target, written)
+
+    def _part(
+        self, info: TensorInfo, start: int, stop: int, rows: int | None = None, *, owner: int | None
+    ) -> Array | StoredArray:
+        """Rows [start, stop) of a tensor that the base or an adapter stores; `rows` is how many it is taken to have."""
+        count = rows if rows is not None else info.shape[0]
+        if info.offset is None:
+            assert owner is not None
+            return self._adapters[owner].array(info).reshape(count, -1)[start:stop]
+        size, dtype = info.nbytes // count, numpy_dtype(info.dtype)
+        shape, offset = (stop - start, size // dtype.itemsize), info.offset + start * size
+        return StoredArray(self._source(info.path), offset, shape, dtype, partial(self._buffer, "read"))
+
+    def _cast(self, step: RowsStep, stored: Array | StoredArray, out: Array) -> None:
+        """The rows of `step`, as they are, in the dtype of `out`."""
+        import numpy as np
+
+        tensor, data = step.tensor, stored[:]
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.copyto(out, data, casting="unsafe")
+        if not is_finite(out):
+            if tensor.origin == "adapter" and not is_finite(data):
+                raise MergeError(_diverged(tensor.source))
+            # A base may hold infinities of its own (masks); finite values must stay finite.
+            if np.isfinite(data[~np.isfinite(out.astype(np.float64))].astype(np.float64)).any():
+                raise MergeError(_overflow(tensor))
+
+    def _merge(self, step: RowsStep, stored: Rows, out: Array) -> None:
+        """The rows of `step` with what was trained added, rounded into `out`."""
+        tensor = step.tensor
+        dtype = compute_dtype(tensor.source.dtype)
+        updates = []
+        for change in tensor.changes:
+            trained = {role: self._trained(info, change.adapter) for role, info in change.trained.tensors.items()}
+            # Only what these rows need is widened: whole tensors of a high rank take more than the slabs do.
+            part = change.method.part(trained, step.start, step.stop)
+            wide = {role: self._engine.widen(array, dtype) for role, array in part.items()}
+            updates.append(Update(change.method, wide, change.trained.numbers, change.weight))
+        sums = merge_slab(self._engine, stored, out, updates, step.start, rows_of(tensor))
+        if not is_finite(out):
+            raise MergeError(self._why_not_finite(tensor, stored[:]))
+        with self._lock:
+            self._sums.setdefault(tensor.name, {})[step.start] = sums
+
+    def _why_not_finite(self, tensor: TensorPlan, data: Array) -> str:
+        source = tensor.source
+        if not is_finite(data):
+            return f"{source.path}: {source.name} holds infinite or NaN values; the base is damaged, fetch it again"
+        for change in tensor.changes:
+            for info in change.trained.tensors.values():
+                if not is_finite(self._adapters[change.adapter].array(info)):
+                    return _diverged(info)
+        return _overflow(tensor)
+
+    def _trained(self, info: TensorInfo, adapter: int) -> Any:
+        """The trained values as they are stored: small ones in memory, of large ones what is sliced is read."""
+        if info.offset is None:
+            return self._adapters[adapter].array(info)
+        return self._small(info) if info.nbytes <= SMALL else self._stored(info)
+
+    def _stored(self, info: TensorInfo) -> StoredArray:
+        assert info.offset is not None
+        return StoredArray(self._source(info.path), info.offset, info.shape, numpy_dtype(info.dtype))
+
+    def _source(self, path: Path) -> InputFile:
+        with self._lock:
+            if path not in self._sources:
+                place = self._moved.get(path, path)
+                self._sources[path] = InputFile(place, self._headers[path], steady=place == path)
+            return self._sources[path]
+
+    def _buffer(self, use: str, nbytes: int, target: int = 0) -> Array:
+        """This thread's buffer for `use`, at an address that suits writing to offset `target` past the page cache."""
+        import numpy as np
+
+        room = nbytes + 2 * ALIGNMENT
+        whole: Array | None = getattr(self._local, use, None)
+        if whole is None or len(whole) < room:
+            whole = np.frombuffer(mmap.mmap(-1, max(room, SLAB + 2 * ALIGNMENT)), np.uint8)
+            setattr(self._local, use, whole)
+        start = target % ALIGNMENT
+        return whole[start : start + nbytes]
+
+
+def _diverged(info: TensorInfo) -> str:
+    return f"{info.path}: {info.name} holds infinite or NaN values; training diverged, take an earlier adapter"
+
+
+def _overflow(tensor: TensorPlan) -> str:
+    wider = "bfloat16 or float32" if tensor.dtype == "F16" else "float32"
+    return f"{tensor.name}: overflows {numpy_dtype(tensor.dtype).name}; choose --dtype {wider}"

@@ -1,0 +1,15 @@
+"""The mathematics a second time, on its own: float64, by index, from the paper's formulas, one file a method.
+
+Nothing here is shared with `methods/`: what merged the weights must not be what checks them. Formulas and
+names of the variants: arXiv 2409.15371 and FOSSIL's entry in PEFT (peft/tuners/miss/layer.py).
+"""
+
+from __future__ import annotations
+
+from fossil_export.verifying.reference import bat, mini, tile
+from fossil_export.verifying.reference.exact import Exact
+
+EXACT: dict[str, Exact] = {"tile": tile, "mini": mini, "bat": bat}
+"""By method. One that is not here cannot be checked: a KeyError, never another one's formula."""
+
+__all__ = ["EXACT", "Exact"]
