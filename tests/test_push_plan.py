@@ -34,7 +34,7 @@ def test_a_push_does_what_its_plan_says(kind: str, hosted: LoopbackHub, models: 
     assert set(result.files) == {*plan.files, "README.md"} and result.nbytes == plan.nbytes
     assert (result.left_behind, result.repo_id) == (plan.left_behind, plan.repo_id)
     assert hosted.commits("ada/new")[0] == plan.title and set(result.warnings) == set(plan.warnings)
-    again = plan_push(artifact, "ada/new")
+    again = plan_push(artifact, "ada/new", private=True)
     assert again.exists and again.card == plan.card
     assert not push(artifact, "ada/new").changed
 
@@ -67,7 +67,8 @@ def test_what_it_would_meet(hosted: LoopbackHub, models: Path, tmp_path: Path) -
     assert any("went with this commit" in line for line in plan.warnings)
     (adapter / "adapter_model.bin").rename(adapter / "adapter_model.safetensors")
     assert (adapter / "adapter_model.safetensors").read_bytes() == weights
-    branched = plan_push(adapter, "ada/new", revision="later")
+    branched = plan_push(adapter, "ada/new", revision="later", private=True)
+    assert branched.warnings[0] == "ada/new: exists already and stays public; --private is for a new one"
     assert branched.exists and branched.removed == () and asked_only(hosted)
 
 

@@ -12,6 +12,9 @@ from fossil_export.commands.shared import BASE_HELP, publishing, show
 from fossil_export.console import lines, print_warnings, progress_bar
 from fossil_export.tables import print_moves, print_plan, print_push, print_result, print_streamed
 
+DTYPES = ("auto", *(name for name in BY_TORCH_NAME if name != "float64"))
+# Weights that are not stored as float64 are merged in float32; wider ones would hold no more.
+
 
 @click.command()
 @click.argument("adapter")
@@ -19,7 +22,7 @@ from fossil_export.tables import print_moves, print_plan, print_push, print_resu
 @click.option("--base", metavar="BASE", help=BASE_HELP)
 @click.option(
     "--dtype",
-    type=click.Choice(["auto", *BY_TORCH_NAME]),
+    type=click.Choice(DTYPES),
     default="auto",
     show_default=True,
     help="Of the result; auto: each tensor keeps its own.",

@@ -21,7 +21,7 @@ class Looked:
     unchecked: tuple[str, ...] = ()
 
 
-def look(target: Target) -> Looked:
+def look(target: Target, private: bool = False) -> Looked:
     """Ask for all that may be known without writing. A renamed repository, or one named without its owner, has its
     whole name in `target` afterwards. Raises no HubError: what the Hub does not tell is `unchecked`."""
     exists: bool | None = None
@@ -29,7 +29,7 @@ def look(target: Target) -> Looked:
     card = None
     unchecked: list[str] = []
     try:
-        exists = target.find()
+        exists = target.find(private)
         if exists:
             head = target.head_below()
             files = target.files(head)

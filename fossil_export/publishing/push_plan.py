@@ -116,18 +116,19 @@ def plan_push(
     """
     plan = plan_files(folder, repo_id, private, revision, create_pr, commit_message)
     target = Target(repo_id, revision, create_pr)
-    found = look(target)
+    found = look(target, private)
     facts, problems = facts_for(plan.parts, target.repo_id)
     refuse_base(facts, target)
     removed = stale(facts, found.files)
     content, notes = extended_card(facts, plan.parts.card, found.card)
+    said = [*target.notes, *problems, *plan.parts.notes]
     return replace(
         plan,
         repo_id=target.repo_id,
         exists=found.exists,
         removed=tuple(removed),
         card=read_card(content.decode())[2],
-        warnings=plan.told([*problems, *plan.parts.notes], [*notes, *removal_warnings(target.repo_id, removed)]),
+        warnings=plan.told(said, [*notes, *removal_warnings(target.repo_id, removed)]),
         unchecked=found.unchecked,
     )
 

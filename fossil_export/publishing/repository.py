@@ -63,7 +63,7 @@ class Repository(Target):
             return private and not info.private
 
         if self._opened(run):
-            self.notes.append(f"{self.repo_id}: exists already and stays public; --private is for a new one")
+            self.note_public()
 
     def upload(self, *additions: Any) -> None:
         """Bring the content of large files to the Hub, where no commit shows it yet; small ones go with the commit.

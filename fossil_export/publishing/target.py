@@ -52,8 +52,8 @@ class Target:
         page = f"{endpoint()}/{self.repo_id}"
         return page if self.revision is None else f"{page}/tree/{quote(self.revision, safe='')}"
 
-    def find(self) -> bool:
-        """Whether it exists, as far as one may know; makes nothing. Its name is then the whole one, as it is today."""
+    def find(self, private: bool = False) -> bool:
+        """Whether it exists, as far as one may know. Its name is then the whole one, as it is today."""
         self._online()
 
         def run() -> bool:
@@ -61,10 +61,17 @@ class Target:
                 self.repo_id = f"{self._api.whoami()['name']}/{self.repo_id}"
             if not self._api.repo_exists(self.repo_id):
                 return False
-            self.repo_id = str(self._api.model_info(self.repo_id).id or self.repo_id)
+            info = self._api.model_info(self.repo_id)
+            self.repo_id = str(info.id or self.repo_id)
+            if private and not info.private:
+                self.note_public()
             return True
 
         return retried(run, self.repo_id, "looking for it")
+
+    def note_public(self) -> None:
+        """Note that asking for a private repository came too late."""
+        self.notes.append(f"{self.repo_id}: exists already and stays public; --private is for a new one")
 
     def head_below(self) -> str:
         """The commit that a commit would be on top of: the branch's, or main's if the branch is still to be made."""

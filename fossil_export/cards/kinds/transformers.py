@@ -26,6 +26,7 @@ _AUTO = {
 
 
 def imported(kind: str | None, first: list[str], lines: list[str]) -> str:
+    """The block of `lines`, after the imports they need; `kind` is the task here and below."""
     names = ", ".join(sorted({auto(kind), reader(kind)[0]}))
     first = [*first, "from PIL import Image"] if kind == "image-classification" else first
     return fenced("python", "\n".join([*first, f"from transformers import {names}", "", *lines]))
@@ -79,11 +80,13 @@ def run(facts: Facts, kind: str | None) -> list[str]:
 
 
 def task_or_pipeline(facts: Facts) -> str | None:
+    """What the artifact does, by its config or else by the base's card."""
     found = task(facts)
     return found if found is not None else pipeline_tag(facts)
 
 
 def auto(kind: str | None) -> str:
+    """The class that opens a model."""
     return _AUTO.get(kind or "", "AutoModel")
 
 
@@ -101,10 +104,12 @@ def tokenizer_of(facts: Facts, kind: str | None) -> str:
 
 
 def chats(facts: Facts) -> bool:
+    """Whether a chat template goes along."""
     return any(name in facts.files for name in ("chat_template.jinja", "chat_template.json"))
 
 
 def with_peft(facts: Facts) -> Iterator[str]:
+    """The blocks on how PEFT loads an adapter."""
     kind, base = task_or_pipeline(facts), facts.base or BASE
     more = []
     if facts.base is not None and facts.base_revision:
