@@ -189,6 +189,7 @@ def print_plan_summary(plan: MergePlan) -> None:
                 else []
             ),
             *([("left behind", ", ".join(plan.left_behind))] if plan.left_behind else []),
+            *(("undecided", f"{pair[1]} stays tied to {pair[0]} if they are equal") for pair in plan.undecided if pair),
         ]
     )
 

@@ -59,6 +59,11 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     return found
 
 
+def itemsize(dtype: str) -> int:
+    """Bytes of one element of a dtype that has whole ones."""
+    return BITS[dtype] // 8
+
+
 def element_count(shape: tuple[int, ...]) -> int:
     """Number of elements of a tensor of `shape`; 1 for a scalar."""
     count = 1

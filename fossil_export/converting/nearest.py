@@ -114,14 +114,14 @@ class _Updates:
         plan = plan_merge(adapter, options.base)
         plan.fetch()
         self._plan = plan.settled()
-        self._tensors = self._plan.modules
+        self._matrices = self._plan.matrices
 
     def _rows(self, info: TensorInfo, start: int, stop: int) -> Array:
         return self._adapter.array(info, start, stop)
 
     def of(self, module: str) -> Array:
         """ΔW (out, in) in float32."""
-        trained, matrix = self._adapter.trained[module], self._tensors[module].matrix
+        trained, matrix = self._adapter.trained[module], self._matrices[module]
         weight = np.asarray(matrix.read(self._rows, 0, matrix.shape[0])[:], np.float32)
         values = {role: np.asarray(array, np.float32) for role, array in finite(self._adapter, module).items()}
         update: Array = METHODS[trained.method].update(weight, values, trained.numbers, 0)

@@ -148,6 +148,18 @@ class Update:
     numbers: Numbers
     weight: float = 1.0
 
+    def of(self, weight: Any, start: int) -> Any:
+        """For rows that begin at row `start` of the slab."""
+        found = self.method.update(weight, self.arrays, self.numbers, start)
+        return found if self.weight == 1.0 else found * self.weight
+
+    def add(self, weight: Any, start: int) -> None:
+        """The same, to the rows themselves."""
+        if self.weight == 1.0:
+            self.method.add(weight, self.arrays, self.numbers, start)
+        else:
+            weight += self.of(weight, start)
+
     @property
     def block_rows(self) -> int:
         return self.method.block_rows({role: tuple(array.shape) for role, array in self.arrays.items()})
@@ -156,11 +168,12 @@ class Update:
 def merge_slab(
     engine: Engine, source: Any, out: Array, updates: Sequence[Update], start: int, out_features: int
 ) -> Survival:
-    """`out` = round(`source` + the sum of ΔW) for the rows (n, in) that begin at row `start` of a weight (out, in).
+    """`out` = round(`source` + ΔW) for the rows (n, in) that begin at row `start` of a weight (out, in).
 
     `source` and `out` are NumPy views in their stored dtypes; `source` may be anything that gives such views when it is
-    sliced, which is done once a block. Every update is that of `source`, whatever the others are. Returns the sums of
-    the sampled rows among them. Whether `out` is finite is for the caller to see.
+    sliced, which is done once a block. Of several updates each sees what the ones before it gave, as in PEFT with
+    several active adapters; there is one rounding. Returns the sums of the sampled rows. Whether `out` is finite is for
+    the caller to see.
     """
     group = group_rows(math.lcm(*(update.block_rows for update in updates)))
     step = max(1, engine.block // (group * source.shape[1])) * group
@@ -174,11 +187,9 @@ def merge_slab(
         for row in _between(sample, start + first, start + stop):
             rows = slice(row - start - first, row - start - first + group)
             before = engine.numpy(weight[rows]).copy()
-            sampled.append((rows, before, engine.numpy(_sum(weight[rows], updates, row - start))))
-        if len(updates) == 1 and updates[0].weight == 1.0:
-            updates[0].method.add(weight, updates[0].arrays, updates[0].numbers, first)
-        else:
-            weight += _sum(weight, updates, first)
+            sampled.append((rows, before, engine.numpy(_total(weight[rows], updates, row - start))))
+        for one in updates:
+            one.add(weight, first)
         result = out[first:stop]
         engine.round(weight, result)
         for rows, before, update in sampled:
@@ -186,13 +197,11 @@ def merge_slab(
     return total
 
 
-def _sum(weight: Any, updates: Sequence[Update], start: int) -> Any:
-    """The sum of the updates of rows that begin at row `start` of the slab."""
-    total = None
-    for one in updates:
-        found = one.method.update(weight, one.arrays, one.numbers, start)
-        found = found if one.weight == 1.0 else found * one.weight
-        total = found if total is None else total + found
+def _total(weight: Any, updates: Sequence[Update], start: int) -> Any:
+    """The sum of the updates of rows that begin at row `start` of the slab, and stay as they are."""
+    total = updates[0].of(weight, start)
+    for one in updates[1:]:
+        total = total + one.of(weight + total, start)
     return total
 
 

@@ -13,14 +13,13 @@ from fossil_export.checkpoints.checkpoint import Checkpoint
 from fossil_export.checkpoints.dtypes import BITS, TORCH_NAME, byte_count, element_count
 from fossil_export.checkpoints.header import Header, TensorInfo, encode_header
 from fossil_export.checkpoints.jsonfile import write_json
-from fossil_export.checkpoints.layouts import Matrix
 from fossil_export.errors import MergeError
-from fossil_export.merging.change import Change
+from fossil_export.merging.change import Change, Part, parts_of
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One tensor of the merged model: `source`'s values, with `changes` to the one matrix in it, as `dtype`.
+    """One tensor of the merged model: `source`'s values, with `changes` to the matrices in it, as `dtype`.
 
     `owner` is the number of the adapter that `source` comes with, None for the base's; `added` says that the base has
     no tensor of that name.
@@ -40,9 +39,9 @@ class TensorPlan:
         return "base" if self.owner is None else "adapter"
 
     @property
-    def matrix(self) -> Matrix:
-        """What the changes go into."""
-        return self.changes[0].into
+    def parts(self) -> tuple[Part, ...]:
+        """Its matrices that change, and what lies between them."""
+        return tuple(parts_of(self.shape, self.changes))
 
     @property
     def action(self) -> str:

@@ -48,8 +48,7 @@ def place(adapter: Adapter, base: Checkpoint, tied: bool | None = None, *, into_
     check_vocabulary(adapter, base, placement)
     _refuse_homeless(adapter, base, placement)
     for name, trained in placement.trained.items():
-        info = placement.source(name, base.tensors.get(name))
-        placement.into[name] = _matrix(name, trained, info, adapter, base, into_floats)
+        placement.into[name] = _matrix(name, trained, placement, adapter, base, into_floats)
     placement.warnings = tuple(_warnings(adapter, base, set(names.values())))
     return placement
 
@@ -64,8 +63,11 @@ def _match(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
         return trained is None or (matrix is not None and trained.mismatch(matrix.shape) is None)
 
     modules = dict.fromkeys([*adapter.trained, *(name.rpartition(".")[0] for name in adapter.saved)])
-    own = [module for module in modules if module in known or not _is_new(module, adapter, base)]
-    return {module: module for module in modules if is_tied_head(module, base)} | match_names(own, known, fits)
+    here = {module for module in modules if is_tied_head(module, base)}
+    # A weight may lie in a tensor of another name, which its layout knows.
+    here |= {m for m in adapter.trained if m not in known and find_matrix(f"{m}.weight", base.tensors, base.config)}
+    own = [m for m in modules if m not in here and (m in known or not _is_new(m, adapter, base))]
+    return {module: module for module in modules if module in here} | match_names(own, known, fits)
 
 
 def _is_new(module: str, adapter: Adapter, base: Checkpoint) -> bool:
@@ -121,6 +123,8 @@ def _refuse_homeless(adapter: Adapter, base: Checkpoint, placement: Placement) -
     for name, trained in placement.trained.items():
         if name in base.tensors or name in placement.saved or name in placement.copied:
             continue
+        if find_matrix(name, base.tensors, base.config) is not None:
+            continue
         module = name.removesuffix(".weight")
         beside = sorted(other.rpartition(".")[2] for other in base.tensors if other.rpartition(".")[0] == module)
         where = f"{base.location}: has no {name}, which shard {trained.label} of {adapter.path} changes"
@@ -133,13 +137,16 @@ def _refuse_homeless(adapter: Adapter, base: Checkpoint, placement: Placement) -
 
 
 def _matrix(
-    name: str, trained: Trained, weight: TensorInfo, adapter: Adapter, base: Checkpoint, into_floats: bool
+    name: str, trained: Trained, placement: Placement, adapter: Adapter, base: Checkpoint, into_floats: bool
 ) -> Matrix:
     """Where the weight lies that `trained` changes. Raises MergeError for one that it does not fit."""
+    brought = placement.saved.get(name) or placement.copied.get(name)
+    matrix = find_matrix(name, base.tensors if brought is None else {**base.tensors, name: brought}, base.config)
+    weight = brought or base.tensors.get(name) or (matrix.stored[0] if matrix is not None else None)
+    assert weight is not None, name
     where = f"{base.location}: {name} {list(weight.shape)}"
     if into_floats and weight.dtype not in FLOATS:
         raise MergeError(f"{where} is stored as {weight.dtype}: {QUANTIZED}")
-    matrix = find_matrix(name, {**base.tensors, name: weight}, base.config)
     if matrix is None or 0 in matrix.shape:
         raise MergeError(f"{where} is no matrix, but the adapter has a shard for it ({trained.label}); {_REMEDY}")
     if reason := trained.mismatch(matrix.shape):

@@ -17,9 +17,9 @@ class Placement:
     """What one adapter changes, by the name of the tensor in the base; filled step by step while the plan is made.
 
     `saved` replaces a tensor by one of the adapter's, `copied` makes a tensor from another one of the base's,
-    `trained` adds an update to the matrix in a tensor (`into`), `added` names tensors that the base does not have.
-    `labels` is the number of outputs of a classifier that came with the adapter. `undecided` names an embedding and the
-    head saved beside it, of which only their values tell whether training parted them.
+    `trained` adds an update to a weight, which lies in a matrix (`into`), `added` names tensors that the base does not
+    have. `labels` is the number of outputs of a classifier that came with the adapter. `undecided` names an embedding
+    and the head saved beside it, of which only their values tell whether training parted them.
     """
 
     saved: dict[str, TensorInfo] = field(default_factory=dict)
@@ -74,7 +74,9 @@ def together(adapters: Sequence[Adapter], placements: Sequence[Placement], weigh
         for name, info in placement.saved.items():
             sources[name] = (info, number)
         for name, trained in placement.trained.items():
-            changes[name] = (*changes.get(name, ()), Change(number, trained, placement.into[name], weight))
+            change = Change(number, trained, placement.into[name], weight)
+            tensor = name if name in placement.saved or name in placement.copied else change.into.stored[0].name
+            changes[tensor] = (*changes.get(tensor, ()), change)
     if len(adapters) > 1:
         _refuse_conflicts(adapters, placements)
     sizes = {placement.vocab_size for placement in placements} - {None}

@@ -19,6 +19,7 @@ from fossil_export.checkpoints.companions import TOKENIZER_FILES, companions
 from fossil_export.checkpoints.dtypes import BY_TORCH_NAME, FLOATS, torch_name
 from fossil_export.checkpoints.header import TensorInfo
 from fossil_export.checkpoints.jsonfile import write_json
+from fossil_export.checkpoints.layouts import Matrix
 from fossil_export.checkpoints.stamp import Stamp, check_stamp, stamps_of
 from fossil_export.errors import CheckpointError, MergeError, listed
 from fossil_export.merging.config import difference, edited_config
@@ -125,6 +126,11 @@ class MergePlan:
         return {change.trained.module: tensor for tensor in self.tensors for change in tensor.changes}
 
     @property
+    def matrices(self) -> dict[str, Matrix]:
+        """Where the weight of each trained module lies, by the module's name."""
+        return {change.trained.module: change.into for tensor in self.tensors for change in tensor.changes}
+
+    @property
     def nbytes(self) -> int:
         """Size of the merged weights files."""
         return sum(file.size for file in self.files)
@@ -171,6 +177,7 @@ class MergePlan:
             "config_edits": dict(self.config_edits),
             "companions": sorted(self.companions),
             "left_behind": list(self.left_behind),
+            **({"undecided": [list(pair) for pair in self.undecided if pair]} if any(self.undecided) else {}),
             "warnings": list(self.warnings),
         }
 

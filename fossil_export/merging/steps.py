@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fossil_export.checkpoints.dtypes import FLOATS, element_count
-from fossil_export.merging.change import sampled_rows
+from fossil_export.checkpoints.dtypes import FLOATS, itemsize
+from fossil_export.merging.change import Part
 from fossil_export.merging.layout import FilePlan, TensorPlan
 
 SLAB = 8 << 20
@@ -26,18 +26,14 @@ class CopyStep:
 
 @dataclass(frozen=True, slots=True)
 class RowsStep:
-    """Rows [start, stop) of a tensor that is merged, cast, or comes from a pickled adapter. The tensor begins at
-    `offset` of the file being written."""
+    """Rows [start, stop) of a part of a tensor that is merged, cast, or comes from a pickled adapter. The tensor begins
+    at `offset` of the file being written."""
 
     tensor: TensorPlan
+    part: Part
     start: int
     stop: int
     offset: int
-
-    @property
-    def target(self) -> int:
-        """Where the rows go if they lie in the file as they are numbered."""
-        return self.offset + self.start * (self.tensor.nbytes // rows_of(self.tensor))
 
     @property
     def count(self) -> int:
@@ -46,19 +42,12 @@ class RowsStep:
     @property
     def nbytes(self) -> int:
         """Bytes to write."""
-        return self.count * (self.tensor.nbytes // rows_of(self.tensor))
+        return self.count * self.part.width * itemsize(self.tensor.dtype)
 
-
-def rows_of(tensor: TensorPlan) -> int:
-    """A matrix is cut by its rows, however it lies; a tensor of two dimensions by its own; all else by elements."""
-    if tensor.changes:
-        return tensor.matrix.shape[0]
-    return tensor.shape[0] if len(tensor.shape) == 2 else element_count(tensor.shape)
-
-
-def _unit(tensor: TensorPlan) -> int:
-    """Rows of a tensor that must not be cut apart."""
-    return tensor.matrix.unit(sampled_rows(tensor.changes)) if tensor.changes else 1
+    @property
+    def target(self) -> int:
+        """Where the rows go if they lie in the file as they are numbered."""
+        return self.offset + (self.part.first + self.start * self.part.width) * itemsize(self.tensor.dtype)
 
 
 def steps(file: FilePlan) -> Iterator[CopyStep | RowsStep]:
@@ -67,21 +56,31 @@ def steps(file: FilePlan) -> Iterator[CopyStep | RowsStep]:
     for tensor, offset in file.tensors:
         if tensor.nbytes == 0:
             continue
-        source = tensor.source.offset
-        # A whole tensor of the adapter's is looked at too: it must be finite.
-        looked_at = tensor.origin == "adapter" and tensor.dtype in FLOATS
-        if tensor.changes or tensor.dtype != tensor.source.dtype or source is None or looked_at:
-            yield from _row_steps(tensor, offset)
-            continue
-        step = CopyStep(tensor.source.path, source, offset, tensor.nbytes)
-        if pending is not None and _follows(pending, step):
-            pending = CopyStep(pending.path, pending.source, pending.target, pending.nbytes + step.nbytes)
-            continue
-        if pending is not None:
-            yield from _copy_steps(pending)
-        pending = step
+        for part in tensor.parts:
+            step = _copied(tensor, part, offset)
+            if step is None:
+                yield from _row_steps(tensor, part, offset)
+            elif pending is not None and _follows(pending, step):
+                pending = CopyStep(pending.path, pending.source, pending.target, pending.nbytes + step.nbytes)
+            else:
+                if pending is not None:
+                    yield from _copy_steps(pending)
+                pending = step
     if pending is not None:
         yield from _copy_steps(pending)
+
+
+def _copied(tensor: TensorPlan, part: Part, offset: int) -> CopyStep | None:
+    """The range of a part that is taken as it is; None for one that is computed, or looked at."""
+    source = tensor.source.offset
+    # A whole tensor of the adapter's is looked at too: it must be finite.
+    looked_at = tensor.origin == "adapter" and tensor.dtype in FLOATS
+    if part.changes or tensor.dtype != tensor.source.dtype or source is None or looked_at:
+        return None
+    if not tensor.changes:
+        return CopyStep(tensor.source.path, source, offset, tensor.nbytes)
+    before, size = part.first * itemsize(tensor.dtype), (part.last - part.first) * itemsize(tensor.dtype)
+    return CopyStep(tensor.source.path, source + before, offset + before, size)
 
 
 def _follows(first: CopyStep, second: CopyStep) -> bool:
@@ -98,9 +97,8 @@ def _copy_steps(whole: CopyStep) -> Iterator[CopyStep]:
         start = stop
 
 
-def _row_steps(tensor: TensorPlan, offset: int) -> Iterator[RowsStep]:
-    rows, unit = rows_of(tensor), _unit(tensor)
-    size = tensor.nbytes // rows
-    step = max(1, SLAB // (size * unit)) * unit
-    for start in range(0, rows, step):
-        yield RowsStep(tensor, start, min(start + step, rows), offset)
+def _row_steps(tensor: TensorPlan, part: Part, offset: int) -> Iterator[RowsStep]:
+    unit = part.unit
+    step = max(1, SLAB // (part.width * itemsize(tensor.dtype) * unit)) * unit
+    for start in range(0, part.rows, step):
+        yield RowsStep(tensor, part, start, min(start + step, part.rows), offset)

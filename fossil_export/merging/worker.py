@@ -17,11 +17,10 @@ from fossil_export.checkpoints.output import ALIGNMENT, OutputFile
 from fossil_export.checkpoints.source import InputFile, StoredArray
 from fossil_export.checkpoints.stamp import changed
 from fossil_export.errors import MergeError
-from fossil_export.merging.change import sampled_rows
 from fossil_export.merging.engine import Engine, Update, compute_dtype, is_finite, merge_slab
 from fossil_export.merging.layout import TensorPlan
 from fossil_export.merging.plan import MergePlan
-from fossil_export.merging.steps import SLAB, CopyStep, RowsStep, rows_of
+from fossil_export.merging.steps import SLAB, CopyStep, RowsStep
 from fossil_export.merging.survival import Survival, sampled_share
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ class Worker:
         headers = (*plan.base.files, *(adapter.header for adapter in plan.adapters))
         self._headers = {header.path: header for header in headers if header is not None}
         self._sources: dict[Path, InputFile] = {}
-        self._sums: dict[str, dict[int, Survival]] = {}
+        self._sums: dict[str, dict[int, dict[int, Survival]]] = {}
         self._lock = threading.Lock()
         self._local = threading.local()
         # Slabs of one weight follow each other: the tensors of as many modules as threads are ever in use.
@@ -64,9 +63,13 @@ class Worker:
 
     def survival(self, tensor: TensorPlan) -> Survival:
         """The sums over a merged tensor, added up in the order of its rows and taken for the whole of it."""
-        sums = self._sums[tensor.name]
-        total = sum((sums[start] for start in sorted(sums)), Survival())
-        return total.scaled(1 / sampled_share(rows_of(tensor), sampled_rows(tensor.changes)))
+        found, total = self._sums[tensor.name], Survival()
+        for part in tensor.parts:
+            if part.changes:
+                sums = found[part.first]
+                sampled = sum((sums[start] for start in sorted(sums)), Survival())
+                total += sampled.scaled(1 / sampled_share(part.rows, part.sampled))
+        return total
 
     def do(self, step: CopyStep | RowsStep, output: OutputFile) -> None:
         if isinstance(step, CopyStep):
@@ -95,39 +98,47 @@ class Worker:
     def _rows(self, step: RowsStep, output: OutputFile) -> None:
         import numpy as np
 
-        tensor = step.tensor
+        tensor, part = step.tensor, step.part
         written = self._buffer("written", step.nbytes, step.target)
         out = written.view(numpy_dtype(tensor.dtype)).reshape(step.count, -1)
-        if not tensor.changes:
-            self._cast(step, self._part(tensor.source, step.start, step.stop, rows_of(tensor), owner=tensor.owner), out)
+        if not part.changes:
+            self._cast(tensor, self._unchanged(step), out)
             output.write(step.target, written)
             return
-        stored = tensor.matrix.read(partial(self._part, owner=tensor.owner), step.start, step.stop)
-        self._merge(step, stored, out)
-        for part in tensor.matrix.write(out, step.start):
-            target = step.offset + part.offset * out.dtype.itemsize
-            if part.values is not out:
-                written = self._buffer("stored", part.values.nbytes, target)
-                np.copyto(written.view(out.dtype).reshape(part.values.shape), part.values)
+        self._merge(step, part.matrix.read(partial(self._read, owner=tensor.owner), step.start, step.stop), out)
+        for stored in part.matrix.write(out, step.start):
+            target = step.offset + stored.offset * out.dtype.itemsize
+            if stored.values is not out:
+                written = self._buffer("stored", stored.values.nbytes, target)
+                np.copyto(written.view(out.dtype).reshape(stored.values.shape), stored.values)
             output.write(target, written)
 
-    def _part(
-        self, info: TensorInfo, start: int, stop: int, rows: int | None = None, *, owner: int | None
-    ) -> Array | StoredArray:
-        """Rows [start, stop) of a tensor that the base or an adapter stores; `rows` is how many it is taken to have."""
-        count = rows if rows is not None else info.shape[0]
+    def _unchanged(self, step: RowsStep) -> Array | StoredArray:
+        """The rows of a part that no adapter changes, of the base or of an adapter that brought the whole tensor."""
+        info, part = step.tensor.source, step.part
+        first = part.first + step.start * part.width
         if info.offset is None:
-            assert owner is not None
-            return self._adapters[owner].array(info).reshape(count, -1)[start:stop]
-        size, dtype = info.nbytes // count, numpy_dtype(info.dtype)
-        shape, offset = (stop - start, size // dtype.itemsize), info.offset + start * size
+            assert step.tensor.owner is not None
+            whole = self._adapters[step.tensor.owner].array(info).reshape(-1)
+            return whole[first : first + step.count * part.width].reshape(step.count, -1)
+        dtype = numpy_dtype(info.dtype)
+        offset, shape = info.offset + first * dtype.itemsize, (step.count, part.width)
         return StoredArray(self._source(info.path), offset, shape, dtype, partial(self._buffer, "read"))
 
-    def _cast(self, step: RowsStep, stored: Array | StoredArray, out: Array) -> None:
-        """The rows of `step`, as they are, in the dtype of `out`."""
+    def _read(self, info: TensorInfo, start: int, stop: int, *, owner: int | None) -> Array | StoredArray:
+        """Rows [start, stop) of the first axis of a tensor that the base or an adapter stores."""
+        if info.offset is None:
+            assert owner is not None
+            return self._adapters[owner].array(info)[start:stop]
+        shape, dtype = (stop - start, *info.shape[1:]), numpy_dtype(info.dtype)
+        offset = info.offset + start * (info.nbytes // max(1, info.shape[0]))
+        return StoredArray(self._source(info.path), offset, shape, dtype, partial(self._buffer, "read"))
+
+    def _cast(self, tensor: TensorPlan, stored: Array | StoredArray, out: Array) -> None:
+        """Rows as they are, in the dtype of `out`."""
         import numpy as np
 
-        tensor, data = step.tensor, stored[:]
+        data = stored[:]
         with np.errstate(over="ignore", invalid="ignore"):
             np.copyto(out, data, casting="unsafe")
         if not is_finite(out):
@@ -142,17 +153,17 @@ class Worker:
         tensor = step.tensor
         dtype = compute_dtype(tensor.source.dtype)
         updates = []
-        for change in tensor.changes:
+        for change in step.part.changes:
             trained = {role: self._trained(info, change.adapter) for role, info in change.trained.tensors.items()}
             # Only what these rows need is widened: whole tensors of a high rank take more than the slabs do.
             part = change.method.part(trained, step.start, step.stop)
             wide = {role: self._engine.widen(array, dtype) for role, array in part.items()}
             updates.append(Update(change.method, wide, change.trained.numbers, change.weight))
-        sums = merge_slab(self._engine, stored, out, updates, step.start, rows_of(tensor))
+        sums = merge_slab(self._engine, stored, out, updates, step.start, step.part.rows)
         if not is_finite(out):
             raise MergeError(self._why_not_finite(tensor, stored[:]))
         with self._lock:
-            self._sums.setdefault(tensor.name, {})[step.start] = sums
+            self._sums.setdefault(tensor.name, {}).setdefault(step.part.first, {})[step.start] = sums
 
     def _why_not_finite(self, tensor: TensorPlan, data: Array) -> str:
         source = tensor.source

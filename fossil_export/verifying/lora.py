@@ -51,14 +51,14 @@ class LoraFolder:
     def weights(
         self, base: Checkpoint, adapter: Adapter, record: Mapping[str, Any] | None, progress: Any
     ) -> tuple[tuple[TensorCheck, ...] | None, list[str]]:
-        self._plan = plan_merge(adapter, base.location)
+        self._plan = plan_merge(adapter, base.location).settled()
         return None, [*check_record(base, adapter, record), *_check(self.folder, adapter, self._plan)]
 
     def incomparable(self) -> str | None:
         return None
 
     def subject(self, base: Checkpoint, adapter: Adapter, device: str) -> Subject:
-        plan = self._plan or plan_merge(adapter, base.location)
+        plan = self._plan or plan_merge(adapter, base.location).settled()
         described = base.location
         if plan.config is not None:  # the task's own config, as a merge would write it
             self._described = tempfile.TemporaryDirectory()
@@ -106,7 +106,7 @@ def _check(folder: Path, adapter: Adapter, plan: MergePlan) -> Iterator[str]:
     wanted_names = {f"{_PREFIX}{m}.lora_{part}.weight" for m in adapter.trained for part in "AB"}
     if extra := sorted(set(tensors) - wanted_names - {info.name for info in adapter.saved.values()}):
         yield f"holds {listed(extra)}, which the adapter does not"
-    sizes = {module: tensor.matrix.shape for module, tensor in plan.modules.items()}
+    sizes = {module: matrix.shape for module, matrix in plan.matrices.items()}
     for info in adapter.saved.values():
         found = tensors.get(info.name)
         if found is None or not np.array_equal(adapter.array(found), adapter.array(info)):

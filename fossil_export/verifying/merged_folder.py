@@ -29,7 +29,7 @@ class MergedFolder:
         self, base: Checkpoint, adapter: Adapter, record: Mapping[str, Any] | None, progress: Progress
     ) -> tuple[tuple[TensorCheck, ...] | None, list[str]]:
         dtype = (record or {}).get("dtype", "auto")
-        plan = plan_merge(adapter, base.location, dtype=dtype)
+        plan = plan_merge(adapter, base.location, dtype=dtype).settled()
         problems = list(check_folder(self.checkpoint, base, adapter, record, plan))
         tensors = check_weights(self.checkpoint, base, adapter, dtype, progress)
         return tensors, problems + [f"{check.name} {check.problem}" for check in tensors if check.problem]

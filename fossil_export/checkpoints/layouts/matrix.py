@@ -53,6 +53,11 @@ class Matrix(Protocol):
     @property
     def shape(self) -> tuple[int, int]: ...
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """The elements [first, last) of `stored[0]` that it has to itself; other matrices, or values of no matrix, may
+        lie before and after them."""
+
     def unit(self, rows: int) -> int:
         """How many rows go together, for a method that wants `rows` of them at once: a multiple of that, or all."""
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fossil_export.checkpoints.dtypes import element_count
 from fossil_export.checkpoints.header import TensorInfo
 from fossil_export.checkpoints.layouts.matrix import Rows, Source, Stored
 
@@ -27,6 +28,10 @@ class Plain:
     def shape(self) -> tuple[int, int]:
         outputs, inputs = self.info.shape
         return outputs, inputs
+
+    @property
+    def span(self) -> tuple[int, int]:
+        return 0, element_count(self.info.shape)
 
     def unit(self, rows: int) -> int:
         return rows

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fossil_export.checkpoints.dtypes import element_count
 from fossil_export.checkpoints.header import TensorInfo
 from fossil_export.checkpoints.layouts.matrix import Rows, Source, Stored
 
@@ -37,6 +38,10 @@ class Transposed:
     def shape(self) -> tuple[int, int]:
         inputs, outputs = self.info.shape
         return outputs, inputs
+
+    @property
+    def span(self) -> tuple[int, int]:
+        return 0, element_count(self.info.shape)
 
     def unit(self, rows: int) -> int:
         return self.shape[0]

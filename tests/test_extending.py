@@ -1,0 +1,161 @@
+"""What docs/extending.md promises: methods and converters from elsewhere, by one object and one entry."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import edit_json, make_base, weights
+from safetensors.torch import load_file, save_file
+
+from fossil_export import FossilExportError, convert, inspect, load_adapter, merge, verify
+from fossil_export.checkpoints.header import TensorInfo
+from fossil_export.errors import AdapterError
+from fossil_export.methods import METHODS, Arrays, Field, LowRank, Numbers, Shapes
+from fossil_export.verifying.reference import EXACT
+
+MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_proj": (48, 96)}
+RANK, SCALE = 3, 0.5
+
+
+class Toy:
+    """W' = W + s · P Q, with P (out, r) and Q (r, in): two tensors and a number, as LoRA has them."""
+
+    def __init__(self) -> None:
+        self.PEFT = {"TOY": {"toy.p": "P", "toy.q": "Q"}}
+        self.STATE_DICT: Mapping[str, str] = {}
+        self.FIELDS = {"r": Field(), "toy_scale": Field("a number", lambda value: isinstance(value, float), 1.0)}
+
+    def read(self, config: Mapping[str, Any], shapes: Shapes, where: str) -> Numbers | None:
+        if shapes.keys() != {"P", "Q"}:
+            raise AdapterError(f"{where}: one half is missing; save the adapter again")
+        return {"r": shapes["Q"][0], "scale": config["toy_scale"]}
+
+    def block_rows(self, shapes: Shapes) -> int:
+        return 1
+
+    def mismatch(self, shapes: Shapes, numbers: Numbers, weight: tuple[int, int]) -> str | None:
+        found = (shapes["P"][0], shapes["Q"][1])
+        return None if found == weight else f"it is made for {found}, not {weight}"
+
+    def part(self, arrays: Arrays, start: int, stop: int) -> Arrays:
+        return {"P": arrays["P"][start:stop], "Q": arrays["Q"][:]}
+
+    def update(self, weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> Any:
+        return arrays["P"][start : start + len(weight)] @ arrays["Q"] * numbers["scale"]
+
+    def add(self, weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> None:
+        weight += self.update(weight, arrays, numbers, start)
+
+    def form_rank(self, shapes: Shapes) -> int | None:
+        return shapes["Q"][0]
+
+    def low_rank(self, arrays: Arrays, numbers: Numbers, outputs: int) -> LowRank | None:
+        return LowRank(arrays["P"] * numbers["scale"], arrays["Q"])
+
+
+class ExactToy:
+    """The same in float64, for `verify`."""
+
+    def unit(self, tensors: Mapping[str, TensorInfo]) -> int:
+        return 1
+
+    def part(self, arrays: Mapping[str, Any], start: int, stop: int) -> Mapping[str, Any]:
+        return {"P": arrays["P"][start:stop], "Q": arrays["Q"][:]}
+
+    def rebuild(self, weight: Any, part: Mapping[str, Any], numbers: Mapping[str, float], exact: Any) -> Any:
+        exact[:] = weight + numbers["scale"] * np.einsum("or,ri->oi", part["P"], part["Q"])
+        return 2.0**-20 * np.abs(part["P"]) @ np.abs(part["Q"])
+
+    def up(self, part: Mapping[str, Any], numbers: Mapping[str, float]) -> Any:
+        return part["P"] * part["P"].dtype.type(numbers["scale"])
+
+    def down(self, arrays: Mapping[str, Any], numbers: Mapping[str, float], inputs: int) -> Any:
+        return arrays["Q"]
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An adapter of that method, on a base beside it, with the method in the tables."""
+    monkeypatch.setitem(METHODS, "toy", Toy())
+    monkeypatch.setitem(EXACT, "toy", ExactToy())
+    base = make_base(tmp_path / "base")
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for module, (outputs, inputs) in MODULES.items():
+        tensors[f"base_model.model.{module}.toy.p"] = torch.randn(outputs, RANK, generator=generator) * 0.1
+        tensors[f"base_model.model.{module}.toy.q"] = torch.randn(RANK, inputs, generator=generator) * 0.1
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "TOY", "r": RANK, "toy_scale": SCALE, "base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def updates(folder: Path) -> dict[str, torch.Tensor]:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    prefix = "base_model.model."
+    return {m: SCALE * tensors[f"{prefix}{m}.toy.p"] @ tensors[f"{prefix}{m}.toy.q"] for m in MODULES}
+
+
+def test_a_method_from_elsewhere_merges_and_is_verified(toy: Path, tmp_path: Path) -> None:
+    found = inspect(toy)
+    assert found.problems == () and (found.adapter.variant, found.adapter.rank) == ("toy", RANK)
+    assert [entry["shard"] for entry in found.to_dict()["modules"]][:2] == [
+        "base_model.model.model.layers.0.self_attn.q_proj.toy.p",
+        "base_model.model.model.layers.0.self_attn.q_proj.toy.q",
+    ]
+    result = merge(toy, tmp_path / "merged")
+    before, after = weights(tmp_path / "base"), weights(tmp_path / "merged")
+    for module, update in updates(toy).items():
+        torch.testing.assert_close(after[f"{module}.weight"], before[f"{module}.weight"] + update)
+        assert result.survival[f"{module}.weight"].survived == pytest.approx(1.0, abs=1e-5)
+    assert sum(not torch.equal(before[name], after[name]) for name in before) == len(MODULES)
+    assert verify(tmp_path / "merged", level="weights").parity
+    name = "model.layers.1.mlp.down_proj.weight"
+    file = next(path for path in (tmp_path / "merged").glob("*.safetensors") if name in load_file(path))
+    tensors = load_file(file)
+    tensors[name][2, 3] += 1e-3
+    save_file(tensors, file, {"format": "pt"})
+    (problem,) = verify(tmp_path / "merged", level="weights").problems
+    assert "down_proj.weight 1 of 4608 elements are off, the first at [2, 3]" in problem
+
+
+def test_its_lora_is_the_update(toy: Path, tmp_path: Path) -> None:
+    result = convert(toy, tmp_path / "lora", to="lora")
+    assert result.details["exact"] and result.details["rank"] == RANK
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    for module, update in updates(toy).items():
+        name = f"base_model.model.{module}"
+        torch.testing.assert_close(tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"], update)
+    assert verify(tmp_path / "lora", level="weights").parity
+
+
+def test_what_it_does_not_understand_stops_the_reading(toy: Path) -> None:
+    edit_json(toy / "adapter_config.json", toy_scale="big")
+    with pytest.raises(FossilExportError, match="toy_scale is 'big', expected a number"):
+        load_adapter(toy)
+    edit_json(toy / "adapter_config.json", toy_scale=1.0, mini_r=4)
+    with pytest.raises(FossilExportError, match="sets mini_r, which fossil-export does not understand"):
+        load_adapter(toy)
+    edit_json(toy / "adapter_config.json", mini_r=...)
+    tensors = load_file(toy / "adapter_model.safetensors")
+    del tensors["base_model.model.model.layers.0.self_attn.q_proj.toy.q"]
+    save_file(tensors, toy / "adapter_model.safetensors")
+    with pytest.raises(FossilExportError, match=r"q_proj\.toy\.p \[48, 3\]: one half is missing"):
+        load_adapter(toy)
+
+
+def test_a_method_without_a_check_of_its_own_gets_no_verdict(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge(toy, tmp_path / "merged")
+    monkeypatch.delitem(EXACT, "toy")
+    with pytest.raises(KeyError, match="toy"):
+        verify(tmp_path / "merged", level="weights")

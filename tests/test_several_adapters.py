@@ -1,0 +1,98 @@
+"""Several adapters in one merge: the model with all of them active in PEFT is what must come out."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_adapter, make_base, weights
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from fossil_export import FossilExportError, load_adapter, merge, plan_merge
+
+TOKENS = torch.arange(24).reshape(2, 12)
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=TOKENS).logits
+
+
+def trained(folder: Path, base: Path, seed: int, **config: object) -> Path:
+    def change(model: torch.nn.Module) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += torch.randn(parameter.shape, generator=generator) * 0.05
+
+    make_adapter(folder, base, change, **config)  # type: ignore[arg-type]
+    return folder
+
+
+@pytest.mark.parametrize("init", [True, "mini", "bat"])
+def test_two_adapters_are_the_model_with_both_active(init: object, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    mini = {"mini_r": 8} if init == "mini" else {}
+    first = trained(tmp_path / "first", base, 1, init_weights=init, r=8, **mini)
+    second = trained(tmp_path / "second", base, 2, init_weights=init, r=4, target_modules=["q_proj", "up_proj"], **mini)
+    merge([first, second], tmp_path / "merged")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        live = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), first, adapter_name="one")
+        live.load_adapter(second, adapter_name="two")
+    live.base_model.set_adapter(["one", "two"])
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(ours), logits(live.eval()), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits(ours), logits(AutoModelForCausalLM.from_pretrained(base)), atol=1e-3)
+
+
+def test_weights_scale_each_update(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    first, second = (trained(tmp_path / name, base, seed, r=4) for seed, name in enumerate(["first", "second"]))
+    result = merge([first, second], tmp_path / "merged", weights=[0.5, -2.0])
+    merge(first, tmp_path / "one")
+    merge(second, tmp_path / "two")
+    plain, one, two, both = (weights(tmp_path / name) for name in ("base", "one", "two", "merged"))
+    name = "model.layers.1.mlp.down_proj.weight"
+    want = plain[name] + 0.5 * (one[name] - plain[name]) - 2 * (two[name] - plain[name])
+    torch.testing.assert_close(both[name], want, rtol=1e-5, atol=1e-6)
+    assert result.survival[name].survived == pytest.approx(1.0, abs=1e-4)
+    record = json.loads((tmp_path / "merged" / "fossil_export.json").read_text())
+    assert [entry["weight"] for entry in record["adapters"]] == [0.5, -2.0] and "adapter" not in record
+    assert [change["module"] for change in record["tensors"][0]["changes"]] == [record["tensors"][0]["tensor"][:-7]] * 2
+    assert result.plan.to_dict()["adapters"][1]["weight"] == -2.0
+
+
+def test_one_adapter_of_weight_one_is_the_simple_case(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    first = trained(tmp_path / "first", base, 1)
+    merge(first, tmp_path / "plain")
+    merge([first], tmp_path / "listed", weights=[1.0])
+    for file in (tmp_path / "plain").iterdir():
+        assert file.read_bytes() == (tmp_path / "listed" / file.name).read_bytes()
+
+
+def test_what_cannot_be_added_up_is_refused(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    plain = trained(tmp_path / "plain", base, 1)
+    saved = trained(tmp_path / "saved", base, 2, modules_to_save=["lm_head"])
+    head = trained(tmp_path / "head", base, 3, target_modules=["lm_head"])
+    with pytest.raises(FossilExportError, match=r"saved: holds lm_head\.weight as a whole, which .*head trained too"):
+        plan_merge([saved, head])
+    with pytest.raises(FossilExportError, match=r"cannot be taken 0\.5 times"):
+        plan_merge([plain, saved], weights=[1, 0.5])
+    for numbers in ([1.0], [1.0, float("nan")]):
+        with pytest.raises(FossilExportError, match="expected a finite number for each of 2 adapters"):
+            plan_merge([plain, head], weights=numbers)
+    with pytest.raises(FossilExportError, match="no adapter"):
+        plan_merge([])
+    plan = plan_merge([plain, load_adapter(head)])
+    with pytest.raises(FossilExportError, match="adds 2 adapters, and this takes one"):
+        _ = plan.adapter
+    other = make_base(tmp_path / "other")
+    with pytest.raises(FossilExportError, match=r"name different bases .*--base"):
+        plan_merge([plain, trained(tmp_path / "elsewhere", other, 1)])
