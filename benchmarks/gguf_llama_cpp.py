@@ -33,7 +33,7 @@ from fossil_export.converting import gguf_lora
 from fossil_export.converting.converters import OUTTYPES
 from fossil_export.converting.options import Options
 from fossil_export.errors import CheckpointError
-from fossil_export.storage.hub import locate
+from fossil_export.storage import find_origin
 
 Array = np.ndarray[Any, Any]
 
@@ -93,7 +93,7 @@ def _real(outtypes: list[str], tokens: int) -> bool:
 
 
 def options(base: Path, outtype: str = "f32") -> Options:
-    return Options(locate(base, CheckpointError, "base model"), str(base), outtype=outtype)
+    return Options(find_origin(base, CheckpointError, "base model"), str(base), outtype=outtype)
 
 
 def _families() -> bool:

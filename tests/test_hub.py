@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from fossil_export import FossilExportError, convert, inspect, load_adapter, merge, plan_merge, verify
 from fossil_export.errors import AdapterError, CheckpointError
 from fossil_export.merging.api import run_plan
-from fossil_export.storage.hub import Located, locate, pinned
-from fossil_export.storage.hub.resolve import is_hub_id, is_on_hub, repository_of
+from fossil_export.storage import Origin, fetch, find_origin, pinned
+from fossil_export.storage.hub.names import is_hub_id, is_on_hub, repository_of
 
 
 def without_names(found: dict[str, Any]) -> dict[str, Any]:
@@ -296,7 +296,7 @@ def test_plans_need_headers_only(
 ) -> None:
     hosted.add_folder("ada/large", large)
     adapter = load_adapter("ada/adapter")
-    adapter.fetch()
+    fetch(adapter.needed)
 
     def moved(run: Callable[[], Any]) -> Any:
         point_client_at(monkeypatch, hosted, tmp_path / f"home{len(list(tmp_path.iterdir()))}", ADA)
@@ -417,12 +417,12 @@ def test_odd_names(empty_hub: LoopbackHub, name: str, revision: str | None) -> N
     assert pinned(again, revision) == again or not revision
     for what, error in (("adapter", AdapterError), ("base model", CheckpointError)):
         try:
-            found = locate(name, error, what)
+            found = find_origin(name, error, what)
         except FossilExportError as problem:
             assert "\n" not in str(problem) or "\n" in name
             str(problem).encode()
         else:
-            assert isinstance(found, Located) and found.source is None and found.path.exists()
+            assert isinstance(found, Origin) and found.is_path and found.path.exists()
 
 
 def test_records_are_pinned() -> None:

@@ -89,6 +89,56 @@ def test_only_one_file_uses_private_names() -> None:
     assert [name for name, names in found.items() if names] == ["storage/hub/client.py"]
 
 
+ROOMS = ("adapters", "checkpoints", "converting", "inspection.py", "merging", "onnx", "verifying")
+"""Where it is not known that there is a Hub."""
+
+
+def imports(source: str) -> set[str]:
+    """Every module that a file imports, or takes names from, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"fossil_export[\w.]+", str(node.value)):
+            found.add(str(node.value))
+    return found
+
+
+def kinds_asked(source: str) -> set[str]:
+    """The classes that a file tells apart by isinstance."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and len(node.args) == 2]
+    asked = [call.args[1] for call in calls if isinstance(call.func, ast.Name) and call.func.id == "isinstance"]
+    return {node.id for kinds in asked for node in ast.walk(kinds) if isinstance(node, ast.Name)}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import fossil_export.storage.hub.names",
+        "from fossil_export.storage import hub",
+        "def f():\n    from fossil_export.storage.hub.remote import HubFolder",
+        "import_module('fossil_export.storage.hub')",
+    ],
+)
+def test_imports_of_the_hub_are_seen(source: str) -> None:
+    assert any(name.startswith("fossil_export.storage.hub") for name in imports(source))
+
+
+def test_only_some_rooms_know_the_hub() -> None:
+    files = {path.relative_to(PACKAGE): path.read_text() for path in PACKAGE.rglob("*.py")}
+    rooms = {path: imports(text) for path, text in files.items() if path.parts[0] in ROOMS}
+    assert {path.parts[0] for path in rooms} == set(ROOMS)
+    for path, names in rooms.items():
+        forbidden = "fossil_export.storage" if path.parts[0] == "checkpoints" else "fossil_export.storage.hub"
+        assert not [name for name in names if name.startswith(forbidden)], path
+    for path, text in files.items():
+        if path.parts[0] not in ("publishing", "storage"):
+            assert not kinds_asked(text) & {"HubFolder", "LocalFolder"}, path
+    assert kinds_asked("isinstance(folder, (HubFolder, LocalFolder))") == {"HubFolder", "LocalFolder"}
+
+
 def test_all_that_is_used_is_there() -> None:
     """In the version at hand, for what is imported where it is needed alone."""
     names = {use for path in PACKAGE.rglob("*.py") for use in uses(path.read_text())}

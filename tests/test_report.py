@@ -18,7 +18,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fossil_export.storage.hub import Located
+from fossil_export.checkpoints.folder import LocalFolder
+from fossil_export.storage import Origin
 from fossil_export.verifying.forward import FLOOR, Distance, ForwardCheck, ModuleError
 from fossil_export.verifying.report import REASONS, WRONG, html
 from fossil_export.verifying.verdict import Verification
@@ -30,7 +31,7 @@ NASTY = '<b>&"'
 
 def result(**changes: Any) -> Verification:
     found: dict[str, Any] = {
-        "located": Located("out/merged", Path("out/merged")),
+        "origin": Origin("out/merged", LocalFolder(Path("out/merged")), is_path=True),
         "artifact": Path("out/merged"),
         "base": SimpleNamespace(location=Path("models/base")),
         "base_name": "models/base",

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loopback_hub import Fault, LoopbackHub, environment
 
-from fossil_export import FossilExportError, StreamResult, merge, merge_to_hub, plan_stream
+from fossil_export import FossilExportError, StreamResult, merge, merge_to_hub, plan_stream, storage
 from fossil_export.merging.run import Runner
 from fossil_export.merging.survival import Survival
 from fossil_export.publishing.journal import Journal
@@ -338,7 +338,7 @@ def test_a_journal_comes_back(done: dict[str, Any]) -> None:
 
 def test_wrong_bytes(scene: LoopbackHub, tmp_path: Path) -> None:
     plan = plan_stream("ada/qv")
-    plan.merge.adapter.fetch()
+    storage.fetch(plan.merge.adapter.needed)
     once = Fault("GET", "/cdn/", corrupt=True, skip=1)
     scene.fault(once)
     scene.reset_log()

@@ -15,6 +15,7 @@ from fossil_export.checkpoints.folder import Folder, LocalFolder
 from fossil_export.checkpoints.header import Header, TensorInfo
 from fossil_export.checkpoints.stamp import Stamp, check_stamp
 from fossil_export.errors import AdapterError, CheckpointError
+from fossil_export.storage import Needed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,8 +29,8 @@ class Adapter:
     parameter name (`lm_head.weight`, `model.layers.0.self_attn.q_proj.bias`). Nothing is read into memory until
     `array` is called; arrays of pickled adapters, which are no byte ranges, are in `pickled`.
     `name` is what records call it (its id on the Hub, else the path as given) and `revision` its commit there.
-    `source` is the folder of its `files` (default: where they lie), whose weights have this `header`; those of an
-    adapter on the Hub are here once `fetch` was called. `stamps` are those of the files that were read already.
+    `source` is the folder of its `files`, whose weights have this `header`; of an adapter on the Hub those are here
+    once `needed` was fetched. `stamps` are those of the files that were read already.
     """
 
     path: Path
@@ -40,11 +41,11 @@ class Adapter:
     trained: Mapping[str, Trained]
     saved: Mapping[str, TensorInfo]
     files: tuple[Path, ...]
+    source: Folder = field(repr=False)
     pickled: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict, repr=False)
     name: str = ""
     revision: str | None = None
     notes: tuple[str, ...] = ()
-    source: Folder | None = field(default=None, repr=False)
     header: Header | None = field(default=None, repr=False)
     stamps: Mapping[Path, Stamp] = field(default_factory=dict, repr=False)
 
@@ -62,17 +63,13 @@ class Adapter:
     @property
     def nbytes(self) -> int:
         """Size of its files and its tokenizer."""
-        return sum(map(self._folder.size, [*(path.name for path in self.files), *self.tokenizer()]))
+        return sum(map(self.source.size, self.needed.names))
 
-    @cached_property
-    def _folder(self) -> Folder:
-        return self.source if self.source is not None else LocalFolder(self.files[0].parent)
-
-    def fetch(self) -> None:
-        """See that its files and its tokenizer are on this machine, whole; raises HubError."""
-        self._folder.fetch([*(path.name for path in self.files), *self.tokenizer()])
-        if self.header is not None:
-            self._folder.check([self.header])
+    @property
+    def needed(self) -> Needed:
+        """Its files and its tokenizer, which a run reads."""
+        names = (*(path.name for path in self.files), *self.tokenizer())
+        return Needed(self.source, names, (self.header,) if self.header is not None else ())
 
     def check(self) -> None:
         """Raise AdapterError where a file of it is another one than that which was read."""
@@ -83,7 +80,7 @@ class Adapter:
 
     def tokenizer(self) -> dict[str, Path]:
         """The complete tokenizer that the trainer saved beside the shards, by name, or nothing."""
-        return tokenizer_of(self._folder)
+        return tokenizer_of(self.source)
 
     @cached_property
     def variant(self) -> str:
@@ -120,7 +117,7 @@ class Adapter:
             shape, offset, nbytes = (last - first, *shape[1:]), offset + first * size, (last - first) * size
         ours = tensor.path in self.files
         try:
-            folder = self._folder if ours else LocalFolder(tensor.path.parent)
+            folder = self.source if ours else LocalFolder(tensor.path.parent)
             raw = folder.view(tensor.path.name, offset, nbytes)
         except CheckpointError as problem:
             raise AdapterError(str(problem)) from problem

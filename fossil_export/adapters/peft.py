@@ -27,11 +27,12 @@ from fossil_export.adapters.trained import (
     trained_module,
 )
 from fossil_export.checkpoints.dtypes import FLOATS
-from fossil_export.checkpoints.folder import Folder, LocalFolder
+from fossil_export.checkpoints.folder import Folder
 from fossil_export.checkpoints.header import TensorInfo
 from fossil_export.checkpoints.jsonfile import read_json
 from fossil_export.checkpoints.stamp import stamps_of
 from fossil_export.errors import AdapterError, CheckpointError, listed
+from fossil_export.storage import find_origin
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -55,29 +56,27 @@ _TYPES: dict[str, tuple[type, ...]] = {
 def load_adapter(path: str | Path) -> Adapter:
     """Read a FOSSIL adapter: a folder that PEFT saved, the weights file in it, or a state dict of RWKV-PEFT (.pth).
 
-    `path` may also be an id on the Hub, `user/repo[@revision]` or `hf://…`. Only headers and the config are read;
-    `Adapter.fetch` brings the files of one on the Hub. The dimensions of the tensors decide the variant (2-D tile or
+    `path` may also be an id on the Hub, `user/repo[@revision]` or `hf://…`. Only headers and the config are read; who
+    runs something fetches what `Adapter.needed` names. The dimensions of the tensors decide the variant (2-D tile or
     mini, 3-D bat); the config must agree. Raises AdapterError for anything that is damaged, contradictory or not
     understood: nothing the adapter holds is ever left out silently. HubError says what the Hub refuses.
     """
-    from fossil_export.storage.hub import locate
-
-    found = locate(path, AdapterError, "adapter")
-    given = found.path
+    found = find_origin(path, AdapterError, "adapter")
+    given, source = found.path, found.folder
     weights = given if given.is_file() and given.name != CONFIG else None
-    source = found.source if found.source is not None else LocalFolder(given if given.is_dir() else given.parent)
-    if found.source is not None:
+    if not found.is_path:
+        root = source.root_names()
         file = found.file if found.file != CONFIG else None
-        file = file or next((name for name in WEIGHTS if name in found.names()), None)
-        if CONFIG not in found.names() and not given.suffix == ".pth":
-            raise AdapterError(f"{found.name}: not an adapter, {CONFIG} is missing{_hint(found.names())}")
+        file = file or next((name for name in WEIGHTS if name in root), None)
+        if CONFIG not in root and not given.suffix == ".pth":
+            raise AdapterError(f"{found.name}: not an adapter, {CONFIG} is missing{_hint(root)}")
         if file is None:
             raise AdapterError(f"{found.name}: holds neither {' nor '.join(WEIGHTS)}; push the adapter's weights there")
         weights = source.path / file
-        at_once = [CONFIG] if CONFIG in found.names() else []
+        at_once = [CONFIG] if CONFIG in root else []
         source.fetch(at_once if weights.suffix == ".safetensors" else [*at_once, file])
     with found.by_name():
-        adapter = load_state_dict(given) if is_state_dict(given) else _load_folder(given, weights, source)
+        adapter = load_state_dict(given, source) if is_state_dict(given) else _load_folder(given, weights, source)
     return replace(adapter, name=found.name, revision=found.revision, notes=found.notes)
 
 

@@ -13,6 +13,7 @@ from fossil_export.adapters.adapter import Adapter
 from fossil_export.adapters.pickled import read_pickled
 from fossil_export.adapters.trained import methods_of_state_dicts, split_key, trained_module
 from fossil_export.checkpoints.dtypes import FLOATS
+from fossil_export.checkpoints.folder import Folder
 from fossil_export.checkpoints.header import TensorInfo
 from fossil_export.checkpoints.stamp import stamps_of
 from fossil_export.errors import AdapterError, listed
@@ -23,8 +24,10 @@ def is_state_dict(path: Path) -> bool:
     return path.is_file() and path.suffix == ".pth" and not (path.parent / "adapter_config.json").is_file()
 
 
-def load_state_dict(path: Path) -> Adapter:
-    """Read such a file. Raises AdapterError for tensors that are no shards of one variant and rank."""
+def load_state_dict(path: Path, source: Folder) -> Adapter:
+    """Read such a file, which lies in `source`.
+
+    Raises AdapterError for tensors that are no shards of one variant and rank."""
     stamps = stamps_of([path])
     tensors, pickled = read_pickled(path)
     methods = methods_of_state_dicts()
@@ -61,6 +64,7 @@ def load_state_dict(path: Path) -> Adapter:
         trained=trained,
         saved={},
         files=(path,),
+        source=source,
         pickled=pickled,
         stamps=stamps,
     )

@@ -1,4 +1,4 @@
-"""A model's files, wherever they lie: a local folder here, a repository on the Hub in `storage/hub/remote.py`."""
+"""A model's files, wherever they lie: in a local folder, or (in `storage/`) elsewhere."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ class Folder(Protocol):
     @property
     def path(self) -> Path:
         """Where the files lie, or will lie once they are fetched."""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether all of its files lie at `path` already, so that there is nothing to fetch."""
 
     def names(self) -> list[str]:
         """Every file, sorted, but hidden files and those in hidden folders."""
@@ -59,8 +63,14 @@ class Folder(Protocol):
 class LocalFolder:
     """A folder on this machine."""
 
+    is_here = True
+
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def within(self, folder: str) -> LocalFolder:
+        """The folder of this name in it."""
+        return LocalFolder(self.path / folder)
 
     def names(self) -> list[str]:
         """Raises CheckpointError for what is neither file nor folder, and for links out of the folder. Other links are

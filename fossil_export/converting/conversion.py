@@ -14,7 +14,7 @@ from fossil_export.converting.converters import CONVERTERS, OPTIONS, Converter, 
 from fossil_export.converting.options import Options
 from fossil_export.errors import CheckpointError, FossilExportError, OutputError
 from fossil_export.merging.plan import find_base
-from fossil_export.storage.hub import expanded
+from fossil_export.storage import expanded, fetch
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _base(adapter: Adapter, converter: Converter, base: str | Path | None, base_
     if base is None and not adapter.base_model:
         raise CheckpointError(f"{adapter.path}: does not name its base model; name it with --base or --base-config")
     found = find_base(adapter, base)
-    return Options(found, found.name, found.revision if found.source is not None else adapter.base_revision)
+    return Options(found, found.name, adapter.base_revision if found.is_path else found.revision)
 
 
 def convert(
@@ -119,7 +119,7 @@ def convert(
         adapter = load_adapter(adapter)
     found = _base(adapter, converter, base, base_config)
     options = replace(found, graph=graph, rank=rank, energy=energy, outtype=outtype or found.outtype)
-    adapter.fetch()
+    fetch(adapter.needed)
     path = expanded(output, OutputError).absolute()
     if converter.folder:
         # A state dict may lie anywhere; PEFT's folder is only read.

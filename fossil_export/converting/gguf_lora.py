@@ -28,8 +28,7 @@ from fossil_export.converting.widths import Shapes, layer_shapes
 from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError, listed
 from fossil_export.extras import required
 from fossil_export.merging.ties import declared_tie, is_head
-from fossil_export.storage.hub import resolve
-from fossil_export.storage.hub.resolve import is_on_hub, repository_of
+from fossil_export.storage import parse_name, resolve
 from fossil_export.version import __version__
 
 if TYPE_CHECKING:
@@ -250,7 +249,7 @@ def _add_keys(gguf: Any, writer: Any, adapter: Adapter, options: Options) -> Non
     machine it holds the last part."""
     known = record_of(adapter, options, "gguf-lora", {"rank": adapter.rank, "outtype": options.outtype})
     for name in ("adapter", "base"):
-        if not is_on_hub(known[name]["name"]):
+        if parse_name(known[name]["name"]) is None:
             known[name] = {**known[name], "name": Path(known[name]["name"]).name}
     base = known["base"]["name"]
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -264,8 +263,8 @@ def _add_keys(gguf: Any, writer: Any, adapter: Adapter, options: Options) -> Non
     if base:
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, Path(base).name)
-        if is_on_hub(base):
-            writer.add_base_model_repo_url(0, f"https://huggingface.co/{repository_of(base)}")
+        if (found := parse_name(base)) is not None and found.page is not None:
+            writer.add_base_model_repo_url(0, found.page)
     writer.add_string(RECORD, json.dumps(known))
     writer.add_file_type(gguf.LlamaFileType[OUTTYPES[options.outtype]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

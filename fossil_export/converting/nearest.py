@@ -20,6 +20,7 @@ from fossil_export.converting.widths import Shapes
 from fossil_export.errors import FossilExportError, MergeError
 from fossil_export.merging.plan import plan_merge
 from fossil_export.methods import METHODS
+from fossil_export.storage import fetch
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
@@ -112,7 +113,7 @@ class _Updates:
             raise MergeError("the update of a bat adapter depends on the base's weights; name the model with --base")
         self._adapter = adapter
         plan = plan_merge(adapter, options.base)
-        plan.fetch()
+        fetch(*plan.needed)
         self._plan = plan.settled()
         self._matrices = self._plan.matrices
 

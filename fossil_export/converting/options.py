@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fossil_export.storage.hub import Located
-from fossil_export.storage.hub.resolve import folder_of, repository_of
+from fossil_export.storage import Origin, parse_name
 
 
 @dataclass(frozen=True)
@@ -16,7 +15,7 @@ class Options:
     is made for; `rank` and `energy` ask for an approximate LoRA of a bat adapter; `outtype` is the number format of a
     GGUF file."""
 
-    base: Located | None = None
+    base: Origin | None = None
     base_name: str | None = None
     base_revision: str | None = None
     base_config: str | Path | None = None
@@ -28,10 +27,11 @@ class Options:
     @property
     def base_id(self) -> str | None:
         """What PEFT loads the base by: the repository, for one on the Hub."""
-        name = self.base_name
-        return repository_of(name) if name is not None and name.startswith("hf://") else name
+        found = parse_name(self.base_name)
+        return self.base_name if found is None else found.id
 
     @property
     def base_folder(self) -> str | None:
         """The folder of the base within its repository, of which PEFT knows nothing."""
-        return folder_of(self.base_name)
+        found = parse_name(self.base_name)
+        return None if found is None else found.folder

@@ -11,7 +11,7 @@ from fossil_export.checkpoints.jsonfile import read_json
 from fossil_export.converting.options import Options
 from fossil_export.errors import CheckpointError, MergeError, listed
 from fossil_export.merging.place import place
-from fossil_export.storage.hub import resolve
+from fossil_export.storage import resolve
 
 Shapes = dict[str, tuple[int, int]]
 

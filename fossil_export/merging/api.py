@@ -21,7 +21,7 @@ from fossil_export.merging.plan import Given, MergePlan, plan_merge
 from fossil_export.merging.provenance import provenance, survival_record
 from fossil_export.merging.run import run
 from fossil_export.merging.survival import WARNING_BELOW, Survival
-from fossil_export.storage.hub import expanded
+from fossil_export.storage import expanded, fetch
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +111,7 @@ def run_plan(
     target = expanded(output, OutputError).absolute()
     check_destination(target, [plan.base.location, *(adapter.path for adapter in plan.adapters)], overwrite)
     plan.check()
-    plan.fetch()
+    fetch(*plan.needed)
     plan = plan.settled()
     needed = plan.nbytes + sum(path.stat().st_size for path in plan.companions.values()) + (1 << 20)
     with staged_folder(target, needed, overwrite) as folder:

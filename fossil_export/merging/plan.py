@@ -27,7 +27,7 @@ from fossil_export.merging.layout import FilePlan, TensorPlan, lay_out, parse_si
 from fossil_export.merging.place import place
 from fossil_export.merging.placement import Places, together
 from fossil_export.merging.ties import are_equal
-from fossil_export.storage.hub import Located, locate, names_hub, pinned
+from fossil_export.storage import Needed, Origin, find_origin, is_path, pinned
 
 if TYPE_CHECKING:
     import torch
@@ -101,17 +101,16 @@ class MergePlan:
         for path, stamp in self.stamps.items():
             check_stamp(path, stamp)
 
-    def fetch(self) -> None:
-        """Bring the files here that the run reads; only for what is on the Hub there is something to do."""
-        for adapter in self.adapters:
-            adapter.fetch()
+    @property
+    def needed(self) -> tuple[Needed, ...]:
+        """The files that a run reads, which whoever runs it fetches."""
         source = self.base.source
         names = [header.path.name for header in self.base.files]
         names += [path.relative_to(source.path).as_posix() for path in self._base_companions()]
         if self.base.folder is not None:  # the record tells one revision from another by them
             names += [name for name in source.root_names() if name.endswith(".json")]
-        source.fetch(dict.fromkeys(names))
-        source.check(self.base.files)
+        base = Needed(source, tuple(dict.fromkeys(names)), self.base.files)
+        return *(adapter.needed for adapter in self.adapters), base
 
     def _base_companions(self) -> list[Path]:
         return [path for path in self.companions.values() if path.is_relative_to(self.base.source.path)]
@@ -188,7 +187,7 @@ Given = Adapter | str | Path
 
 def plan_merge(
     adapter: Given | Sequence[Given],
-    base: str | Path | Located | None = None,
+    base: str | Path | Origin | None = None,
     *,
     weights: Sequence[float] | None = None,
     dtype: str | torch.dtype = "auto",
@@ -218,7 +217,7 @@ def plan_merge(
     if base is None and len(bases) > 1:
         raise MergeError(f"the adapters name different bases ({listed(bases)}); name the one to merge into with --base")
     first = next((one for one in adapters if one.base_model), adapters[0])
-    found = base if isinstance(base, Located) else find_base(first, base)
+    found = base if isinstance(base, Origin) else find_base(first, base)
     asked = MergePlan(
         adapters=adapters,
         weights=found_weights,
@@ -303,13 +302,14 @@ def _stamps(adapters: Sequence[Adapter], base: Checkpoint, companions: Iterable[
     return {**stamps_of(small), **known, **found}
 
 
-def find_base(adapter: Adapter, base: str | Path | None = None) -> Located:
+def find_base(adapter: Adapter, base: str | Path | None = None) -> Origin:
     """Where `base` lies, by default the model that `adapter` names, at its revision; raises CheckpointError."""
     if base is None and not adapter.base_model:
         raise MergeError(f"{adapter.path}: does not name its base model; name it with --base")
     own = str(adapter.base_model)
-    wanted = base if base is not None else pinned(own, adapter.base_revision) if names_hub(own) else own
-    return locate(wanted, CheckpointError, "base model")
+    if base is None:
+        base = own if is_path(own) else pinned(own, adapter.base_revision)
+    return find_origin(base, CheckpointError, "base model")
 
 
 def _tensor_plan(name: str, info: TensorInfo | None, places: Places, dtype: str) -> TensorPlan:

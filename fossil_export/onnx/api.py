@@ -22,7 +22,7 @@ from fossil_export.merging.provenance import provenance
 from fossil_export.merging.run import run
 from fossil_export.onnx.check import check
 from fossil_export.onnx.plan import OnnxPlan, check_mode, plan_onnx
-from fossil_export.storage.hub import expanded
+from fossil_export.storage import expanded, fetch
 
 RUNTIMES = ("genai", "torch")
 PRECISIONS = ("fp32", "fp16", "bf16", "int4")
@@ -99,7 +99,7 @@ def export_onnx(
     for package in ("onnx", "onnx_ir"):
         required(package)
     merge = plan_merge(adapter, base, dtype="auto")
-    adapter.fetch()
+    fetch(adapter.needed)
     target = expanded(output, OutputError).absolute()
     inputs = [merge.base.location, adapter.path]
     if onnx is not None:
@@ -125,7 +125,7 @@ def export_onnx(
     check_destination(target, inputs, overwrite)
     merge.check()
     progress("fetching the base")
-    merge.fetch()
+    fetch(*merge.needed)
     linked: list[str] = []
     with staged_folder(target, needed, overwrite) as folder:
         try:

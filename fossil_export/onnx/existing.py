@@ -20,7 +20,7 @@ from fossil_export.errors import CheckpointError, OnnxError, listed
 from fossil_export.onnx.graph_file import external_files, load_graph
 from fossil_export.onnx.plan import OnnxPlan
 from fossil_export.onnx.weight import SAFETENSORS_NAME, stored
-from fossil_export.storage.hub import resolve
+from fossil_export.storage import resolve
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]

@@ -14,7 +14,7 @@ from fossil_export.checkpoints.companions import CARD
 from fossil_export.errors import FossilExportError, HubError
 from fossil_export.publishing.target import Target
 from fossil_export.storage.hub.errors import retried
-from fossil_export.storage.hub.resolve import folder_of, is_old_id, is_on_hub, names_hub, repository_of
+from fossil_export.storage.hub.names import folder_of, is_old_id, is_on_hub, names_hub, repository_of
 
 _MACHINES = {"base_model", "library_name", "tags"}
 """Metadata that trainers and `convert` write too."""

@@ -14,25 +14,25 @@ from fossil_export.publishing.about import card_for, facts_of, local_names
 from fossil_export.publishing.paths import Paths
 from fossil_export.publishing.repository import Repository
 from fossil_export.publishing.result import Progress, PushResult
+from fossil_export.storage import Origin, find_origin
 from fossil_export.storage.hub.remote import HubFolder
-from fossil_export.storage.hub.resolve import Located, locate
 from fossil_export.verifying.verdict import Verification, certificate_file
 
 _OURS = (CARD, CERTIFICATE)
 
 
-def target_of(artifact: str | Located, create_pr: bool = False) -> tuple[Repository, HubFolder]:
+def target_of(artifact: str | Origin, create_pr: bool = False) -> tuple[Repository, HubFolder]:
     """Where the certificate of an artifact on the Hub goes, and the artifact's files.
 
     Raises HubError for what is no repository there, or may not be written to.
     """
-    located = artifact if isinstance(artifact, Located) else locate(artifact, CheckpointError, "artifact")
-    source = located.source
-    if not isinstance(source, HubFolder) or source.prefix or located.file is not None:
+    origin = artifact if isinstance(artifact, Origin) else find_origin(artifact, CheckpointError, "artifact")
+    source = origin.folder
+    if not isinstance(source, HubFolder) or source.prefix or origin.file is not None:
         raise HubError(
-            f"{located.name}: is no repository on the Hub; verify the folder, then push it with its certificate"
+            f"{origin.name}: is no repository on the Hub; verify the folder, then push it with its certificate"
         )
-    repository = Repository(source.repository, located.branch, create_pr)
+    repository = Repository(source.repository, origin.branch, create_pr)
     repository.check()
     return repository, source
 
@@ -52,7 +52,7 @@ def publish_certificate(
     from huggingface_hub import CommitOperationAdd
 
     started = time.perf_counter()
-    repository, source = target_of(result.located, create_pr)
+    repository, source = target_of(result.origin, create_pr)
     parts = parts_of(result.artifact)
     paths = Paths([result.artifact, result.base.location], local_names(parts.record, None, parts.config))
     content = paths.published(CERTIFICATE, certificate_file(result))

@@ -84,7 +84,7 @@ class StreamPlan:
     @property
     def adapter_bytes(self) -> int:
         adapter = self.merge.adapter
-        if adapter.revision is None or adapter.source is None:
+        if adapter.revision is None:
             return 0
         return adapter.nbytes + (adapter.source.size(CARD) if CARD in adapter.source.root_names() else 0)
 

@@ -13,7 +13,7 @@ from typing import Any
 from fossil_export.artifacts.kind import ADAPTER_CONFIG
 from fossil_export.checkpoints.companions import CERTIFICATE, PROVENANCE
 from fossil_export.checkpoints.jsonfile import write_json
-from fossil_export.storage.hub.resolve import is_hub_id
+from fossil_export.storage.hub.names import is_hub_id
 
 _RECORDS = (PROVENANCE, CERTIFICATE)
 _CONFIG = re.compile(r"(.*_)?config\.json|special_tokens_map\.json")

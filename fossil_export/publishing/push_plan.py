@@ -22,7 +22,7 @@ from fossil_export.publishing.paths import Paths, is_path
 from fossil_export.publishing.result import Progress
 from fossil_export.publishing.stale import refuse_base, removal_warnings, stale
 from fossil_export.publishing.target import Target
-from fossil_export.storage.hub import expanded, resolve
+from fossil_export.storage import expanded, resolve
 
 if TYPE_CHECKING:
     from fossil_export.publishing.result import PushResult

@@ -36,6 +36,7 @@ from fossil_export.publishing.repository import Commit, CopyRefusedError, Reposi
 from fossil_export.publishing.result import Progress, PushResult
 from fossil_export.publishing.stale import refuse_base, stale
 from fossil_export.publishing.workplace import workplace
+from fossil_export.storage import fetch
 
 if TYPE_CHECKING:
     import torch
@@ -138,7 +139,7 @@ def run_stream(
     started = time.perf_counter()
     repository = Repository(repo_id, revision, create_pr)
     merge = plan.merge
-    merge.adapter.fetch()
+    fetch(*merge.needed) if plan.remote is None else fetch(merge.adapter.needed)
     with Runner(merge, device) as runner, workplace(plan, repository, cache_dir) as folder:
         progress(f"opening {repo_id}")
         repository.prepare(private)

@@ -15,7 +15,7 @@ from fossil_export.checkpoints.checkpoint import identity, sha256
 from fossil_export.errors import OutputError
 from fossil_export.publishing.moves import StreamPlan
 from fossil_export.publishing.repository import Repository
-from fossil_export.storage.hub import expanded
+from fossil_export.storage import expanded
 from fossil_export.version import __version__
 
 JOURNAL = "journal.json"

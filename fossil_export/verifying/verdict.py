@@ -13,7 +13,7 @@ from fossil_export.adapters import Adapter
 from fossil_export.adapters.quantized import quantized_training
 from fossil_export.checkpoints.checkpoint import Checkpoint, identity, sha256
 from fossil_export.checkpoints.jsonfile import write_json
-from fossil_export.storage.hub import Located
+from fossil_export.storage import Origin
 from fossil_export.verifying.artifacts import open_any
 from fossil_export.verifying.forward import FACTOR, Distance, ForwardCheck
 from fossil_export.verifying.weights import TensorCheck
@@ -22,11 +22,11 @@ from fossil_export.version import __version__
 
 @dataclass(frozen=True)
 class Verification:
-    """The verdict on one artifact, which lay at `located` and now is in the folder `artifact`. `problems` is empty for
-    parity, else the reasons, the first one first; `tensors` is None unless the weights level ran, `forward` unless the
-    forward level did. `base_name` is the base's id on the Hub with its commit, else its path."""
+    """The verdict on one artifact, which came from `origin` and is now in the folder `artifact`. `problems` is empty
+    for parity, else the reasons, the first one first; `tensors` is None unless the weights level ran, `forward` unless
+    the forward level did. `base_name` is the base's id on the Hub with its commit, else its path."""
 
-    located: Located
+    origin: Origin
     artifact: Path
     base: Checkpoint
     base_name: str

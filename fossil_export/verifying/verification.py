@@ -17,7 +17,7 @@ from fossil_export.checkpoints.jsonfile import read_json
 from fossil_export.checkpoints.single_file import write_file
 from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError, listed
 from fossil_export.merging.plan import plan_merge
-from fossil_export.storage.hub import Located, locate, pinned
+from fossil_export.storage import Needed, Origin, fetch, find_origin, pinned
 from fossil_export.verifying.artifacts import open_any
 from fossil_export.verifying.forward import check_forward
 from fossil_export.verifying.levels import LEVELS, Level
@@ -52,10 +52,10 @@ def verify(
     """
     if level not in LEVELS:
         raise FossilExportError(f"level is {level!r}, expected {', '.join(LEVELS)}")
-    located = locate(artifact, CheckpointError, "artifact")
-    with located.by_name():
-        result = _verified(located, base, adapter, level, device, prompts, report, progress)
-        if located.source is None:
+    origin = find_origin(artifact, CheckpointError, "artifact")
+    with origin.by_name():
+        result = _verified(origin, base, adapter, level, device, prompts, report, progress)
+        if origin.is_path:
             try:
                 _write(result.artifact / CERTIFICATE, certificate_file(result))
             except FossilExportError as problem:  # an artifact that may only be read has its verdict all the same
@@ -68,7 +68,7 @@ def verify(
 
 
 def _verified(
-    located: Located,
+    origin: Origin,
     base: str | Path | None,
     adapter: Adapter | str | Path | None,
     level: Level,
@@ -79,9 +79,11 @@ def _verified(
 ) -> Verification:
     """The verdict; nothing is written."""
     started = time.perf_counter()
-    folder = located.fetched(None if located.source is None else _parts(located.source.names()))
-    if located.source is not None and located.file is None and not folder.is_dir():
-        held = f" (only {listed(located.names())})" if located.names() else ""
+    _fetch_parts(origin)
+    folder = origin.path
+    if origin.file is None and not folder.is_dir():
+        names = origin.folder.root_names()
+        held = f" (only {listed(names)})" if names else ""
         raise CheckpointError(f"{folder}: holds no model, LoRA or ONNX graph{held}; name what is to be verified")
     if kind_of_file(folder) is None and not folder.is_dir():
         raise CheckpointError(f"{folder}: is no model folder; name the folder that the file lies in")
@@ -89,10 +91,11 @@ def _verified(
     found = open_any(folder)
     if not isinstance(adapter, Adapter):
         adapter = load_adapter(_named(adapter, record, "adapter", folder))
-    adapter.fetch()
-    found_base = locate(_named(base, record, "base", folder), CheckpointError, "base model")
+    fetch(adapter.needed)
+    found_base = find_origin(_named(base, record, "base", folder), CheckpointError, "base model")
     base_checkpoint = _whole(found_base, adapter)
     base_folder = found_base.path
+    base_name = str(base_checkpoint.location) if found_base.is_path else pinned(found_base.name, found_base.revision)
     texts = read_prompts(prompts) if prompts is not None else PROMPTS
     if level != "weights":
         check_device(device)
@@ -135,17 +138,17 @@ def _verified(
                 raise CheckpointError(f"{folder}: {what}") from problem
             problems.append(f"the artifact {what}")  # what is wrong with its weights may be why
     return Verification(
-        located=located,
+        origin=origin,
         artifact=folder,
         base=base_checkpoint,
-        base_name=pinned(found_base.name, found_base.revision) if found_base.source else str(base_checkpoint.location),
+        base_name=base_name,
         adapter=adapter,
-        problems=tuple(map(located.shown, problems)),
+        problems=tuple(map(origin.shown, problems)),
         tensors=tensors,
         forward=forward,
         device=device_name(device),
         seconds=time.perf_counter() - started,
-        warnings=located.notes + found_base.notes + adapter.notes,
+        warnings=origin.notes + found_base.notes + adapter.notes,
     )
 
 
@@ -186,13 +189,20 @@ def _parts(names: list[str]) -> list[str]:
     return [name for name in names if not is_weights(name) or ".safetensors" in name]
 
 
-def _whole(base: Located, adapter: Adapter) -> Checkpoint:
+def _fetch_parts(origin: Origin) -> None:
+    """Bring the files of an artifact or a base here that may be looked at."""
+    folder = origin.folder
+    if not folder.is_here:
+        fetch(Needed(folder, tuple(_parts(folder.names()))))
+
+
+def _whole(base: Origin, adapter: Adapter) -> Checkpoint:
     """The base with all its files here; of a model on the Hub only those a merge takes are fetched."""
-    if base.source is not None:
+    if not base.folder.is_here:
         try:
-            plan_merge(adapter, base).fetch()
+            fetch(*plan_merge(adapter, base).needed)
         except MergeError:  # a verdict, which needs the files all the same
-            base.fetched(_parts(base.source.names()))
+            _fetch_parts(base)
     return base.checkpoint()
 
 

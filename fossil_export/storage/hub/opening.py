@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 
-from fossil_export.checkpoints.folder import Folder, LocalFolder
+from fossil_export.checkpoints.folder import LocalFolder
 from fossil_export.checkpoints.single_file import write_file
 from fossil_export.errors import HubError
 from fossil_export.storage.hub.errors import ATTEMPTS, NOT_CACHED, NotThereError, explained, is_unreachable, retried
@@ -14,7 +14,7 @@ from fossil_export.storage.hub.remote import Entry, HubFolder, storage_of
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def open_repository(repository: str, revision: str | None) -> tuple[Folder, str, str, tuple[str, ...]]:
+def open_repository(repository: str, revision: str | None) -> tuple[HubFolder | LocalFolder, str, str, tuple[str, ...]]:
     """The folder of a model on the Hub, the model's full name, the commit that `revision` (default: main) is, and
     what to tell the user.
 
@@ -65,7 +65,7 @@ def open_repository(repository: str, revision: str | None) -> tuple[Folder, str,
     return HubFolder(repository, commit, entries), repository, commit, notes
 
 
-def _cached(repository: str, revision: str | None) -> tuple[Folder, str, tuple[str, ...]] | None:
+def _cached(repository: str, revision: str | None) -> tuple[HubFolder | LocalFolder, str, tuple[str, ...]] | None:
     """The copy in the cache, its commit, and what to tell of it; None where there is none."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError

@@ -54,6 +54,10 @@ class HubFolder:
         inside = {name.removeprefix(prefix): entry for name, entry in self.entries.items() if name.startswith(prefix)}
         return HubFolder(self.repository, self.commit, inside, self.prefix + prefix)
 
+    @property
+    def is_here(self) -> bool:
+        return not self.missing(self._visible)
+
     @cached_property
     def _visible(self) -> list[str]:
         return sorted(name for name in self.entries if all(part[:1] not in ("", ".") for part in name.split("/")))
