@@ -14,8 +14,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 # Packages in $(FLOOR) go before those of the environment.
 FLOOR = $(abspath $(VENV)-floor)
-HUB_TESTS = $(wildcard tests/test_hub*.py tests/test_push*.py tests/test_stream*.py) \
-	tests/test_card.py tests/test_certify.py tests/test_loopback_hub.py tests/test_xet.py
+HUB_TESTS = $(wildcard $(foreach what,card certify hub loopback push stream xet,tests/test_$(what)*.py))
 
 # The last transformers that wants the Hub's client below 2.0.
 TRAINER = transformers==5.17.0 peft==0.21.2

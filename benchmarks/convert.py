@@ -8,7 +8,6 @@ difference of the update B A from the trained one.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import common
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -59,27 +59,30 @@ save_as_lora(sys.argv[3], model, rank=64)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(arguments)
     adapter, base = smollm2.adapter(), smollm2.base_model()
-    runs: dict[str, list[dict[str, Any]]] = {"fossil-export": [], "PEFT save_as_lora": []}
+    contestants = {"fossil-export": OURS, "PEFT save_as_lora": PEFTS}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
     errors = {}
     with tempfile.TemporaryDirectory() as temporary:
-        for _ in range(options.rounds):
-            for name, work in (("fossil-export", OURS), ("PEFT save_as_lora", PEFTS)):
-                output = Path(temporary) / "lora"
-                shutil.rmtree(output, ignore_errors=True)
-                code = PEAK.format(work=work, imports="imports")
-                command = [sys.executable, "-c", code, str(adapter), str(base), str(output)]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                runs[name].append(json.loads(done.stdout.splitlines()[-1]))
-                errors[name] = _error(adapter, output)
-    print(f"adapter {(adapter / 'adapter_model.safetensors').stat().st_size / 1e6:.1f} MB, rounds {options.rounds}\n")
-    print("| | whole process | without imports | peak memory | error of the update |\n|---|---|---|---|---|")
+        for _, name in common.turns(dict.fromkeys(contestants, options.rounds)):
+            output = Path(temporary) / "lora"
+            shutil.rmtree(output, ignore_errors=True)
+            code = PEAK.format(work=contestants[name], imports="imports")
+            command = [sys.executable, "-c", code, str(adapter), str(base), str(output)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            runs[name].append(json.loads(done.stdout.splitlines()[-1]))
+            errors[name] = _error(adapter, output)
+    size = (adapter / "adapter_model.safetensors").stat().st_size
+    print(f"adapter {size / 1e6:.1f} MB, rounds {options.rounds}; {common.machine('numpy', 'peft', 'torch')}\n")
+    rows = []
     for name, found in runs.items():
         seconds, work, peak = (statistics.median(run[key] for run in found) for key in ("seconds", "work", "peak"))
-        print(f"| {name} | {seconds:.2f} s | {work:.2f} s | {peak / 1e6:.0f} MB | {errors[name]:.1e} |")
+        rows.append([name, f"{seconds:.2f} s", f"{work:.2f} s", f"{peak / 1e6:.0f} MB", f"{errors[name]:.1e}"])
+    columns = ["", "whole process", "without imports", "peak memory", "error of the update"]
+    print(common.table(columns, rows))
 
 
 def _error(adapter: Path, lora: Path) -> float:

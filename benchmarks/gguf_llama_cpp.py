@@ -10,7 +10,6 @@ are held against PEFT's (both in float32). Prints two tables; exits with 1 when 
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
+import common
 import numpy as np
 import smollm2
 
@@ -58,7 +58,7 @@ HEADER = ("adapter", "outtype", "MB", "converted in", "error of B", "answer", "v
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--outtype", nargs="+", default=list(OUTTYPES), choices=list(OUTTYPES))
     parser.add_argument("--tokens", type=int, default=12)
     options = parser.parse_args(arguments)
@@ -74,8 +74,8 @@ def _real(outtypes: list[str], tokens: int) -> bool:
     trained = ((smollm2.adapter(), smollm2.ANSWER), (smollm2.other_adapter(), smollm2.OTHER_ANSWER))
     answer = _answer(None, tokens)
     good = not any(expected in answer for _, expected in trained)
-    print(_line(list(HEADER)), _line(["---"] * len(HEADER)), sep="\n")
-    print(_line(["none", "", "", "", "", answer, "as before training" if good else "WRONG"]), flush=True)
+    print(common.header(HEADER))
+    print(common.row(["none", "", "", "", "", answer, "as before training" if good else "WRONG"]), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         for folder, expected in trained:
             for outtype in outtypes:
@@ -88,7 +88,7 @@ def _real(outtypes: list[str], tokens: int) -> bool:
                 good = good and right
                 cells = [folder.name, outtype, f"{path.stat().st_size / 1e6:.1f}", f"{seconds:.1f} s"]
                 cells += [f"{made['relative_error']:.1e}", answer, "as trained" if right else "WRONG"]
-                print(_line(cells), flush=True)
+                print(common.row(cells), flush=True)
     return good
 
 
@@ -99,7 +99,7 @@ def options(base: Path, outtype: str = "f32") -> Options:
 def _families() -> bool:
     """Logits of a tiny model of every family, by llama.cpp with the converted adapter and by PEFT."""
     header = ("family", "llama.cpp's name", "base", "with the adapter", "the adapter changes", "verdict")
-    print(_line(list(header)), _line(["---"] * len(header)), sep="\n")
+    print(common.header(header))
     good = True
     for kind in gguf_lora.FAMILIES:
         if kind == "gemma3":  # gemma3_text within a model that also sees
@@ -115,7 +115,7 @@ def _families() -> bool:
         right = before < TOLERANCE and after < TOLERANCE and change > 100 * TOLERANCE
         good = good and right
         cells = [kind, made["architecture"], f"{before:.0e}", f"{after:.0e}", f"{change:.0e}"]
-        print(_line([*cells, "as PEFT" if right else "WRONG"]), flush=True)
+        print(common.row([*cells, "as PEFT" if right else "WRONG"]), flush=True)
     return good
 
 
@@ -236,10 +236,6 @@ def _model(base: Path, lora: Path | None, **options: Any) -> Any:
         raise SystemExit("llama.cpp is missing: pip install llama-cpp-python") from None
     path = None if lora is None else str(lora)
     return llama_cpp.Llama(str(base), lora_path=path, lora_scale=1.0, seed=0, verbose=False, **options)
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

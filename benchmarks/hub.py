@@ -5,14 +5,13 @@
 
 makes a random Llama-shaped bfloat16 base of about that many GB in four files (benchmarks/merge.py), of which the
 first holds the embedding alone, and a q,v-only adapter (tile, r = 64); both lie on a Hub on this machine
-(tests/loopback_hub.py). Every contestant is a whole process with an empty cache. Prints, as Markdown, medians of the
+(tests/loopback). Every contestant is a whole process with an empty cache. Prints, as Markdown, medians of the
 bytes that moved and of the wall time, the process's peak memory, and the most bytes on the client's disk, looked at
 every few milliseconds. With --xet large files move by hf_xet, from and to a folder, whose bytes are not counted here.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import statistics
@@ -26,19 +25,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import common
 import merge
-from loopback_hub import LoopbackHub, environment  # type: ignore[import-not-found]
+from loopback import LoopbackHub, environment  # type: ignore[import-not-found]
 
 TOKEN = "hf_benchmark"
-
-PEFT_MERGE = """
-import sys, torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-base, adapter, target = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-PeftModel.from_pretrained(model, adapter).merge_and_unload().push_to_hub(target)
-"""
 
 
 @dataclass(frozen=True)
@@ -59,7 +50,14 @@ def contestants(base: str, adapter: str, target: str, home: Path) -> dict[str, l
     return {
         "fossil-export, streamed": [*tool, "--stream", "--cache-dir", str(home / "stream")],
         "fossil-export, to a folder and pushed": [*tool, "--output", str(home / "merged")],
-        "PEFT, `push_to_hub`": [sys.executable, "-c", PEFT_MERGE, base, adapter, target],
+        "PEFT, `push_to_hub`": [
+            sys.executable,
+            "-c",
+            merge.PEFT_MERGE.format(save="push_to_hub"),
+            base,
+            adapter,
+            target,
+        ],
     }
 
 
@@ -72,7 +70,7 @@ def run(hub: Any, command: list[str], target: str, home: Path) -> Run:
     before = sum(size_of(folder) for folder in kept)
     with largest([home, *kept]) as sizes:
         env = {**environment(hub, home, TOKEN), "TMPDIR": str(home / "tmp")}
-        seconds, memory = merge.measure(command, env=env)
+        seconds, memory = common.measure(command, env=env)
     down, up = hub.moved()
     shutil.rmtree(home)
     same = {digest for name, (_, digest) in hub.files("ada/base").items() if name.endswith(".safetensors")}
@@ -113,12 +111,12 @@ def taken(path: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--size", type=float, default=2, help="of the base, in GB (default 2)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of fossil-export (default 3)")
     parser.add_argument("--peft", type=int, default=1, help="runs of PEFT (default 1)")
     parser.add_argument("--xet", action="store_true", help="move large files by the Xet protocol")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "fossil-export-benchmark")
+    parser.add_argument("--work", type=Path, default=common.WORK)
     options = parser.parse_args()
     base = options.work / f"base-{options.size:g}"
     layers = merge.make_base(base, options.size)
@@ -133,25 +131,27 @@ def main() -> None:
     ):
         hub.add_folder("ada/base", base)
         hub.add_folder("ada/adapter", adapter)
-        for number in range(max(options.rounds, options.peft)):
-            home, target = Path(temporary) / "home", f"ada/merged-{number}"
-            for index, (name, command) in enumerate(contestants("ada/base", "ada/adapter", "TARGET", home).items()):
-                if number < (options.peft if name.startswith("PEFT") else options.rounds):
-                    mine = [f"{target}-{index}" if word == "TARGET" else word for word in command]
-                    results.setdefault(name, []).append(run(hub, mine, f"{target}-{index}", home))
-                    print(f"{name}: {results[name][-1]}", file=sys.stderr, flush=True)
+        home = Path(temporary) / "home"
+        commands = contestants("ada/base", "ada/adapter", "TARGET", home)
+        runs = {name: options.peft if name.startswith("PEFT") else options.rounds for name in commands}
+        for number, name in common.turns(runs):
+            target = f"ada/merged-{number}-{list(commands).index(name)}"
+            command = [target if word == "TARGET" else word for word in commands[name]]
+            results.setdefault(name, []).append(run(hub, command, target, home))
+            common.say(f"{name}: {results[name][-1]}")
 
     total, most = sum(files.values()), max(files.values())
     sizes = ", ".join(f"{size / 1e6:.0f}" for size in files.values())
-    print(f"{total / 1e9:.2f} GB in files of {sizes} MB; {os.cpu_count()} cores\n")
-    print("| | from the Hub | to the Hub | peak disk | against the largest file | peak memory | seconds |")
-    print("|---|---|---|---|---|---|---|")
-    for name, runs in results.items():
-        down, up = (statistics.median(getattr(one, what) for one in runs) / 1e6 for what in ("down", "up"))
-        moved = "– | –" if options.xet else f"{down:.0f} MB | {up:.0f} MB"
-        disk, memory = max(one.disk for one in runs), max(one.memory for one in runs) / 1e6
-        seconds = statistics.median(one.seconds for one in runs)
-        print(f"| {name} | {moved} | {disk / 1e6:.0f} MB | {disk / most:.2f}× | {memory:.0f} MB | {seconds:.1f} |")
+    print(f"{total / 1e9:.2f} GB in files of {sizes} MB; {common.machine('huggingface_hub')}\n")
+    rows = []
+    for name, found in results.items():
+        down, up = (statistics.median(getattr(one, what) for one in found) / 1e6 for what in ("down", "up"))
+        moved = ["–", "–"] if options.xet else [f"{down:.0f} MB", f"{up:.0f} MB"]
+        disk, memory = max(one.disk for one in found), max(one.memory for one in found) / 1e6
+        seconds = statistics.median(one.seconds for one in found)
+        rows.append([name, *moved, f"{disk / 1e6:.0f} MB", f"{disk / most:.2f}×", f"{memory:.0f} MB", f"{seconds:.1f}"])
+    columns = ["", "from the Hub", "to the Hub", "peak disk", "against the largest file", "peak memory", "seconds"]
+    print(common.table(columns, rows))
     if not options.xet:
         untouched = max((one.untouched for one in results.get("fossil-export, streamed", [])), default=0)
         print(f"\nOf the untouched files, streamed: {untouched:,} bytes moved, headers included.")

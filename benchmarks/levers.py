@@ -13,16 +13,15 @@ import json
 import mmap
 import os
 import shutil
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 
 from fossil_export import merge
@@ -105,11 +104,11 @@ def child(name: str, adapter: str, target: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--size", type=float, default=6.4, help="of the base in GB, as made by benchmarks/merge.py")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="names of variants; all by default")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "fossil-export-benchmark")
+    parser.add_argument("--work", type=Path, default=common.WORK)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -118,23 +117,18 @@ def main() -> None:
     names = options.only or list(VARIANTS)
     adapter, target = str(options.work / "all"), str(options.work / "output")
     results: dict[str, list[tuple[float, int]]] = {name: [] for name in names}
-    for _ in range(options.rounds):
-        for name in names:
-            shutil.rmtree(target, ignore_errors=True)
-            os.sync()
-            started = time.perf_counter()
-            command = [sys.executable, __file__, "--child", name, adapter, target]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            seconds = time.perf_counter() - started
-            results[name].append((seconds, json.loads(done.stdout)["peak"]))
-            print(f"{name}: {seconds:.2f} s", file=sys.stderr, flush=True)
+    for _, name in common.turns(dict.fromkeys(names, options.rounds)):
+        shutil.rmtree(target, ignore_errors=True)
+        os.sync()
+        started = time.perf_counter()
+        command = [sys.executable, __file__, "--child", name, adapter, target]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        seconds = time.perf_counter() - started
+        results[name].append((seconds, json.loads(done.stdout)["peak"]))
+        common.say(f"{name}: {seconds:.2f} s")
     shutil.rmtree(target, ignore_errors=True)
-    own = statistics.median(seconds for seconds, _ in results[names[0]])
-    print("| | seconds (median) | all runs | ratio | peak memory |\n|---|---|---|---|---|")
-    for name, values in results.items():
-        middle = statistics.median(seconds for seconds, _ in values)
-        every = " ".join(f"{seconds:.1f}" for seconds, _ in values)
-        print(f"| {name} | {middle:.2f} | {every} | {middle / own:.2f} | {max(p for _, p in values) / 1e6:.0f} MB |")
+    print(f"{options.size:g} GB; {common.machine('numpy')}\n")
+    print(common.timings(results, names[0], "ratio"))
 
 
 if __name__ == "__main__":

@@ -10,19 +10,14 @@ wrote. Prints medians and ratios as Markdown.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import shutil
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
+import common
 import ml_dtypes
 import numpy as np
 
@@ -43,9 +38,9 @@ PEFT_MERGE = """
 import sys, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-base, adapter, output = sys.argv[1:]
+base, adapter, target = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(output)
+PeftModel.from_pretrained(model, adapter).merge_and_unload().{save}(target)
 """
 
 
@@ -135,84 +130,54 @@ def make_adapter(folder: Path, base: Path, layers: int, targets: list[str]) -> N
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-# A process inherits the peak of the one that starts it, so a small one starts and measures each contestant.
-LAUNCHER = """
-import os, sys
-process = os.fork()
-if process == 0:
-    os.execvp(sys.argv[1], sys.argv[1:])
-_, status, usage = os.wait4(process, 0)
-print(usage.ru_maxrss)
-sys.exit(os.waitstatus_to_exitcode(status))
-"""
+def peft_merge(save: str, base: str, adapter: str, target: str) -> list[str]:
+    """PEFT's own merge as a command; `save` is the method that takes the result to `target`."""
+    return [sys.executable, "-c", PEFT_MERGE.format(save=save), base, adapter, target]
 
 
-def measure(command: list[str], sync: bool = False, env: dict[str, str] | None = None) -> tuple[float, int]:
-    """Wall seconds and peak resident bytes of a whole process, with a `sync` after it if asked."""
-    started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, *command], env=env, capture_output=True, text=True)
-    if sync:
-        os.sync()
-    seconds = time.perf_counter() - started
-    if done.returncode:
-        raise SystemExit(f"{command[0]} failed:\n{done.stderr}")
-    return seconds, int(done.stdout.split()[-1]) * 1024
-
-
-def contestants(work: Path, base: Path) -> dict[str, Callable[[], tuple[float, int]]]:
+def contestants_of(work: Path, base: Path) -> dict[str, Callable[[], tuple[float, int]]]:
     output = str(work / "output")
     tool = [sys.executable, "-m", "fossil_export", "merge"]
     return {
-        "cp -r, sync": lambda: measure(["cp", "-r", str(base), output], sync=True),
-        "fossil-export, all-linear": lambda: measure([*tool, str(work / "all"), "--output", output]),
-        "fossil-export verify, weights": lambda: measure(
+        "cp -r, sync": lambda: common.measure(["cp", "-r", str(base), output], sync=True),
+        "fossil-export, all-linear": lambda: common.measure([*tool, str(work / "all"), "--output", output]),
+        "fossil-export verify, weights": lambda: common.measure(
             [sys.executable, "-m", "fossil_export", "verify", output, "--level", "weights"]
         ),
-        "fossil-export, q,v": lambda: measure([*tool, str(work / "qv"), "--output", output]),
-        "PEFT, all-linear": lambda: measure(
-            [sys.executable, "-c", PEFT_MERGE, str(base), str(work / "all"), output], sync=True
+        "fossil-export, q,v": lambda: common.measure([*tool, str(work / "qv"), "--output", output]),
+        "PEFT, all-linear": lambda: common.measure(
+            [sys.executable, "-c", PEFT_MERGE.format(save="save_pretrained"), str(base), str(work / "all"), output],
+            sync=True,
         ),
     }
 
 
-def rounds(pairs: int, peft: int) -> Iterator[list[str]]:
-    names = ["cp -r, sync", "fossil-export, all-linear", "fossil-export verify, weights", "fossil-export, q,v"]
-    for index in range(max(pairs, peft)):
-        yield (names if index < pairs else []) + (["PEFT, all-linear"] if index < peft else [])
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--size", type=float, default=6.4, help="of the base, in GB (default 6.4)")
     parser.add_argument("--pairs", type=int, default=5, help="runs of cp and fossil-export (default 5)")
     parser.add_argument("--peft", type=int, default=0, help="runs of PEFT (default 0: it needs twice the base in RAM)")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "fossil-export-benchmark")
+    parser.add_argument("--work", type=Path, default=common.WORK)
     options = parser.parse_args()
     work: Path = options.work
     base = work / f"base-{options.size:g}"
     layers = make_base(base, options.size)
     make_adapter(work / "all", base, layers, [name.rpartition(".")[2] for name in LINEARS])
     make_adapter(work / "qv", base, layers, ["q_proj", "v_proj"])
-    runs = contestants(work, base)
+    contestants = contestants_of(work, base)
+    runs = {name: options.peft if name.startswith("PEFT") else options.pairs for name in contestants}
     results: dict[str, list[tuple[float, int]]] = {}
-    for names in rounds(options.pairs, options.peft):
-        for name in names:
-            if "verify" not in name:  # that reads what the run before it wrote
-                shutil.rmtree(work / "output", ignore_errors=True)
-            os.sync()
-            results.setdefault(name, []).append(runs[name]())
-            print(f"{name}: {results[name][-1][0]:.2f} s", file=sys.stderr, flush=True)
+    for _, name in common.turns(runs):
+        if "verify" not in name:  # that reads what the run before it wrote
+            shutil.rmtree(work / "output", ignore_errors=True)
+        os.sync()
+        results.setdefault(name, []).append(contestants[name]())
+        common.say(f"{name}: {results[name][-1][0]:.2f} s")
     shutil.rmtree(work / "output", ignore_errors=True)
 
     size = sum(file.stat().st_size for file in base.iterdir())
-    print(f"{size / 1e9:.2f} GB, {os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()}\n")
-    print("| | seconds (median) | all runs | against cp | peak memory |\n|---|---|---|---|---|")
-    floor = statistics.median(seconds for seconds, _ in results["cp -r, sync"]) if "cp -r, sync" in results else None
-    for name, values in results.items():
-        middle = statistics.median(seconds for seconds, _ in values)
-        ratio = f"{middle / floor:.2f}×" if floor else "-"
-        every = " ".join(f"{seconds:.1f}" for seconds, _ in values)
-        print(f"| {name} | {middle:.2f} | {every} | {ratio} | {max(peak for _, peak in values) / 1e6:.0f} MB |")
+    print(f"{size / 1e9:.2f} GB; {common.machine('numpy')}\n")
+    print(common.timings(results, "cp -r, sync", "against cp"))
 
 
 if __name__ == "__main__":

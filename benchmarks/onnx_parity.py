@@ -7,8 +7,6 @@ The plain graphs are made once each; "--runtime" and "--precision" take a part o
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 import tempfile
@@ -19,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import common
 import smollm2
 
 from fossil_export import FossilExportError, export_onnx, verify
@@ -30,7 +29,7 @@ HEADER = ("graph", "precision", "mode", "trainer", "artifact", "KL", "top-1", "s
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--runtime", nargs="+", default=["genai", "torch"])
     parser.add_argument("--precision", nargs="+", default=["fp32", "fp16", "int4"])
     parser.add_argument("--mode", nargs="+", default=MODES)
@@ -45,12 +44,12 @@ def main(arguments: list[str] | None = None) -> None:
             for precision in options.precision:
                 folder = Path(temporary) / f"{runtime}-{precision}"
                 rows += _rows(runtime, precision, options, folder)
-    table = _table(rows)
+    table = common.table(HEADER, map(_cells, rows)) + "\n"
     print(table)
     if options.output:
-        options.output.write_text(table)
+        common.publish(options.output, table)
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
+        common.write_json(options.json, rows)
 
 
 def _rows(runtime: str, precision: str, options: Any, folder: Path) -> list[dict[str, Any]]:
@@ -74,8 +73,12 @@ def _rows(runtime: str, precision: str, options: Any, folder: Path) -> list[dict
             settings = {"onnx": plain}
         export_onnx(smollm2.adapter(), output, mode=mode, device=options.device, **settings)
         rows.append({"graph": runtime, "precision": precision, "mode": mode} | _verified(output, options))
-        print(_line([str(rows[-1].get(name, "")) for name in HEADER]), flush=True)
+        print(common.row(_cells(rows[-1])), flush=True)
     return rows
+
+
+def _cells(row: dict[str, Any]) -> list[Any]:
+    return [row.get(name, "") for name in HEADER]
 
 
 def _verified(output: Path, options: Any) -> dict[str, Any]:
@@ -94,15 +97,6 @@ def _verified(output: Path, options: Any) -> dict[str, Any]:
         "verdict": "parity" if found.parity else found.problems[0],
         "device": found.device,
     }
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    lines = [_line(list(HEADER)), "|" + "---|" * len(HEADER)]
-    return "\n".join([*lines, *(_line([str(row.get(name, "")) for name in HEADER]) for row in rows)]) + "\n"
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import common
 import smollm2
 
 from fossil_export import merge, verify
-from fossil_export.verifying.verdict import device_name, versions
 
 ADAPTERS = {
     "tile, r = 64": ("tile", 64, 20),
@@ -27,15 +27,15 @@ ADAPTERS = {
     "mini, r = 64": ("mini", 64, 4),
     "bat, r = 64": ("bat", 64, 4),
 }
+COLUMNS = ["adapter", "result", "worst step", "trainer", "artifact", "ratio", "KL trainer", "KL artifact"]
+COLUMNS += ["top-1", "same text"]
 
 
-def main() -> None:
-    found = ", ".join(f"{name} {number}" for name, number in versions().items())
-    print(f"SmolLM2-135M-Instruct, base in bfloat16, 16 built-in prompts; {device_name('cpu')}; {found}\n")
-    print(
-        "| adapter | result | worst step | trainer | artifact | ratio | KL trainer | KL artifact | top-1 | same text |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+def main(arguments: list[str] | None = None) -> None:
+    common.parser(__doc__).parse_args(arguments)
+    machine = common.machine("numpy", "torch", "transformers", "peft")
+    print(f"SmolLM2-135M-Instruct, base in bfloat16, 16 built-in prompts; {machine}\n")
+    print(common.header(COLUMNS), flush=True)
     for name, (variant, rank, steps) in ADAPTERS.items():
         for dtype in ("auto", "float16", "float32"):
             with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +56,7 @@ def main() -> None:
                 f"{artifact.top1:.1%}",
                 f"{result.forward.same_continuations}/{result.forward.continuations}",
             ]
-            print(f"| {' | '.join(cells)} |", flush=True)
+            print(common.row(cells), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,16 @@ from typing import Any
 import pytest
 import smollm2
 import torch
-from loopback_hub import LoopbackHub, point_client_at
+from loopback import LoopbackHub, point_client_at
 from peft import MissConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+# Their assertions are shown as those of tests are.
+pytest.register_assert_rewrite(*(path.stem for path in Path(__file__).parent.glob("*_tools.py")))
+
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+QV = ["q_proj", "v_proj"]
 Randomise = Callable[[torch.nn.Module], None]
 ADA, BOB = "hf_adaadaada", "hf_bobbobbob"  # tokens of two users of the loopback Hub
 
@@ -165,6 +169,7 @@ NOISE = [
     "README.md",
 ]
 # What repositories hold beside what a merge takes.
+CARD = b"---\nlicense: mit\nlanguage: en\n---\n# Base\n"
 
 
 @pytest.fixture(scope="session")
@@ -188,3 +193,36 @@ def hosted(hub: LoopbackHub, models: Path) -> LoopbackHub:
     hub.add_folder("ada/base", models / "base")
     hub.add_folder("ada/adapter", models / "adapter")
     return hub
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bases of many files, of one, and one whose head is tied to the embedding."""
+    folder = tmp_path_factory.mktemp("bases")
+    for name, options in {"many": {}, "one": {"shards": "1GB"}, "tied": {"tie": True}}.items():
+        (make_base(folder / name, **options) / "README.md").write_bytes(CARD)
+    for name, config in {
+        "qv": {"target_modules": QV},
+        "linear": {},
+        "mini": {"init_weights": "mini", "mini_r": 4},
+        "bat": {"init_weights": "bat"},
+        "saved": {"target_modules": QV, "modules_to_save": ["lm_head"]},
+    }.items():
+        make_adapter(folder / name, folder / "many", **config)
+    make_adapter(folder / "head", folder / "tied", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    (folder / "saved" / "tokenizer.json").write_text('{"version": "mine"}')
+    (folder / "saved" / "tokenizer_config.json").write_text('{"a": 1}')
+    return folder
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base in seven files, and adapters of it that name it as ada/base."""
+    folder = tmp_path_factory.mktemp("parts")
+    make_base(folder / "base")
+    make_adapter(folder / "qv", folder / "base", target_modules=QV)
+    make_adapter(folder / "k", folder / "base", target_modules=["k_proj"])
+    for name in ("qv", "k"):
+        path = folder / name / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "ada/base"}))
+    return folder

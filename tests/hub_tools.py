@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 from conftest import ADA
 from huggingface_hub import __version__, constants
-from loopback_hub import LoopbackHub, point_client_at
+from loopback import LoopbackHub, point_client_at
 
 from fossil_export.cli import main
 

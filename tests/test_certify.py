@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import BOB
 from hub_tools import cli
-from loopback_hub import Fault, LoopbackHub, point_client_at
+from loopback import Fault, LoopbackHub, point_client_at
 
 from fossil_export import FossilExportError, merge, merge_to_hub, publish_certificate, push, verify
 from fossil_export.verifying.verdict import Verification

@@ -15,7 +15,7 @@ import publish
 import pytest
 import smollm2
 import torch
-from loopback_hub import LoopbackHub, environment
+from loopback import LoopbackHub, environment
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

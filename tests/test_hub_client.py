@@ -15,7 +15,7 @@ import pytest
 from conftest import ADA
 from hub_tools import cli
 from huggingface_hub import CommitOperationAdd
-from loopback_hub import LoopbackHub, point_client_at
+from loopback import LoopbackHub, point_client_at
 
 import fossil_export
 from fossil_export.errors import HubError

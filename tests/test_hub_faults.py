@@ -18,7 +18,7 @@ import pytest
 from conftest import ADA, NOISE, interruptible, weights
 from hub_tools import OFFLINE, PART, QUICK, cli, content, fetched, nobody_there, offline, record
 from huggingface_hub import constants
-from loopback_hub import Fault, LoopbackHub, _Handler, environment
+from loopback import Fault, Handler, LoopbackHub, environment
 from safetensors.torch import save_file
 
 from fossil_export import load_adapter, merge, plan_merge
@@ -251,15 +251,15 @@ def test_a_proxy(hosted: LoopbackHub, wanted: dict[str, bytes], tmp_path: Path) 
     """The client asks the proxy for whole addresses, of a Hub whose name only the proxy knows."""
     asked: list[str] = []
 
-    class Proxy(_Handler):
+    class Proxy(Handler):
         def do_GET(self) -> None:
             origin, self.path = re.fullmatch("(http://[^/]+)(/.*)", self.path).groups()  # type: ignore[union-attr]
             asked.append(origin)
-            self._serve()
+            self.serve()
 
         do_HEAD = do_GET
 
-    hosted._server.RequestHandlerClass = Proxy
+    hosted.server.RequestHandlerClass = Proxy
     hosted._repos["ada/base"].private = True
     env = environment(hosted, tmp_path / "h", ADA) | {
         "HF_ENDPOINT": "http://hub.example",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from graphs import answers, make_case, make_graph, run
-from loopback_hub import LoopbackHub
+from loopback import LoopbackHub
 
 from fossil_export import convert, export_onnx
 

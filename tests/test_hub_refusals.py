@@ -16,7 +16,7 @@ import pytest
 from conftest import ADA
 from hub_tools import OFFLINE, PART, QUICK, cli, nobody_there, offline
 from huggingface_hub import constants
-from loopback_hub import Fault, LoopbackHub, _Handler, environment
+from loopback import Fault, Handler, LoopbackHub, environment
 
 Setup = Callable[[LoopbackHub, pytest.MonkeyPatch, Path], Any]
 LOGIN = "no such model on the Hub, or it is private; check the name, or log in with `hf auth login`"
@@ -54,13 +54,13 @@ def changed(files: dict[str, bytes], *delete: str) -> Setup:
 
 def portal(hub: LoopbackHub, patch: pytest.MonkeyPatch, models: Path) -> None:
     """A network that answers everything itself."""
-    real = _Handler._send
+    real = Handler.send
 
     def send(self: Any, reply: Any) -> None:
         reply.body = b"<html>Please log in"
         real(self, reply)
 
-    patch.setattr(_Handler, "_send", send)
+    patch.setattr(Handler, "send", send)
 
 
 def full(hub: LoopbackHub, patch: pytest.MonkeyPatch, models: Path) -> None:

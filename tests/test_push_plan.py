@@ -9,7 +9,7 @@ import pytest
 from conftest import edit_json
 from hub_tools import cli, nobody_there, offline
 from loopback_hub import LoopbackHub
-from test_push import litter, made
+from push_tools import litter, made
 
 from fossil_export import FossilExportError, PushPlan, merge, plan_merge, plan_push, plan_stream, push
 from fossil_export.errors import CheckpointError, HubError, MissingExtraError, longer

@@ -14,7 +14,7 @@ import pytest
 import smollm2
 import torch
 from conftest import edit_json, make_adapter
-from loopback_hub import LoopbackHub, environment
+from loopback import LoopbackHub, environment
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 

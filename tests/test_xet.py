@@ -1,5 +1,5 @@
 """The Hub's Xet storage, which is what its client uses wherever the repository has it: the real hf_xet in processes of
-their own, against a Hub whose storage is a folder (see loopback_xet.py)."""
+their own, against a Hub whose storage is a folder (see loopback/xet.py)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from conftest import ADA, BOB, edit_json, make_adapter, make_base
 from hub_tools import KEEPS_READ_TOKEN, QUICK
-from loopback_hub import Fault, LoopbackHub, environment
+from loopback import Fault, LoopbackHub, environment
 
 from fossil_export.storage.hub.errors import errno_of, explained, is_transient
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import shutil
 import signal
 import sys
@@ -17,13 +16,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import transformers
+from common import parser, publish, say, write_json
 
 from gpu import preflight, report
 from gpu.cases import DTYPES, PARTS, Case, Row, Setup, blank, cases, full_setup, small_setup, verdict
 from gpu.journal import Entry, Journal, JournalError
 from gpu.layers import Layers
 from gpu.models import Models
-from gpu.tools import Scratch, arithmetic, free, line_of, say
+from gpu.tools import Scratch, arithmetic, free, line_of
 
 COMPLETE, FOUND, REFUSED, CUT = 0, 1, 2, 3
 """Exit codes."""
@@ -166,41 +166,41 @@ def _finish(
     text = report.document(setup, machine, journal.entries, left_out)
     print(text)
     if options.output is not None:
-        report.publish(options.output, text)
+        publish(options.output, text)
     if options.json is not None:
-        report.publish(options.json, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        write_json(options.json, record)
     for line in record["problems"]:
         say(line)
     return FOUND if record["problems"] else COMPLETE if done else CUT
 
 
 def _arguments(description: str, argv: Sequence[str] | None) -> Any:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, …, or cpu to try the script (default cuda)")
-    parser.add_argument("--small", action="store_true", help="tiny dimensions")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all three, in this order")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="default: all three")
-    parser.add_argument("--steps", type=int, default=10, help="of AdamW (default 10)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (default 1e-3)")
-    parser.add_argument(
+    arguments = parser(description)
+    arguments.add_argument("--device", default="cuda", help="cuda, cuda:1, …, or cpu to try the script (default cuda)")
+    arguments.add_argument("--small", action="store_true", help="tiny dimensions")
+    arguments.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all three, in this order")
+    arguments.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="default: all three")
+    arguments.add_argument("--steps", type=int, default=10, help="of AdamW (default 10)")
+    arguments.add_argument("--lr", type=float, default=1e-3, help="learning rate (default 1e-3)")
+    arguments.add_argument(
         "--seconds", type=float, default=float("inf"), help="stop before a row that would likely end later than this"
     )
-    parser.add_argument("--work", type=Path, help="existing folder for temporary models (default: the system's)")
-    parser.add_argument(
+    arguments.add_argument("--work", type=Path, help="existing folder for temporary models (default: the system's)")
+    arguments.add_argument(
         "--journal", type=Path, metavar="FILE", help="rows as they come (default: beside --output, or gpu_parity.jsonl)"
     )
-    parser.add_argument("--fresh", action="store_true", help="begin the journal anew")
-    parser.add_argument("--output", type=Path, metavar="FILE.md", help="write the document here, too")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
-    options = parser.parse_args(argv)
+    arguments.add_argument("--fresh", action="store_true", help="begin the journal anew")
+    arguments.add_argument("--output", type=Path, metavar="FILE.md", help="write the document here, too")
+    arguments.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    options = arguments.parse_args(argv)
     if options.journal is None:
         options.journal = Path("gpu_parity.jsonl") if options.output is None else options.output.with_suffix(".jsonl")
     for path in (options.journal, options.output, options.json):
         if path is not None and not path.absolute().parent.is_dir():
-            parser.error(f"{path}: its folder does not exist; make it first")
+            arguments.error(f"{path}: its folder does not exist; make it first")
     if options.work is not None and not options.work.is_dir():
-        parser.error(f"--work {options.work}: is no folder; make it first")
+        arguments.error(f"--work {options.work}: is no folder; make it first")
     names = [path.absolute() for path in (options.journal, options.output, options.json) if path is not None]
     if len(set(names)) < len(names):
-        parser.error("--journal, --output and --json must be different files")
+        arguments.error("--journal, --output and --json must be different files")
     return options

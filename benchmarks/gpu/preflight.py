@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import peft
 import torch
@@ -65,6 +66,7 @@ def code() -> str:
     for folder in (Path(fossil_export.__file__).parent, Path(__file__).parent):
         for path in sorted(folder.rglob("*.py")):
             digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    digest.update(Path(common.__file__).read_bytes())
     return digest.hexdigest()[:12]
 
 

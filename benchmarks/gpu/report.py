@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
+
+from common import table
 
 from gpu.cases import PARTS, REPEATS, Case, LayerRow, ModelRow, OnnxRow, Row, Setup, cases, verdict
 from gpu.journal import Entry
@@ -76,26 +76,26 @@ Shards trained for {setup.steps} AdamW steps at {setup.rate:g}; errors are relat
 
 ## Layers
 
-{_table(LAYER_COLUMNS, map(_layer_cells, layers))}
+{table(LAYER_COLUMNS, map(_layer_cells, layers))}
 
 ## Model: 2 layers, hidden {setup.model.hidden}, intermediate {setup.model.inner}, vocabulary {setup.vocab}
 
 Each cell is trainer / merged.
 
-{_table(MODEL_COLUMNS, map(_model_cells, models))}
+{table(MODEL_COLUMNS, map(_model_cells, models))}
 
 ## Throughput
 
 Medians of {REPEATS}. merge_slab: one CPU thread; on the device with its transfers. Whole merges (their size is
 given) read, write and sync, with threads for every core.
 
-{_table(SPEED_COLUMNS, map(_speed_cells, taken))}
+{table(SPEED_COLUMNS, map(_speed_cells, taken))}
 
 ## ONNX Runtime
 
 {f"With {versions}." if versions else "Not run."}
 
-{_table(ONNX_COLUMNS, map(_onnx_cells, graphs))}
+{table(ONNX_COLUMNS, map(_onnx_cells, graphs))}
 
 ## What was left out, and what it took
 
@@ -103,16 +103,6 @@ given) read, write and sync, with threads for every core.
 
 The rows took {seconds:.0f} s and {written / 1e9:.3f} GB of files, {peak / 1e9:.3f} GB at most at a time.
 """
-
-
-def publish(path: Path, text: str) -> None:
-    """Write `path` whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_text(text)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _cost(entries: Iterable[Entry]) -> tuple[float, int, int]:
@@ -128,11 +118,6 @@ def _onnx_versions(entries: Iterable[Entry]) -> dict[str, str]:
 
 def _list(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _layer_cells(row: LayerRow) -> list[str]:

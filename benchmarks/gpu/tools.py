@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +17,6 @@ from fossil_export.checkpoints.dtypes import BY_TORCH_NAME, numpy_dtype
 from gpu.cases import Difference
 
 Array = np.ndarray[Any, Any]
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def line_of(problem: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Conversions: a LoRA that PEFT loads and that is the trained model, today's MISS from older files, and refusals."""
+"""Conversion to a LoRA that PEFT loads and that is the trained model, or the nearest one."""
 
 from __future__ import annotations
 
@@ -11,35 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
-from conftest import edit_json, make_adapter, make_base, weights
+from conftest import make_adapter, make_base, weights
+from convert_tools import logits, with_lora
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
-from fossil_export import FossilExportError, convert, load_adapter, merge, verify
-from fossil_export.cli import main
+from fossil_export import FossilExportError, convert, merge, verify
 from fossil_export.converting.lora import target_modules
 from fossil_export.converting.nearest import truncated
-from fossil_export.verifying.layers import attach
-
-TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(TOKENS).logits
-
-
-def with_lora(base: Path, folder: Path, kind: Any = AutoModelForCausalLM, **options: Any) -> PeftModel:
-    model = PeftModel.from_pretrained(kind.from_pretrained(base, **options), folder)
-    shards = {name.rpartition(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name}
-    stored = {name.rpartition(".lora_A")[0] for name in weights(folder) if ".lora_A." in name}
-    assert shards == stored  # exactly the trained modules are hit
-    return model
 
 
 @pytest.mark.parametrize(
@@ -183,146 +164,6 @@ def test_sampled_range_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     best = np.linalg.norm(update - whole[1] @ whole[0])
     assert np.linalg.norm(update - sampled[1] @ sampled[0]) < 1.01 * best
     assert nearest._rank_for(update, 0.999) == 12
-
-
-class TestMiss:
-    @pytest.mark.parametrize("variant", ["tile", "bat"])
-    def test_bone_folder_loads_in_todays_peft(self, variant: str, base: Path, tmp_path: Path) -> None:
-        init: Any = "bat" if variant == "bat" else True
-        trained = make_adapter(tmp_path / "adapter", base, init_weights=init)
-        state = {key.replace("miss_block", "bone_block"): value for key, value in weights(tmp_path / "adapter").items()}
-        save_file(state, tmp_path / "adapter" / "adapter_model.safetensors")
-        # The first release wrote bat blocks under "init_weights": true.
-        edit_json(tmp_path / "adapter" / "adapter_config.json", peft_type="BONE", init_weights=True, mini_r=...)
-        made = convert(tmp_path / "adapter", tmp_path / "miss", to="miss")
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), made.output)
-        torch.testing.assert_close(logits(model), logits(trained), rtol=0, atol=0)
-
-    @pytest.mark.parametrize("ending", ["disha", "bone"])
-    @pytest.mark.parametrize("variant", ["tile", "bat"])
-    def test_rwkv_state_dict(self, variant: str, ending: str, tmp_path: Path) -> None:
-        """Names as RWKV-PEFT writes them, on layers of those names; the reference layers are the oracle."""
-
-        class Attention(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.receptance, self.key = nn.Linear(24, 16, bias=False), nn.Linear(24, 16, bias=False)
-
-        class Block(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.att = Attention()
-
-        class Rwkv(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.blocks = nn.ModuleList([Block(), Block()])
-
-            def forward(self, x: torch.Tensor) -> torch.Tensor:
-                return torch.cat([part(x) for block in self.blocks for part in (block.att.receptance, block.att.key)])
-
-        torch.manual_seed(0)
-        model, x = Rwkv(), torch.randn(3, 24)
-        shape = (4, 4, 4) if variant == "bat" else (4, 16)
-        shards = {
-            f"blocks.{n}.att.{part}.{ending}": torch.randn(shape) for n in (0, 1) for part in ("receptance", "key")
-        }
-        torch.save(shards, tmp_path / "trained.pth")
-        adapter = load_adapter(tmp_path / "trained.pth")
-        assert (adapter.variant, adapter.rank) == (variant, 4)
-        import copy
-
-        wanted = attach(copy.deepcopy(model), adapter, torch.float32)(x)
-        made = convert(tmp_path / "trained.pth", tmp_path / "miss", to="miss", base="BlinkDL/rwkv-7")
-        found = PeftModel.from_pretrained(copy.deepcopy(model), made.output)(x)
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-        assert json.loads((made.output / "adapter_config.json").read_text())["base_model_name_or_path"]
-
-    @pytest.mark.parametrize(
-        ("state", "match"),
-        [
-            ({"blocks.0.att.key.disha": torch.ones(4, 8), "emb.weight": torch.ones(2, 2)}, "holds emb.weight"),
-            ({"blocks.0.att.key.disha": torch.ones(4)}, "has 1 dimensions"),
-            ({"a.key.bone": torch.ones(4, 8), "b.key.bone": torch.ones(3, 8)}, "different variants or ranks"),
-            ({"a.key.bone": torch.ones(4, 8, dtype=torch.int64)}, "no shard"),
-        ],
-    )
-    def test_state_dict_that_is_none(self, state: dict[str, torch.Tensor], match: str, tmp_path: Path) -> None:
-        torch.save(state, tmp_path / "trained.pth")
-        with pytest.raises(FossilExportError, match=match):
-            convert(tmp_path / "trained.pth", tmp_path / "miss", to="miss")
-        assert not (tmp_path / "miss").exists()
-
-
-class TestVerifyingLora:
-    @pytest.fixture
-    def lora(self, adapter: Path, tmp_path: Path) -> Path:
-        return convert(adapter, tmp_path / "lora", to="lora").output
-
-    def damaged(self, lora: Path, change: Any, match: str, level: str = "all") -> None:
-        file = lora / "adapter_model.safetensors"
-        state = load_file(file)
-        change(state)
-        save_file(state, file)
-        found = verify(lora, level=level)
-        assert not found.parity and match in found.problems[0], found.problems
-
-    def test_what_it_catches(self, lora: Path) -> None:
-        stem = "base_model.model.model.layers.0.mlp.up_proj"
-
-        def off(state: dict[str, torch.Tensor]) -> None:
-            state[f"{stem}.lora_B.weight"][3, 2] += 1
-
-        self.damaged(lora, off, "layers.0.mlp.up_proj: its lora_B is not the trained shard", "weights")
-
-        def rolled(state: dict[str, torch.Tensor]) -> None:
-            off(state)
-            state[f"{stem}.lora_A.weight"] = state[f"{stem}.lora_A.weight"].roll(1, 1)
-
-        self.damaged(lora, rolled, "layers.0.mlp.up_proj: its lora_A does not sum")
-
-    def test_scaling(self, lora: Path) -> None:
-        edit_json(lora / "adapter_config.json", lora_alpha=16)
-        found = verify(lora)
-        assert "would be scaled" in found.problems[0]
-        assert any("the logits of" in problem and "first at module" in problem for problem in found.problems)
-
-
-def test_refusals_and_output(adapter: Path, base: Path, tmp_path: Path) -> None:
-    with pytest.raises(FossilExportError, match="target is 'dora', expected lora, gguf-lora"):
-        convert(adapter, tmp_path / "x", to="dora")
-    with pytest.raises(FossilExportError, match="exactly; leave --rank and --energy out"):
-        convert(adapter, tmp_path / "x", to="lora", rank=4)
-    with pytest.raises(FossilExportError, match="does not name its base"):
-        edit_json(adapter / "adapter_config.json", base_model_name_or_path=None)
-        convert(adapter, tmp_path / "x", to="lora")
-    other = make_base(tmp_path / "other")
-    (other / "config.json").unlink()
-    state = {name: value for name, value in weights(other).items() if "layers.1" not in name}
-    for file in other.glob("*.safetensors*"):
-        file.unlink()
-    save_file(state, other / "model.safetensors")
-    with pytest.raises(FossilExportError, match=r"has no weights for model\.layers\.1"):
-        convert(adapter, tmp_path / "x", to="lora", base=other)
-    file = adapter / "adapter_model.safetensors"
-    state = load_file(file)
-    next(iter(state.values()))[0, 0] = float("inf")
-    save_file(state, file)
-    for target in ("lora", "miss"):
-        with pytest.raises(FossilExportError, match="infinite or NaN"):
-            convert(adapter, tmp_path / "x", to=target, base=base)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "other"]
-
-
-def test_command_line(adapter: Path, tmp_path: Path) -> None:
-    command = ["convert", str(adapter), "--to", "lora", "-o", str(tmp_path / "lora")]
-    done = CliRunner().invoke(main, [*command, "--json"])
-    record = json.loads(done.stdout)
-    assert done.exit_code == 0 and record["rank"] == 8 and record["exact"] is True
-    again = CliRunner().invoke(main, command)
-    assert again.exit_code == 1 and "exists already" in again.stderr
-    assert CliRunner().invoke(main, [*command, "--overwrite"]).exit_code == 0
-    assert "exact" in CliRunner().invoke(main, [*command, "--overwrite"]).stdout
 
 
 def test_rank_limits_of_servers(base: Path, tmp_path: Path) -> None:

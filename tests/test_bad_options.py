@@ -1,0 +1,57 @@
+"""Outputs, devices and options that make no sense: one line, exit code 1 or 2, nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from refusal_tools import WEIGHTS, refused, run
+
+
+@pytest.mark.parametrize("where", ["base/out", "adapter/out", "base", "adapter", "."])
+def test_output_never_touches_the_inputs(where: str, base: Path, adapter: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    refused(run("merge", adapter, "--output", tmp_path / where, "--overwrite"), "--output")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_output_through_a_link_into_the_base(base: Path, adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(base)
+    refused(run("merge", adapter, "--output", tmp_path / "link" / "out"), "lies inside")
+
+
+def test_existing_output(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("years of work")
+    refused(run("merge", adapter, "--output", tmp_path / "full"), "exists already", "--overwrite")
+    refused(run("merge", adapter, "--output", tmp_path / "full", "--overwrite"), "not written by fossil-export")
+    assert (tmp_path / "full" / "thesis.tex").read_text() == "years of work"
+    refused(run("merge", adapter, "--output", adapter / WEIGHTS), "--output")
+    (tmp_path / "file").write_text("")
+    refused(run("merge", adapter, "--output", tmp_path / "file"), "not a folder")
+
+
+def test_paths_that_cannot_be(adapter: Path, tmp_path: Path) -> None:
+    refused(run("merge", "~nobody-of-that-name/x", "--output", tmp_path / "merged"), "no usable path")
+    refused(run("merge", "x" * 300, "--output", tmp_path / "merged"), "x" * 300)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    refused(run("merge", adapter, "--output", tmp_path / "loop"), "loop")
+
+
+def test_device_that_is_not_here(adapter: Path, tmp_path: Path) -> None:
+    for device in ("cuda:7", "toaster", "meta"):
+        result = run("merge", adapter, "--output", tmp_path / "merged", "--device", device)
+        refused(result, device, "--device cpu")
+        assert not (tmp_path / "merged").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = run("--debug", "merge", tmp_path / "nothing", "--output", tmp_path / "merged")
+    *told, last = result.stderr.splitlines()
+    assert result.exit_code == 1 and told[0].startswith("Traceback") and "AdapterError" in result.stderr
+    assert last.startswith("error: ")
+
+
+def test_usage_errors_exit_with_2(adapter: Path) -> None:
+    assert run("merge", adapter).exit_code == 2
+    assert run("merge", adapter, "--dtype", "int8", "--output", "x").exit_code == 2
