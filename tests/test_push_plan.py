@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import edit_json
 from hub_tools import cli, nobody_there, offline
-from loopback_hub import LoopbackHub
+from loopback import LoopbackHub
 from push_tools import litter, made
 
 from fossil_export import FossilExportError, PushPlan, merge, plan_merge, plan_push, plan_stream, push
