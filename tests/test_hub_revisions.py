@@ -12,7 +12,7 @@ from loopback import Fault, LoopbackHub
 
 from fossil_export import FossilExportError, load_adapter, merge, plan_merge
 from fossil_export.merging.api import run_plan
-from fossil_export.storage.hub import pinned
+from fossil_export.storage import pinned
 from fossil_export.storage.hub.names import repository_of
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
 import re
 import warnings
@@ -136,6 +137,10 @@ class RowsOf:
         return self.count, self.info.shape[1]
 
     @property
+    def dtype(self) -> str:
+        return self.info.dtype
+
+    @property
     def span(self) -> tuple[int, int]:
         width = self.info.shape[1]
         return self.start * width, (self.start + self.count) * width
@@ -198,3 +203,80 @@ def test_a_layout_from_elsewhere(
     save_file(broken, tmp_path / "merged" / "model.safetensors", {"format": "pt"})
     (problem,) = verify(tmp_path / "merged", base=fused, level="weights").problems
     assert "layers.1.self_attn.qkv.weight 1 of 4608 elements are off, the first at [80, 7]" in problem
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One of the matrices (out, in) that lie in a tensor (experts, out, in)."""
+
+    info: TensorInfo
+    number: int
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        return (self.info,)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        _, outputs, inputs = self.info.shape
+        return outputs, inputs
+
+    @property
+    def dtype(self) -> str:
+        return self.info.dtype
+
+    @property
+    def span(self) -> tuple[int, int]:
+        size = self.shape[0] * self.shape[1]
+        return self.number * size, (self.number + 1) * size
+
+    def unit(self, rows: int) -> int:
+        return rows
+
+    def read(self, source: Source, start: int, stop: int) -> Rows:
+        found: Rows = source(self.info, self.number, self.number + 1)[:].reshape(self.shape)[start:stop]
+        return found
+
+    def write(self, rows: np.ndarray[Any, Any], start: int) -> Iterator[Stored]:
+        yield Stored(self.info, self.span[0] + start * self.shape[1], rows)
+
+    def moved(self, info: TensorInfo) -> Expert:
+        return Expert(info, self.number)
+
+
+def expert(name: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Expert | None:
+    found = re.fullmatch(r"(.*\.experts)\.(\d+)\.weight", name)
+    info = tensors.get(f"{found[1]}.weight") if found else None
+    return Expert(info, int(found[2])) if found and info is not None and int(found[2]) < info.shape[0] else None
+
+
+@pytest.mark.parametrize("init", [True, "bat"])
+def test_experts_of_one_tensor(init: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of them trained, in any order, the others are the base's bytes."""
+    monkeypatch.setitem(LAYOUTS, "expert", expert)
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(5, 16, 24, generator=generator)
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    save_file({"mlp.experts.weight": whole, "norm.weight": torch.ones(3)}, base / "model.safetensors", {"format": "pt"})
+    size = (2, 8, 8) if init == "bat" else (8, 16)
+    trained = {number: torch.randn(size, generator=generator) * 0.1 for number in (3, 0)}
+    save_file(
+        {f"base_model.model.mlp.experts.{number}.miss_block": value for number, value in trained.items()},
+        adapter / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "MISS", "r": 8, "init_weights": init, "base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    merge(adapter, tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")["mlp.experts.weight"]
+    for number in range(5):
+        if number not in trained:
+            assert torch.equal(merged[number], whole[number])
+        elif init == "bat":
+            blocks = whole[number].reshape(2, 8, 3, 8).transpose(1, 2)
+            update = (blocks @ trained[number][:, None] + trained[number][:, None]).transpose(1, 2).reshape(16, 24)
+            torch.testing.assert_close(merged[number], whole[number] + update)
+        else:
+            assert torch.equal(merged[number], whole[number] + trained[number].T.repeat(1, 3))
+    assert verify(tmp_path / "merged", level="weights").parity

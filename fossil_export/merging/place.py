@@ -145,8 +145,9 @@ def _matrix(
     weight = brought or base.tensors.get(name) or (matrix.stored[0] if matrix is not None else None)
     assert weight is not None, name
     where = f"{base.location}: {name} {list(weight.shape)}"
-    if into_floats and weight.dtype not in FLOATS:
-        raise MergeError(f"{where} is stored as {weight.dtype}: {QUANTIZED}")
+    dtype = matrix.dtype if matrix is not None else weight.dtype
+    if into_floats and dtype not in FLOATS:
+        raise MergeError(f"{where} is stored as {dtype}: {QUANTIZED}")
     if matrix is None or 0 in matrix.shape:
         raise MergeError(f"{where} is no matrix, but the adapter has a shard for it ({trained.label}); {_REMEDY}")
     if reason := trained.mismatch(matrix.shape):

@@ -151,7 +151,7 @@ class Worker:
     def _merge(self, step: RowsStep, stored: Rows, out: Array) -> None:
         """The rows of `step` with what was trained added, rounded into `out`."""
         tensor = step.tensor
-        dtype = compute_dtype(tensor.source.dtype)
+        dtype = compute_dtype(step.part.matrix.dtype)
         updates = []
         for change in step.part.changes:
             trained = {role: self._trained(info, change.adapter) for role, info in change.trained.tensors.items()}

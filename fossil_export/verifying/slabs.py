@@ -251,6 +251,6 @@ def _trained(job: Job, start: int, stop: int, adapter: Adapter, files: Files) ->
     arrays = {role: files.array(info, adapter) for role, info in trained.tensors.items()}
     part = EXACT[trained.method].part(arrays, start, stop)
     return {
-        role: (array if job.source.dtype == "F64" else array.astype(np.float32)).astype(np.float64)
+        role: (array if job.change.into.dtype == "F64" else array.astype(np.float32)).astype(np.float64)
         for role, array in part.items()
     }

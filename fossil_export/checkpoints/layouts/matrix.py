@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Rows(Protocol):
-    """Rows of a tensor as an array of which just what is sliced is read."""
+    """Rows of a tensor as an array of which only what is sliced is read."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -44,7 +44,7 @@ class Stored:
 class Matrix(Protocol):
     """A matrix (out, in) of floats, read and written by slabs of its rows.
 
-    `stored` are the tensors that hold it; the first has its values.
+    `stored` are the tensors that hold it: the first has its values, and the others (scales, say) what these need.
     """
 
     @property
@@ -52,6 +52,10 @@ class Matrix(Protocol):
 
     @property
     def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def dtype(self) -> str:
+        """Of the rows that are read, one of `FLOATS`; another one for values that cannot be merged into."""
 
     @property
     def span(self) -> tuple[int, int]:

@@ -30,6 +30,10 @@ class Plain:
         return outputs, inputs
 
     @property
+    def dtype(self) -> str:
+        return self.info.dtype
+
+    @property
     def span(self) -> tuple[int, int]:
         return 0, element_count(self.info.shape)
 
