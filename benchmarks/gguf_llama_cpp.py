@@ -30,6 +30,7 @@ import smollm2
 
 from fossil_export import load_adapter
 from fossil_export.converting import gguf_lora
+from fossil_export.converting.converters import OUTTYPES
 from fossil_export.converting.options import Options
 from fossil_export.errors import CheckpointError
 from fossil_export.storage import find_origin
@@ -58,7 +59,7 @@ HEADER = ("adapter", "outtype", "MB", "converted in", "error of B", "answer", "v
 
 def main(arguments: list[str] | None = None) -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--outtype", nargs="+", default=list(gguf_lora.OUTTYPES), choices=list(gguf_lora.OUTTYPES))
+    parser.add_argument("--outtype", nargs="+", default=list(OUTTYPES), choices=list(OUTTYPES))
     parser.add_argument("--tokens", type=int, default=12)
     options = parser.parse_args(arguments)
     logging.captureWarnings(True)

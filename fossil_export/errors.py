@@ -6,6 +6,8 @@ line prints it and exits with 1; the API raises it.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 
 class FossilExportError(Exception):
     """Base of everything this package raises on purpose."""
@@ -40,6 +42,15 @@ class MissingExtraError(FossilExportError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs {package}: pip install 'fossil-export[{extra}]'")
+
+
+Problem = TypeVar("Problem", bound=FossilExportError)
+
+
+def longer(problem: Problem, more: str) -> Problem:
+    """An error of the same class with more to say; to be raised from `problem`, which stays as it is."""
+    kind = type(problem)
+    return kind.__new__(kind, f"{problem}{more}")  # some classes make their text themselves
 
 
 def listed(names: list[str], limit: int = 5) -> str:

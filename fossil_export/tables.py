@@ -13,13 +13,13 @@ from fossil_export.grouping import Group, grouped
 
 if TYPE_CHECKING:
     from fossil_export.adapters import Trained
-    from fossil_export.converting import Conversion
+    from fossil_export.converting.conversion import Conversion
     from fossil_export.inspection import Inspection
     from fossil_export.merging import MergePlan, MergeResult
     from fossil_export.onnx.export import OnnxResult
     from fossil_export.onnx.plan import OnnxPlan
-    from fossil_export.publishing import PushResult, StreamPlan, StreamResult
-    from fossil_export.verifying import Verification
+    from fossil_export.publishing import PushPlan, PushResult, StreamPlan, StreamResult
+    from fossil_export.verifying.verdict import Verification
 
 
 GROUPS = 60
@@ -94,6 +94,27 @@ def _push_pairs(result: PushResult) -> list[tuple[str, str]]:
     if result.left_behind:
         pairs.append(("left behind", listed(list(result.left_behind))))
     return [*pairs, ("time", f"{result.seconds:.1f} s")]
+
+
+def print_push_plan(plan: PushPlan) -> None:
+    """What a push would send, where to, and what the card would say."""
+    state = {True: "", False: ", a new repository" + ", private" * plan.private, None: ", not looked at"}
+    branch = f", on {plan.revision}" if plan.revision else ""
+    print_table(("file", "bytes"), [*((name, f"{size:,}") for name, size in plan.files.items()), ("README.md", "-")])
+    click.echo()
+    pairs = [
+        ("kind", plan.kind),
+        ("goes to", plan.repo_id + state[plan.exists]),
+        ("commit", plan.title + branch + ", in a pull request" * plan.create_pr),
+        ("files", f"{len(plan.files) + 1}, {readable_bytes(plan.nbytes)} and the card"),
+        ("left behind", listed(list(plan.left_behind)) or "nothing"),
+    ]
+    pairs += [("removed", listed(list(plan.removed)))] if plan.removed else []
+    for key in ("base_model", "base_model_relation", "license", "pipeline_tag", "library_name", "tags"):
+        value = plan.card.get(key)
+        pairs += [(key, ", ".join(map(str, value)) if isinstance(value, list) else str(value))] if value else []
+    pairs += [("not checked", line) for line in plan.unchecked]
+    print_pairs(pairs)
 
 
 def print_streamed(result: StreamResult) -> None:

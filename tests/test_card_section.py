@@ -25,7 +25,8 @@ from card_tools import (
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fossil_export.cards import END, KINDS, model_card, warnings
+from fossil_export.artifacts.kinds import KINDS
+from fossil_export.cards import END, model_card, warnings
 
 
 def test_certificate_is_quoted() -> None:

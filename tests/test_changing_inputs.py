@@ -170,16 +170,16 @@ def test_an_adapter_cut_while_it_is_converted_is_an_error(
 def test_an_adapter_that_changes_while_it_is_converted_is_an_error(
     target: str, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fossil_export.converting import api
+    from fossil_export.converting.converters import CONVERTERS
 
-    write = api.TARGETS[target].write
+    write = CONVERTERS[target].write
 
     def changing(*arguments: Any) -> Any:
         found = write(*arguments)
         _write_into(adapter / "adapter_model.safetensors")
         return found
 
-    monkeypatch.setitem(api.TARGETS, target, replace(api.TARGETS[target], write=changing))
+    monkeypatch.setitem(CONVERTERS, target, replace(CONVERTERS[target], write=changing))
     with pytest.raises(AdapterError, match="changed while it was being read"):
         convert(adapter, tmp_path / "out", to=target)
     assert not (tmp_path / "out").exists()

@@ -107,7 +107,7 @@ def test_numbers_that_the_format_cannot_hold(outtype: str, value: float, case: C
 
 def test_options_that_make_no_sense(case: Case, tmp_path: Path) -> None:
     refused("outtype is 'q4_0', expected f32, f16, q8_0", case, tmp_path, outtype="q4_0")
-    refused("is a LoRA of rank 8 exactly; leave --rank", case, tmp_path, rank=4)
+    refused("--to gguf-lora takes no --rank, which is for lora; leave it out", case, tmp_path, rank=4)
 
 
 def test_output_that_cannot_be_written(case: Case, tmp_path: Path) -> None:

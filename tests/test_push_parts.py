@@ -17,8 +17,8 @@ from loopback import LoopbackHub
 from push_tools import HIDDEN, WORDS, card_of, graph, litter, made, published
 
 from fossil_export import FossilExportError, merge, merge_to_hub, push
+from fossil_export.artifacts.parts import parts_of
 from fossil_export.errors import CheckpointError
-from fossil_export.publishing.parts import parts_of
 
 
 @pytest.mark.parametrize("kind", ["merged", "lora", "miss", "gguf-file", "gguf-folder", "onnx"])

@@ -12,10 +12,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
-from fossil_export.cards.facts import HUB, VERIFIED, Facts, hub_id, part, paths_of, survived
+from fossil_export.artifacts.kinds import KINDS
+from fossil_export.cards.facts import HUB, Facts, hub_id, part, paths_of, survived
 from fossil_export.cards.frontmatter import BEGIN, END, FILLER, MARKED, NOTE, edited, is_template, noted, read_card
+from fossil_export.cards.kinds.table import CARDS
+from fossil_export.cards.markdown import plain
 from fossil_export.cards.section import generated
-from fossil_export.cards.snippets import pipeline_tag, plain, task
+from fossil_export.cards.task import pipeline_tag, task
 from fossil_export.merging.survival import WARNING_BELOW
 
 
@@ -71,7 +74,7 @@ def _warnings(facts: Facts, text: str, data: Mapping[str, Any]) -> Iterator[str]
     if parity is False:
         reason = (facts.certificate or {}).get("reason") or "see fossil_parity.json"
         yield f"verification found that this is not the model that was trained, and the card says so: {reason}"
-    elif parity is not True and facts.kind in VERIFIED:
+    elif parity is not True and KINDS[facts.kind].verified:
         yield "this was not verified; run `fossil-export verify DIR` first and the card will quote it"
     kept = survived(facts)
     if kept is not None and kept < WARNING_BELOW:
@@ -106,9 +109,9 @@ def _note(own: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 def _wanted(facts: Facts, data: Mapping[str, Any], template: bool) -> dict[str, Any]:
     """The metadata that is missing in the user's, and what must not stay there (None). A `template`'s base is no
     word of the user's."""
-    base = hub_id(facts.base)
-    wanted: dict[str, Any] = {"base_model": base, "base_model_relation": _relation(facts) if base else None}
-    wanted |= {"library_name": {"merged": "transformers", "lora": "peft", "miss": "peft"}.get(facts.kind)}
+    base, card_of_kind = hub_id(facts.base), CARDS[facts.kind]
+    wanted: dict[str, Any] = {"base_model": base, "base_model_relation": card_of_kind.relation(facts) if base else None}
+    wanted |= {"library_name": card_of_kind.library}
     wanted |= {"pipeline_tag": pipeline_tag(facts)}
     card = facts.base_card or {}
     terms = {key: card.get(key) for key in ("license", "license_name", "license_link")}
@@ -142,16 +145,7 @@ def _tags(facts: Facts) -> list[str]:
     if adapter.get("variant") in ("tile", "mini", "bat"):
         found.append(adapter["variant"])
     found.append("fossil-export")
-    found += {"lora": ["lora"], "gguf-lora": ["lora", "gguf"], "onnx": ["onnx"]}.get(facts.kind, [])
-    if facts.kind == "onnx" and "genai_config.json" in facts.files:
-        found.append("onnxruntime-genai")
-    return found + ["text2text-generation"] * (task(facts) == "text2text")
-
-
-def _relation(facts: Facts) -> str:
-    if facts.kind in ("lora", "miss", "gguf-lora"):
-        return "adapter"
-    return "quantized" if (facts.record or {}).get("precision") == "int4" and facts.kind == "onnx" else "finetune"
+    return found + CARDS[facts.kind].tags(facts) + ["text2text-generation"] * (task(facts) == "text2text")
 
 
 def _ids(given: Any) -> list[str]:

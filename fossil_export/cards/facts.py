@@ -7,9 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-KINDS = ("merged", "lora", "miss", "gguf-lora", "onnx")
-VERIFIED = ("merged", "lora", "onnx")
-"""The kinds that `verify` looks at."""
 HUB = "https://huggingface.co"
 PAPER = "https://arxiv.org/abs/2409.15371"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")

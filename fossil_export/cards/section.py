@@ -7,8 +7,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
-from fossil_export.cards.facts import HUB, PAPER, VERIFIED, Facts, hub_id, part, paths_of, survived
-from fossil_export.cards.snippets import fenced, plain, usage
+from fossil_export.artifacts.kinds import KINDS
+from fossil_export.cards.facts import HUB, PAPER, Facts, hub_id, part, paths_of, survived
+from fossil_export.cards.kinds.kind_card import Sources
+from fossil_export.cards.kinds.table import CARDS
+from fossil_export.cards.markdown import fenced, number, plain
 from fossil_export.merging.survival import WARNING_BELOW
 
 _PACKAGES = ("torch", "transformers", "peft")
@@ -23,9 +26,9 @@ def generated(facts: Facts) -> str:
         "## How it was made",
         _table(("Item", "Value"), _made(facts)),
         "## How to use it",
-        usage(facts),
+        "\n\n".join(CARDS[facts.kind].usage(facts)),
     ]
-    if facts.certificate is not None or facts.kind in VERIFIED:
+    if facts.certificate is not None or KINDS[facts.kind].verified:
         found += ["## Is it the model that was trained?", *_verdict(facts)]
     kept = survived(facts)
     if kept is not None:
@@ -49,25 +52,14 @@ def _summary(facts: Facts) -> str:
     link = _link(facts.adapter, facts.adapter_revision)
     adapter = f"the adapter {link}" if link else "an adapter"
     method = f"[FOSSIL]({PAPER}) (MiSS in PEFT, earlier Bone and DiSHA)"
-    if facts.kind == "merged":
-        line = f"{base}, fine-tuned with {method}: {adapter} is merged into its weights."
-    elif facts.kind == "onnx":
-        apart = (facts.record or {}).get("mode") == "swappable"
-        where = "in a file of its own, which a session takes and leaves as it runs" if apart else "part of it"
-        line = f"{base}, fine-tuned with {method}, as an ONNX graph: {adapter} is {where}."
-    elif facts.kind == "miss":
-        line = f"{adapter} for {base}, trained with {method}, as PEFT loads it."
-    else:
-        near = part(facts.record, facts.kind).get("exact") is False and facts.kind == "lora"
-        form = "the LoRA nearest to its update" if near else "the LoRA that it is"
-        line = f"{adapter} for {base}, trained with {method}, as {form}."
+    line = CARDS[facts.kind].summary(facts, Sources(base, adapter, method))
     return line[0].upper() + line[1:]
 
 
 def _made(facts: Facts) -> Iterator[tuple[str, Any]]:
-    record, config = facts.record or {}, facts.config or {}
-    adapter, details = part(record, "adapter"), part(record, facts.kind)
-    if facts.kind != "miss" or adapter.get("name"):
+    record, card = facts.record or {}, CARDS[facts.kind]
+    adapter = part(record, "adapter")
+    if not card.is_the_adapter or adapter.get("name"):
         yield "Adapter", _link(facts.adapter, facts.adapter_revision) or "not on the Hub"
     yield "Adapter's revision", plain(facts.adapter_revision or "") if facts.adapter else None
     yield "Base", _link(facts.base, facts.base_revision) or "not on the Hub"
@@ -76,19 +68,7 @@ def _made(facts: Facts) -> Iterator[tuple[str, Any]]:
     yield "Rank", plain(adapter.get("rank") or "")
     if isinstance(parameters := adapter.get("parameters"), int):
         yield "Trained parameters", f"{parameters:,}"
-    if facts.kind == "merged":
-        dtype = record.get("dtype")
-        own = config.get("dtype") or config.get("torch_dtype")
-        yield "Dtype", plain((own or "the base's") if dtype in (None, "auto") else dtype)
-    if facts.kind == "onnx":
-        yield "Mode", plain(record.get("mode") or "")
-        yield "Precision", plain(record.get("precision") or "")
-    if facts.kind in ("lora", "gguf-lora"):
-        if details.get("rank") != adapter.get("rank"):
-            yield "Rank of the LoRA", plain(details.get("rank") or "")
-        yield "Numbers", plain(details.get("outtype") or "")
-        error = details.get("relative_error")
-        yield "Error of the conversion", f"{_number(error, '.2g')} of the update" if error else None
+    yield from card.made(facts)
     if tool := part(record, "tool"):
         yield "Made by", plain(f"{tool.get('name', 'fossil-export')} {tool.get('version', '')}")
 
@@ -111,8 +91,8 @@ def _figures(facts: Facts, found: Mapping[str, Any]) -> Iterator[tuple[str, Any]
     over = ", **which is another model if training ran over quantized weights, as it seems**"
     yield "Compared with", f"the adapter on the base as it is stored{over if found.get('quantized_training') else ''}"
     if weights := part(found, "weights"):
-        yield "Weights", ", ".join(f"{_number(weights.get(key), 'd')} {key}" for key in ("tensors", "merged", "wrong"))
-        worst = _number(weights.get("worst_error_in_steps"), ".4f")
+        yield "Weights", ", ".join(f"{number(weights.get(key), 'd')} {key}" for key in ("tensors", "merged", "wrong"))
+        worst = number(weights.get("worst_error_in_steps"), ".4f")
         yield "Worst error", f"{worst} steps of the dtype (0.5 is exact rounding)"
     if forward := part(found, "forward"):
         trainer = part(forward, "trainer")
@@ -120,8 +100,8 @@ def _figures(facts: Facts, found: Mapping[str, Any]) -> Iterator[tuple[str, Any]
         yield "This model", _distance(part(forward, "artifact"))
         same = forward.get("same_continuations")
         same = same if isinstance(same, list) and len(same) == 2 else ["–", "–"]
-        asked = f"{_number(forward.get('prompts'), 'd')} prompts, truth in {plain(forward.get('truth') or '–')}"
-        yield "Same continuations", f"{_number(same[0], 'd')} of {_number(same[1], 'd')} ({asked})"
+        asked = f"{number(forward.get('prompts'), 'd')} prompts, truth in {plain(forward.get('truth') or '–')}"
+        yield "Same continuations", f"{number(same[0], 'd')} of {number(same[1], 'd')} ({asked})"
         yield "Leaves the band at", plain(forward.get("first_module_outside") or "")
     yield "Device", plain(found.get("device") or "")
     versions = part(found, "versions")
@@ -130,13 +110,8 @@ def _figures(facts: Facts, found: Mapping[str, Any]) -> Iterator[tuple[str, Any]
 
 
 def _distance(found: Mapping[str, Any]) -> str:
-    error, top = _number(found.get("relative_error"), ".2e"), _number(found.get("top1"), ".1%")
-    return f"{error} from the truth, KL {_number(found.get('kl'), '.1e')}, top-1 {top}"
-
-
-def _number(value: Any, form: str) -> str:
-    good = isinstance(value, int if form == "d" else (int, float)) and not isinstance(value, bool)
-    return format(value, form) if good else "–"
+    error, top = number(found.get("relative_error"), ".2e"), number(found.get("top1"), ".1%")
+    return f"{error} from the truth, KL {number(found.get('kl'), '.1e')}, top-1 {top}"
 
 
 def _without_paths(line: str, facts: Facts) -> str:

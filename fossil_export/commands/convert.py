@@ -6,6 +6,7 @@ import click
 
 from fossil_export.commands.shared import BASE_HELP
 from fossil_export.console import print_json, print_warnings
+from fossil_export.converting.converters import CONVERTERS, OUTTYPES, Format, Outtype, takers
 from fossil_export.tables import print_conversion
 
 
@@ -14,42 +15,44 @@ from fossil_export.tables import print_conversion
 @click.option(
     "--to",
     required=True,
-    type=click.Choice(["lora", "gguf-lora", "miss", "onnx-adapter"]),
-    help="lora: a PEFT LoRA folder (PEFT, vLLM, SGLang); gguf-lora: a file for llama.cpp and Ollama; miss: today's "
-    "PEFT MISS folder, from Bone and RWKV files; onnx-adapter: a file for a swappable ONNX folder.",
+    type=click.Choice(list(CONVERTERS)),
+    help="; ".join(f"{name}: {converter.what}" for name, converter in CONVERTERS.items()) + ".",
 )
 @click.option("-o", "--output", required=True, metavar="PATH", help="Folder or file to write; must not exist yet.")
 @click.option("--base", metavar="BASE", help=BASE_HELP)
-@click.option("--base-config", metavar="FILE", help="The base's config.json, where the model itself is not here.")
-@click.option("--for", "graph", metavar="DIR", help="onnx-adapter: the swappable ONNX folder it is for.")
-@click.option("--rank", type=int, metavar="N", help="lora, of a bat adapter: the nearest LoRA of this rank.")
 @click.option(
-    "--energy", type=float, metavar="SHARE", help="lora, of a bat adapter: of the rank that keeps this share."
+    "--base-config",
+    metavar="FILE",
+    help=f"{takers('base_config')}: the base's config.json, if the model itself is not here.",
+)
+@click.option("--for", "graph", metavar="DIR", help=f"{takers('graph')}: the swappable ONNX folder it is for.")
+@click.option(
+    "--rank", type=int, metavar="N", help=f"{takers('rank')}, of a bat adapter: the nearest LoRA of this rank."
 )
 @click.option(
-    "--outtype",
-    type=click.Choice(["f32", "f16", "q8_0"]),
-    default="f32",
-    show_default=True,
-    help="gguf-lora: of numbers.",
+    "--energy",
+    type=float,
+    metavar="SHARE",
+    help=f"{takers('energy')}, of a bat adapter: of the rank that keeps this share.",
 )
+@click.option("--outtype", type=click.Choice(list(OUTTYPES)), help=f"{takers('outtype')}: of numbers.  [default: f32]")
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier conversion wrote.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def convert(
     adapter: str,
-    to: str,
+    to: Format,
     output: str,
     base: str | None,
     base_config: str | None,
     graph: str | None,
     rank: int | None,
     energy: float | None,
-    outtype: str,
+    outtype: Outtype | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
     """Write ADAPTER, a path or an id on the Hub, in another format. The model itself is not loaded."""
-    from fossil_export.converting import convert as run_conversion
+    from fossil_export.converting.conversion import convert as run_conversion
 
     result = run_conversion(
         adapter,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import shlex
+from functools import partial
 from typing import Any
 
 import click
 
+from fossil_export.checkpoints.dtypes import BY_TORCH_NAME
 from fossil_export.commands.shared import BASE_HELP, publishing, show
-from fossil_export.console import lines, print_json, print_warnings, progress_bar
-from fossil_export.errors import FossilExportError
+from fossil_export.console import lines, print_warnings, progress_bar
 from fossil_export.tables import print_moves, print_plan, print_push, print_result, print_streamed
+
+DTYPES = ("auto", *(name for name in BY_TORCH_NAME if name != "float64"))
+# Weights that are not stored as float64 are merged in float32; wider ones would hold no more.
 
 
 @click.command()
@@ -19,7 +22,7 @@ from fossil_export.tables import print_moves, print_plan, print_push, print_resu
 @click.option("--base", metavar="BASE", help=BASE_HELP)
 @click.option(
     "--dtype",
-    type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+    type=click.Choice(DTYPES),
     default="auto",
     show_default=True,
     help="Of the result; auto: each tensor keeps its own.",
@@ -68,27 +71,37 @@ def merge(
     ADAPTER is a folder that PEFT saved (MISS or BONE), or the id of one on the Hub: user/repo[@revision] or
     hf://user/repo/folder. The base is streamed, never loaded; it and the adapter are only read.
     """
-    from fossil_export.merging import plan_merge
-    from fossil_export.merging.api import run_plan
-
     target: dict[str, Any] = {
         "private": private,
         "revision": revision,
         "create_pr": create_pr,
         "commit_message": commit_message,
     }
-    if push_to_hub is None and (stream or any(target.values())):
-        raise click.UsageError("--stream, --private, --revision, --create-pr and --commit-message want --push-to-hub.")
-    if not stream and (max_disk or cache_dir):
-        raise click.UsageError("--max-disk and --cache-dir want --stream.")
-    if stream and (output is not None or overwrite):
-        raise click.UsageError("--stream keeps nothing here; leave out --output and --overwrite.")
+    hint = ", or '--stream' to keep no copy here" if push_to_hub else ""
+    for wrong, why in (
+        (
+            push_to_hub is None and (stream or any(target.values())),
+            "--stream, --private, --revision, --create-pr and --commit-message want --push-to-hub.",
+        ),
+        (not stream and (max_disk or cache_dir), "--max-disk and --cache-dir want --stream."),
+        (
+            stream and (output is not None or overwrite),
+            "--stream keeps nothing here; leave out --output and --overwrite.",
+        ),
+        (
+            not stream and output is None and not dry_run,
+            f"Missing option '--output' (or ask for the plan alone with '--dry-run'{hint}).",
+        ),
+    ):
+        if wrong:
+            raise click.UsageError(why)
     if push_to_hub is not None:
-        from fossil_export.publishing.repository import Repository
+        from fossil_export.publishing.target import Target
 
-        Repository(push_to_hub)  # a wrong name shows now
-    if stream and push_to_hub is not None:
-        from fossil_export.publishing.stream import plan_stream, run_stream
+        Target(push_to_hub)  # a wrong name shows now
+    if stream:
+        assert push_to_hub is not None
+        from fossil_export.publishing import plan_stream
 
         moves = plan_stream(adapter, base, dtype=dtype, max_shard_size=max_shard_size, max_disk=max_disk)
         if dry_run:
@@ -96,41 +109,29 @@ def merge(
             print_warnings(moves.merge.warnings)
             return
         with lines() as report:
-            streamed = run_stream(
-                moves, push_to_hub, device=device, hash=with_hash, cache_dir=cache_dir, progress=report, **target
+            streamed = moves.run(
+                push_to_hub, device=device, hash=with_hash, cache_dir=cache_dir, progress=report, **target
             )
         show(streamed.to_dict() if as_json else None, print_streamed, streamed)
         print_warnings(streamed.push.warnings)
         return
-    if output is None and not dry_run:
-        hint = ", or '--stream' to keep no copy here" if push_to_hub else ""
-        raise click.UsageError(f"Missing option '--output' (or ask for the plan alone with '--dry-run'{hint}).")
+    from fossil_export.merging import plan_merge
+
     plan = plan_merge(adapter, base, dtype=dtype, max_shard_size=max_shard_size)
     if dry_run or output is None:
-        if as_json:
-            print_json(plan.to_dict())
-        else:
-            print_plan(plan, every)
+        show(plan.to_dict() if as_json else None, partial(print_plan, every=every), plan)
         print_warnings(plan.warnings)
         return
     with progress_bar(plan.nbytes, "merging") as progress:
-        result = run_plan(plan, output, device=device, overwrite=overwrite, hash=with_hash, progress=progress)
-    found, published = result.to_dict(), None
+        result = plan.run(output, device=device, overwrite=overwrite, hash=with_hash, progress=progress)
+    published = None
     if push_to_hub is not None:
-        from fossil_export.publishing import push as publish
+        from fossil_export.publishing.push import push_merged
 
-        try:
-            with lines() as report:
-                published = publish(result.output, push_to_hub, progress=report, **target)
-        except FossilExportError as problem:
-            # The same command would find its output there already.
-            rest = ["fossil-export push", shlex.quote(str(result.output)), push_to_hub]
-            rest += ["--private"] * private + ["--create-pr"] * create_pr
-            rest += ["--revision", shlex.quote(revision)] if revision else []
-            problem.args = (f"{problem} (the merged model is at {result.output}; go on with `{' '.join(rest)}`)",)
-            raise
-        found["push"] = published.to_dict()
-    show(found if as_json else None, print_result, result)
+        with lines() as report:
+            published = push_merged(result, push_to_hub, progress=report, **target)
+    more = {"push": published.to_dict()} if published is not None else {}
+    show(result.to_dict() | more if as_json else None, print_result, result)
     if published is not None and not as_json:
         print_push(published)
     print_warnings(result.warnings + (published.warnings if published is not None else ()))

@@ -8,6 +8,7 @@ import click
 
 from fossil_export.console import lines, print_json, print_warnings, progress_bar
 from fossil_export.tables import print_push, print_verification
+from fossil_export.verifying.levels import LEVELS, Level
 
 
 @click.command()
@@ -16,7 +17,7 @@ from fossil_export.tables import print_push, print_verification
 @click.option("--adapter", metavar="ADAPTER", help="Adapter.  [default: the one the artifact's record names]")
 @click.option(
     "--level",
-    type=click.Choice(["weights", "forward", "all"]),
+    type=click.Choice(LEVELS),
     default="all",
     show_default=True,
     help="weights: every tensor (the shards, of a graph with branches); forward: logits against the trainer's.",
@@ -35,7 +36,7 @@ def verify(
     artifact: str,
     base: str | None,
     adapter: str | None,
-    level: str,
+    level: Level,
     device: str,
     prompts: str | None,
     report: str | None,
@@ -49,7 +50,7 @@ def verify(
     parity and with 1 otherwise, with the first reason on one line. Writes fossil_parity.json into the folder; on the
     Hub, with --push-to-hub.
     """
-    from fossil_export.verifying import verify as check
+    from fossil_export.verifying.verification import verify as check
 
     if create_pr and not push_to_hub:
         raise click.UsageError("--create-pr wants --push-to-hub.")

@@ -20,6 +20,7 @@ import numpy as np
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints.gguf_file import RECORD
 from fossil_export.checkpoints.jsonfile import read_json
+from fossil_export.converting.converters import OUTTYPES
 from fossil_export.converting.form import exact_lora, lora_rank
 from fossil_export.converting.options import Options
 from fossil_export.converting.record import record_of
@@ -32,9 +33,6 @@ from fossil_export.version import __version__
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
-
-OUTTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
-"""Number formats: the name of gguf's GGMLQuantizationType in small letters, and of its LlamaFileType."""
 
 _LARGEST = {"f32": float("inf"), "f16": 65504.0, "q8_0": 65504.0 * 127}
 # q8_0 keeps a float16 scale for 32 values, which is their largest over 127.
@@ -116,14 +114,11 @@ def interleaved(rows: Array, heads: int) -> Array:
 def _refuse(adapter: Adapter, options: Options) -> None:
     if options.outtype not in OUTTYPES:
         raise FossilExportError(f"outtype is {options.outtype!r}, expected {', '.join(OUTTYPES)}")
-    rank = lora_rank(adapter)
-    if rank is None:
+    if lora_rank(adapter) is None:
         raise AdapterError(
             f"{adapter.path}: is a {adapter.variant} adapter, which is no LoRA; get the nearest one by --to "
             "lora with --rank or --energy, or merge it into the base and convert that"
         )
-    if options.rank is not None or options.energy is not None:
-        raise AdapterError(f"{adapter.path}: is a LoRA of rank {rank} exactly; leave --rank and --energy out")
     if adapter.saved:
         own = all(name.removesuffix(".weight") in adapter.trained for name in adapter.saved)
         hint = ", or save the adapter with save_pretrained(..., save_embedding_layers=False) if they are the base's own"

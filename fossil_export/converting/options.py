@@ -1,4 +1,4 @@
-"""What targets may ask for beyond adapter and output."""
+"""What converters may ask for beyond adapter and output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fossil_export.storage import Origin, parse_name
 
 @dataclass(frozen=True)
 class Options:
-    """`base` is where the base lies, None where `base_config`, its config.json alone, is to do or the target asks for
+    """`base` is where the base lies, None if `base_config`, its config.json alone, must do or the converter asks for
     neither; `base_name` and `base_revision` are what the result says of it. `graph` is the ONNX graph an adapter file
     is made for; `rank` and `energy` ask for an approximate LoRA of a bat adapter; `outtype` is the number format of a
     GGUF file."""

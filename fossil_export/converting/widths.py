@@ -10,7 +10,7 @@ from fossil_export.adapters import Adapter
 from fossil_export.checkpoints.jsonfile import read_json
 from fossil_export.converting.options import Options
 from fossil_export.errors import CheckpointError, MergeError, listed
-from fossil_export.merging.match import match_names
+from fossil_export.merging.place import place
 from fossil_export.storage import resolve
 
 Shapes = dict[str, tuple[int, int]]
@@ -25,7 +25,7 @@ _PLAIN = (
 def layer_shapes(adapter: Adapter, options: Options) -> tuple[Shapes, frozenset[str]]:
     """(out, in) of each trained module, and the names of all modules of the base with a matrix (empty if unknown).
 
-    Reads headers only. Raises MergeError where a shard does not fit,
+    Of a base, they are those that a merge would take. Reads headers only. Raises MergeError if a shard does not fit,
     CheckpointError without base and config.
     """
     if options.base_config is not None:
@@ -34,38 +34,12 @@ def layer_shapes(adapter: Adapter, options: Options) -> tuple[Shapes, frozenset[
         return _by_config(adapter, config, path), frozenset()
     assert options.base is not None
     base = options.base.checkpoint()
-    where, tensors = options.base.name, {tensor: info.shape for tensor, info in base.tensors.items()}
-    matrices = {
-        tensor.removesuffix(".weight"): shape
-        for tensor, shape in tensors.items()
-        if tensor.endswith(".weight") and len(shape) == 2
-    }
-
-    def fits(module: str, candidate: str) -> bool:
-        trained = adapter.trained[module]
-        return trained.mismatch(matrices[candidate]) is None
-
-    tied = _tied(adapter, matrices)
-    names = match_names([module for module in adapter.trained if module not in tied], matrices, fits)
-    embedding = next((shape for module, shape in matrices.items() if module.endswith(("embed_tokens", "wte"))), None)
-    found: Shapes = {}
-    for module, trained in adapter.trained.items():
-        shape = matrices.get(names.get(module, module), embedding if module in tied else None)
-        if shape is None:
-            raise MergeError(
-                f"{where}: has no weights for {module}, which {adapter.path} was trained on; name the base "
-                "it was trained from with --base"
-            )
-        if reason := trained.mismatch((shape[0], shape[1])):
-            raise MergeError(f"{where}: {module} {list(shape)} does not fit its shard: {reason}")
-        found[module] = (shape[0], shape[1])
-    renamed = {name: module for module, name in names.items()}
-    return found, frozenset(renamed.get(module, module) for module in matrices)
-
-
-def _tied(adapter: Adapter, matrices: Mapping[str, Any]) -> set[str]:
-    """Heads that the base does not store because they are its embedding."""
-    return {module for module in adapter.trained if module.endswith("lm_head") and module not in matrices}
+    placement = place(adapter, base, into_floats=False)
+    found = {trained.module: placement.into[name].shape for name, trained in placement.trained.items()}
+    renamed = {name.removesuffix(".weight"): trained.module for name, trained in placement.trained.items()}
+    matrices = (info for info in base.tensors.values() if info.name.endswith(".weight") and len(info.shape) == 2)
+    modules = (info.name.removesuffix(".weight") for info in matrices)
+    return found, frozenset(renamed.get(module, module) for module in modules)
 
 
 def _by_config(adapter: Adapter, config: Mapping[str, Any], path: Path) -> Shapes:

@@ -25,11 +25,12 @@ QUANTIZED = (
 )
 
 
-def place(adapter: Adapter, base: Checkpoint, tied: bool | None = None) -> Placement:
+def place(adapter: Adapter, base: Checkpoint, tied: bool | None = None, *, into_floats: bool = True) -> Placement:
     """Give every trained and saved tensor of `adapter` its place in `base`, or raise MergeError naming it.
 
     Only headers are read. `tied` says what they do not: whether a head and an embedding that came with the adapter are
-    equal (`ties.are_equal`); without it they are taken as parted, and `Placement.undecided` names them.
+    equal (`ties.are_equal`); without it they are taken as parted, and `Placement.undecided` names them. The base's
+    weights must be floats, unless nothing will be added to them (`into_floats` is False).
     """
     placement = Placement()
     names = _match(adapter, base)
@@ -47,7 +48,7 @@ def place(adapter: Adapter, base: Checkpoint, tied: bool | None = None) -> Place
     check_vocabulary(adapter, base, placement)
     _refuse_homeless(adapter, base, placement)
     for name, trained in placement.trained.items():
-        placement.into[name] = _matrix(name, trained, placement, adapter, base)
+        placement.into[name] = _matrix(name, trained, placement, adapter, base, into_floats)
     placement.warnings = tuple(_warnings(adapter, base, set(names.values())))
     return placement
 
@@ -135,7 +136,9 @@ def _refuse_homeless(adapter: Adapter, base: Checkpoint, placement: Placement) -
         )
 
 
-def _matrix(name: str, trained: Trained, placement: Placement, adapter: Adapter, base: Checkpoint) -> Matrix:
+def _matrix(
+    name: str, trained: Trained, placement: Placement, adapter: Adapter, base: Checkpoint, into_floats: bool
+) -> Matrix:
     """Where the weight lies that `trained` changes. Raises MergeError for one that it does not fit."""
     brought = placement.saved.get(name) or placement.copied.get(name)
     matrix = find_matrix(name, base.tensors if brought is None else {**base.tensors, name: brought}, base.config)
@@ -143,7 +146,7 @@ def _matrix(name: str, trained: Trained, placement: Placement, adapter: Adapter,
     assert weight is not None, name
     where = f"{base.location}: {name} {list(weight.shape)}"
     dtype = matrix.dtype if matrix is not None else weight.dtype
-    if dtype not in FLOATS:
+    if into_floats and dtype not in FLOATS:
         raise MergeError(f"{where} is stored as {dtype}: {QUANTIZED}")
     if matrix is None or 0 in matrix.shape:
         raise MergeError(f"{where} is no matrix, but the adapter has a shard for it ({trained.label}); {_REMEDY}")

@@ -7,7 +7,7 @@ Everything hard happens here (names, shapes, ties, refusals); `run` only follows
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,8 @@ from fossil_export.storage import Needed, Origin, find_origin, is_path, pinned
 
 if TYPE_CHECKING:
     import torch
+
+    from fossil_export.merging.api import MergeResult
 
 ACTIONS = ("merge", "replace", "add", "cast", "copy")
 """What can be done to a tensor (`TensorPlan.action`)."""
@@ -135,6 +137,20 @@ class MergePlan:
     def count(self, action: str) -> int:
         """Number of tensors with this `action`."""
         return sum(tensor.action == action for tensor in self.tensors)
+
+    def run(
+        self,
+        output: str | Path,
+        *,
+        device: str = "cpu",
+        overwrite: bool = False,
+        hash: bool = False,  # noqa: A002
+        progress: Callable[[int], None] = lambda nbytes: None,
+    ) -> MergeResult:
+        """Carry it out: write the model folder `output`. Arguments and errors are those of `merge`."""
+        from fossil_export.merging.api import run_plan
+
+        return run_plan(self, output, device=device, overwrite=overwrite, hash=hash, progress=progress)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON shows it: the files, and every tensor that is not simply copied."""

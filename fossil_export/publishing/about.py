@@ -6,17 +6,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fossil_export.artifacts.kinds import kind_named
 from fossil_export.cards import Facts, model_card, warnings
 from fossil_export.cards.facts import part
 from fossil_export.cards.frontmatter import MARKED, is_template, read_card
 from fossil_export.checkpoints.companions import CARD
 from fossil_export.errors import FossilExportError, HubError
-from fossil_export.publishing.repository import Repository
+from fossil_export.publishing.target import Target
 from fossil_export.storage.hub.errors import retried
 from fossil_export.storage.hub.names import folder_of, is_old_id, is_on_hub, names_hub, repository_of
 
-_LOCATED = ("merged", "onnx")
-"""Artifacts whose base was read: where it was on the Hub, the record has its commit."""
 _MACHINES = {"base_model", "library_name", "tags"}
 """Metadata that trainers and `convert` write too."""
 
@@ -31,8 +30,7 @@ def facts_of(
 ) -> tuple[Facts, list[str]]:
     """What is known of an artifact that goes to `repo_id`, and what could not be found out."""
     base, adapter = part(record, "base"), part(record, "adapter")
-    kind_of_record = (record or {}).get("artifact")
-    on_hub, adapter_on_hub = _is_on_hub(base, kind_of_record), _is_on_hub(adapter, "merged")
+    on_hub, adapter_on_hub = _is_on_hub(base, _has_commit(record)), _is_on_hub(adapter, True)
     if not base.get("name") and config is not None:  # an adapter as PEFT saved it
         base = {"name": config.get("base_model_name_or_path"), "revision": config.get("revision")}
         on_hub = isinstance(base["name"], str) and names_hub(base["name"])
@@ -68,10 +66,9 @@ def local_names(
     config: Mapping[str, Any] | None = None,
 ) -> Iterator[str]:
     """What records and config call base and adapter where these are not on the Hub."""
-    kind = (record or {}).get("artifact")
-    for name, artifact in (("base", kind), ("adapter", "merged")):
+    for name, has_commit in (("base", _has_commit(record)), ("adapter", True)):
         entry = part(record, name)
-        if isinstance(entry.get("name"), str) and not _is_on_hub(entry, artifact):
+        if isinstance(entry.get("name"), str) and not _is_on_hub(entry, has_commit):
             yield entry["name"]
     ours = [(certificate or {}).get("base"), part(certificate, "adapter").get("name")]
     yield from (name for name in ours if isinstance(name, str) and name and not is_on_hub(name))
@@ -82,13 +79,17 @@ def local_names(
 
 
 def card_for(
-    repository: Repository, facts: Facts, own: str | None, head: str, there: Mapping[str, str]
+    repository: Target, facts: Facts, own: str | None, head: str, there: Mapping[str, str]
 ) -> tuple[bytes, list[str]]:
     """The card, and what to say of it, for a commit on top of `head`, which holds the files `there`.
 
     It extends `own`, the card in the folder, where the user has written in it, else the one that is there.
     """
-    found = repository.read(CARD, head) if CARD in there else None
+    return extended_card(facts, own, repository.read(CARD, head) if CARD in there else None)
+
+
+def extended_card(facts: Facts, own: str | None, found: str | None) -> tuple[bytes, list[str]]:
+    """The same, if the repository has the card `found`. Raises HubError if that cannot be read."""
     words = _words(own)
     try:
         others = _words(found)
@@ -132,9 +133,16 @@ def _old_id(name: Any, revision: Any) -> str | None:
         return None
 
 
-def _is_on_hub(entry: Mapping[str, Any], artifact: Any) -> bool:
+def _has_commit(record: Mapping[str, Any] | None) -> bool:
+    """Whether the record of such an artifact has the base's commit if the base was on the Hub."""
+    kind = kind_named((record or {}).get("artifact"))
+    return kind is not None and kind.whole
+
+
+def _is_on_hub(entry: Mapping[str, Any], has_commit: bool) -> bool:
+    """Whether an entry of a record is of a model on the Hub, which, if it `has_commit`, one without is not."""
     name = entry.get("name")
-    return isinstance(name, str) and is_on_hub(name) and (entry.get("revision") is not None or artifact not in _LOCATED)
+    return isinstance(name, str) and is_on_hub(name) and (entry.get("revision") is not None or not has_commit)
 
 
 def _card_of(what: str, name: Any, revision: str | None, on_hub: bool) -> tuple[dict[str, Any] | None, list[str]]:

@@ -7,17 +7,16 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from fossil_export.artifacts.parts import parts_of
 from fossil_export.checkpoints.companions import CARD, CERTIFICATE
 from fossil_export.errors import CheckpointError, HubError, listed
 from fossil_export.publishing.about import card_for, facts_of, local_names
-from fossil_export.publishing.parts import parts_of
 from fossil_export.publishing.paths import Paths
 from fossil_export.publishing.repository import Repository
 from fossil_export.publishing.result import Progress, PushResult
 from fossil_export.storage import Origin, find_origin
 from fossil_export.storage.hub.remote import HubFolder
-from fossil_export.verifying import Verification
-from fossil_export.verifying.verdict import certificate_file
+from fossil_export.verifying.verdict import Verification, certificate_file
 
 _OURS = (CARD, CERTIFICATE)
 

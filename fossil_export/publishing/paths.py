@@ -10,11 +10,10 @@ from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from fossil_export.artifacts.kind import ADAPTER_CONFIG
 from fossil_export.checkpoints.companions import CERTIFICATE, PROVENANCE
 from fossil_export.checkpoints.jsonfile import write_json
 from fossil_export.storage.hub.names import is_hub_id
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 _RECORDS = (PROVENANCE, CERTIFICATE)
 _CONFIG = re.compile(r"(.*_)?config\.json|special_tokens_map\.json")

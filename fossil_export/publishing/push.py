@@ -8,16 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fossil_export.checkpoints.companions import CARD
-from fossil_export.errors import CheckpointError
-from fossil_export.publishing.about import card_for, facts_of, local_names
+from fossil_export.errors import CheckpointError, FossilExportError, longer
+from fossil_export.merging.api import MergeResult
+from fossil_export.publishing.about import card_for
 from fossil_export.publishing.closing import Closing, closing
 from fossil_export.publishing.operations import Operation
-from fossil_export.publishing.parts import parts_of
-from fossil_export.publishing.paths import ADAPTER_CONFIG, Paths, is_path
+from fossil_export.publishing.push_plan import PushPlan, contents_of, facts_for, plan_files
 from fossil_export.publishing.repository import Repository
 from fossil_export.publishing.result import Progress, PushResult
 from fossil_export.publishing.stale import refuse_base, stale
-from fossil_export.storage import expanded, resolve
 
 LARGE = 1 << 20
 """Bytes from which a file is uploaded by itself, and named while it is."""
@@ -41,29 +40,32 @@ def push(
     not uploaded yet. `progress` is called with the name of each step. Raises a FossilExportError in one line.
     """
     started = time.perf_counter()
-    repository = Repository(repo_id, revision, create_pr)
+    plan = plan_files(folder, repo_id, private, revision, create_pr, commit_message)
+    return run_push(plan, progress=progress, started=started)
+
+
+def run_push(plan: PushPlan, *, progress: Progress = lambda step: None, started: float | None = None) -> PushResult:
+    """Carry out a plan that `plan_push` made; `started` is when the clock began. Raises CheckpointError if a file has
+    another size by now, and otherwise as `push` does."""
+    started = time.perf_counter() if started is None else started
+    repository = Repository(plan.repo_id, plan.revision, plan.create_pr)
     from huggingface_hub import CommitOperationAdd
 
-    parts = parts_of(_found(folder))
-    progress(f"opening {repo_id}")
-    repository.prepare(private)
-    names = (*parts.names, CARD)
-    paths = Paths([parts.folder], local_names(parts.record, parts.certificate, parts.config))
-    certificate = parts.certificate
-    if certificate is not None:  # which the card quotes
-        certificate = {**certificate, "reason": paths.without(certificate).get("reason")}
-    facts, problems = facts_of(repository.repo_id, parts.kind, names, parts.record, certificate, parts.config)
+    parts = plan.parts
+    progress(f"opening {plan.repo_id}")
+    repository.prepare(plan.private)
+    facts, problems = facts_for(parts, repository.repo_id)
     head = repository.head()
     there = repository.files(head)
     # What will be refused is refused before anything is sent.
     refuse_base(facts, repository)
     stale(facts, there)
     problems += [*parts.notes, *repository.validate(card_for(repository, facts, parts.card, head, there)[0])]
-    additions = []
-    for name in parts.names:
-        path = parts.path(name).absolute()
-        content = paths.published(name, path.read_bytes()) if name.endswith(".json") else None
-        additions.append(CommitOperationAdd(name, path if content is None else content))
+    additions = [CommitOperationAdd(name, content) for name, content in contents_of(parts).items()]
+    for addition in additions:
+        if addition.upload_info.size != plan.files[addition.path_in_repo]:
+            path = parts.path(addition.path_in_repo)
+            raise CheckpointError(f"{path}: has changed since the push was planned; plan it again")
     large = [addition for addition in additions if addition.upload_info.size >= LARGE]
     for addition in sorted(large, key=lambda one: -one.upload_info.size):
         progress(f"uploading {addition.path_in_repo}")
@@ -76,29 +78,36 @@ def push(
         return ends[0].operations
 
     progress("committing")
-    commit = repository.commit(build, commit_message or message(parts.kind))
-    if is_path(str((parts.config or {}).get("base_model_name_or_path") or "a/b")):
-        problems.append(
-            f"{ADAPTER_CONFIG} names the base by a path, which was left out; if it is on the Hub, write its id there"
-        )
-    notes = [note.replace("verify DIR`", f"verify {shlex.quote(str(folder))}`") for note in ends[0].notes]
-    found, removed = [*repository.notes, *problems, *notes], ends[0].removed
-    size = sum(addition.upload_info.size for addition in additions)
-    return PushResult.of(repository, commit, started, names, size, found, removed, parts.left_behind)
+    commit = repository.commit(build, plan.title)
+    names, removed = (*parts.names, CARD), ends[0].removed
+    told = [*repository.notes, *plan.told(problems, ends[0].notes)]
+    return PushResult.of(repository, commit, started, names, plan.nbytes, told, removed, parts.left_behind)
 
 
-def message(kind: str) -> str:
-    """The commit's title where the user gave none."""
-    what = {"merged": "merged model", "gguf-lora": "GGUF adapter", "onnx": "ONNX model"}.get(kind, "adapter")
-    return f"Upload {what} with fossil-export"
-
-
-def _found(folder: str | Path) -> Path:
-    path = expanded(folder, CheckpointError)
+def push_merged(
+    result: MergeResult,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    progress: Progress = lambda step: None,
+) -> PushResult:
+    """`push` of a model that was just merged: an error says where it lies, and how to go on without merging again."""
     try:
-        there = path.exists()
-    except (OSError, ValueError):
-        there = True  # what is wrong with it is said below
-    if not there:
-        raise CheckpointError(f"{folder}: no such file or folder; name one that `merge`, `convert` or `onnx` wrote")
-    return resolve(folder, CheckpointError, "artifact")
+        return push(
+            result.output,
+            repo_id,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            progress=progress,
+        )
+    except FossilExportError as problem:
+        rest = ["fossil-export push", shlex.quote(str(result.output)), repo_id]
+        rest += ["--private"] * private + ["--create-pr"] * create_pr
+        rest += ["--revision", shlex.quote(revision)] if revision else []
+        more = f" (the merged model is at {result.output}; go on with `{' '.join(rest)}`)"
+        raise longer(problem, more) from problem

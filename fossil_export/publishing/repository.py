@@ -6,33 +6,21 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import quote
+from typing import Any
 
 from fossil_export.errors import FossilExportError, HubError, listed
 from fossil_export.publishing.operations import Copy, Operation, digest_of, for_client, name_of
-from fossil_export.publishing.questions import held, said_of_card
 from fossil_export.publishing.refusals import is_copy_refusal, is_damaged, why_not_copied
+from fossil_export.publishing.target import Target
 from fossil_export.storage.hub import client, errors
 from fossil_export.storage.hub.errors import (
     ATTEMPTS,
-    check_client,
     endpoint,
     explained,
     is_conflict,
     is_transient,
     retried,
 )
-
-T = TypeVar("T")
-
-STALL = 600.0
-"""Seconds after which a connection on which nothing moves is given up, and the request repeated."""
-
-_BATCH = 256
-"""Files asked about in one request, as the client does."""
 
 
 @dataclass(frozen=True)
@@ -56,35 +44,8 @@ Build = Callable[[str, Mapping[str, str]], Sequence[Operation]]
 """From a commit and what it holds (names to hashes) to what is to be done on top of it."""
 
 
-class Repository:
-    """A model repository, of which one branch (default: main) or a pull request takes the commit."""
-
-    def __init__(self, repo_id: str, revision: str | None = None, create_pr: bool = False) -> None:
-        check_client()
-        client.check_additions()
-        from huggingface_hub import HfApi, get_session
-        from huggingface_hub.utils import validate_repo_id
-
-        get_session().timeout = STALL  # the client's own uploads would wait for ever
-        try:
-            validate_repo_id(repo_id)
-        except ValueError as problem:
-            where = "; a branch goes into --revision" if "@" in repo_id else ""
-            raise HubError(
-                f"{repo_id}: is no name of a repository on the Hub; write user/name, in letters, digits, '-', '_' and "
-                f"'.' (no '--' or '..', none of them at the ends){where}"
-            ) from problem
-        self.repo_id = repo_id
-        self.revision = revision or None
-        self.create_pr = create_pr
-        self.notes: list[str] = []
-        self._api = HfApi(library_name="fossil-export")
-
-    @property
-    def page(self) -> str:
-        """Where to look at what is published."""
-        page = f"{endpoint()}/{self.repo_id}"
-        return page if self.revision is None else f"{page}/tree/{quote(self.revision, safe='')}"
+class Repository(Target):
+    """The same, made and written to."""
 
     def prepare(self, private: bool = False) -> None:
         """See that repository and branch exist and may be written to, and make them. `private` is for a new one."""
@@ -102,74 +63,7 @@ class Repository:
             return private and not info.private
 
         if self._opened(run):
-            self.notes.append(f"{self.repo_id}: exists already and stays public; --private is for a new one")
-
-    def check(self) -> None:
-        """See that repository and branch exist and may be written to; makes neither."""
-        self._online()
-
-        def run() -> list[str]:
-            if not self.create_pr:
-                self._api.auth_check(self.repo_id, write=True)
-            refs = self._api.list_repo_refs(self.repo_id, include_pull_requests=True)
-            return [ref.name for ref in refs.branches] + [ref.ref for ref in refs.pull_requests or []]
-
-        if self.revision not in (None, *self._opened(run)):
-            raise HubError(
-                f"{self.repo_id}: has no branch {self.revision}; a commit or a tag takes nothing, name a branch"
-            )
-
-    def _opened(self, run: Callable[[], T]) -> T:
-        try:
-            return retried(run, self.repo_id, "opening it")
-        except HubError as problem:
-            cause = problem.__cause__
-            if cause is None or self.create_pr or 403 not in map(errors.status_of, errors.causes_of(cause)):
-                raise
-            raise HubError(f"{problem}; or open a pull request with --create-pr") from cause
-
-    def _online(self) -> None:
-        from huggingface_hub import constants
-
-        if constants.is_offline_mode():
-            raise HubError(f"{self.repo_id}: HF_HUB_OFFLINE is set; unset it to publish")
-
-    def head(self) -> str:
-        """The commit that the branch is at."""
-        return retried(
-            lambda: str(self._api.model_info(self.repo_id, revision=self.revision).sha), self.repo_id, "opening it"
-        )
-
-    def files(self, revision: str) -> dict[str, str]:
-        """What is there: name to SHA-256 (large files) or git's SHA-1."""
-
-        def run() -> dict[str, str]:
-            listing = self._api.list_repo_tree(self.repo_id, recursive=True, revision=revision)
-            return {
-                file.path: file.lfs.sha256 if file.lfs is not None else file.blob_id
-                for file in listing
-                if hasattr(file, "blob_id")
-            }
-
-        return retried(run, self.repo_id, "listing it")
-
-    def read(self, name: str, commit: str) -> str:
-        """A small text file at a commit, with its own line ends. Raises HubError, also where it is not there."""
-        from huggingface_hub import hf_hub_download
-
-        path = retried(lambda: hf_hub_download(self.repo_id, name, revision=commit), self.repo_id, f"reading {name}")
-        try:
-            return Path(path).read_bytes().decode()
-        except UnicodeDecodeError as problem:
-            raise HubError(f"{self.repo_id}: {name} is not UTF-8; save it as that") from problem
-
-    def validate(self, card: bytes) -> list[str]:
-        """What the Hub has to say against the metadata of a card. Raises HubError where it would refuse it."""
-        refused, warned = retried(lambda: said_of_card(card.decode()), self.repo_id, "checking its card")
-        if refused:
-            why = "; ".join(refused)
-            raise HubError(f"{self.repo_id}: the Hub refuses README.md's metadata: {why}; correct it")
-        return [f"the Hub says of README.md's metadata: {'; '.join(warned)}"] if warned else []
+            self.note_public()
 
     def upload(self, *additions: Any) -> None:
         """Bring the content of large files to the Hub, where no commit shows it yet; small ones go with the commit.
@@ -206,18 +100,6 @@ class Repository:
             raise HubError(
                 f"{self.repo_id}: its .gitignore leaves out {listed(ignored)}; change it, then run the command again"
             )
-
-    def holds(self, uploads: Iterable[Any]) -> set[str]:
-        """SHA-256 of those contents (UploadInfo) that the Hub has for this repository."""
-        wanted = list(uploads)
-        # Whoever opens a pull request need not be allowed to write to the branch.
-        branch = None if self.create_pr else self.revision or "main"
-        found: set[str] = set()
-        for start in range(0, len(wanted), _BATCH):
-            some = wanted[start : start + _BATCH]
-            ask = partial(held, self.repo_id, some, branch)
-            found |= retried(ask, self.repo_id, "asking what it holds")
-        return found
 
     def commit(self, build: Build, message: str) -> Commit:
         """One commit of what `build` gives, held against what the Hub then lists; `build` is asked again where the

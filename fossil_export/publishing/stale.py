@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fossil_export.adapters.peft import WEIGHTS
+from fossil_export.artifacts.kinds import KINDS
 from fossil_export.cards import Facts
-from fossil_export.checkpoints.companions import CERTIFICATE, PROVENANCE, is_weights
+from fossil_export.checkpoints.companions import CERTIFICATE, PROVENANCE
 from fossil_export.errors import HubError, listed
-from fossil_export.publishing.repository import Repository
-
-_MODEL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+from fossil_export.publishing.target import Target
 
 
-def refuse_base(facts: Facts, repository: Repository, branch: str | None = None) -> None:
+def refuse_base(facts: Facts, target: Target, branch: str | None = None) -> None:
     """Raise HubError for a model that would replace its own base, on main or on the `branch` that was read: the next
     merge would be on top of this one."""
-    own = facts.base is not None and facts.base.lower() == repository.repo_id.lower()
-    onto = repository.revision or "main"
-    if own and facts.kind in ("merged", "onnx") and not repository.create_pr and onto in ("main", branch):
+    own = facts.base is not None and facts.base.lower() == target.repo_id.lower()
+    onto = target.revision or "main"
+    if own and KINDS[facts.kind].whole and not target.create_pr and onto in ("main", branch):
         raise HubError(
-            f"{repository.repo_id}: is the base itself, and the next merge would be on top of this one; choose another "
+            f"{target.repo_id}: is the base itself, and the next merge would be on top of this one; choose another "
             "repository, or --revision or --create-pr"
         )
 
@@ -31,25 +29,15 @@ def stale(facts: Facts, there: Iterable[str]) -> list[str]:
     Raises HubError where a merged model would meet an adapter, or an adapter a model: with an adapter in it, loaders
     take a repository's model for that of the adapter's base.
     """
+    kind = KINDS[facts.kind]
     root = [name for name in there if "/" not in name]
-    if facts.kind == "gguf-lora":  # files that stand for themselves
+    if kind.by_itself:
         return []
-    found = [name for name in (PROVENANCE, CERTIFICATE) if name in root and name not in facts.files]
-    if facts.kind == "merged":
-        if "adapter_config.json" in root:
-            raise HubError(
-                f"{facts.repo_id}: holds an adapter, which loaders would put on top of the merged model; choose "
-                "another repository"
-            )
-        found += [name for name in root if _is_loaded(name) and name not in facts.files]
-    if facts.kind in ("lora", "miss"):
-        if any(name in root for name in _MODEL):
-            raise HubError(
-                f"{facts.repo_id}: holds a whole model, which loaders would not find any more beside an adapter; "
-                "choose another repository"
-            )
-        found += [name for name in WEIGHTS if name in root and name not in facts.files]
-    return found
+    if kind.not_beside.intersection(root):
+        raise HubError(f"{facts.repo_id}: {kind.clash}; choose another repository")
+    records = [name for name in (PROVENANCE, CERTIFICATE) if name in root]
+    found = [*records, *(name for name in root if kind.replaces(name))]
+    return [name for name in found if name not in facts.files]
 
 
 def removal_warnings(repo_id: str, removed: list[str]) -> list[str]:
@@ -60,8 +48,3 @@ def removal_warnings(repo_id: str, removed: list[str]) -> list[str]:
         f"{repo_id}: {listed(removed)} of an earlier model would have been taken for this one's and went with this "
         "commit; its history still has them"
     ]
-
-
-def _is_loaded(name: str) -> bool:
-    """Whether transformers or vLLM may take the file for the model's weights."""
-    return is_weights(name) and (".safetensors" in name or (name.startswith("pytorch_model") and ".bin" in name))

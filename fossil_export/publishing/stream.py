@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export.adapters import Adapter, load_adapter
+from fossil_export.artifacts.kinds import KINDS
 from fossil_export.cards import Facts
 from fossil_export.checkpoints.companions import CARD, PROVENANCE
 from fossil_export.checkpoints.jsonfile import write_json
-from fossil_export.errors import FossilExportError
+from fossil_export.errors import FossilExportError, longer
 from fossil_export.merging.api import survival_warnings
 from fossil_export.merging.layout import parse_size
 from fossil_export.merging.plan import plan_merge
@@ -31,7 +32,6 @@ from fossil_export.publishing.closing import Closing, closing
 from fossil_export.publishing.moves import StreamPlan, plan_moves
 from fossil_export.publishing.operations import Operation
 from fossil_export.publishing.paths import Paths
-from fossil_export.publishing.push import message
 from fossil_export.publishing.repository import Commit, CopyRefusedError, Repository
 from fossil_export.publishing.result import Progress, PushResult
 from fossil_export.publishing.stale import refuse_base, stale
@@ -94,8 +94,7 @@ def merge_to_hub(
     are copied on the Hub. Interrupted, the same call goes on where it stopped. Raises a FossilExportError in one line.
     """
     plan = plan_stream(adapter, base, dtype=dtype, max_shard_size=max_shard_size, max_disk=max_disk)
-    return run_stream(
-        plan,
+    return plan.run(
         repo_id,
         device=device,
         hash=hash,
@@ -149,10 +148,10 @@ def run_stream(
         try:
             carrier.take_up()
             carrier.carry(runner)
-            published = _publish(carrier, repository, hash, commit_message or message("merged"), progress)
+            published = _publish(carrier, repository, hash, commit_message or KINDS["merged"].commit_title, progress)
         except FossilExportError as problem:
             if carrier.state:
-                problem.args = (f"{problem} ({carrier.state})",)
+                raise longer(problem, f" ({carrier.state})") from problem
             raise
         shutil.rmtree(folder, ignore_errors=True)
     commit = published.commit

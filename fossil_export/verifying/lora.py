@@ -30,12 +30,6 @@ if TYPE_CHECKING:
 _PREFIX = "base_model.model."
 
 
-def is_lora(folder: Path) -> bool:
-    """Whether a folder is a PEFT LoRA."""
-    config = folder / "adapter_config.json"
-    return config.is_file() and read_json(config, AdapterError).get("peft_type") == "LORA"
-
-
 def refuse_imports(folder: Path) -> None:
     """Raise AdapterError where the config has settings by which PEFT imports a module or reads other files."""
     config = read_json(folder / "adapter_config.json", AdapterError)

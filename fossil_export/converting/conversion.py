@@ -1,9 +1,8 @@
-"""`convert`: look the target up, check what it needs, write."""
+"""`convert`: look the converter up, check what it needs, write."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.checkpoints.single_file import staged_file
 from fossil_export.checkpoints.staging import check_destination, staged_folder
+from fossil_export.converting.converters import CONVERTERS, OPTIONS, Converter, Format, Outtype, takers
 from fossil_export.converting.options import Options
 from fossil_export.errors import CheckpointError, FossilExportError, OutputError
 from fossil_export.merging.plan import find_base
@@ -18,54 +18,8 @@ from fossil_export.storage import expanded, fetch
 
 
 @dataclass(frozen=True)
-class Target:
-    """A format: `write(adapter, path, options)` fills the folder or writes the file at `path`, and returns what there
-    is to say of it ("warnings" among it are printed as such); `what` is for `--help`."""
-
-    write: Callable[[Adapter, Path, Options], dict[str, Any]]
-    folder: bool
-    what: str
-    reads_base: bool = True
-    magic: bytes = b""
-    """How its files begin (or go on after four bytes)."""
-
-
-def _lora(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
-    from fossil_export.converting.lora import write
-
-    return write(adapter, output, options)
-
-
-def _gguf_lora(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
-    from fossil_export.converting.gguf_lora import write
-
-    return write(adapter, output, options)
-
-
-def _miss(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
-    from fossil_export.converting.miss import write
-
-    return write(adapter, output, options)
-
-
-def _onnx_adapter(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
-    from fossil_export.converting.onnx_adapter import write
-
-    return write(adapter, output, options)
-
-
-TARGETS = {
-    "lora": Target(_lora, True, "a PEFT LoRA folder, for PEFT, vLLM, SGLang"),
-    "gguf-lora": Target(_gguf_lora, False, "a GGUF LoRA file, for llama.cpp and Ollama", magic=b"GGUF"),
-    "miss": Target(_miss, True, "today's PEFT MISS folder, from Bone and RWKV files", reads_base=False),
-    "onnx-adapter": Target(_onnx_adapter, False, "an adapter file for a swappable ONNX graph", magic=b"TORT"),
-}
-"""What an adapter can be turned into. A new format is one file and one entry here."""
-
-
-@dataclass(frozen=True)
 class Conversion:
-    """A finished conversion; `details` are what the target has to say of it."""
+    """A finished conversion; `details` are what the converter has to say of it."""
 
     output: Path
     to: str
@@ -101,7 +55,7 @@ def _refuse_inputs(path: Path, adapter: Adapter, options: Options) -> None:
             raise OutputError(f"{path}: is or holds {source}, which is only read; choose another --output")
 
 
-def _check_old_file(path: Path, target: Target, overwrite: bool) -> None:
+def _check_old_file(path: Path, converter: Converter, overwrite: bool) -> None:
     """Raise OutputError unless the file at `path` may be replaced: it was asked for, and is one of the same format."""
     if path.is_dir():
         raise OutputError(f"{path}: is a folder; name a file")
@@ -109,13 +63,22 @@ def _check_old_file(path: Path, target: Target, overwrite: bool) -> None:
         raise OutputError(f"{path}: exists already; choose another --output or add --overwrite")
     with path.open("rb") as file:
         beginning = file.read(8)
-    if not any(beginning[at : at + len(target.magic)] == target.magic for at in (0, 4)):
+    if not any(beginning[at : at + len(converter.magic)] == converter.magic for at in (0, 4)):
         raise OutputError(f"{path}: is no file of this format; --overwrite replaces only those, remove it yourself")
 
 
-def _base(adapter: Adapter, to: str, base: str | Path | None, base_config: str | Path | None) -> Options:
-    """The base of the conversion, found where it is read, and what the result will call it."""
-    if not TARGETS[to].reads_base or base_config is not None:
+def _refuse_options(converter: Converter, given: dict[str, Any]) -> None:
+    """Raise FossilExportError for an option that is for other converters."""
+    strange = [name for name, value in given.items() if value is not None and name not in converter.takes]
+    if strange:
+        raise FossilExportError(
+            f"--to {converter.name} takes no {OPTIONS[strange[0]]}, which is for {takers(strange[0])}; leave it out"
+        )
+
+
+def _base(adapter: Adapter, converter: Converter, base: str | Path | None, base_config: str | Path | None) -> Options:
+    """The base of the conversion, found if it is read, and what the result will call it."""
+    if not converter.reads_base or base_config is not None:
         name, revision = (str(base), None) if base is not None else (adapter.base_model, adapter.base_revision)
         return Options(None, name, revision, base_config)
     if base is None and not adapter.base_model:
@@ -128,39 +91,44 @@ def convert(
     adapter: Adapter | str | Path,
     output: str | Path,
     *,
-    to: str,
+    to: Format,
     base: str | Path | None = None,
     base_config: str | Path | None = None,
     graph: str | Path | None = None,
     rank: int | None = None,
     energy: float | None = None,
-    outtype: str = "f32",
+    outtype: Outtype | None = None,
     overwrite: bool = False,
 ) -> Conversion:
-    """Write `adapter` as another format at `output`; `to` is one of `TARGETS`.
+    """Write `adapter` as another format at `output`; `to` is one of `CONVERTERS`.
 
     "lora" and "miss" make folders, "gguf-lora" and "onnx-adapter" files. `adapter` and `base` are paths or ids on the
     Hub; `base` (by default the one the adapter names) tells the layers' sizes, by its headers; `base_config` is
     enough where it tells them too. `graph` is the swappable ONNX folder that "onnx-adapter" is for. `rank` or
-    `energy` ask for the nearest LoRA of a bat adapter. `outtype` is "f32", "f16" or "q8_0", for "gguf-lora". Raises
-    a FossilExportError with one line that names the remedy; nothing is half-written.
+    `energy` ask for the nearest LoRA of a bat adapter. `outtype` is "f32" (the default), "f16" or "q8_0", for
+    "gguf-lora". Raises a FossilExportError with one line that names the remedy, also for an option that `to` does not
+    take; nothing is half-written.
     """
     started = time.perf_counter()
-    if to not in TARGETS:
-        raise FossilExportError(f"target is {to!r}, expected {', '.join(TARGETS)}")
+    if to not in CONVERTERS:
+        raise FossilExportError(f"target is {to!r}, expected {', '.join(CONVERTERS)}")
+    converter = CONVERTERS[to]
+    special = {"base_config": base_config, "graph": graph, "rank": rank, "energy": energy, "outtype": outtype}
+    _refuse_options(converter, special)
     if not isinstance(adapter, Adapter):
         adapter = load_adapter(adapter)
-    options = replace(_base(adapter, to, base, base_config), graph=graph, rank=rank, energy=energy, outtype=outtype)
+    found = _base(adapter, converter, base, base_config)
+    options = replace(found, graph=graph, rank=rank, energy=energy, outtype=outtype or found.outtype)
     fetch(adapter.needed)
     path = expanded(output, OutputError).absolute()
-    if TARGETS[to].folder:
+    if converter.folder:
         # A state dict may lie anywhere; PEFT's folder is only read.
         _refuse_inputs(path, adapter, options)
         check_destination(path, [adapter.path] if adapter.peft_type != "RWKV" else [], overwrite)
         needed = 4 * sum(file.stat().st_size for file in adapter.files)
         with staged_folder(path, needed, overwrite) as folder:
             try:
-                details = TARGETS[to].write(adapter, folder, options)
+                details = converter.write(adapter, folder, options)
                 adapter.check()
             except OSError as problem:
                 raise OutputError(
@@ -169,12 +137,12 @@ def convert(
     else:
         _refuse_inputs(path, adapter, options)
         if path.exists():
-            _check_old_file(path, TARGETS[to], overwrite)
+            _check_old_file(path, converter, overwrite)
         if not path.parent.is_dir():
             raise OutputError(f"{output}: cannot be written: its folder does not exist; make it first")
         try:
             with staged_file(path, overwrite) as partial:
-                details = TARGETS[to].write(adapter, partial, options)
+                details = converter.write(adapter, partial, options)
                 adapter.check()
         except FileExistsError as problem:
             raise OutputError(f"{output}: has come into being meanwhile; choose another --output") from problem

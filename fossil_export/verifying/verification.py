@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export.adapters import Adapter, load_adapter
+from fossil_export.artifacts.kinds import kind_of_file
 from fossil_export.checkpoints.checkpoint import Checkpoint
 from fossil_export.checkpoints.companions import CERTIFICATE, PROVENANCE, is_weights
 from fossil_export.checkpoints.dtypes import BY_TORCH_NAME
@@ -19,11 +20,10 @@ from fossil_export.merging.plan import plan_merge
 from fossil_export.storage import Needed, Origin, fetch, find_origin, pinned
 from fossil_export.verifying.artifacts import open_any
 from fossil_export.verifying.forward import check_forward
+from fossil_export.verifying.levels import LEVELS, Level
 from fossil_export.verifying.models import check_device, tokenize
 from fossil_export.verifying.prompts import PROMPTS, read_prompts
 from fossil_export.verifying.verdict import Verification, certificate_file, device_name
-
-LEVELS = ("weights", "forward", "all")
 
 SWAPPED = 2
 """Prompts that are asked before, with and after an adapter that can be swapped."""
@@ -34,7 +34,7 @@ def verify(
     *,
     base: str | Path | None = None,
     adapter: Adapter | str | Path | None = None,
-    level: str = "all",
+    level: Level = "all",
     device: str = "cpu",
     prompts: str | Path | None = None,
     report: str | Path | None = None,
@@ -71,7 +71,7 @@ def _verified(
     origin: Origin,
     base: str | Path | None,
     adapter: Adapter | str | Path | None,
-    level: str,
+    level: Level,
     device: str,
     prompts: str | Path | None,
     report: str | Path | None,
@@ -85,9 +85,7 @@ def _verified(
         names = origin.folder.root_names()
         held = f" (only {listed(names)})" if names else ""
         raise CheckpointError(f"{folder}: holds no model, LoRA or ONNX graph{held}; name what is to be verified")
-    if folder.suffix == ".gguf" and folder.is_file():
-        raise CheckpointError(f"{folder}: is a GGUF file, which is not verified; verify the LoRA of --to lora")
-    if not folder.is_dir():
+    if kind_of_file(folder) is None and not folder.is_dir():
         raise CheckpointError(f"{folder}: is no model folder; name the folder that the file lies in")
     record = _read_record(folder)
     found = open_any(folder)

@@ -1,0 +1,127 @@
+"""`push --dry-run` and `plan_push`: what would go and what it would meet, and that nothing is made or sent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import edit_json
+from hub_tools import cli, nobody_there, offline
+from loopback import LoopbackHub
+from push_tools import litter, made
+
+from fossil_export import FossilExportError, PushPlan, merge, plan_merge, plan_push, plan_stream, push
+from fossil_export.errors import CheckpointError, HubError, MissingExtraError, longer
+
+ASKING = {"GET", "HEAD"}
+
+
+def asked_only(hub: LoopbackHub) -> bool:
+    return {seen.method for seen in hub.log} <= ASKING
+
+
+@pytest.mark.parametrize("kind", ["merged", "lora", "miss", "gguf-file", "onnx"])
+def test_a_push_does_what_its_plan_says(kind: str, hosted: LoopbackHub, models: Path, tmp_path: Path) -> None:
+    artifact = made(kind, hosted, models, tmp_path / "artifact")
+    litter(tmp_path / "artifact")
+    hosted.log.clear()
+    plan = plan_push(artifact, "ada/new", private=True)
+    assert asked_only(hosted) and plan.exists is False and plan.unchecked == () and plan.removed == ()
+    with pytest.raises(KeyError):
+        hosted.files("ada/new")
+    result = plan.run()
+    assert set(result.files) == {*plan.files, "README.md"} and result.nbytes == plan.nbytes
+    assert (result.left_behind, result.repo_id) == (plan.left_behind, plan.repo_id)
+    assert hosted.commits("ada/new")[0] == plan.title and set(result.warnings) == set(plan.warnings)
+    again = plan_push(artifact, "ada/new", private=True)
+    assert again.exists and again.card == plan.card
+    assert not push(artifact, "ada/new").changed
+
+
+def test_the_plan_as_data(hosted: LoopbackHub, models: Path, tmp_path: Path) -> None:
+    folder = made("merged", hosted, models, tmp_path / "out")
+    litter(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\nreleased: 2026-01-31\n---\n\nMine.\n")
+    plan = plan_push(folder, "ada/new", revision="v2", commit_message="Second")
+    assert repr(plan).startswith("<PushPlan of ") and "\n" not in repr(plan) and len(repr(plan)) < 400
+    found = json.loads(cli("push", folder, "ada/new", "--revision", "v2", "--dry-run", "--json").stdout)
+    assert found == json.loads(json.dumps(plan.to_dict())) | {"title": "Upload merged model with fossil-export"}
+    assert {"file": "config.json", "bytes": (folder / "config.json").stat().st_size} in found["files"]
+    assert found["card"]["license"] == "mit" and found["card"]["base_model"] == "ada/base"
+    assert "notes.txt" in found["left_behind"] and plan.title == "Second"
+    table = cli("push", folder, "ada/new", "--dry-run").stdout
+    assert "a new repository" in table and "notes.txt" in table and "model-00001-of-00003.safetensors" in table
+
+
+def test_what_it_would_meet(hosted: LoopbackHub, models: Path, tmp_path: Path) -> None:
+    adapter = made("miss", hosted, models, tmp_path / "adapter")
+    push(adapter, "ada/new")
+    hosted.log.clear()
+    with pytest.raises(FossilExportError, match="holds an adapter, which loaders would put on top"):
+        plan_push(merge("ada/adapter", tmp_path / "out").output, "ada/new")
+    weights = (adapter / "adapter_model.safetensors").read_bytes()
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    plan = plan_push(adapter, "ada/new", create_pr=True)
+    assert plan.removed == ("adapter_model.safetensors",)
+    assert any("went with this commit" in line for line in plan.warnings)
+    (adapter / "adapter_model.bin").rename(adapter / "adapter_model.safetensors")
+    assert (adapter / "adapter_model.safetensors").read_bytes() == weights
+    branched = plan_push(adapter, "ada/new", revision="later", private=True)
+    assert branched.warnings[0] == "ada/new: exists already and stays public; --private is for a new one"
+    assert branched.exists and branched.removed == () and asked_only(hosted)
+
+
+def test_a_name_without_its_owner(hosted: LoopbackHub, models: Path, tmp_path: Path) -> None:
+    assert plan_push(made("lora", hosted, models, tmp_path / "lora"), "new").repo_id == "ada/new"
+
+
+def test_nobody_need_be_logged_in(
+    hosted: LoopbackHub, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made("lora", hosted, models, tmp_path / "lora")
+    push(folder, "ada/new")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    plan = plan_push(folder, "ada/new")
+    assert plan.exists and len(plan.unchecked) == 1 and "whether you may write there" in plan.unchecked[0]
+    bare = plan_push(folder, "new")
+    assert bare.exists is None and "hf auth login" in bare.unchecked[0] and bare.repo_id == "new"
+    assert "not checked" in cli("push", folder, "ada/new", "--dry-run").stdout
+
+
+@pytest.mark.parametrize("away", [offline, nobody_there])
+def test_a_hub_that_cannot_be_asked(
+    away: object, hosted: LoopbackHub, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made("lora", hosted, models, tmp_path / "lora")
+    assert callable(away)
+    away(hosted, monkeypatch, tmp_path)
+    monkeypatch.setattr("fossil_export.storage.hub.errors.PAUSE", 0.0)
+    plan = plan_push(folder, "ada/new")
+    assert plan.exists is None and len(plan.unchecked) == 1 and plan.files
+    assert "what the repository holds was not checked" in plan.unchecked[0]
+
+
+def test_what_changes_after_the_plan_is_not_sent(hosted: LoopbackHub, models: Path, tmp_path: Path) -> None:
+    folder = made("lora", hosted, models, tmp_path / "lora")
+    plan = plan_push(folder, "ada/new")
+    edit_json(folder / "adapter_config.json", lora_dropout=0.25, r=12345)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: has changed since the push was planned"):
+        plan.run()
+
+
+def test_plans_of_merges_run(hosted: LoopbackHub, tmp_path: Path) -> None:
+    plan = plan_merge("ada/adapter")
+    result = plan.run(tmp_path / "out")
+    assert result.plan is plan and (tmp_path / "out" / "config.json").is_file()
+    streamed = plan_stream("ada/adapter").run("ada/new", cache_dir=tmp_path / "cache")
+    assert hosted.head("ada/new") == streamed.push.commit
+    assert isinstance(plan_push(result.output, "ada/other"), PushPlan)
+
+
+def test_errors_are_made_longer_not_changed() -> None:
+    for problem in (HubError("short"), MissingExtraError("peft", "peft", "this")):
+        more = longer(problem, " (and more)")
+        assert type(more) is type(problem) and str(more) == f"{problem} (and more)"
+        assert "more" not in str(problem)
