@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 from fossil_export import export_onnx
 from fossil_export.adapters import load_adapter
-from fossil_export.merging.plan import plan_merge
+from fossil_export.merging.planning import plan_merge
 from fossil_export.onnx.adapter_file import ADAPTER
 from fossil_export.onnx.builders import BUILDERS
 from fossil_export.onnx.builders.existing import share_data

@@ -14,7 +14,7 @@ from fossil_export.checkpoints.dtypes import TORCH_NAME
 from fossil_export.errors import FossilExportError, HubError
 from fossil_export.merging import MergePlan, plan_merge
 from fossil_export.merging.layout import tensor_record
-from fossil_export.merging.plan import find_base
+from fossil_export.merging.planning import find_base
 
 
 @dataclass(frozen=True)

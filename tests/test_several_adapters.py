@@ -12,7 +12,7 @@ from conftest import make_adapter, make_base, weights
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from fossil_export import FossilExportError, load_adapter, merge, plan_merge
+from fossil_export import FossilExportError, load_adapter, merge, plan_merge, verify
 
 TOKENS = torch.arange(24).reshape(2, 12)
 
@@ -65,6 +65,10 @@ def test_weights_scale_each_update(tmp_path: Path) -> None:
     assert [entry["weight"] for entry in record["adapters"]] == [0.5, -2.0] and "adapter" not in record
     assert [change["module"] for change in record["tensors"][0]["changes"]] == [record["tensors"][0]["tensor"][:-7]] * 2
     assert result.plan.to_dict()["adapters"][1]["weight"] == -2.0
+    merge(first, tmp_path / "half", weights=[0.5])
+    for folder in ("merged", "half"):
+        with pytest.raises(FossilExportError, match=f"{folder}: was merged from several adapters, or at a weight"):
+            verify(tmp_path / folder, level="weights")
 
 
 def test_one_adapter_of_weight_one_is_the_simple_case(tmp_path: Path) -> None:

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import make_adapter, make_base, weights
+from conftest import edit_json, make_adapter, make_base, weights
+from huggingface_hub import snapshot_download
+from loopback import LoopbackHub
 from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5ForConditionalGeneration
 
-from fossil_export import merge, plan_merge, verify
+from fossil_export import FossilExportError, merge, merge_to_hub, plan_merge, verify
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints.folder import LocalFolder
 from fossil_export.cli import main
@@ -73,3 +76,40 @@ def test_the_plan_reads_no_values(tied: Path, tmp_path: Path, monkeypatch: pytes
     assert f"undecided    {HEAD} stays tied to {EMBEDDING} if they are equal" in shown
     with pytest.raises(AssertionError, match="values were read"):
         plan.settled()
+
+
+@pytest.mark.parametrize("moved", [0.0, 0.25])
+def test_a_model_that_cannot_be_parted_merges_while_they_are_equal(moved: float, tmp_path: Path) -> None:
+    """T5 scales its logits only while head and embedding are tied."""
+    size = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 30}
+    base = tmp_path / "base"
+    T5ForConditionalGeneration(T5Config(**size, decoder_start_token_id=0)).save_pretrained(base)
+    make_adapter(tmp_path / "adapter", base, r=4, target_modules=["q"], model_class=T5ForConditionalGeneration)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    shared = weights(base)["shared.weight"]
+    head = shared.clone()
+    head[0, 0] += moved
+    saved = {"base_model.model.shared.weight": shared, "base_model.model.lm_head.weight": head}
+    save_file(load_file(file) | saved, file, {"format": "pt"})
+    edit_json(tmp_path / "adapter" / "adapter_config.json", modules_to_save=["lm_head", "shared"])
+    plan = plan_merge(tmp_path / "adapter")
+    assert plan.undecided == (("shared.weight", "lm_head.weight"),)
+    if moved:
+        with pytest.raises(FossilExportError, match="scales its logits only while head and embedding are tied"):
+            merge(tmp_path / "adapter", tmp_path / "merged")
+        assert not (tmp_path / "merged").exists()
+    else:
+        merge(tmp_path / "adapter", tmp_path / "merged")
+        assert "lm_head.weight" not in weights(tmp_path / "merged")
+
+
+@pytest.mark.parametrize("moved", [0.0, 0.25])
+def test_a_streamed_merge_looks_too(moved: float, hub: LoopbackHub, tied: Path, tmp_path: Path) -> None:
+    hub.add_folder("ada/tied", tied)
+    adapter = saved(tmp_path / "adapter", tied, moved)
+    merge(adapter, tmp_path / "here", base="ada/tied")
+    merge_to_hub(adapter, "ada/merged", base="ada/tied")
+    there = weights(Path(snapshot_download("ada/merged")))
+    here = weights(tmp_path / "here")
+    assert here.keys() == there.keys() and (HEAD in there) == bool(moved)
+    assert all(torch.equal(value, there[name]) for name, value in here.items())

@@ -13,7 +13,7 @@ from fossil_export.checkpoints.staging import check_destination, staged_folder
 from fossil_export.converting.converters import CONVERTERS, OPTIONS, Converter, Format, Outtype, takers
 from fossil_export.converting.options import Options
 from fossil_export.errors import CheckpointError, FossilExportError, OutputError
-from fossil_export.merging.plan import find_base
+from fossil_export.merging.planning import find_base
 from fossil_export.storage import expanded, fetch
 
 

@@ -18,7 +18,7 @@ from fossil_export.converting.form import finite
 from fossil_export.converting.options import Options
 from fossil_export.converting.widths import Shapes
 from fossil_export.errors import FossilExportError, MergeError
-from fossil_export.merging.plan import plan_merge
+from fossil_export.merging.planning import plan_merge
 from fossil_export.methods import METHODS
 from fossil_export.storage import fetch
 

@@ -13,7 +13,7 @@ from fossil_export.errors import OnnxError
 def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
     """Write the shards of `adapter` under the names of the graph's inputs. Raises OnnxError and OSError."""
     from fossil_export.extras import required
-    from fossil_export.merging.plan import plan_merge
+    from fossil_export.merging.planning import plan_merge
     from fossil_export.onnx.adapter_file import adapter_arrays, check_base, write_adapter
     from fossil_export.onnx.builders.existing import find_graph
     from fossil_export.onnx.signature import read_signature

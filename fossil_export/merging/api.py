@@ -17,7 +17,8 @@ from fossil_export.checkpoints.jsonfile import write_json
 from fossil_export.checkpoints.staging import check_destination, staged_folder
 from fossil_export.errors import OutputError, listed
 from fossil_export.merging.layout import TensorPlan
-from fossil_export.merging.plan import Given, MergePlan, plan_merge
+from fossil_export.merging.plan import MergePlan
+from fossil_export.merging.planning import Given, plan_merge
 from fossil_export.merging.provenance import provenance, survival_record
 from fossil_export.merging.run import run
 from fossil_export.merging.survival import WARNING_BELOW, Survival

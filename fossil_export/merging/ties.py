@@ -88,7 +88,9 @@ def part_head(adapter: Adapter, base: Checkpoint, placement: Placement, tied: bo
             placement.copied[head] = base.tensors[embedding]
         if head not in placement.added:
             placement.added.append(head)
-    if embedding.rpartition(".")[0].endswith("shared") and (base.config or {}).get("model_type") in _SCALED_WHEN_TIED:
+    is_scaled = (base.config or {}).get("model_type") in _SCALED_WHEN_TIED
+    # Of undecided ones this is asked again once they are known to differ.
+    if is_scaled and placement.undecided is None and embedding.rpartition(".")[0].endswith("shared"):
         raise MergeError(
             f"{base.location}: scales its logits only while head and embedding are tied, which this training parted; "
             "such a model cannot be stored as a plain checkpoint"

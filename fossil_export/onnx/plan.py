@@ -11,7 +11,8 @@ from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.checkpoints.dtypes import element_count
 from fossil_export.errors import OnnxError, listed
 from fossil_export.extras import required
-from fossil_export.merging.plan import MergePlan, plan_merge
+from fossil_export.merging.plan import MergePlan
+from fossil_export.merging.planning import plan_merge
 from fossil_export.onnx.builders import BUILDERS, PRECISIONS, PrecisionName, RuntimeName, default_builder
 from fossil_export.onnx.builders.existing import check_saved, companions, find_graph
 from fossil_export.onnx.modes import MODES, Mode, ModeName

@@ -22,7 +22,7 @@ from fossil_export.checkpoints.jsonfile import write_json
 from fossil_export.errors import FossilExportError, longer
 from fossil_export.merging.api import survival_warnings
 from fossil_export.merging.layout import parse_size
-from fossil_export.merging.plan import plan_merge
+from fossil_export.merging.planning import plan_merge
 from fossil_export.merging.provenance import provenance, survival_record
 from fossil_export.merging.run import Runner
 from fossil_export.merging.survival import Survival
@@ -138,8 +138,10 @@ def run_stream(
     """Carry out a plan that `plan_stream` made; arguments as for `merge_to_hub`."""
     started = time.perf_counter()
     repository = Repository(repo_id, revision, create_pr)
+    fetch(*plan.merge.needed) if plan.remote is None else fetch(plan.merge.adapter.needed)
+    if any(plan.merge.undecided):
+        plan = plan_moves(plan.merge.settled(), plan.max_disk)
     merge = plan.merge
-    fetch(*merge.needed) if plan.remote is None else fetch(merge.adapter.needed)
     with Runner(merge, device) as runner, workplace(plan, repository, cache_dir) as folder:
         progress(f"opening {repo_id}")
         repository.prepare(private)

@@ -16,7 +16,8 @@ from fossil_export.checkpoints.dtypes import element_count
 from fossil_export.checkpoints.header import read_header
 from fossil_export.checkpoints.jsonfile import read_json
 from fossil_export.errors import AdapterError, listed
-from fossil_export.merging.plan import MergePlan, plan_merge
+from fossil_export.merging.plan import MergePlan
+from fossil_export.merging.planning import plan_merge
 from fossil_export.verifying.folder import check_record
 from fossil_export.verifying.forward import Subject
 from fossil_export.verifying.models import Tokens, TorchRunner, open_lora

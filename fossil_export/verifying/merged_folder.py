@@ -9,7 +9,7 @@ from typing import Any
 
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints.checkpoint import Checkpoint, identity
-from fossil_export.merging.plan import plan_merge
+from fossil_export.merging.planning import plan_merge
 from fossil_export.verifying.artifacts import Progress, count_parameters
 from fossil_export.verifying.folder import check_folder
 from fossil_export.verifying.forward import Subject

@@ -16,7 +16,7 @@ from fossil_export.checkpoints.dtypes import BY_TORCH_NAME
 from fossil_export.checkpoints.jsonfile import read_json
 from fossil_export.checkpoints.single_file import write_file
 from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError, listed
-from fossil_export.merging.plan import plan_merge
+from fossil_export.merging.planning import plan_merge
 from fossil_export.storage import Needed, Origin, fetch, find_origin, pinned
 from fossil_export.verifying.artifacts import open_any
 from fossil_export.verifying.forward import check_forward
@@ -158,6 +158,11 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     record = read_json(path, CheckpointError)
+    if "adapters" in record or any(isinstance(e, dict) and "weight" in e for e in record.get("tensors") or ()):
+        raise CheckpointError(
+            f"{folder}: was merged from several adapters, or at a weight, which verify cannot rebuild yet; verify a merge "
+            "of one adapter"
+        )
     try:
         sound = record["dtype"] in ("auto", *BY_TORCH_NAME)
         sound &= all(isinstance(record[part]["name"], str) for part in ("base", "adapter"))
