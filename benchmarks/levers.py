@@ -25,8 +25,9 @@ import common
 import numpy as np
 
 from fossil_export import merge
-from fossil_export.checkpoints import output, source
-from fossil_export.merging import engine, run, steps
+from fossil_export.checkpoints import input as input_file
+from fossil_export.checkpoints import output
+from fossil_export.merging import engine, run, slabs
 
 
 def patch(owner: Any, name: str, value: Any) -> None:
@@ -46,8 +47,8 @@ def read_all() -> None:
         self.read(offset, room[start : start + nbytes])
         return room[start : start + nbytes]
 
-    patch(source.InputFile, "view", view)
-    patch(source.InputFile, "release", lambda self, offset, nbytes: None)
+    patch(input_file.InputFile, "view", view)
+    patch(input_file.InputFile, "release", lambda self, offset, nbytes: None)
 
 
 def map_all() -> None:
@@ -57,7 +58,7 @@ def map_all() -> None:
         out[:] = self.view(offset, len(out))
         self.release(offset, len(out))
 
-    patch(source.InputFile, "read", read)
+    patch(input_file.InputFile, "read", read)
 
 
 def copy_then_patch() -> None:
@@ -68,11 +69,11 @@ def copy_then_patch() -> None:
         shutil.copyfile(base, path)
         return self.change(file, path, base)
 
-    patch(run.Runner, "write", write)
+    patch(run.Writer, "write", write)
 
 
 def keep_mapped_pages() -> None:
-    patch(source.InputFile, "release", lambda self, offset, nbytes: None)
+    patch(input_file.InputFile, "release", lambda self, offset, nbytes: None)
 
 
 def no_preallocation() -> None:
@@ -89,7 +90,7 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "no preallocation": no_preallocation,
     "PyTorch for the arithmetic": lambda: None,
     **{f"threads: {count}": partial(patch, run, "THREADS", count) for count in (1, 2, 4, 8)},
-    **{f"slab: {size} MB": partial(patch, steps, "SLAB", size << 20) for size in (1, 4, 16, 32)},
+    **{f"slab: {size} MB": partial(patch, slabs, "SLAB", size << 20) for size in (1, 4, 16, 32)},
     **{
         f"block: {2**power // 1024}k elements": partial(patch, engine.NumpyEngine, "block", 1 << power)
         for power in (14, 16, 20)

@@ -94,7 +94,7 @@ def _without_queries(record: logging.LogRecord) -> bool:
 
 
 @contextmanager
-def steps() -> Iterator[Callable[[str], None]]:
+def status_line() -> Iterator[Callable[[str], None]]:
     """A line on stderr that names the step at hand, for work without a measure; silent when that is no terminal."""
 
     def show(step: str) -> None:

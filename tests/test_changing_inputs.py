@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from fossil_export import convert, load_adapter, merge, plan_merge, verify
 from fossil_export.checkpoints.folder import LocalFolder
 from fossil_export.checkpoints.header import read_header
-from fossil_export.checkpoints.source import InputFile
+from fossil_export.checkpoints.input import InputFile
 from fossil_export.errors import AdapterError, CheckpointError
 from fossil_export.merging.api import run_plan
 
@@ -101,7 +101,7 @@ from pathlib import Path
 import numpy as np
 from fossil_export.adapters.quantized import quantized_training
 from fossil_export.checkpoints.header import read_header
-from fossil_export.checkpoints.source import InputFile
+from fossil_export.checkpoints.input import InputFile
 from fossil_export.errors import CheckpointError
 path = Path(sys.argv[1])
 header = read_header(path)

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from fossil_export import FossilExportError, convert, merge, plan_merge, verify
 from fossil_export.checkpoints.header import TensorInfo
 from fossil_export.checkpoints.layouts import LAYOUTS
-from fossil_export.checkpoints.layouts.matrix import Rows, Source, Stored
+from fossil_export.checkpoints.layouts.matrix import ReadRows, Rows, Stored
 from fossil_export.checkpoints.layouts.transposed import MODEL_TYPES
 
 CONV1D = ["c_attn", "c_proj", "c_fc"]
@@ -148,8 +148,8 @@ class RowsOf:
     def unit(self, rows: int) -> int:
         return rows
 
-    def read(self, source: Source, start: int, stop: int) -> Rows:
-        return source(self.info, self.start + start, self.start + stop)
+    def read(self, rows_of: ReadRows, start: int, stop: int) -> Rows:
+        return rows_of(self.info, self.start + start, self.start + stop)
 
     def write(self, rows: np.ndarray[Any, Any], start: int) -> Iterator[Stored]:
         yield Stored(self.info, (self.start + start) * self.shape[1], rows)
@@ -233,8 +233,8 @@ class Expert:
     def unit(self, rows: int) -> int:
         return rows
 
-    def read(self, source: Source, start: int, stop: int) -> Rows:
-        found: Rows = source(self.info, self.number, self.number + 1)[:].reshape(self.shape)[start:stop]
+    def read(self, rows_of: ReadRows, start: int, stop: int) -> Rows:
+        found: Rows = rows_of(self.info, self.number, self.number + 1)[:].reshape(self.shape)[start:stop]
         return found
 
     def write(self, rows: np.ndarray[Any, Any], start: int) -> Iterator[Stored]:

@@ -45,7 +45,7 @@ def test_same_inputs_give_the_same_bytes_in_any_order(
 ) -> None:
     merge(real_adapter, tmp_path / "one")
     monkeypatch.setattr("fossil_export.merging.run.THREADS", 1)
-    monkeypatch.setattr("fossil_export.merging.steps.SLAB", 1 << 16)
+    monkeypatch.setattr("fossil_export.merging.slabs.SLAB", 1 << 16)
     merge(real_adapter, tmp_path / "two")
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     survival = [json.loads(folder.pop("fossil_export.json")) for folder in (one, two)]

@@ -17,7 +17,7 @@ from stream_tools import CASES, asked, published
 
 from fossil_export import FossilExportError, merge, merge_to_hub, plan_stream, push
 from fossil_export.merging.layout import FilePlan
-from fossil_export.merging.run import Runner
+from fossil_export.merging.run import Writer
 from fossil_export.publishing.moves import _moves
 
 scene = stream_tools.scene
@@ -87,7 +87,7 @@ def peak(scene: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return run
 
     for name in ("write", "change"):
-        monkeypatch.setattr(Runner, name, looked_after(getattr(Runner, name)))
+        monkeypatch.setattr(Writer, name, looked_after(getattr(Writer, name)))
     scene.fault(Fault(after=look, times=None))
     return found
 

@@ -29,7 +29,7 @@ from stream_fault_tools import (
 )
 
 from fossil_export import merge_to_hub, plan_stream
-from fossil_export.merging.run import Runner
+from fossil_export.merging.run import Writer
 from fossil_export.publishing.repository import Repository
 from fossil_export.publishing.workplace import workplace
 
@@ -75,15 +75,15 @@ def test_killed(scene: LoopbackHub, tmp_path: Path) -> None:
 def test_half_merged_files_are_not_taken_for_the_bases(
     moment: str, scene: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    change = Runner.change
+    change = Writer.change
 
-    def interrupted(self: Runner, *arguments: Any) -> Any:
+    def interrupted(self: Writer, *arguments: Any) -> Any:
         if moment == "after":
             change(self, *arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Runner, "change", interrupted)
+        patch.setattr(Writer, "change", interrupted)
         # As if the process had died, and could remove nothing.
         patch.setattr("fossil_export.publishing.workplace._is_of_use", lambda folder: True)
         with pytest.raises(KeyboardInterrupt):

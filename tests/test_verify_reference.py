@@ -18,7 +18,7 @@ from fossil_export import load_adapter, merge, verify
 from fossil_export.adapters import Trained
 from fossil_export.verifying.layers import TrainedLinear, attach
 from fossil_export.verifying.reference import EXACT
-from fossil_export.verifying.reference.steps import step
+from fossil_export.verifying.reference.ulp import ulp
 
 
 @pytest.mark.parametrize("variant", ["tile", "ragged", "mini", "bat"])
@@ -49,7 +49,7 @@ def test_steps_are_the_distance_to_the_neighbour(seed: int, dtype: str) -> None:
     integers = values.view(torch.int16 if kind != torch.float32 else torch.int32)
     above = (integers + 1).view(kind).double() - values.double()
     exact = values.double().numpy()
-    assert np.array_equal(step(exact, dtype, np.empty_like(exact)), above.numpy())
+    assert np.array_equal(ulp(exact, dtype, np.empty_like(exact)), above.numpy())
 
 
 @pytest.mark.parametrize("variant", ["tile", "mini", "bat"])

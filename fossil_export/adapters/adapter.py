@@ -29,7 +29,7 @@ class Adapter:
     parameter name (`lm_head.weight`, `model.layers.0.self_attn.q_proj.bias`). Nothing is read into memory until
     `array` is called; arrays of pickled adapters, which are no byte ranges, are in `pickled`.
     `name` is what records call it (its id on the Hub, else the path as given) and `revision` its commit there.
-    `source` is the folder of its `files`, whose weights have this `header`; of an adapter on the Hub those are here
+    `home` is the folder of its `files`, whose weights have this `header`; of an adapter on the Hub those are here
     once `needed` was fetched. `stamps` are those of the files that were read already.
     """
 
@@ -41,7 +41,7 @@ class Adapter:
     trained: Mapping[str, Trained]
     saved: Mapping[str, TensorInfo]
     files: tuple[Path, ...]
-    source: Folder = field(repr=False)
+    home: Folder = field(repr=False)
     pickled: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict, repr=False)
     name: str = ""
     revision: str | None = None
@@ -63,13 +63,13 @@ class Adapter:
     @property
     def nbytes(self) -> int:
         """Size of its files and its tokenizer."""
-        return sum(map(self.source.size, self.needed.names))
+        return sum(map(self.home.size, self.needed.names))
 
     @property
     def needed(self) -> Needed:
         """Its files and its tokenizer, which a run reads."""
         names = (*(path.name for path in self.files), *self.tokenizer())
-        return Needed(self.source, names, (self.header,) if self.header is not None else ())
+        return Needed(self.home, names, (self.header,) if self.header is not None else ())
 
     def check(self) -> None:
         """Raise AdapterError where a file of it is another one than that which was read."""
@@ -80,7 +80,7 @@ class Adapter:
 
     def tokenizer(self) -> dict[str, Path]:
         """The complete tokenizer that the trainer saved beside the shards, by name, or nothing."""
-        return tokenizer_of(self.source)
+        return tokenizer_of(self.home)
 
     @cached_property
     def variant(self) -> str:
@@ -117,7 +117,7 @@ class Adapter:
             shape, offset, nbytes = (last - first, *shape[1:]), offset + first * size, (last - first) * size
         ours = tensor.path in self.files
         try:
-            folder = self.source if ours else LocalFolder(tensor.path.parent)
+            folder = self.home if ours else LocalFolder(tensor.path.parent)
             raw = folder.view(tensor.path.name, offset, nbytes)
         except CheckpointError as problem:
             raise AdapterError(str(problem)) from problem

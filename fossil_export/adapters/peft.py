@@ -62,38 +62,38 @@ def load_adapter(path: str | Path) -> Adapter:
     understood: nothing the adapter holds is ever left out silently. HubError says what the Hub refuses.
     """
     found = find_origin(path, AdapterError, "adapter")
-    given, source = found.path, found.folder
+    given, home = found.path, found.folder
     weights = given if given.is_file() and given.name != CONFIG else None
     if not found.is_path:
-        root = source.root_names()
+        root = home.root_names()
         file = found.file if found.file != CONFIG else None
         file = file or next((name for name in WEIGHTS if name in root), None)
         if CONFIG not in root and not given.suffix == ".pth":
             raise AdapterError(f"{found.name}: not an adapter, {CONFIG} is missing{_hint(root)}")
         if file is None:
             raise AdapterError(f"{found.name}: holds neither {' nor '.join(WEIGHTS)}; push the adapter's weights there")
-        weights = source.path / file
+        weights = home.path / file
         at_once = [CONFIG] if CONFIG in root else []
-        source.fetch(at_once if weights.suffix == ".safetensors" else [*at_once, file])
+        home.fetch(at_once if weights.suffix == ".safetensors" else [*at_once, file])
     with found.by_name():
-        adapter = load_state_dict(given, source) if is_state_dict(given) else _load_folder(given, weights, source)
+        adapter = load_state_dict(given, home) if is_state_dict(given) else _load_folder(given, weights, home)
     return replace(adapter, name=found.name, revision=found.revision, notes=found.notes)
 
 
-def _load_folder(given: Path, weights: Path | None, source: Folder) -> Adapter:
-    folder = source.path
+def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
+    folder = home.path
     stamps = stamps_of([folder / CONFIG])
     config = _read_config(folder)
     weights = weights or find_weights(folder)
     stamps |= stamps_of([weights])
     header = None
     try:
-        source.check_links([CONFIG, weights.name])
+        home.check_links([CONFIG, weights.name])
     except CheckpointError as problem:
         raise AdapterError(str(problem)) from problem
     if weights.suffix == ".safetensors":
         try:
-            (header,) = source.headers([weights.name])
+            (header,) = home.headers([weights.name])
         except CheckpointError as problem:
             raise AdapterError(str(problem)) from problem
         tensors = header.tensors
@@ -147,7 +147,7 @@ def _load_folder(given: Path, weights: Path | None, source: Folder) -> Adapter:
         saved=saved,
         files=(folder / CONFIG, weights),
         pickled=pickled,
-        source=source,
+        home=home,
         header=header,
         stamps=stamps,
     )

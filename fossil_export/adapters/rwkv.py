@@ -24,8 +24,8 @@ def is_state_dict(path: Path) -> bool:
     return path.is_file() and path.suffix == ".pth" and not (path.parent / "adapter_config.json").is_file()
 
 
-def load_state_dict(path: Path, source: Folder) -> Adapter:
-    """Read such a file, which lies in `source`.
+def load_state_dict(path: Path, home: Folder) -> Adapter:
+    """Read such a file, which lies in `home`.
 
     Raises AdapterError for tensors that are no shards of one variant and rank."""
     stamps = stamps_of([path])
@@ -64,7 +64,7 @@ def load_state_dict(path: Path, source: Folder) -> Adapter:
         trained=trained,
         saved={},
         files=(path,),
-        source=source,
+        home=home,
         pickled=pickled,
         stamps=stamps,
     )

@@ -22,11 +22,11 @@ INDEX_ENDING = ".safetensors.index.json"
 class Checkpoint:
     """The weights of one model and the folder they lie in.
 
-    `source` is where all of it is read from; `folder` is None for a lone weights file, which has no companions
+    `home` is the folder that all of it is read from; `folder` is None for a lone weights file, which has no companions
     (config, tokenizer). `index_path` is None when one file holds everything.
     """
 
-    source: Folder
+    home: Folder
     folder: Path | None
     files: tuple[Header, ...]
     index_path: Path | None
@@ -50,8 +50,8 @@ class Checkpoint:
 class Rows:
     """A tensor (n, …) of which some rows are read: `rows[indices]`, wherever the file lies."""
 
-    def __init__(self, source: Folder, info: TensorInfo) -> None:
-        self._source = source
+    def __init__(self, home: Folder, info: TensorInfo) -> None:
+        self._source = home
         self._info = info
 
     def __len__(self) -> int:
@@ -76,46 +76,46 @@ def open_checkpoint(where: Path | Folder, file: str | None = None) -> Checkpoint
     if isinstance(where, Path):
         if not where.is_dir() and not where.is_file():
             raise CheckpointError(f"{where}: no such file or folder; name the base model with --base")
-        source: Folder = LocalFolder(where if where.is_dir() else where.parent)
+        home: Folder = LocalFolder(where if where.is_dir() else where.parent)
         file = None if where.is_dir() else where.name
     else:
-        source = where
-    root = source.root_names()
-    folder = source.path if file is None or "config.json" in root else None
+        home = where
+    root = home.root_names()
+    folder = home.path if file is None or "config.json" in root else None
     if file is None:
-        index_name, weights = _choose(source)
+        index_name, weights = _choose(home)
     elif file.endswith(INDEX_ENDING):
-        folder, index_name, weights = source.path, file, None
+        folder, index_name, weights = home.path, file, None
     elif file.endswith(".safetensors"):
-        _refuse_part(source, file)
+        _refuse_part(home, file)
         index_name, weights = None, file
     else:
-        raise CheckpointError(f"{source.path / file}: not a safetensors file; {_RESAVE}")
+        raise CheckpointError(f"{home.path / file}: not a safetensors file; {_RESAVE}")
 
     index = index_path = None
     if index_name is not None:
-        index_path = source.path / index_name
-        index = _json(source, index_name)
-        files = source.headers(_indexed_files(source, index_path, index))
+        index_path = home.path / index_name
+        index = _json(home, index_name)
+        files = home.headers(_indexed_files(home, index_path, index))
     else:
         assert weights is not None
-        files = source.headers([weights])
+        files = home.headers([weights])
     tensors = _by_name(files)
     if index is not None and index_path is not None:
         _check_index(index_path, index["weight_map"], tensors)
     config = None
     if folder is not None and "config.json" in root:
-        config = _json(source, "config.json")
+        config = _json(home, "config.json")
         _check_config(folder / "config.json", config)
-    return Checkpoint(source, folder, files, index_path, index, config, tensors)
+    return Checkpoint(home, folder, files, index_path, index, config, tensors)
 
 
-def _json(source: Folder, name: str) -> dict[str, Any]:
+def _json(home: Folder, name: str) -> dict[str, Any]:
     try:
-        text = source.read(name)
+        text = home.read(name)
     except OSError as problem:
-        raise CheckpointError(f"{source.path / name}: cannot be read: {problem.strerror}") from problem
-    return parse_json(text, source.path / name, CheckpointError)
+        raise CheckpointError(f"{home.path / name}: cannot be read: {problem.strerror}") from problem
+    return parse_json(text, home.path / name, CheckpointError)
 
 
 _RESAVE = (
@@ -124,22 +124,22 @@ _RESAVE = (
 )
 
 
-def _refuse_part(source: Folder, file: str) -> None:
+def _refuse_part(home: Folder, file: str) -> None:
     """A file that an index beside it lists with others is not a model."""
-    for name in source.root_names():
+    for name in home.root_names():
         if not name.endswith(INDEX_ENDING):
             continue
-        weight_map = _json(source, name).get("weight_map")
+        weight_map = _json(home, name).get("weight_map")
         files = set(weight_map.values()) if isinstance(weight_map, dict) else set()
         if file in files and len(files) > 1:
             raise CheckpointError(
-                f"{source.path / file}: is one of the {len(files)} files of a model; name their folder instead"
+                f"{home.path / file}: is one of the {len(files)} files of a model; name their folder instead"
             )
 
 
-def _choose(source: Folder) -> tuple[str | None, str | None]:
+def _choose(home: Folder) -> tuple[str | None, str | None]:
     """The index or else the one weights file of a folder."""
-    folder, names = source.path, source.root_names()
+    folder, names = home.path, home.root_names()
     default = f"model{INDEX_ENDING}"
     if WEIGHTS in names:
         return None, WEIGHTS
@@ -173,7 +173,7 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{path}: {name} is {config[name]!r}, not a {kind.__name__}; fetch it again")
 
 
-def _indexed_files(source: Folder, index_path: Path, index: Mapping[str, Any]) -> list[str]:
+def _indexed_files(home: Folder, index_path: Path, index: Mapping[str, Any]) -> list[str]:
     """The files an index names, in the order of their names, each checked to lie in its folder."""
     weight_map = index.get("weight_map")
     if not isinstance(index.get("metadata") or {}, dict):
@@ -182,7 +182,7 @@ def _indexed_files(source: Folder, index_path: Path, index: Mapping[str, Any]) -
         raise CheckpointError(f"{index_path}: has no weight_map of tensor to file; fetch it again")
     if not weight_map:
         raise CheckpointError(f"{index_path}: its weight_map is empty; fetch it again")
-    found, root = [], set(source.root_names())
+    found, root = [], set(home.root_names())
     for name in sorted(set(weight_map.values())):
         parts = PurePosixPath(name).parts
         if len(parts) != 1 or name != parts[0] or parts[0] in {"..", "/"} or "\\" in name:
@@ -230,12 +230,12 @@ def identity(checkpoint: Checkpoint, full: bool = False) -> list[dict[str, Any]]
             "size": header.size,
             "header_sha256": hashlib.sha256(header.encoded).hexdigest(),
         }
-        if blob := checkpoint.source.blob(header.path.name):
+        if blob := checkpoint.home.blob(header.path.name):
             record["hub_blob"] = blob
         if full:
             known = blob is not None and len(blob) == 64 and not header.path.is_file()
             if not known:  # the Hub has small files in git, by another hash
-                checkpoint.source.fetch([header.path.name])
+                checkpoint.home.fetch([header.path.name])
             record["sha256"] = blob if known else sha256(header.path)
         records.append(record)
     return records

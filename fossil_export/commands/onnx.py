@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from fossil_export.commands.shared import BASE_HELP, show
-from fossil_export.console import print_warnings, steps
+from fossil_export.console import print_warnings, status_line
 from fossil_export.onnx.builders import BUILDERS, PRECISIONS
 from fossil_export.onnx.modes import MODES
 from fossil_export.tables import print_export, print_onnx_plan
@@ -77,12 +77,12 @@ def onnx(
         "device": device,
     }
     if dry_run or output is None:
-        with steps() as progress:
+        with status_line() as progress:
             plan = plan_onnx(adapter, **wanted, progress=progress)
         show(plan.to_dict() if as_json else None, lambda plan: print_onnx_plan(plan, every), plan)
         print_warnings(plan.warnings)
         return
-    with steps() as progress:
+    with status_line() as progress:
         result = export_onnx(adapter, output, **wanted, overwrite=overwrite, progress=progress)
     show(result.to_dict() if as_json else None, print_export, result)
     print_warnings(result.warnings)

@@ -166,23 +166,23 @@ class Update:
 
 
 def merge_slab(
-    engine: Engine, source: Any, out: Array, updates: Sequence[Update], start: int, out_features: int
+    engine: Engine, stored: Any, out: Array, updates: Sequence[Update], start: int, out_features: int
 ) -> Survival:
-    """`out` = round(`source` + ΔW) for the rows (n, in) that begin at row `start` of a weight (out, in).
+    """`out` = round(`stored` + ΔW) for the rows (n, in) that begin at row `start` of a weight (out, in).
 
-    `source` and `out` are NumPy views in their stored dtypes; `source` may be anything that gives such views when it is
+    `stored` and `out` are NumPy views in their stored dtypes; `stored` may be anything that gives such views when it is
     sliced, which is done once a block. Of several updates each sees what the ones before it gave, as in PEFT with
     several active adapters; there is one rounding. Returns the sums of the sampled rows. Whether `out` is finite is for
     the caller to see.
     """
     group = group_rows(math.lcm(*(update.block_rows for update in updates)))
-    step = max(1, engine.block // (group * source.shape[1])) * group
-    dtype = "F64" if source.dtype.itemsize == 8 else "F32"
+    step = max(1, engine.block // (group * stored.shape[1])) * group
+    dtype = "F64" if stored.dtype.itemsize == 8 else "F32"
     sample = sample_starts(out_features, group)
     total = Survival()
-    for first in range(0, len(source), step):
-        stop = min(first + step, len(source))
-        weight = engine.widen(source[first:stop], dtype)
+    for first in range(0, len(stored), step):
+        stop = min(first + step, len(stored))
+        weight = engine.widen(stored[first:stop], dtype)
         sampled = []
         for row in _between(sample, start + first, start + stop):
             rows = slice(row - start - first, row - start - first + group)

@@ -157,7 +157,7 @@ def _index(base: Checkpoint, files: tuple[FilePlan, ...]) -> tuple[str, bytes]:
     total = sum(tensor.nbytes for file in files for tensor, _ in file.tensors)
     before = sum(tensor.nbytes for tensor in base.tensors.values())
     if base.index_path is not None and weight_map == old.get("weight_map") and total == before:
-        return name, base.source.read(name)
+        return name, base.home.read(name)
     metadata = dict(old.get("metadata") or {}) | {"total_size": total}
     if "total_parameters" in metadata:
         metadata["total_parameters"] = sum(element_count(tensor.shape) for file in files for tensor, _ in file.tensors)

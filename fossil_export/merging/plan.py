@@ -98,16 +98,16 @@ class MergePlan:
     @property
     def needed(self) -> tuple[Needed, ...]:
         """The files that a run reads, which whoever runs it fetches."""
-        source = self.base.source
+        home = self.base.home
         names = [header.path.name for header in self.base.files]
-        names += [path.relative_to(source.path).as_posix() for path in self._base_companions()]
+        names += [path.relative_to(home.path).as_posix() for path in self._base_companions()]
         if self.base.folder is not None:  # the record tells one revision from another by them
-            names += [name for name in source.root_names() if name.endswith(".json")]
-        base = Needed(source, tuple(dict.fromkeys(names)), self.base.files)
+            names += [name for name in home.root_names() if name.endswith(".json")]
+        base = Needed(home, tuple(dict.fromkeys(names)), self.base.files)
         return *(adapter.needed for adapter in self.adapters), base
 
     def _base_companions(self) -> list[Path]:
-        return [path for path in self.companions.values() if path.is_relative_to(self.base.source.path)]
+        return [path for path in self.companions.values() if path.is_relative_to(self.base.home.path)]
 
     @property
     def tensors(self) -> tuple[TensorPlan, ...]:

@@ -103,7 +103,7 @@ def planned(asked: MergePlan, dtype: str, tied: Sequence[bool | None]) -> MergeP
     files, index = lay_out(base, by_file, asked.max_shard_size)
 
     config_edits, config = _config(adapters[0], base, places, dtype)
-    keep, left = companions(base.source) if base.folder is not None else ({}, [])
+    keep, left = companions(base.home) if base.folder is not None else ({}, [])
     for adapter in adapters:
         if tokenizer := adapter.tokenizer():
             # The model was trained with the tokenizer and chat template that lie beside the shards.

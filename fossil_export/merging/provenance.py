@@ -78,10 +78,10 @@ def _configs(plan: MergePlan) -> dict[str, str]:
     """SHA-256 of the base's JSON files and index, small files that tell one revision from another."""
     if plan.base.folder is None:
         return {}
-    source = plan.base.source
-    names = [name for name in source.root_names() if name.endswith(".json")]
-    blobs = {name: source.blob(name) or "" for name in names}
+    home = plan.base.home
+    names = [name for name in home.root_names() if name.endswith(".json")]
+    blobs = {name: home.blob(name) or "" for name in names}
     # Of a large file the Hub's id is that hash: it need not come here.
     return {
-        name: blob if len(blob) == 64 else hashlib.sha256(source.read(name)).hexdigest() for name, blob in blobs.items()
+        name: blob if len(blob) == 64 else hashlib.sha256(home.read(name)).hexdigest() for name, blob in blobs.items()
     }

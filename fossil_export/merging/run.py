@@ -20,7 +20,7 @@ from fossil_export.checkpoints.output import OutputFile
 from fossil_export.merging.engine import choose_engine
 from fossil_export.merging.layout import FilePlan
 from fossil_export.merging.plan import MergePlan
-from fossil_export.merging.steps import CopyStep, RowsStep, steps
+from fossil_export.merging.slabs import CopySlab, RowsSlab, slabs
 from fossil_export.merging.survival import Survival
 from fossil_export.merging.worker import Worker
 from fossil_export.threads import in_order, one_blas_thread
@@ -49,13 +49,13 @@ def run(
     is not finite, naming the tensor, and OSError when the disk refuses.
     """
     survival: dict[str, Survival] = {}
-    with Runner(plan, device, progress) as runner:
+    with Writer(plan, device, progress) as runner:
         for file in plan.files:
             survival |= runner.write(file, folder / file.name)
     return survival
 
 
-class Runner:
+class Writer:
     """Writes the files of a plan one by one; what `run` does for all of them. Close it, or use it in a `with`."""
 
     def __init__(
@@ -65,7 +65,7 @@ class Runner:
         self._progress = progress
         self._engine = choose_engine(device, plan.tensors)
 
-    def __enter__(self) -> Runner:
+    def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, *problem: object) -> None:
@@ -74,20 +74,20 @@ class Runner:
     def write(self, file: FilePlan, path: Path, moved: Mapping[Path, Path] | None = None) -> dict[str, Survival]:
         """Write `file` at `path`. `moved` says where files lie that the plan has elsewhere."""
         output = OutputFile(path, file.size)
-        return self._work(file, output, steps(file), moved or {})
+        return self._work(file, output, slabs(file), moved or {})
 
     def change(self, file: FilePlan, path: Path, base: Path) -> dict[str, Survival]:
         """Merge within `path`, a copy of the base's file `base` which has the layout of `file` (see `in_place`)."""
         # Through the page cache: what one slab writes and the next one reads are halves of one page.
         output = OutputFile(path, file.size, direct=False, existing=True)
-        left = (step for step in steps(file) if not (isinstance(step, CopyStep) and step.path == base))
+        left = (slab for slab in slabs(file) if not (isinstance(slab, CopySlab) and slab.path == base))
         return self._work(file, output, left, {base: path})
 
     def _work(
         self,
         file: FilePlan,
         output: OutputFile,
-        wanted: Iterable[CopyStep | RowsStep],
+        wanted: Iterable[CopySlab | RowsSlab],
         moved: Mapping[Path, Path],
     ) -> dict[str, Survival]:
         worker = Worker(self._plan, self._engine, moved, THREADS)
@@ -111,7 +111,7 @@ def in_place(file: FilePlan, base: Header) -> bool:
 def _write_file(
     file: FilePlan,
     output: OutputFile,
-    wanted: Iterable[CopyStep | RowsStep],
+    wanted: Iterable[CopySlab | RowsSlab],
     worker: Worker,
     pool: ThreadPoolExecutor,
     progress: Callable[[int], None],
@@ -120,13 +120,13 @@ def _write_file(
 
     done = False
 
-    def work(step: CopyStep | RowsStep) -> None:
-        worker.do(step, output)
-        progress(step.nbytes)
+    def work(slab: CopySlab | RowsSlab) -> None:
+        worker.do(slab, output)
+        progress(slab.nbytes)
 
     try:
         output.write(0, np.frombuffer(file.header, np.uint8))
-        with closing(in_order(pool, (partial(work, step) for step in wanted), AHEAD * THREADS)) as results:
+        with closing(in_order(pool, (partial(work, slab) for slab in wanted), AHEAD * THREADS)) as results:
             for _ in results:
                 pass
         done = True

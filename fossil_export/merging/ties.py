@@ -144,7 +144,7 @@ def are_equal(adapter: Adapter, base: Checkpoint, placement: Placement) -> bool 
         if embedding in placement.saved:
             one = adapter.array(first, at, at + count).tobytes()
         else:
-            one = base.source.view(first.path.name, (first.offset or 0) + at * size, count * size).tobytes()
+            one = base.home.view(first.path.name, (first.offset or 0) + at * size, count * size).tobytes()
         if one != adapter.array(second, at, at + count).tobytes():
             return False
     return True

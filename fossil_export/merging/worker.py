@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from fossil_export.checkpoints.dtypes import numpy_dtype
 from fossil_export.checkpoints.header import TensorInfo
+from fossil_export.checkpoints.input import InputFile, StoredArray
 from fossil_export.checkpoints.layouts import Rows
 from fossil_export.checkpoints.output import ALIGNMENT, OutputFile
-from fossil_export.checkpoints.source import InputFile, StoredArray
 from fossil_export.checkpoints.stamp import changed
 from fossil_export.errors import MergeError
 from fossil_export.merging.engine import Engine, Update, compute_dtype, is_finite, merge_slab
 from fossil_export.merging.layout import TensorPlan
 from fossil_export.merging.plan import MergePlan
-from fossil_export.merging.steps import SLAB, CopyStep, RowsStep
+from fossil_export.merging.slabs import SLAB, CopySlab, RowsSlab
 from fossil_export.merging.survival import Survival, sampled_share
 
 if TYPE_CHECKING:
@@ -71,58 +71,58 @@ class Worker:
                 total += sampled.scaled(1 / sampled_share(part.rows, part.sampled))
         return total
 
-    def do(self, step: CopyStep | RowsStep, output: OutputFile) -> None:
-        if isinstance(step, CopyStep):
-            self._copy(step, output)
+    def do(self, slab: CopySlab | RowsSlab, output: OutputFile) -> None:
+        if isinstance(slab, CopySlab):
+            self._copy(slab, output)
         else:
-            self._rows(step, output)
+            self._rows(slab, output)
 
-    def _copy(self, step: CopyStep, output: OutputFile) -> None:
-        source = self._source(step.path)
-        if (step.source - step.target) % ALIGNMENT:
-            buffer = self._buffer("written", step.nbytes, step.target)
-            source.read(step.source, buffer)
-            output.write(step.target, buffer)
+    def _copy(self, slab: CopySlab, output: OutputFile) -> None:
+        source = self._source(slab.path)
+        if (slab.read_at - slab.write_at) % ALIGNMENT:
+            buffer = self._buffer("written", slab.nbytes, slab.write_at)
+            source.read(slab.read_at, buffer)
+            output.write(slab.write_at, buffer)
             return
-        data = source.view(step.source, step.nbytes)
+        data = source.view(slab.read_at, slab.nbytes)
         try:
-            output.write(step.target, data)
+            output.write(slab.write_at, data)
         except OSError as problem:
             if problem.errno == errno.EFAULT:  # pages that the file no longer has
-                raise changed(step.path) from problem
+                raise changed(slab.path) from problem
             raise
         finally:
             del data
-        source.release(step.source, step.nbytes)
+        source.release(slab.read_at, slab.nbytes)
 
-    def _rows(self, step: RowsStep, output: OutputFile) -> None:
+    def _rows(self, slab: RowsSlab, output: OutputFile) -> None:
         import numpy as np
 
-        tensor, part = step.tensor, step.part
-        written = self._buffer("written", step.nbytes, step.target)
-        out = written.view(numpy_dtype(tensor.dtype)).reshape(step.count, -1)
+        tensor, part = slab.tensor, slab.part
+        written = self._buffer("written", slab.nbytes, slab.write_at)
+        out = written.view(numpy_dtype(tensor.dtype)).reshape(slab.count, -1)
         if not part.changes:
-            self._cast(tensor, self._unchanged(step), out)
-            output.write(step.target, written)
+            self._cast(tensor, self._unchanged(slab), out)
+            output.write(slab.write_at, written)
             return
-        self._merge(step, part.matrix.read(partial(self._read, owner=tensor.owner), step.start, step.stop), out)
-        for stored in part.matrix.write(out, step.start):
-            target = step.offset + stored.offset * out.dtype.itemsize
+        self._merge(slab, part.matrix.read(partial(self._read, owner=tensor.owner), slab.start, slab.stop), out)
+        for stored in part.matrix.write(out, slab.start):
+            target = slab.offset + stored.offset * out.dtype.itemsize
             if stored.values is not out:
                 written = self._buffer("stored", stored.values.nbytes, target)
                 np.copyto(written.view(out.dtype).reshape(stored.values.shape), stored.values)
             output.write(target, written)
 
-    def _unchanged(self, step: RowsStep) -> Array | StoredArray:
+    def _unchanged(self, slab: RowsSlab) -> Array | StoredArray:
         """The rows of a part that no adapter changes, of the base or of an adapter that brought the whole tensor."""
-        info, part = step.tensor.source, step.part
-        first = part.first + step.start * part.width
+        info, part = slab.tensor.source, slab.part
+        first = part.first + slab.start * part.width
         if info.offset is None:
-            assert step.tensor.owner is not None
-            whole = self._adapters[step.tensor.owner].array(info).reshape(-1)
-            return whole[first : first + step.count * part.width].reshape(step.count, -1)
+            assert slab.tensor.owner is not None
+            whole = self._adapters[slab.tensor.owner].array(info).reshape(-1)
+            return whole[first : first + slab.count * part.width].reshape(slab.count, -1)
         dtype = numpy_dtype(info.dtype)
-        offset, shape = info.offset + first * dtype.itemsize, (step.count, part.width)
+        offset, shape = info.offset + first * dtype.itemsize, (slab.count, part.width)
         return StoredArray(self._source(info.path), offset, shape, dtype, partial(self._buffer, "read"))
 
     def _read(self, info: TensorInfo, start: int, stop: int, *, owner: int | None) -> Array | StoredArray:
@@ -148,22 +148,22 @@ class Worker:
             if np.isfinite(data[~np.isfinite(out.astype(np.float64))].astype(np.float64)).any():
                 raise MergeError(_overflow(tensor))
 
-    def _merge(self, step: RowsStep, stored: Rows, out: Array) -> None:
-        """The rows of `step` with what was trained added, rounded into `out`."""
-        tensor = step.tensor
-        dtype = compute_dtype(step.part.matrix.dtype)
+    def _merge(self, slab: RowsSlab, stored: Rows, out: Array) -> None:
+        """The rows of `slab` with what was trained added, rounded into `out`."""
+        tensor = slab.tensor
+        dtype = compute_dtype(slab.part.matrix.dtype)
         updates = []
-        for change in step.part.changes:
+        for change in slab.part.changes:
             trained = {role: self._trained(info, change.adapter) for role, info in change.trained.tensors.items()}
             # Only what these rows need is widened: whole tensors of a high rank take more than the slabs do.
-            part = change.method.part(trained, step.start, step.stop)
+            part = change.method.part(trained, slab.start, slab.stop)
             wide = {role: self._engine.widen(array, dtype) for role, array in part.items()}
             updates.append(Update(change.method, wide, change.trained.numbers, change.weight))
-        sums = merge_slab(self._engine, stored, out, updates, step.start, step.part.rows)
+        sums = merge_slab(self._engine, stored, out, updates, slab.start, slab.part.rows)
         if not is_finite(out):
             raise MergeError(self._why_not_finite(tensor, stored[:]))
         with self._lock:
-            self._sums.setdefault(tensor.name, {}).setdefault(step.part.first, {})[step.start] = sums
+            self._sums.setdefault(tensor.name, {}).setdefault(slab.part.first, {})[slab.start] = sums
 
     def _why_not_finite(self, tensor: TensorPlan, data: Array) -> str:
         source = tensor.source

@@ -73,7 +73,7 @@ def check_base(plan: MergePlan, signature: Signature, graph: Path) -> None:
     """Raise OnnxError unless the graph was made from the base that the adapter was trained on."""
     missing = [name for name in signature.tensors if name not in plan.base.tensors]
     if not missing:
-        found = fingerprint(Rows(plan.base.source, plan.base.tensors[name]) for name in signature.tensors)
+        found = fingerprint(Rows(plan.base.home, plan.base.tensors[name]) for name in signature.tensors)
         if found == signature.fingerprint:
             return _check_saved(plan, signature, graph)
     raise OnnxError(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fossil_export.checkpoints.header import read_header
 from fossil_export.errors import HubError, OutputError
-from fossil_export.merging.run import Runner
+from fossil_export.merging.run import Writer
 from fossil_export.merging.survival import Survival
 from fossil_export.publishing.journal import Journal
 from fossil_export.publishing.moves import Move, StreamPlan, base_path
@@ -78,18 +78,18 @@ class Carrier:
                 self.operations[move.file.name] = self._copy(move.file.name)
         self._tidy()
 
-    def carry(self, runner: Runner) -> None:
+    def carry(self, writer: Writer) -> None:
         """The weights, but for those that the Hub copies."""
         for number, move in enumerate(self.plan.moves, 1):
             if move.file.name not in self.operations:
-                self._do(move, runner, f"[{number}/{len(self.plan.moves)}] {move.file.name}")
+                self._do(move, writer, f"[{number}/{len(self.plan.moves)}] {move.file.name}")
 
     def companions(self, paths: Paths) -> None:
         """What a model folder has beside its weights and records."""
         merge = self.merge
         small: dict[str, Path | bytes] = {}
         sent = [name for name in merge.companions if self.plan.is_sent(name)]
-        merge.base.source.fetch([name for name in sent if merge.companions[name] == base_path(merge, name)])
+        merge.base.home.fetch([name for name in sent if merge.companions[name] == base_path(merge, name)])
         for name, path in merge.companions.items():
             if name in sent:
                 small[name] = paths.published(name, path.read_bytes()) if name.endswith(".json") else path
@@ -168,7 +168,7 @@ class Carrier:
             if path.is_file() and path not in paths and not any(blob in path.name for blob in wanted.values()):
                 path.unlink()
 
-    def _do(self, move: Move, runner: Runner, title: str) -> None:
+    def _do(self, move: Move, writer: Writer, title: str) -> None:
         """One file: fetched, merged, uploaded, deleted."""
         file, name = move.file, move.file.name
         if move.way == "send":
@@ -188,10 +188,10 @@ class Carrier:
                 # From here on it is no file of the base, and must not be taken for one after a crash.
                 moved[base_path(self.merge, name)].replace(path)
                 self._drop(name)
-                survival = runner.change(file, path, base_path(self.merge, name))
+                survival = writer.change(file, path, base_path(self.merge, name))
             else:
                 path.unlink(missing_ok=True)
-                survival = runner.write(file, path, moved)
+                survival = writer.write(file, path, moved)
         except OSError as problem:
             raise _not_written(path, problem) from problem
         for source in move.drop:

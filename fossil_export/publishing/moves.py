@@ -51,8 +51,8 @@ class StreamPlan:
     @property
     def remote(self) -> HubFolder | None:
         """The base's repository, None for a base on this machine."""
-        source = self.merge.base.source
-        return source if isinstance(source, HubFolder) else None
+        home = self.merge.base.home
+        return home if isinstance(home, HubFolder) else None
 
     @property
     def disk(self) -> int:
@@ -86,7 +86,7 @@ class StreamPlan:
         adapter = self.merge.adapter
         if adapter.revision is None:
             return 0
-        return adapter.nbytes + (adapter.source.size(CARD) if CARD in adapter.source.root_names() else 0)
+        return adapter.nbytes + (adapter.home.size(CARD) if CARD in adapter.home.root_names() else 0)
 
     def count(self, way: str) -> int:
         return sum(move.way == way for move in self.moves)
@@ -149,7 +149,7 @@ class StreamPlan:
 def plan_moves(merge: MergePlan, max_disk: int | None = None) -> StreamPlan:
     """Decide how each file of `merge` is published. Raises OutputError where `max_disk` bytes are too few."""
     headers = {header.path.name: header for header in merge.base.files}
-    remote = isinstance(merge.base.source, HubFolder)
+    remote = isinstance(merge.base.home, HubFolder)
     ways: list[tuple[FilePlan, str, tuple[str, ...]]] = []
     for file in merge.files:
         header = headers.get(file.name)
@@ -174,7 +174,7 @@ def plan_moves(merge: MergePlan, max_disk: int | None = None) -> StreamPlan:
 
 def _is_large(merge: MergePlan, name: str) -> bool:
     """Whether the Hub keeps a file of the base outside of git, where it can copy it."""
-    return len(merge.base.source.blob(name) or "") == 64
+    return len(merge.base.home.blob(name) or "") == 64
 
 
 def _sources(file: FilePlan) -> tuple[str, ...]:
@@ -200,4 +200,4 @@ def _moves(ways: list[tuple[FilePlan, str, tuple[str, ...]]], sizes: Mapping[str
 
 def base_path(merge: MergePlan, name: str) -> Path:
     """Where the plan has a file of the base."""
-    return merge.base.source.path / name
+    return merge.base.home.path / name

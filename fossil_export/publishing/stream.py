@@ -24,7 +24,7 @@ from fossil_export.merging.api import survival_warnings
 from fossil_export.merging.layout import parse_size
 from fossil_export.merging.planning import plan_merge
 from fossil_export.merging.provenance import provenance, survival_record
-from fossil_export.merging.run import Runner
+from fossil_export.merging.run import Writer
 from fossil_export.merging.survival import Survival
 from fossil_export.publishing.about import card_for, facts_of, local_names
 from fossil_export.publishing.carrier import Carrier
@@ -142,14 +142,14 @@ def run_stream(
     if any(plan.merge.undecided):
         plan = plan_moves(plan.merge.settled(), plan.max_disk)
     merge = plan.merge
-    with Runner(merge, device) as runner, workplace(plan, repository, cache_dir) as folder:
+    with Writer(merge, device) as writer, workplace(plan, repository, cache_dir) as folder:
         progress(f"opening {repo_id}")
         repository.prepare(private)
         _refuse_target(plan, repository)
         carrier = Carrier(plan, repository, folder, progress)
         try:
             carrier.take_up()
-            carrier.carry(runner)
+            carrier.carry(writer)
             published = _publish(carrier, repository, hash, commit_message or KINDS["merged"].commit_title, progress)
         except FossilExportError as problem:
             if carrier.state:
@@ -181,9 +181,9 @@ class _Published:
 def _refuse_target(plan: StreamPlan, repository: Repository) -> None:
     """Raise HubError where what the repository holds would stop the commit, hours from now."""
     head = repository.head()
-    source = plan.merge.base.source
-    configs = [name for name in source.root_names() if name.endswith(".json")]
-    source.fetch([name for name in configs if len(source.blob(name) or "") != 64])  # the record has their hashes
+    home = plan.merge.base.home
+    configs = [name for name in home.root_names() if name.endswith(".json")]
+    home.fetch([name for name in configs if len(home.blob(name) or "") != 64])  # the record has their hashes
     facts, _ = _facts(plan, repository, provenance(plan.merge, {}), tuple(file.name for file in plan.merge.files))
     there = repository.files(head)
     refuse_base(facts, repository, plan.merge.base_branch)

@@ -89,7 +89,7 @@ def _far(one: Wanted, found: Found) -> Iterator[str]:
 def _outside(one: Wanted, found: Found) -> Iterator[str]:
     for site, piece in _pairs(found):
         rows = slice(piece.at, piece.at + piece.count)
-        steps = site.weight.steps(rows) if site.weight.steps is not None else None
+        steps = site.weight.spacing(rows) if site.weight.spacing is not None else None
         if steps is None:
             continue
         error = np.abs(site.weight.read(rows) - one.weight[piece.start : piece.start + piece.count])

@@ -160,8 +160,8 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
     record = read_json(path, CheckpointError)
     if "adapters" in record or any(isinstance(e, dict) and "weight" in e for e in record.get("tensors") or ()):
         raise CheckpointError(
-            f"{folder}: was merged from several adapters, or at a weight, which verify cannot rebuild yet; verify a merge "
-            "of one adapter"
+            f"{folder}: was merged from several adapters, or at a weight, which verify cannot rebuild yet; verify a "
+            "merge of one adapter"
         )
     try:
         sound = record["dtype"] in ("auto", *BY_TORCH_NAME)

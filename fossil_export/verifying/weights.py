@@ -23,7 +23,7 @@ from fossil_export.merging.place import place
 from fossil_export.merging.placement import Places, together
 from fossil_export.merging.ties import are_equal
 from fossil_export.threads import in_order, one_blas_thread
-from fossil_export.verifying.slabs import Files, Job, Sums, compare
+from fossil_export.verifying.comparison import Files, Job, Sums, compare
 
 AHEAD = 4
 """Tasks that wait for each thread: enough that none is idle, few enough that they take no memory in any model."""

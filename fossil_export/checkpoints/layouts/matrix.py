@@ -28,7 +28,7 @@ class Rows(Protocol):
     def __getitem__(self, key: Any) -> Any: ...
 
 
-Source = Callable[[TensorInfo, int, int], Rows]
+ReadRows = Callable[[TensorInfo, int, int], Rows]
 """Rows [start, stop) of a stored tensor's first axis."""
 
 
@@ -65,7 +65,7 @@ class Matrix(Protocol):
     def unit(self, rows: int) -> int:
         """How many rows go together, for a method that wants `rows` of them at once: a multiple of that, or all."""
 
-    def read(self, source: Source, start: int, stop: int) -> Rows:
+    def read(self, rows_of: ReadRows, start: int, stop: int) -> Rows:
         """Rows [start, stop) as an array (n, in) of a float dtype; `start` is a multiple of the unit."""
 
     def write(self, rows: Array, start: int) -> Iterator[Stored]:

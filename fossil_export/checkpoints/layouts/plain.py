@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fossil_export.checkpoints.dtypes import element_count
 from fossil_export.checkpoints.header import TensorInfo
-from fossil_export.checkpoints.layouts.matrix import Rows, Source, Stored
+from fossil_export.checkpoints.layouts.matrix import ReadRows, Rows, Stored
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,8 +40,8 @@ class Plain:
     def unit(self, rows: int) -> int:
         return rows
 
-    def read(self, source: Source, start: int, stop: int) -> Rows:
-        return source(self.info, start, stop)
+    def read(self, rows_of: ReadRows, start: int, stop: int) -> Rows:
+        return rows_of(self.info, start, stop)
 
     def write(self, rows: Array, start: int) -> Iterator[Stored]:
         yield Stored(self.info, start * self.shape[1], rows)

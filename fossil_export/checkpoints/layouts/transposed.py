@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fossil_export.checkpoints.dtypes import element_count
 from fossil_export.checkpoints.header import TensorInfo
-from fossil_export.checkpoints.layouts.matrix import Rows, Source, Stored
+from fossil_export.checkpoints.layouts.matrix import ReadRows, Rows, Stored
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,8 +50,8 @@ class Transposed:
     def unit(self, rows: int) -> int:
         return self.shape[0]
 
-    def read(self, source: Source, start: int, stop: int) -> Rows:
-        found: Rows = source(self.info, 0, self.shape[1])[:].T
+    def read(self, rows_of: ReadRows, start: int, stop: int) -> Rows:
+        found: Rows = rows_of(self.info, 0, self.shape[1])[:].T
         return found
 
     def write(self, rows: Array, start: int) -> Iterator[Stored]:

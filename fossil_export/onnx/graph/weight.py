@@ -40,7 +40,7 @@ class Weight:
     bits: int | None
     read: Callable[[Any], Array]
     """`read(rows)` gives these rows of the (out, in) weight as float32; `rows` is a slice or an index array."""
-    steps: Callable[[Any], Array] | None = None
+    spacing: Callable[[Any], Array] | None = None
     """Of a quantized weight: the distance between neighbouring codes, for the same rows and of their shape."""
 
     @property
@@ -127,12 +127,12 @@ def block_weight(node: ir.Node) -> Weight | None:
         wide: Array = ((codes - zero) * scale[:, :, None]).reshape(len(data), -1)[:, :inputs]
         return wide
 
-    def steps(rows: Any) -> Array:
+    def spacing(rows: Any) -> Array:
         scale = np.abs(stored(scales).reshape(outputs, blocks)[rows].astype(np.float32))
         wide: Array = np.repeat(scale, block, axis=1)[:, :inputs]
         return wide
 
-    return Weight(node.inputs[1], outputs, inputs, False, True, bits, read, steps)
+    return Weight(node.inputs[1], outputs, inputs, False, True, bits, read, spacing)
 
 
 def dequantized_weight(node: ir.Node, transposed: bool) -> Weight | None:

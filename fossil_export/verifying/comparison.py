@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints.dtypes import BITS, element_count, numpy_dtype
 from fossil_export.checkpoints.header import Header, TensorInfo
-from fossil_export.checkpoints.layouts import Rows, Source
-from fossil_export.checkpoints.source import InputFile, StoredArray
+from fossil_export.checkpoints.input import InputFile, StoredArray
+from fossil_export.checkpoints.layouts import ReadRows, Rows
 from fossil_export.merging.change import Change, Part
 from fossil_export.verifying.reference import EXACT
-from fossil_export.verifying.reference.steps import step
+from fossil_export.verifying.reference.ulp import ulp
 
 if TYPE_CHECKING:
     import numpy as np
@@ -127,7 +127,7 @@ class Files:
             return adapter.array(info)
         return StoredArray(self._file(info), info.offset, info.shape, numpy_dtype(info.dtype))
 
-    def rows(self, adapter: Adapter) -> Source:
+    def rows(self, adapter: Adapter) -> ReadRows:
         """Rows of stored tensors, of which the adapter may be the owner."""
 
         def read(info: TensorInfo, start: int, stop: int) -> Any:
@@ -147,9 +147,9 @@ def compare(job: Job, start: int, stop: int, adapter: Adapter, files: Files, pro
         wanted, got = (files.read(info, first + start, count) for info in (job.source, job.found))
         part = _bytes(job, first + start, wanted, got)
     elif job.change is not None:
-        size, matrix, source = job.part.width * (BITS[job.found.dtype] // 8), job.change.into, files.rows(adapter)
-        stored = _whole(matrix.read(source, start, stop))
-        found = _whole(matrix.moved(job.found).read(source, start, stop))
+        size, matrix, rows_of = job.part.width * (BITS[job.found.dtype] // 8), job.change.into, files.rows(adapter)
+        stored = _whole(matrix.read(rows_of, start, stop))
+        found = _whole(matrix.moved(job.found).read(rows_of, start, stop))
         part = _values(job, start, stored, found, _trained(job, start, stop, adapter, files))
     else:
         size = job.part.width * (BITS[job.found.dtype] // 8)
@@ -214,7 +214,7 @@ def _values(job: Job, start: int, stored: Array, found: Array, trained: Mapping[
             bound = exactly.rebuild(weight, needed, job.change.trained.numbers, exact)
         else:
             np.copyto(exact, weight)
-        step(exact, job.found.dtype, steps)
+        ulp(exact, job.found.dtype, steps)
         if exactly is not None:
             some = slice(None, None, SAMPLED)
             change = exact[some] - weight[some]

@@ -16,7 +16,7 @@ SMALLEST = {"F64": -1022, "F32": -126, "F16": -14, "BF16": -126}
 """Exponent of the smallest normal number, under which the steps stop shrinking."""
 
 
-def step(values: Array, dtype: str, out: Array) -> Array:
+def ulp(values: Array, dtype: str, out: Array) -> Array:
     """The distance between neighbours of `dtype` (an ulp) at each of `values` (float64), written to `out`."""
     import numpy as np
 

@@ -15,17 +15,17 @@ SLAB = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class CopyStep:
-    """Bytes taken as they are: from offset `source` of `path` to offset `target` of the file being written."""
+class CopySlab:
+    """Bytes taken as they are: from offset `read_at` of `path` to offset `write_at` of the file being written."""
 
     path: Path
-    source: int
-    target: int
+    read_at: int
+    write_at: int
     nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
-class RowsStep:
+class RowsSlab:
     """Rows [start, stop) of a part of a tensor that is merged, cast, or comes from a pickled adapter. The tensor begins
     at `offset` of the file being written."""
 
@@ -45,60 +45,60 @@ class RowsStep:
         return self.count * self.part.width * itemsize(self.tensor.dtype)
 
     @property
-    def target(self) -> int:
+    def write_at(self) -> int:
         """Where the rows go if they lie in the file as they are numbered."""
         return self.offset + (self.part.first + self.start * self.part.width) * itemsize(self.tensor.dtype)
 
 
-def steps(file: FilePlan) -> Iterator[CopyStep | RowsStep]:
+def slabs(file: FilePlan) -> Iterator[CopySlab | RowsSlab]:
     """The slabs of `file` in its order; neighbouring untouched tensors become one range."""
-    pending: CopyStep | None = None
+    pending: CopySlab | None = None
     for tensor, offset in file.tensors:
         if tensor.nbytes == 0:
             continue
         for part in tensor.parts:
-            step = _copied(tensor, part, offset)
-            if step is None:
-                yield from _row_steps(tensor, part, offset)
-            elif pending is not None and _follows(pending, step):
-                pending = CopyStep(pending.path, pending.source, pending.target, pending.nbytes + step.nbytes)
+            slab = _copied(tensor, part, offset)
+            if slab is None:
+                yield from _row_slabs(tensor, part, offset)
+            elif pending is not None and _follows(pending, slab):
+                pending = CopySlab(pending.path, pending.read_at, pending.write_at, pending.nbytes + slab.nbytes)
             else:
                 if pending is not None:
-                    yield from _copy_steps(pending)
-                pending = step
+                    yield from _copy_slabs(pending)
+                pending = slab
     if pending is not None:
-        yield from _copy_steps(pending)
+        yield from _copy_slabs(pending)
 
 
-def _copied(tensor: TensorPlan, part: Part, offset: int) -> CopyStep | None:
+def _copied(tensor: TensorPlan, part: Part, offset: int) -> CopySlab | None:
     """The range of a part that is taken as it is; None for one that is computed, or looked at."""
-    source = tensor.source.offset
+    start = tensor.source.offset
     # A whole tensor of the adapter's is looked at too: it must be finite.
     looked_at = tensor.origin == "adapter" and tensor.dtype in FLOATS
-    if part.changes or tensor.dtype != tensor.source.dtype or source is None or looked_at:
+    if part.changes or tensor.dtype != tensor.source.dtype or start is None or looked_at:
         return None
     if not tensor.changes:
-        return CopyStep(tensor.source.path, source, offset, tensor.nbytes)
+        return CopySlab(tensor.source.path, start, offset, tensor.nbytes)
     before, size = part.first * itemsize(tensor.dtype), (part.last - part.first) * itemsize(tensor.dtype)
-    return CopyStep(tensor.source.path, source + before, offset + before, size)
+    return CopySlab(tensor.source.path, start + before, offset + before, size)
 
 
-def _follows(first: CopyStep, second: CopyStep) -> bool:
-    ends = (first.path, first.source + first.nbytes, first.target + first.nbytes)
-    return ends == (second.path, second.source, second.target)
+def _follows(first: CopySlab, second: CopySlab) -> bool:
+    ends = (first.path, first.read_at + first.nbytes, first.write_at + first.nbytes)
+    return ends == (second.path, second.read_at, second.write_at)
 
 
-def _copy_steps(whole: CopyStep) -> Iterator[CopyStep]:
-    """Cut at multiples of the slab in the target, so that only the outer ends are partial pages."""
-    start, end = whole.target, whole.target + whole.nbytes
+def _copy_slabs(whole: CopySlab) -> Iterator[CopySlab]:
+    """Cut at multiples of a slab in the file being written, so that only the outer ends are partial pages."""
+    start, end = whole.write_at, whole.write_at + whole.nbytes
     while start < end:
         stop = min(end, (start // SLAB + 1) * SLAB)
-        yield CopyStep(whole.path, whole.source + start - whole.target, start, stop - start)
+        yield CopySlab(whole.path, whole.read_at + start - whole.write_at, start, stop - start)
         start = stop
 
 
-def _row_steps(tensor: TensorPlan, part: Part, offset: int) -> Iterator[RowsStep]:
+def _row_slabs(tensor: TensorPlan, part: Part, offset: int) -> Iterator[RowsSlab]:
     unit = part.unit
-    step = max(1, SLAB // (part.width * itemsize(tensor.dtype) * unit)) * unit
-    for start in range(0, part.rows, step):
-        yield RowsStep(tensor, part, start, min(start + step, part.rows), offset)
+    rows = max(1, SLAB // (part.width * itemsize(tensor.dtype) * unit)) * unit
+    for start in range(0, part.rows, rows):
+        yield RowsSlab(tensor, part, start, min(start + rows, part.rows), offset)
