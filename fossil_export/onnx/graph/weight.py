@@ -27,7 +27,7 @@ FLOAT_NAMES = tuple(SAFETENSORS_NAME)
 class Weight:
     """The constant operand of a product.
 
-    `value` is the initializer that holds it and `source` a name for messages; `outputs` and `inputs` are the
+    `value` is the initializer that holds it; `outputs` and `inputs` are the
     layer's; `transposed` means that the product reads it as (in, out); `direct` that the product reads the
     initializer itself, with no node between; `bits` is the width of a quantized weight, None for a float one.
     """
