@@ -40,7 +40,7 @@ OURS = """
 import sys, time
 before = time.perf_counter()
 from fossil_export import convert
-import fossil_export.converting.lora
+import fossil_export.converting._lora
 imports = time.perf_counter() - before
 convert(sys.argv[1], sys.argv[3], to="lora", base=sys.argv[2])
 """

@@ -29,9 +29,9 @@ import numpy as np
 import smollm2
 
 from fossil_export import load_adapter
-from fossil_export.converting import gguf_lora
-from fossil_export.converting.converters import OUTTYPES
-from fossil_export.converting.options import Options
+from fossil_export.converting import _gguf_lora as gguf_lora
+from fossil_export.converting._converters import OUTTYPES
+from fossil_export.converting._options import Options
 from fossil_export.errors import CheckpointError
 from fossil_export.storage import find_origin
 

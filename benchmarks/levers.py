@@ -25,9 +25,11 @@ import common
 import numpy as np
 
 from fossil_export import merge
-from fossil_export.checkpoints import input as input_file
-from fossil_export.checkpoints import output
-from fossil_export.merging import engine, run, slabs
+from fossil_export.checkpoints import _input as input_file
+from fossil_export.checkpoints import _output as output
+from fossil_export.merging import _engine as engine
+from fossil_export.merging import _run as run
+from fossil_export.merging import _slabs as slabs
 
 
 def patch(owner: Any, name: str, value: Any) -> None:

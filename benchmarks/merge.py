@@ -21,7 +21,7 @@ import common
 import ml_dtypes
 import numpy as np
 
-from fossil_export.checkpoints.header import encode_header
+from fossil_export.checkpoints._header import encode_header
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD, VOCAB, RANK = 3072, 8192, 24, 8, 128, 128256, 64
 LINEARS = {

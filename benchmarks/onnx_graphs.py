@@ -46,7 +46,7 @@ from onnx_variants import (
     opened,
 )
 
-from fossil_export.onnx.adapter_file import ADAPTER
+from fossil_export.onnx._adapter_file import ADAPTER
 
 BURST = 0.2
 """Seconds of calls that make one measurement."""

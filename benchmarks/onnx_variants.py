@@ -13,14 +13,14 @@ import onnxruntime as ort
 
 from fossil_export import export_onnx
 from fossil_export.adapters import load_adapter
-from fossil_export.merging.planning import plan_merge
-from fossil_export.onnx.adapter_file import ADAPTER
+from fossil_export.merging._planning import plan_merge
+from fossil_export.onnx._adapter_file import ADAPTER
+from fossil_export.onnx._places import OpenGraph, open_graph
 from fossil_export.onnx.builders import BUILDERS
-from fossil_export.onnx.builders.existing import share_data
-from fossil_export.onnx.graph.edit import Editor
-from fossil_export.onnx.graph.sites import find_sites
+from fossil_export.onnx.builders._existing import share_data
+from fossil_export.onnx.graph._edit import Editor
+from fossil_export.onnx.graph._sites import find_sites
 from fossil_export.onnx.modes import MODES, ModeName
-from fossil_export.onnx.places import OpenGraph, open_graph
 
 GRAPH = "model.onnx"
 PAST = 128

@@ -1,20 +1,20 @@
 # The names that the package offers, and where they are imported from on first use; __init__.py reads them here.
 
+from fossil_export._inspection import Inspection as Inspection
+from fossil_export._inspection import inspect as inspect
 from fossil_export.adapters import Adapter as Adapter
 from fossil_export.adapters import load_adapter as load_adapter
-from fossil_export.converting.conversion import Conversion as Conversion
-from fossil_export.converting.conversion import convert as convert
+from fossil_export.converting._conversion import Conversion as Conversion
+from fossil_export.converting._conversion import convert as convert
 from fossil_export.errors import FossilExportError as FossilExportError
-from fossil_export.inspection import Inspection as Inspection
-from fossil_export.inspection import inspect as inspect
 from fossil_export.merging import MergePlan as MergePlan
 from fossil_export.merging import MergeResult as MergeResult
 from fossil_export.merging import merge as merge
 from fossil_export.merging import plan_merge as plan_merge
-from fossil_export.onnx.export import OnnxResult as OnnxResult
-from fossil_export.onnx.export import export_onnx as export_onnx
-from fossil_export.onnx.plan import OnnxPlan as OnnxPlan
-from fossil_export.onnx.plan import plan_onnx as plan_onnx
+from fossil_export.onnx._export import OnnxResult as OnnxResult
+from fossil_export.onnx._export import export_onnx as export_onnx
+from fossil_export.onnx._plan import OnnxPlan as OnnxPlan
+from fossil_export.onnx._plan import plan_onnx as plan_onnx
 from fossil_export.publishing import PushPlan as PushPlan
 from fossil_export.publishing import PushResult as PushResult
 from fossil_export.publishing import StreamPlan as StreamPlan
@@ -24,6 +24,6 @@ from fossil_export.publishing import plan_push as plan_push
 from fossil_export.publishing import plan_stream as plan_stream
 from fossil_export.publishing import publish_certificate as publish_certificate
 from fossil_export.publishing import push as push
-from fossil_export.verifying.verdict import Verification as Verification
-from fossil_export.verifying.verification import verify as verify
+from fossil_export.verifying._verdict import Verification as Verification
+from fossil_export.verifying._verification import verify as verify
 from fossil_export.version import __version__ as __version__

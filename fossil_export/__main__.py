@@ -1,6 +1,6 @@
 """`python -m fossil_export`."""
 
-from fossil_export.isolation import forget_current_folder
+from fossil_export._isolation import forget_current_folder
 
 forget_current_folder(started_by_module=True)
 

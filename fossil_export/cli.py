@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from fossil_export.isolation import forget_current_folder
+from fossil_export._isolation import forget_current_folder
 
 forget_current_folder()  # before anything that is installed is imported, and could come from there
 
@@ -15,16 +15,16 @@ from typing import Any
 
 import click
 
-from fossil_export.commands.convert import convert
-from fossil_export.commands.inspect import inspect
-from fossil_export.commands.merge import merge
-from fossil_export.commands.onnx import onnx
-from fossil_export.commands.push import push
-from fossil_export.commands.verify import verify
-from fossil_export.console import quiet_hub
+from fossil_export._console import quiet_hub
+from fossil_export.commands._convert import convert
+from fossil_export.commands._inspect import inspect
+from fossil_export.commands._merge import merge
+from fossil_export.commands._onnx import onnx
+from fossil_export.commands._push import push
+from fossil_export.commands._verify import verify
 from fossil_export.errors import FossilExportError
-from fossil_export.storage.hub.background import is_anything_left
-from fossil_export.storage.hub.errors import redacted
+from fossil_export.storage.hub._background import is_anything_left
+from fossil_export.storage.hub._errors import redacted
 from fossil_export.version import __version__
 
 

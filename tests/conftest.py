@@ -155,7 +155,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
     """A running loopback Hub; the client of this process uses it, as ada, with its cache in `tmp_path / "home"`."""
     with LoopbackHub(tmp_path / "storage", {ADA: "ada", BOB: "bob"}) as running:
         point_client_at(monkeypatch, running, tmp_path / "home", ADA)
-        monkeypatch.setattr("fossil_export.storage.hub.errors.PAUSE", 0.01)
+        monkeypatch.setattr("fossil_export.storage.hub._errors.PAUSE", 0.01)
         yield running
         assert running.incidents == []  # the server did not fail, and no token came to the storage host
 

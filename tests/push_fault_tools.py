@@ -41,7 +41,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def no_pauses(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fossil_export.storage.hub.errors.PAUSE", 0.0)
+    monkeypatch.setattr("fossil_export.storage.hub._errors.PAUSE", 0.0)
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
-from fossil_export.checkpoints.folder import LocalFolder
+from fossil_export.checkpoints._folder import LocalFolder
 from fossil_export.storage import Origin
-from fossil_export.verifying.forward import Distance, ForwardCheck, ModuleError
-from fossil_export.verifying.verdict import Verification
-from fossil_export.verifying.weights import TensorCheck
+from fossil_export.verifying._forward import Distance, ForwardCheck, ModuleError
+from fossil_export.verifying._verdict import Verification
+from fossil_export.verifying._weights import TensorCheck
 
 KINDS = [f"self_attn.{kind}_proj" for kind in "qkvo"] + [f"mlp.{kind}_proj" for kind in ("gate", "up", "down")]
 NASTY = '<b>&"'

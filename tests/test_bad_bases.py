@@ -19,7 +19,7 @@ from refusal_tools import CONFIG, first_file, refused, run
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fossil_export.checkpoints.header import encode_header, read_header
+from fossil_export.checkpoints._header import encode_header, read_header
 from fossil_export.errors import CheckpointError
 
 

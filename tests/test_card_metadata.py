@@ -9,9 +9,9 @@ import pytest
 from card_tools import BASE, CERTIFICATE, LLAVA, LOCAL, RECORD, TOKENIZER, facts, local, metadata
 from huggingface_hub import metadata_load
 
-from fossil_export.artifacts.kinds import KINDS
+from fossil_export.artifacts._kinds import KINDS
 from fossil_export.cards import model_card
-from fossil_export.cards.task import pipeline_tag
+from fossil_export.cards._task import pipeline_tag
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from card_tools import (
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fossil_export.artifacts.kinds import KINDS
+from fossil_export.artifacts._kinds import KINDS
 from fossil_export.cards import END, model_card, warnings
 
 

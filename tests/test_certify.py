@@ -11,7 +11,7 @@ from hub_tools import cli
 from loopback import Fault, LoopbackHub, point_client_at
 
 from fossil_export import FossilExportError, merge, merge_to_hub, publish_certificate, push, verify
-from fossil_export.verifying.verdict import Verification
+from fossil_export.verifying._verdict import Verification
 
 WEIGHTS = "model-00001-of-00003.safetensors"
 

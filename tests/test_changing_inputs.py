@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fossil_export import convert, load_adapter, merge, plan_merge, verify
-from fossil_export.checkpoints.folder import LocalFolder
-from fossil_export.checkpoints.header import read_header
-from fossil_export.checkpoints.input import InputFile
+from fossil_export.checkpoints._folder import LocalFolder
+from fossil_export.checkpoints._header import read_header
+from fossil_export.checkpoints._input import InputFile
 from fossil_export.errors import AdapterError, CheckpointError
-from fossil_export.merging.api import run_plan
+from fossil_export.merging._merge import run_plan
 
 
 def _replace(path: Path) -> None:
@@ -99,9 +99,9 @@ def test_a_file_cut_under_the_reader_is_an_error_and_no_signal(tmp_path: Path) -
 import os, sys
 from pathlib import Path
 import numpy as np
-from fossil_export.adapters.quantized import quantized_training
-from fossil_export.checkpoints.header import read_header
-from fossil_export.checkpoints.input import InputFile
+from fossil_export.adapters._quantized import quantized_training
+from fossil_export.checkpoints._header import read_header
+from fossil_export.checkpoints._input import InputFile
 from fossil_export.errors import CheckpointError
 path = Path(sys.argv[1])
 header = read_header(path)
@@ -170,7 +170,7 @@ def test_an_adapter_cut_while_it_is_converted_is_an_error(
 def test_an_adapter_that_changes_while_it_is_converted_is_an_error(
     target: str, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fossil_export.converting.converters import CONVERTERS
+    from fossil_export.converting._converters import CONVERTERS
 
     write = CONVERTERS[target].write
 

@@ -13,13 +13,13 @@ import pytest
 
 import fossil_export
 from fossil_export import FossilExportError, convert
-from fossil_export.artifacts.kinds import KINDS
-from fossil_export.cards.kinds.table import CARDS
+from fossil_export.artifacts._kinds import KINDS
+from fossil_export.cards.kinds._table import CARDS
 from fossil_export.cli import main
-from fossil_export.converting import gguf_lora
-from fossil_export.converting.converters import CONVERTERS, OPTIONS, OUTTYPES, Format, Outtype
-from fossil_export.converting.options import Options
-from fossil_export.verifying.levels import LEVELS
+from fossil_export.converting import _gguf_lora as gguf_lora
+from fossil_export.converting._converters import CONVERTERS, OPTIONS, OUTTYPES, Format, Outtype
+from fossil_export.converting._options import Options
+from fossil_export.verifying._levels import LEVELS
 
 GIVEN: dict[str, Any] = {"base_config": "config.json", "graph": "folder", "rank": 4, "energy": 0.9, "outtype": "f16"}
 STRANGE = [(to, name) for to, converter in CONVERTERS.items() for name in OPTIONS if name not in converter.takes]
@@ -79,8 +79,8 @@ def test_kinds_know_neither_cards_nor_the_hub() -> None:
 
 
 def test_a_folder_of_two_kinds_is_of_the_one_its_record_names(tmp_path: Path) -> None:
-    from fossil_export.artifacts.kind import Look
-    from fossil_export.artifacts.kinds import kind_of
+    from fossil_export.artifacts._kind import Look
+    from fossil_export.artifacts._kinds import kind_of
     from fossil_export.errors import CheckpointError
 
     names = ("model.onnx", "model.safetensors", "a.gguf")

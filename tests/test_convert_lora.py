@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from fossil_export import FossilExportError, convert, merge, verify
-from fossil_export.converting.lora import target_modules
-from fossil_export.converting.nearest import truncated
+from fossil_export.converting._lora import target_modules
+from fossil_export.converting._nearest import truncated
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_energy_chooses_the_rank(base: Path, tmp_path: Path) -> None:
 
 
 def test_sampled_range_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fossil_export.converting import nearest
+    from fossil_export.converting import _nearest as nearest
 
     generator = np.random.default_rng(0)
     update = (generator.standard_normal((60, 12)) @ generator.standard_normal((12, 90))).astype(np.float32)

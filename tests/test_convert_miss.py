@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from fossil_export import FossilExportError, convert, load_adapter
-from fossil_export.verifying.layers import attach
+from fossil_export.verifying._layers import attach
 
 
 class TestMiss:

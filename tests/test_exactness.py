@@ -17,7 +17,7 @@ from peft.tuners.miss.layer import MissLinear
 
 from fossil_export import load_adapter, merge, plan_merge
 from fossil_export.errors import MergeError
-from fossil_export.merging.engine import NumpyEngine, TorchEngine, Update, compute_dtype, is_finite, merge_slab
+from fossil_export.merging._engine import NumpyEngine, TorchEngine, Update, compute_dtype, is_finite, merge_slab
 from fossil_export.methods import METHODS
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}

@@ -14,7 +14,7 @@ from conftest import edit_json, make_base, weights
 from safetensors.torch import load_file, save_file
 
 from fossil_export import FossilExportError, convert, inspect, load_adapter, merge, verify
-from fossil_export.checkpoints.header import TensorInfo
+from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.errors import AdapterError
 from fossil_export.methods import METHODS, Arrays, Field, LowRank, Numbers, Shapes
 from fossil_export.verifying.reference import EXACT

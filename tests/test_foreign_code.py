@@ -18,7 +18,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from fossil_export import FossilExportError, convert, export_onnx, load_adapter, merge, verify
-from fossil_export.verifying.models import tokenize
+from fossil_export.verifying._models import tokenize
 
 OWN_CLASSES = {"AutoConfig": "own_code.Config", "AutoModel": "own_code.Model", "AutoModelForCausalLM": "own_code.Model"}
 OWN_CODE = """

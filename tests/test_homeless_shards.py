@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertForMaskedLM, DistilBertForMaskedLM, ElectraForMaskedLM
 
 from fossil_export import load_adapter, merge, plan_merge, verify
-from fossil_export.adapters.quantized import quantized_training
+from fossil_export.adapters._quantized import quantized_training
 from fossil_export.errors import MergeError
 
 

@@ -19,8 +19,8 @@ from loopback import LoopbackHub, point_client_at
 
 import fossil_export
 from fossil_export.errors import HubError
-from fossil_export.publishing.operations import uploaded
-from fossil_export.storage.hub import client
+from fossil_export.publishing._operations import uploaded
+from fossil_export.storage.hub import _client as client
 
 PACKAGE = Path(fossil_export.__file__).parent
 PUBLIC = {"huggingface_hub"} | {f"huggingface_hub.{name}" for name in ("constants", "errors", "utils")}
@@ -86,10 +86,10 @@ def test_private_names_are_seen(source: str) -> None:
 
 def test_only_one_file_uses_private_names() -> None:
     found = {path.relative_to(PACKAGE).as_posix(): private(path.read_text()) for path in PACKAGE.rglob("*.py")}
-    assert [name for name, names in found.items() if names] == ["storage/hub/client.py"]
+    assert [name for name, names in found.items() if names] == ["storage/hub/_client.py"]
 
 
-ROOMS = ("adapters", "checkpoints", "converting", "inspection.py", "merging", "onnx", "verifying")
+ROOMS = ("adapters", "checkpoints", "converting", "_inspection.py", "merging", "onnx", "verifying")
 """Where it is not known that there is a Hub."""
 
 
@@ -116,9 +116,9 @@ def kinds_asked(source: str) -> set[str]:
 @pytest.mark.parametrize(
     "source",
     [
-        "import fossil_export.storage.hub.names",
+        "import fossil_export.storage.hub._names",
         "from fossil_export.storage import hub",
-        "def f():\n    from fossil_export.storage.hub.remote import HubFolder",
+        "def f():\n    from fossil_export.storage.hub._remote import HubFolder",
         "import_module('fossil_export.storage.hub')",
     ],
 )

@@ -16,7 +16,7 @@ from loopback import Fault, LoopbackHub, point_client_at
 from fossil_export import FossilExportError, load_adapter, merge, plan_merge
 from fossil_export.errors import AdapterError, CheckpointError
 from fossil_export.storage import Origin, find_origin, pinned
-from fossil_export.storage.hub.names import is_hub_id, is_on_hub, repository_of
+from fossil_export.storage.hub._names import is_hub_id, is_on_hub, repository_of
 
 
 def test_a_path_that_exists_wins_and_says_so(
@@ -108,7 +108,7 @@ def empty_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]
     folder = tmp_path_factory.mktemp("empty")
     with LoopbackHub(folder / "storage") as hub, pytest.MonkeyPatch.context() as patch:
         point_client_at(patch, hub, folder / "home")
-        patch.setattr("fossil_export.storage.hub.errors.PAUSE", 0.0)
+        patch.setattr("fossil_export.storage.hub._errors.PAUSE", 0.0)
         patch.chdir(folder)
         yield hub
         assert hub.incidents == []

@@ -64,7 +64,7 @@ def portal(hub: LoopbackHub, patch: pytest.MonkeyPatch, models: Path) -> None:
 
 
 def full(hub: LoopbackHub, patch: pytest.MonkeyPatch, models: Path) -> None:
-    patch.setattr("fossil_export.storage.hub.remote.shutil.disk_usage", lambda place: SimpleNamespace(free=10))
+    patch.setattr("fossil_export.storage.hub._remote.shutil.disk_usage", lambda place: SimpleNamespace(free=10))
 
 
 def unusable(hub: LoopbackHub, patch: pytest.MonkeyPatch, models: Path) -> None:

@@ -11,9 +11,9 @@ from hub_tools import record
 from loopback import Fault, LoopbackHub
 
 from fossil_export import FossilExportError, load_adapter, merge, plan_merge
-from fossil_export.merging.api import run_plan
+from fossil_export.merging._merge import run_plan
 from fossil_export.storage import pinned
-from fossil_export.storage.hub.names import repository_of
+from fossil_export.storage.hub._names import repository_of
 
 
 def test_revisions(hosted: LoopbackHub, models: Path) -> None:

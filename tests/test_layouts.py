@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from fossil_export import FossilExportError, convert, merge, plan_merge, verify
-from fossil_export.checkpoints.header import TensorInfo
+from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints.layouts import LAYOUTS
-from fossil_export.checkpoints.layouts.matrix import ReadRows, Rows, Stored
-from fossil_export.checkpoints.layouts.transposed import MODEL_TYPES
+from fossil_export.checkpoints.layouts._matrix import ReadRows, Rows, Stored
+from fossil_export.checkpoints.layouts._transposed import MODEL_TYPES
 
 CONV1D = ["c_attn", "c_proj", "c_fc"]
 TOKENS = torch.arange(20).reshape(2, 10)

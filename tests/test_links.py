@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fossil_export import convert, load_adapter, merge, push, verify
-from fossil_export.checkpoints.folder import LocalFolder
+from fossil_export.checkpoints._folder import LocalFolder
 from fossil_export.errors import AdapterError, CheckpointError
 
 SECRET = "a secret of this machine"

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import fossil_export
 from fossil_export import merge, plan_merge
-from fossil_export.checkpoints.header import read_header
+from fossil_export.checkpoints._header import read_header
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -44,8 +44,8 @@ def test_same_inputs_give_the_same_bytes_in_any_order(
     real_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merge(real_adapter, tmp_path / "one")
-    monkeypatch.setattr("fossil_export.merging.run.THREADS", 1)
-    monkeypatch.setattr("fossil_export.merging.slabs.SLAB", 1 << 16)
+    monkeypatch.setattr("fossil_export.merging._run.THREADS", 1)
+    monkeypatch.setattr("fossil_export.merging._slabs.SLAB", 1 << 16)
     merge(real_adapter, tmp_path / "two")
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     survival = [json.loads(folder.pop("fossil_export.json")) for folder in (one, two)]

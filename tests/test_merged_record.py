@@ -13,7 +13,7 @@ from conftest import make_adapter, make_base, weights
 
 import fossil_export
 from fossil_export import merge
-from fossil_export.checkpoints.header import read_header
+from fossil_export.checkpoints._header import read_header
 
 
 def test_record_says_what_was_merged_into_what(base: Path, adapter: Path, tmp_path: Path) -> None:

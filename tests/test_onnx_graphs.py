@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fossil_export import convert, export_onnx, load_adapter
-from fossil_export.onnx.graph.check import check
+from fossil_export.onnx.graph._check import check
 
 FLOAT_FORMS = ["matmul", "transpose", "cast", "packed"]
 CODED_FORMS = ["nbits", "packed_nbits", "dequant"]

@@ -56,12 +56,12 @@ def test_literal_types_and_choices_are_the_tables() -> None:
 
 def test_every_mode_and_builder_has_its_file_and_its_line_of_help() -> None:
     for name, mode in MODES.items():
-        file = import_module(f"fossil_export.onnx.modes.{name}")
+        file = import_module(f"fossil_export.onnx.modes._{name}")
         assert mode.name == name and callable(file.rewrite)
         assert callable(getattr(file, "makes_weights", None)) == mode.new_weights
         assert f"{name}: {mode.help}" in str(option("mode").help)
     for name, builder in BUILDERS.items():
-        assert builder.name == name and callable(import_module(f"fossil_export.onnx.builders.{name}").build)
+        assert builder.name == name and callable(import_module(f"fossil_export.onnx.builders._{name}").build)
         assert f"{name}: {builder.help}" in str(option("runtime").help)
 
 
@@ -83,7 +83,7 @@ def test_another_mode_and_builder_are_a_file_and_an_entry_each(tmp_path: Path, m
         (MODES, Mode("plain", "nothing is added", 1), {"rewrite": lambda graph, editor: ()}),
         (BUILDERS, Builder("handmade", "a test", "layers", lambda names: "Layers" in names), {"build": build}),
     ):
-        name = f"{type(entry).__module__}.{entry.name}"
+        name = f"{type(entry).__module__}._{entry.name}"
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(**functions))
         monkeypatch.setitem(table, entry.name, entry)
     x = np.random.default_rng(0).standard_normal((2, 3, 24)).astype(np.float32)

@@ -20,7 +20,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 from fossil_export import FossilExportError, convert, export_onnx, verify
 from fossil_export.onnx.builders import BUILDERS
-from fossil_export.onnx.graph.check import check
+from fossil_export.onnx.graph._check import check
 
 PROMPTS = "The mascot of the fossil project\nThe capital of France is\n"
 BASE_ANSWER, TRAINED_ANSWER = "proud to be a part", "is a small green ammonite named Ophelia."

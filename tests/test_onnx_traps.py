@@ -17,8 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file, save_file
 
 from fossil_export import FossilExportError, convert, export_onnx, load_adapter, verify
-from fossil_export.verifying.quantized import take_weights
-from fossil_export.verifying.shards import check_shards
+from fossil_export.verifying._quantized import take_weights
+from fossil_export.verifying._shards import check_shards
 
 X = np.random.default_rng(0).standard_normal((2, 3, 24)).astype(np.float32)
 MODES = ["merged", "tiled", "fused", "swappable"]

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fossil_export.console import print_table, readable_bytes
-from fossil_export.merging import engine
-from fossil_export.merging.config import edited_config
-from fossil_export.merging.layout import parse_size
-from fossil_export.merging.survival import SAMPLE_ROWS, Survival, group_rows, measure, sample_starts, sampled_share
+from fossil_export._console import print_table, readable_bytes
+from fossil_export.merging import _engine as engine
+from fossil_export.merging._config import edited_config
+from fossil_export.merging._layout import parse_size
+from fossil_export.merging._survival import SAMPLE_ROWS, Survival, group_rows, measure, sample_starts, sampled_share
 
 
 @pytest.mark.parametrize(

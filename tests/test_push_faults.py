@@ -131,7 +131,7 @@ def test_a_lost_answer_and_an_older_pull_request(hosted: LoopbackHub, arguments:
 def test_an_upload_that_stalls_is_sent_again(
     hosted: LoopbackHub, arguments: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fossil_export.publishing.target.STALL", 0.5)
+    monkeypatch.setattr("fossil_export.publishing._target.STALL", 0.5)
     hosted.fault(stall := Fault("PUT", "/storage/", before=lambda: time.sleep(2)))
     run(arguments("push"))
     sent = [seen.path for seen in hosted.log if seen.method == "PUT"]

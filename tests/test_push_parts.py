@@ -17,7 +17,7 @@ from loopback import LoopbackHub
 from push_tools import HIDDEN, WORDS, card_of, graph, litter, made, published
 
 from fossil_export import FossilExportError, merge, merge_to_hub, push
-from fossil_export.artifacts.parts import parts_of
+from fossil_export.artifacts._parts import parts_of
 from fossil_export.errors import CheckpointError
 
 
@@ -75,7 +75,7 @@ def test_uploads_in_parts_and_odd_names(
     odd = "sub folder/ä #1?.txt"
     hosted.commit("ada/base", {odd: b"odd", "README.md": b"# Base\nWords.\n"})
     hosted.multipart_above = hosted.part_size = 30_000
-    monkeypatch.setattr(sys.modules["fossil_export.publishing.push"], "LARGE", 50_000)  # such a file by itself
+    monkeypatch.setattr(sys.modules["fossil_export.publishing._push"], "LARGE", 50_000)  # such a file by itself
     folder = merge("ada/adapter", tmp_path / "merged").output
     steps: list[str] = []
     push(folder, "ada/new", progress=steps.append)

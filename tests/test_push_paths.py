@@ -14,7 +14,7 @@ from loopback import LoopbackHub
 from push_tools import card_of, published
 
 from fossil_export import convert, merge, push, verify
-from fossil_export.publishing.paths import Paths
+from fossil_export.publishing._paths import Paths
 
 
 def test_no_path_of_this_machine_is_published(

@@ -97,7 +97,7 @@ def test_a_hub_that_cannot_be_asked(
     folder = made("lora", hosted, models, tmp_path / "lora")
     assert callable(away)
     away(hosted, monkeypatch, tmp_path)
-    monkeypatch.setattr("fossil_export.storage.hub.errors.PAUSE", 0.0)
+    monkeypatch.setattr("fossil_export.storage.hub._errors.PAUSE", 0.0)
     plan = plan_push(folder, "ada/new")
     assert plan.exists is None and len(plan.unchecked) == 1 and plan.files
     assert "what the repository holds was not checked" in plan.unchecked[0]

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from report_tools import NASTY, Page, failing, forward, merged, passing, result, tensors
 
-from fossil_export.verifying.forward import FLOOR, Distance, ModuleError
-from fossil_export.verifying.report import REASONS, WRONG, html
-from fossil_export.verifying.weights import TensorCheck
+from fossil_export.verifying._forward import FLOOR, Distance, ModuleError
+from fossil_export.verifying._report import REASONS, WRONG, html
+from fossil_export.verifying._weights import TensorCheck
 
 
 @pytest.mark.parametrize("made", [passing, failing, result], ids=["passing", "failing", "no level"])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from report_tools import failing, passing
 
-from fossil_export.verifying.report import html
+from fossil_export.verifying._report import html
 
 
 def render(folder: Path, text: str) -> tuple[Path, str, str]:

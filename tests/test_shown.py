@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import fossil_export
 from fossil_export import convert, inspect, load_adapter, merge, verify
-from fossil_export.grouping import grouped
+from fossil_export._grouping import grouped
 
 
 def test_layers_of_one_kind_are_one_row() -> None:

@@ -16,8 +16,8 @@ from gguf import GGUFReader
 from hub_tools import cli, content, record
 
 from fossil_export import convert, inspect, load_adapter, merge, plan_merge, verify
-from fossil_export.checkpoints.folder import LocalFolder
-from fossil_export.checkpoints.header import Header, header_length, parse_header, read_header
+from fossil_export.checkpoints._folder import LocalFolder
+from fossil_export.checkpoints._header import Header, header_length, parse_header, read_header
 from fossil_export.errors import CheckpointError, FossilExportError
 from fossil_export.storage import STORAGES, ModelName, Origin, Storage, fetch, find_origin, parse_name, pinned
 

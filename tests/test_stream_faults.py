@@ -16,7 +16,7 @@ from loopback import Fault, LoopbackHub
 from stream_fault_tools import FIRST, FOURTH, SECOND, failing, fetched, nothing, same, stored, stream, weights
 
 from fossil_export import FossilExportError, StreamResult, merge_to_hub, plan_stream
-from fossil_export.publishing.stream import run_stream
+from fossil_export.publishing._stream import run_stream
 from fossil_export.storage import fetch
 
 scene = stream_fault_tools.scene
@@ -120,7 +120,7 @@ def test_locks(scene: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     for flock, changed in ((removed, True), (unknown, False)):
         mine = SimpleNamespace(**{**vars(fcntl), "flock": flock})
-        monkeypatch.setattr("fossil_export.publishing.workplace.fcntl", mine)
+        monkeypatch.setattr("fossil_export.publishing._workplace.fcntl", mine)
         assert stream(tmp_path).push.changed == changed and same(scene)
     assert len(calls) == 2
 
@@ -133,7 +133,7 @@ def test_no_place_to_work(scene: LoopbackHub, tmp_path: Path, monkeypatch: pytes
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda folder: usage)
         failing(tmp_path, r"takes 37,\d+ bytes at once, 1,000 are free; make room, or work elsewhere with --cache-dir")
-    for target in ("fossil_export.publishing.carrier.Runner.change", "huggingface_hub.hf_hub_download"):
+    for target in ("fossil_export.publishing._carrier.Runner.change", "huggingface_hub.hf_hub_download"):
 
         def full(*_: Any, **__: Any) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -15,10 +15,10 @@ from loopback import Fault, LoopbackHub
 from stream_fault_tools import FIRST, FOURTH, SECOND, failing, fetched, interrupted, same, stored, stream
 
 from fossil_export import plan_stream
-from fossil_export.merging.survival import Survival
-from fossil_export.publishing.journal import Journal
-from fossil_export.publishing.repository import Repository
-from fossil_export.publishing.workplace import workplace
+from fossil_export.merging._survival import Survival
+from fossil_export.publishing._journal import Journal
+from fossil_export.publishing._repository import Repository
+from fossil_export.publishing._workplace import workplace
 
 scene = stream_fault_tools.scene
 

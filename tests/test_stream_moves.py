@@ -16,9 +16,9 @@ from loopback import Fault, LoopbackHub
 from stream_tools import CASES, asked, published
 
 from fossil_export import FossilExportError, merge, merge_to_hub, plan_stream, push
-from fossil_export.merging.layout import FilePlan
-from fossil_export.merging.run import Writer
-from fossil_export.publishing.moves import _moves
+from fossil_export.merging._layout import FilePlan
+from fossil_export.merging._run import Writer
+from fossil_export.publishing._moves import _moves
 
 scene = stream_tools.scene
 

@@ -29,9 +29,9 @@ from stream_fault_tools import (
 )
 
 from fossil_export import merge_to_hub, plan_stream
-from fossil_export.merging.run import Writer
-from fossil_export.publishing.repository import Repository
-from fossil_export.publishing.workplace import workplace
+from fossil_export.merging._run import Writer
+from fossil_export.publishing._repository import Repository
+from fossil_export.publishing._workplace import workplace
 
 scene = stream_fault_tools.scene
 
@@ -85,7 +85,7 @@ def test_half_merged_files_are_not_taken_for_the_bases(
     with monkeypatch.context() as patch:
         patch.setattr(Writer, "change", interrupted)
         # As if the process had died, and could remove nothing.
-        patch.setattr("fossil_export.publishing.workplace._is_of_use", lambda folder: True)
+        patch.setattr("fossil_export.publishing._workplace._is_of_use", lambda folder: True)
         with pytest.raises(KeyboardInterrupt):
             stream(tmp_path)
     (left,) = weights(tmp_path / "cache")

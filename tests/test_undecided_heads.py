@@ -17,7 +17,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from fossil_export import FossilExportError, merge, merge_to_hub, plan_merge, verify
 from fossil_export.adapters import Adapter
-from fossil_export.checkpoints.folder import LocalFolder
+from fossil_export.checkpoints._folder import LocalFolder
 from fossil_export.cli import main
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from verify_tools import Q0, flip, tamper
 
 from fossil_export import FossilExportError, merge, verify
-from fossil_export.verifying.models import tokenize
+from fossil_export.verifying._models import tokenize
 
 bf16 = verify_tools.bf16
 

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from fossil_export import load_adapter, merge, verify
 from fossil_export.adapters import Trained
-from fossil_export.verifying.layers import TrainedLinear, attach
+from fossil_export.verifying._layers import TrainedLinear, attach
 from fossil_export.verifying.reference import EXACT
-from fossil_export.verifying.reference.ulp import ulp
+from fossil_export.verifying.reference._ulp import ulp
 
 
 @pytest.mark.parametrize("variant", ["tile", "ragged", "mini", "bat"])

@@ -19,7 +19,7 @@ from conftest import ADA, BOB, edit_json, make_adapter, make_base
 from hub_tools import KEEPS_READ_TOKEN, QUICK
 from loopback import Fault, LoopbackHub, environment
 
-from fossil_export.storage.hub.errors import errno_of, explained, is_transient
+from fossil_export.storage.hub._errors import errno_of, explained, is_transient
 
 FIRST, SECOND, UNTOUCHED = (f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3))
 

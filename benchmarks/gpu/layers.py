@@ -13,7 +13,7 @@ import torch
 from peft import inject_adapter_in_model
 from threadpoolctl import threadpool_limits
 
-from fossil_export.merging.engine import Engine, NumpyEngine, TorchEngine, Update, is_finite, merge_slab
+from fossil_export.merging._engine import Engine, NumpyEngine, TorchEngine, Update, is_finite, merge_slab
 from fossil_export.methods import METHODS
 from gpu.cases import REPEATS, SEED, Case, LayerRow, Setup, Variant, blank
 from gpu.tools import Array, Scratch, compare, relative, stored

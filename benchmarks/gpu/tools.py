@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fossil_export.checkpoints.dtypes import BY_TORCH_NAME, numpy_dtype
+from fossil_export.checkpoints._dtypes import BY_TORCH_NAME, numpy_dtype
 from gpu.cases import Difference
 
 Array = np.ndarray[Any, Any]

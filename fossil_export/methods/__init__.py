@@ -6,9 +6,11 @@ GGUF and ONNX forms all come from there.
 
 from __future__ import annotations
 
-from fossil_export.methods import bat, mini, tile
-from fossil_export.methods.low_rank import LowRank, Tiling
-from fossil_export.methods.method import Arrays, Field, Method, Numbers, Shapes
+from fossil_export.methods import _bat as bat
+from fossil_export.methods import _mini as mini
+from fossil_export.methods import _tile as tile
+from fossil_export.methods._low_rank import LowRank, Tiling
+from fossil_export.methods._method import Arrays, Field, Method, Numbers, Shapes
 
 METHODS: dict[str, Method] = {"tile": tile, "mini": mini, "bat": bat}
 """By the name that records and tables give them. Those that share endings are asked in this order."""

@@ -1,11 +1,11 @@
 """What of an artifact goes to the Hub, its model card, and the merge that streams there."""
 
-from fossil_export.publishing.certify import publish_certificate
-from fossil_export.publishing.moves import StreamPlan
-from fossil_export.publishing.push import push
-from fossil_export.publishing.push_plan import PushPlan, plan_push
-from fossil_export.publishing.result import PushResult
-from fossil_export.publishing.stream import StreamResult, merge_to_hub, plan_stream
+from fossil_export.publishing._certify import publish_certificate
+from fossil_export.publishing._moves import StreamPlan
+from fossil_export.publishing._push import push
+from fossil_export.publishing._push_plan import PushPlan, plan_push
+from fossil_export.publishing._result import PushResult
+from fossil_export.publishing._stream import StreamResult, merge_to_hub, plan_stream
 
 __all__ = [
     "PushPlan",

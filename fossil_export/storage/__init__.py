@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from fossil_export.errors import FossilExportError
-from fossil_export.storage.hub.find import HubStorage
-from fossil_export.storage.local import LocalStorage
-from fossil_export.storage.needed import Needed, fetch
-from fossil_export.storage.origin import ModelName, Origin, Storage
-from fossil_export.storage.paths import expanded, is_path, nothing_there, resolve
+from fossil_export.storage._local import LocalStorage
+from fossil_export.storage._needed import Needed, fetch
+from fossil_export.storage._origin import ModelName, Origin, Storage
+from fossil_export.storage._paths import expanded, is_path, nothing_there, resolve
+from fossil_export.storage.hub._find import HubStorage
 
 STORAGES: dict[str, Storage] = {"local": LocalStorage(), "hub": HubStorage()}
 """In the order in which they are asked. A new storage is one file and one entry here."""

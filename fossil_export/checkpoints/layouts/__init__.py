@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fossil_export.checkpoints.header import TensorInfo
-from fossil_export.checkpoints.layouts.matrix import Layout, Matrix, ReadRows, Rows, Stored
-from fossil_export.checkpoints.layouts.plain import plain
-from fossil_export.checkpoints.layouts.transposed import transposed
+from fossil_export.checkpoints._header import TensorInfo
+from fossil_export.checkpoints.layouts._matrix import Layout, Matrix, ReadRows, Rows, Stored
+from fossil_export.checkpoints.layouts._plain import plain
+from fossil_export.checkpoints.layouts._transposed import transposed
 
 LAYOUTS: dict[str, Layout] = {"transposed": transposed, "plain": plain}
 """Asked in this order: the first that knows a weight has it."""

@@ -36,7 +36,7 @@ PRECISIONS = {
 
 @dataclass(frozen=True)
 class Builder:
-    """Who makes graphs; `name` is that of its file, `help` a word for users.
+    """Who makes graphs; `name` is that of its file (`_name.py`), `help` a word for users.
 
     The default for a model is the first whose `takes` says yes to its architectures; `models` names these for users,
     empty for all the rest.
@@ -52,7 +52,7 @@ class Builder:
 
         `device` is "cpu" or "cuda". Raises OnnxError when it cannot be made, MissingExtraError for want of a package.
         """
-        found: Path = import_module(f"{__name__}.{self.name}").build(model, output, precision, device)
+        found: Path = import_module(f"{__name__}._{self.name}").build(model, output, precision, device)
         return found
 
 

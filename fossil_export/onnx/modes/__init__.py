@@ -14,16 +14,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from fossil_export.onnx.graph.edit import Editor
-    from fossil_export.onnx.places import OpenGraph
-    from fossil_export.onnx.signature import Slot
+    from fossil_export.onnx._places import OpenGraph
+    from fossil_export.onnx._signature import Slot
+    from fossil_export.onnx.graph._edit import Editor
 
 ModeName = Literal["merged", "tiled", "fused", "swappable"]
 
 
 @dataclass(frozen=True)
 class Mode:
-    """What must be known of a mode before a graph is touched; `name` is that of its file, `help` a line for users.
+    """What must be known of a mode before a graph is touched; `name` is that of its file (`_name.py`), `help` a line
+    for users.
 
     `opset` is the oldest that has its operators. `low_rank`: takes only updates of the exact low-rank form. `floats`:
     adds to float weights, which codes are not. `new_weights`: may make weights anew, so that the base's data file is
@@ -50,7 +51,7 @@ class Mode:
         return self.new_weights and bool(self._file().makes_weights(graph))
 
     def _file(self) -> Any:
-        return import_module(f"{__name__}.{self.name}")
+        return import_module(f"{__name__}._{self.name}")
 
 
 MODES = {

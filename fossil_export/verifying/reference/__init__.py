@@ -6,8 +6,10 @@ names of the variants: arXiv 2409.15371 and FOSSIL's entry in PEFT (peft/tuners/
 
 from __future__ import annotations
 
-from fossil_export.verifying.reference import bat, mini, tile
-from fossil_export.verifying.reference.exact import Exact
+from fossil_export.verifying.reference import _bat as bat
+from fossil_export.verifying.reference import _mini as mini
+from fossil_export.verifying.reference import _tile as tile
+from fossil_export.verifying.reference._exact import Exact
 
 EXACT: dict[str, Exact] = {"tile": tile, "mini": mini, "bat": bat}
 """By method. One that is not here cannot be checked: a KeyError, never another one's formula."""

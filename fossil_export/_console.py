@@ -1,0 +1,108 @@
+"""What the commands print: short tables on a terminal, one JSON object for programs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from fossil_export.storage.hub._client import LOGGERS
+
+
+def print_json(value: dict[str, Any]) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
+    """Lines of name and value, aligned."""
+    width = max(len(name) for name, _ in pairs)
+    for name, value in pairs:
+        click.echo(f"{name:<{width}}  {value}")
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as their widest cell; those that hold only numbers go to the right."""
+    columns = list(zip(header, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    right = [all(cell[:1].isdigit() or cell in ("", "-") for cell in column[1:]) for column in columns]
+    for index, row in enumerate([header, *rows]):
+        cells = (
+            f"{cell:>{width}}" if side else f"{cell:<{width}}"
+            for cell, width, side in zip(row, widths, right, strict=True)
+        )
+        click.echo(click.style("  ".join(cells).rstrip(), bold=index == 0))
+
+
+def print_warnings(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        click.echo(click.style("warning: ", fg="yellow") + warning, err=True)
+
+
+def readable_bytes(count: int) -> str:
+    """Decimal units, as disks and the Hub count them."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} TB"
+
+
+@contextmanager
+def progress_bar(total: int, title: str) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes on stderr, nothing where stderr is no terminal. The callback may be called from any thread."""
+    if not sys.stderr.isatty():
+        yield lambda nbytes: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=title, unit="B", unit_scale=True, leave=False) as bar:
+        yield lambda nbytes: bar.update(nbytes) and None
+
+
+@contextmanager
+def lines() -> Iterator[Callable[[str], None]]:
+    """A line on stderr for each step, where the steps have progress bars of their own; silent when that is no
+    terminal."""
+
+    def show(step: str) -> None:
+        if sys.stderr.isatty():
+            click.echo(step, err=True)
+
+    yield show
+
+
+def quiet_hub() -> None:
+    """Keep the Hub's client from writing bars and retries into pipes, and from logging signed addresses."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    for name in LOGGERS:
+        logging.getLogger(name).addFilter(_without_queries)
+
+
+def _without_queries(record: logging.LogRecord) -> bool:
+    record.msg, record.args = re.sub(r"\?\S+", "", record.getMessage()), ()
+    return True
+
+
+@contextmanager
+def status_line() -> Iterator[Callable[[str], None]]:
+    """A line on stderr that names the step at hand, for work without a measure; silent when that is no terminal."""
+
+    def show(step: str) -> None:
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r\x1b[K{step} …" if step else "\r\x1b[K")
+            sys.stderr.flush()
+
+    try:
+        yield show
+    finally:
+        show("")

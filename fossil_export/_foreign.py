@@ -1,0 +1,98 @@
+"""Model folders opened by transformers without running code that came with them.
+
+A folder can ask for code in more ways than `auto_map`: its config names the class that is made, the attention
+that is used (a name like `user/repo` is fetched from the Hub and run) and the tokenizer's class. All models and
+tokenizers of this package are opened through here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fossil_export.adapters._peft import CONFIG
+from fossil_export.checkpoints._jsonfile import read_json
+from fossil_export.errors import CheckpointError
+
+_ATTENTION = (None, "eager", "sdpa")
+_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
+
+
+def read_config(folder: Path) -> Any:
+    """The config of a model folder, as transformers reads it, with nothing left in it that names code.
+
+    Raises CheckpointError where transformers has no class for it, or would load more than the folder's weights.
+    """
+    import transformers
+
+    refuse_adapter(folder)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except ValueError as problem:
+        if "trust_remote_code" not in str(problem):
+            raise
+        raise CheckpointError(needs_code(folder)) from problem
+    _disarm(config)
+    return config
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise CheckpointError for a model folder that holds an adapter's config: transformers would follow it."""
+    if (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder}: holds {CONFIG}, and transformers would load that adapter too; take it out")
+
+
+def needs_code(folder: Path) -> str:
+    """What is said of a model that transformers does not know."""
+    return (
+        f"{folder}: this model needs Python code of its own (auto_map in its config.json), and fossil-export runs no "
+        "code of a model's folder; merge and convert work without, else use a transformers that knows the model"
+    )
+
+
+def model_class(config: Any, default: str) -> Any:
+    """The class of transformers that `config` names, `default` where it names none. Raises CheckpointError."""
+    import transformers
+
+    name = str(next(iter(config.architectures or [default])))
+    kind = getattr(transformers, name, None) if name.isidentifier() else None
+    if kind is None or name == default:
+        return getattr(transformers, default)
+    if not _is(kind, transformers.PreTrainedModel):
+        raise CheckpointError(f"config.json: architectures names {name}, which is no model of transformers; mend it")
+    return kind
+
+
+def load_model(kind: Any, folder: Path, config: Any, **options: Any) -> Any:
+    """The weights of `folder` as a model of class `kind`; `config` is one of `read_config`."""
+    return kind.from_pretrained(folder, config=config, trust_remote_code=False, **options)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder. Raises CheckpointError and what transformers raises."""
+    import transformers
+
+    for file in ("tokenizer_config.json", "config.json"):
+        name = read_json(folder / file, CheckpointError).get("tokenizer_class") if (folder / file).is_file() else None
+        kind = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+        if kind is not None and not _is(kind, transformers.PreTrainedTokenizerBase):
+            raise CheckpointError(f"{folder / file}: tokenizer_class names {name}, which is no tokenizer; mend it")
+    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _is(kind: Any, parent: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, parent)
+
+
+def _disarm(config: Any) -> None:
+    """Let neither a config nor its parts name Python files, or kernels of the Hub; transformers chooses for itself."""
+    import transformers
+
+    vars(config).pop("auto_map", None)
+    if getattr(config, "_attn_implementation", None) not in _ATTENTION:
+        config._attn_implementation = None
+    if getattr(config, "_experts_implementation", None) not in _EXPERTS:
+        config._experts_implementation = None
+    for part in list(vars(config).values()):
+        if isinstance(part, transformers.PreTrainedConfig):
+            _disarm(part)

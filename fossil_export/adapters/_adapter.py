@@ -1,0 +1,128 @@
+"""The one type every adapter format is read into."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fossil_export.adapters._trained import Trained
+from fossil_export.checkpoints._companions import tokenizer_of
+from fossil_export.checkpoints._dtypes import element_count, numpy_dtype
+from fossil_export.checkpoints._folder import Folder, LocalFolder
+from fossil_export.checkpoints._header import Header, TensorInfo
+from fossil_export.checkpoints._stamp import Stamp, check_stamp
+from fossil_export.errors import AdapterError, CheckpointError
+from fossil_export.storage import Needed
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A trained adapter.
+
+    `trained` is by module; `saved` holds whole tensors that were trained or stored beside it, by the base model's
+    parameter name (`lm_head.weight`, `model.layers.0.self_attn.q_proj.bias`). Nothing is read into memory until
+    `array` is called; arrays of pickled adapters, which are no byte ranges, are in `pickled`.
+    `name` is what records call it (its id on the Hub, else the path as given) and `revision` its commit there.
+    `home` is the folder of its `files`, whose weights have this `header`; of an adapter on the Hub those are here
+    once `needed` was fetched. `stamps` are those of the files that were read already.
+    """
+
+    path: Path
+    peft_type: str
+    base_model: str | None
+    base_revision: str | None
+    config: Mapping[str, Any]
+    trained: Mapping[str, Trained]
+    saved: Mapping[str, TensorInfo]
+    files: tuple[Path, ...]
+    home: Folder = field(repr=False)
+    pickled: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict, repr=False)
+    name: str = ""
+    revision: str | None = None
+    notes: tuple[str, ...] = ()
+    header: Header | None = field(default=None, repr=False)
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict, repr=False)
+
+    def __repr__(self) -> str:
+        """One line, however many modules there are."""
+        what = f"{self.peft_type} {self.variant} r={self.rank}, {len(self.trained)} modules"
+        more = f", {len(self.saved)} whole tensors" if self.saved else ""
+        return f"<Adapter {self.name or self.path}: {what}{more}, base {self.base_model}>"
+
+    @property
+    def is_here(self) -> bool:
+        """Whether all of its files are on this machine."""
+        return all(path.is_file() for path in self.files)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its files and its tokenizer."""
+        return sum(map(self.home.size, self.needed.names))
+
+    @property
+    def needed(self) -> Needed:
+        """Its files and its tokenizer, which a run reads."""
+        names = (*(path.name for path in self.files), *self.tokenizer())
+        return Needed(self.home, names, (self.header,) if self.header is not None else ())
+
+    def check(self) -> None:
+        """Raise AdapterError where a file of it is another one than that which was read."""
+        for path, stamp in self.stamps.items():
+            check_stamp(path, stamp, AdapterError)
+        if self.header is not None:
+            check_stamp(self.header.path, self.header.stamp, AdapterError)
+
+    def tokenizer(self) -> dict[str, Path]:
+        """The complete tokenizer that the trainer saved beside the shards, by name, or nothing."""
+        return tokenizer_of(self.home)
+
+    @cached_property
+    def variant(self) -> str:
+        """The method of its modules."""
+        return "+".join(dict.fromkeys(one.method for one in self.trained.values()))
+
+    @cached_property
+    def rank(self) -> int:
+        """The largest of its modules' ranks."""
+        return max(one.rank for one in self.trained.values())
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of trained values beside the weights."""
+        return sum(element_count(info.shape) for one in self.trained.values() for info in one.tensors.values())
+
+    def arrays(self, module: str) -> dict[str, np.ndarray[Any, Any]]:
+        """The trained values of a module by role, in their own dtypes; raises as `array` does."""
+        return {role: self.array(info) for role, info in self.trained[module].tensors.items()}
+
+    def array(self, tensor: TensorInfo, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+        """The values of one of this adapter's tensors, or of another file's, in its own dtype; with `start` and `stop`
+        those rows of it.
+
+        They are read into memory; what is on the Hub alone comes by a range. Raises AdapterError when it cannot be read
+        any more, or the adapter is another one by now.
+        """
+        if tensor.offset is None:
+            return self.pickled[tensor.name][start:stop] if tensor.shape else self.pickled[tensor.name]
+        shape, offset, nbytes = tensor.shape, tensor.offset, tensor.nbytes
+        if (start, stop) != (0, None):
+            first, last, _ = slice(start, stop).indices(shape[0])
+            size = nbytes // max(1, shape[0])
+            shape, offset, nbytes = (last - first, *shape[1:]), offset + first * size, (last - first) * size
+        ours = tensor.path in self.files
+        try:
+            folder = self.home if ours else LocalFolder(tensor.path.parent)
+            raw = folder.view(tensor.path.name, offset, nbytes)
+        except CheckpointError as problem:
+            raise AdapterError(str(problem)) from problem
+        except (OSError, ValueError) as problem:
+            raise AdapterError(f"{tensor.path}: {tensor.name} cannot be read: {problem}") from problem
+        if ours and self.header is not None:
+            check_stamp(tensor.path, self.header.stamp, AdapterError)
+        return raw.view(numpy_dtype(tensor.dtype)).reshape(shape)

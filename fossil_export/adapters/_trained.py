@@ -1,0 +1,115 @@
+"""What was trained in one module, and how the tensors of a file come to belong to one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fossil_export.checkpoints._header import TensorInfo
+from fossil_export.errors import AdapterError
+from fossil_export.methods import METHODS, Field, Numbers, Shapes
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The trained tensors of one module, by the role they have in its method.
+
+    `module` is the name the model had when it was trained (`model.layers.0.self_attn.q_proj`); `method` is one of
+    `METHODS`; `numbers` are what the config says of it, the rank as "r".
+    """
+
+    module: str
+    method: str
+    tensors: Mapping[str, TensorInfo]
+    numbers: Numbers = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """r; 0 for a method that has none."""
+        return int(self.numbers.get("r", 0))
+
+    @property
+    def shapes(self) -> Shapes:
+        return {role: info.shape for role, info in self.tensors.items()}
+
+    @property
+    def label(self) -> str:
+        """The names of its tensors, for messages."""
+        return " and ".join(info.name for info in self.tensors.values())
+
+    @property
+    def form_rank(self) -> int | None:
+        """The rank of its low-rank form (`Method.low_rank`), None if its update depends on the weight."""
+        return METHODS[self.method].form_rank(self.shapes)
+
+    def mismatch(self, weight: tuple[int, int]) -> str | None:
+        """Why it cannot belong to a weight of that shape (out, in); None if it can."""
+        return METHODS[self.method].mismatch(self.shapes, self.numbers, weight)
+
+
+def formats() -> tuple[str, ...]:
+    """Every `peft_type` that some method knows."""
+    return tuple(dict.fromkeys(name for method in METHODS.values() for name in method.PEFT))
+
+
+def methods_of(peft_type: str) -> dict[str, Mapping[str, str]]:
+    """The methods of a `peft_type`, with the role of a tensor by its key's ending."""
+    return {name: method.PEFT[peft_type] for name, method in METHODS.items() if peft_type in method.PEFT}
+
+
+def fields_of(peft_type: str) -> dict[str, Field]:
+    """The config's fields that the methods of a `peft_type` understand."""
+    return {name: field for method in methods_of(peft_type) for name, field in METHODS[method].FIELDS.items()}
+
+
+def methods_of_state_dicts() -> dict[str, Mapping[str, str]]:
+    """The same for state dicts."""
+    return {name: method.STATE_DICT for name, method in METHODS.items() if method.STATE_DICT}
+
+
+def split_key(key: str, endings: Iterable[str]) -> tuple[str, str] | None:
+    """Module and ending of a trained tensor's key; None for another tensor's."""
+    found = [ending for ending in endings if key.endswith(f".{ending}")]
+    return (key[: -len(max(found, key=len)) - 1], max(found, key=len)) if found else None
+
+
+def trained_module(
+    file: Path,
+    module: str,
+    tensors: Mapping[str, TensorInfo],
+    methods: Mapping[str, Mapping[str, str]],
+    config: Mapping[str, Any],
+) -> Trained:
+    """What `tensors`, by ending, are for `module`: of the first of `methods` (roles by ending) that takes them.
+
+    Raises AdapterError, which names the `file`.
+    """
+    for info in tensors.values():
+        if 0 in info.shape:
+            raise AdapterError(empty(f"{file}: shard {info.name} {list(info.shape)}"))
+    where = f"{file}: shard " + " and ".join(f"{info.name} {list(info.shape)}" for info in tensors.values())
+    for name, endings in methods.items():
+        if not tensors.keys() <= endings.keys():
+            continue
+        roles = {endings[ending]: info for ending, info in tensors.items()}
+        if len(roles) < len(tensors):
+            names = " and ".join(info.name for info in tensors.values())
+            raise AdapterError(f"{file}: holds {module} twice, as {names}; keep one")
+        numbers = METHODS[name].read(config, {role: info.shape for role, info in roles.items()}, where)
+        if numbers is not None:
+            return Trained(module, name, roles, numbers)
+    raise AdapterError(f"{where}: belongs to none of the methods that it may be of ({', '.join(methods)})")
+
+
+def empty(where: str) -> str:
+    """The message for a tensor without values."""
+    return f"{where} is empty; it was saved without being gathered (DeepSpeed ZeRO-3 or FSDP), save it again"
+
+
+def refuse_mixtures(trained: Mapping[str, Trained], file: Path) -> None:
+    """Raise AdapterError for modules of several methods, which no trainer saves together."""
+    found = sorted({one.method for one in trained.values()})
+    if len(found) > 1:
+        raise AdapterError(f"{file}: mixes {' and '.join(found)} shards; one adapter has one variant")

@@ -1,0 +1,131 @@
+"""The part of the card between the markers: what the artifact is, how it was made and is used, what was measured."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import quote
+
+from fossil_export.artifacts._kinds import KINDS
+from fossil_export.cards._facts import HUB, PAPER, Facts, hub_id, part, paths_of, survived
+from fossil_export.cards._markdown import fenced, number, plain
+from fossil_export.cards.kinds._kind_card import Sources
+from fossil_export.cards.kinds._table import CARDS
+from fossil_export.merging._survival import WARNING_BELOW
+
+_PACKAGES = ("torch", "transformers", "peft")
+_TITLE = "MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure"
+# That of the paper's latest version; earlier ones were called otherwise.
+
+
+def generated(facts: Facts) -> str:
+    """All of the part between the markers."""
+    found = [
+        _summary(facts),
+        "## How it was made",
+        _table(("Item", "Value"), _made(facts)),
+        "## How to use it",
+        "\n\n".join(CARDS[facts.kind].usage(facts)),
+    ]
+    if facts.certificate is not None or KINDS[facts.kind].verified:
+        found += ["## Is it the model that was trained?", *_verdict(facts)]
+    kept = survived(facts)
+    if kept is not None:
+        found += ["## What rounding left of the update"]
+        rows = part(facts.record, "survival").get("sample_rows_per_tensor")
+        measured = f", measured on {rows} rows of each" if isinstance(rows, int) else ""
+        found += [f"{kept:.1%} of the trained update is in the stored weights{measured}."]
+        if kept < WARNING_BELOW:
+            found += [
+                "**That is little**: steps of the weights' number format are larger than much of what was trained. "
+                "A merge with `--dtype float32`, or the adapter apart from the weights, keeps all of it."
+            ]
+    fields = {"title": _TITLE, "author": "Kang, Jiale and Yin, Qingyu", "year": "2024", "eprint": "2409.15371"}
+    fields |= {"archivePrefix": "arXiv", "url": PAPER}
+    entry = "\n".join(["@misc{kang2024fossil,", *(f"  {key} = {{{value}}}," for key, value in fields.items()), "}"])
+    return "\n\n".join([*found, "## Citation", "The method:", fenced("bibtex", entry)])
+
+
+def _summary(facts: Facts) -> str:
+    base = _link(facts.base, facts.base_revision) or "a base model that is not on the Hub"
+    link = _link(facts.adapter, facts.adapter_revision)
+    adapter = f"the adapter {link}" if link else "an adapter"
+    method = f"[FOSSIL]({PAPER}) (MiSS in PEFT, earlier Bone and DiSHA)"
+    line = CARDS[facts.kind].summary(facts, Sources(base, adapter, method))
+    return line[0].upper() + line[1:]
+
+
+def _made(facts: Facts) -> Iterator[tuple[str, Any]]:
+    record, card = facts.record or {}, CARDS[facts.kind]
+    adapter = part(record, "adapter")
+    if not card.is_the_adapter or adapter.get("name"):
+        yield "Adapter", _link(facts.adapter, facts.adapter_revision) or "not on the Hub"
+    yield "Adapter's revision", plain(facts.adapter_revision or "") if facts.adapter else None
+    yield "Base", _link(facts.base, facts.base_revision) or "not on the Hub"
+    yield "Base's revision", plain(facts.base_revision or "") if facts.base else None
+    yield "Variant", plain(adapter.get("variant") or "")
+    yield "Rank", plain(adapter.get("rank") or "")
+    if isinstance(parameters := adapter.get("parameters"), int):
+        yield "Trained parameters", f"{parameters:,}"
+    yield from card.made(facts)
+    if tool := part(record, "tool"):
+        yield "Made by", plain(f"{tool.get('name', 'fossil-export')} {tool.get('version', '')}")
+
+
+def _verdict(facts: Facts) -> Iterator[str]:
+    found = facts.certificate or {}
+    if found.get("parity") not in (True, False):
+        yield "It was not verified: `fossil-export verify` compares weights and answers with the trainer's."
+        return
+    if part(found, "forward"):
+        yield "`fossil-export verify` compared it with the adapter on its base:"
+    else:
+        yield "`fossil-export verify --level weights` compared numbers, not answers, with the adapter on its base:"
+    yield _table(("Check", "Result"), _figures(facts, found))
+
+
+def _figures(facts: Facts, found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    reason = plain(_without_paths(str(found.get("reason") or ""), facts))
+    yield "Verdict", "parity" if found["parity"] else f"**no parity**{': ' + reason if reason else ''}"
+    over = ", **which is another model if training ran over quantized weights, as it seems**"
+    yield "Compared with", f"the adapter on the base as it is stored{over if found.get('quantized_training') else ''}"
+    if weights := part(found, "weights"):
+        yield "Weights", ", ".join(f"{number(weights.get(key), 'd')} {key}" for key in ("tensors", "merged", "wrong"))
+        worst = number(weights.get("worst_error_in_steps"), ".4f")
+        yield "Worst error", f"{worst} steps of the dtype (0.5 is exact rounding)"
+    if forward := part(found, "forward"):
+        trainer = part(forward, "trainer")
+        yield "Trainer", f"{_distance(trainer)} ({plain(trainer.get('dtype') or '–')})"
+        yield "This model", _distance(part(forward, "artifact"))
+        same = forward.get("same_continuations")
+        same = same if isinstance(same, list) and len(same) == 2 else ["–", "–"]
+        asked = f"{number(forward.get('prompts'), 'd')} prompts, truth in {plain(forward.get('truth') or '–')}"
+        yield "Same continuations", f"{number(same[0], 'd')} of {number(same[1], 'd')} ({asked})"
+        yield "Leaves the band at", plain(forward.get("first_module_outside") or "")
+    yield "Device", plain(found.get("device") or "")
+    versions = part(found, "versions")
+    ran = _PACKAGES if part(found, "forward") else ("numpy",)
+    yield "Versions", ", ".join(f"{name} {plain(versions[name])}" for name in ran if versions.get(name))
+
+
+def _distance(found: Mapping[str, Any]) -> str:
+    error, top = number(found.get("relative_error"), ".2e"), number(found.get("top1"), ".1%")
+    return f"{error} from the truth, KL {number(found.get('kl'), '.1e')}, top-1 {top}"
+
+
+def _without_paths(line: str, facts: Facts) -> str:
+    for name in paths_of(facts):
+        line = line.replace(name, name.rstrip("/\\").rpartition("/")[2])
+    return re.sub(r"(?<![\w.:/-])(?:[A-Za-z]:|~|\.{1,2})?[/\\](?:[^\s/\\:;,'\"]+[/\\])*([^\s/\\:;,'\"]+)", r"\1", line)
+
+
+def _link(name: str | None, revision: str | None) -> str | None:
+    if hub_id(name) is None or name is None:
+        return None
+    return f"[{plain(name)}]({HUB}/{quote(name)}" + (f"/tree/{quote(revision, safe='')})" if revision else ")")
+
+
+def _table(head: tuple[str, str], rows: Iterator[tuple[str, Any]]) -> str:
+    lines = [f"| {name} | {value} |" for name, value in rows if value]
+    return "\n".join([f"| {head[0]} | {head[1]} |", "|---|---|", *lines])

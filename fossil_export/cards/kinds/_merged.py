@@ -1,0 +1,34 @@
+"""The card of a merged model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from fossil_export.cards._facts import Facts
+from fossil_export.cards._markdown import plain, string
+from fossil_export.cards.kinds._kind_card import KindCard, Sources
+from fossil_export.cards.kinds._transformers import auto, imported, reader, run, task_or_pipeline, tokenizer_of
+
+
+def _summary(facts: Facts, told: Sources) -> str:
+    return f"{told.base}, fine-tuned with {told.method}: {told.adapter} is merged into its weights."
+
+
+def _made(facts: Facts) -> Iterator[tuple[str, Any]]:
+    dtype, config = (facts.record or {}).get("dtype"), facts.config or {}
+    own = config.get("dtype") or config.get("torch_dtype")
+    yield "Dtype", plain((own or "the base's") if dtype in (None, "auto") else dtype)
+
+
+def _usage(facts: Facts) -> Iterator[str]:
+    kind = task_or_pipeline(facts)
+    trust = ", trust_remote_code=True" if (facts.config or {}).get("auto_map") else ""
+    lines = [
+        f"model = {auto(kind)}.from_pretrained({string(facts.repo_id)}{trust})",
+        f"{reader(kind)[1]} = {reader(kind)[0]}.from_pretrained({string(tokenizer_of(facts, kind))}{trust})",
+    ]
+    yield imported(kind, [], [*lines, "", *run(facts, kind)])
+
+
+CARD = KindCard(summary=_summary, usage=_usage, made=_made, library="transformers")

@@ -1,0 +1,258 @@
+"""A base model: its safetensors files, index and config, opened read-only, here or on the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fossil_export.checkpoints._dtypes import numpy_dtype
+from fossil_export.checkpoints._folder import Folder, LocalFolder
+from fossil_export.checkpoints._header import Header, TensorInfo
+from fossil_export.checkpoints._jsonfile import parse_json
+from fossil_export.errors import CheckpointError, listed
+
+WEIGHTS = "model.safetensors"
+INDEX_ENDING = ".safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights of one model and the folder they lie in.
+
+    `home` is the folder that all of it is read from; `folder` is None for a lone weights file, which has no companions
+    (config, tokenizer). `index_path` is None when one file holds everything.
+    """
+
+    home: Folder
+    folder: Path | None
+    files: tuple[Header, ...]
+    index_path: Path | None
+    index: Mapping[str, Any] | None
+    config: Mapping[str, Any] | None
+    tensors: Mapping[str, TensorInfo]
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.location}: {len(self.tensors)} tensors, {self.nbytes:,} bytes>"
+
+    @property
+    def location(self) -> Path:
+        return self.folder if self.folder is not None else self.files[0].path
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all weights files together, headers included."""
+        return sum(header.size for header in self.files)
+
+
+class Rows:
+    """A tensor (n, …) of which some rows are read: `rows[indices]`, wherever the file lies."""
+
+    def __init__(self, home: Folder, info: TensorInfo) -> None:
+        self._source = home
+        self._info = info
+
+    def __len__(self) -> int:
+        return self._info.shape[0]
+
+    def __getitem__(self, rows: Iterable[int]) -> Any:
+        import numpy as np
+
+        info = self._info
+        size = info.nbytes // max(1, len(self))
+        found = [self._source.view(info.path.name, (info.offset or 0) + int(row) * size, size) for row in rows]
+        return np.concatenate(found).view(numpy_dtype(info.dtype)).reshape(-1, *info.shape[1:])
+
+
+def open_checkpoint(where: Path | Folder, file: str | None = None) -> Checkpoint:
+    """Open a model folder, or one safetensors file or index of it, without reading any weights.
+
+    `where` is a path, or a folder elsewhere, of which `file` names the one to open. In a folder
+    `model.safetensors` wins over its index, as in transformers, and that over the only other index or
+    safetensors file. Raises CheckpointError when there are no weights, several sets of them, or damage.
+    """
+    if isinstance(where, Path):
+        if not where.is_dir() and not where.is_file():
+            raise CheckpointError(f"{where}: no such file or folder; name the base model with --base")
+        home: Folder = LocalFolder(where if where.is_dir() else where.parent)
+        file = None if where.is_dir() else where.name
+    else:
+        home = where
+    root = home.root_names()
+    folder = home.path if file is None or "config.json" in root else None
+    if file is None:
+        index_name, weights = _choose(home)
+    elif file.endswith(INDEX_ENDING):
+        folder, index_name, weights = home.path, file, None
+    elif file.endswith(".safetensors"):
+        _refuse_part(home, file)
+        index_name, weights = None, file
+    else:
+        raise CheckpointError(f"{home.path / file}: not a safetensors file; {_RESAVE}")
+
+    index = index_path = None
+    if index_name is not None:
+        index_path = home.path / index_name
+        index = _json(home, index_name)
+        files = home.headers(_indexed_files(home, index_path, index))
+    else:
+        assert weights is not None
+        files = home.headers([weights])
+    tensors = _by_name(files)
+    if index is not None and index_path is not None:
+        _check_index(index_path, index["weight_map"], tensors)
+    config = None
+    if folder is not None and "config.json" in root:
+        config = _json(home, "config.json")
+        _check_config(folder / "config.json", config)
+    return Checkpoint(home, folder, files, index_path, index, config, tensors)
+
+
+def _json(home: Folder, name: str) -> dict[str, Any]:
+    try:
+        text = home.read(name)
+    except OSError as problem:
+        raise CheckpointError(f"{home.path / name}: cannot be read: {problem.strerror}") from problem
+    return parse_json(text, home.path / name, CheckpointError)
+
+
+_RESAVE = (
+    "load the model with transformers and save it with save_pretrained(..., safe_serialization=True), "
+    "then name that folder"
+)
+
+
+def _refuse_part(home: Folder, file: str) -> None:
+    """A file that an index beside it lists with others is not a model."""
+    for name in home.root_names():
+        if not name.endswith(INDEX_ENDING):
+            continue
+        weight_map = _json(home, name).get("weight_map")
+        files = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+        if file in files and len(files) > 1:
+            raise CheckpointError(
+                f"{home.path / file}: is one of the {len(files)} files of a model; name their folder instead"
+            )
+
+
+def _choose(home: Folder) -> tuple[str | None, str | None]:
+    """The index or else the one weights file of a folder."""
+    folder, names = home.path, home.root_names()
+    default = f"model{INDEX_ENDING}"
+    if WEIGHTS in names:
+        return None, WEIGHTS
+    if default in names:
+        return default, None
+    indexes = [name for name in names if name.endswith(INDEX_ENDING)]
+    files = [name for name in names if name.endswith(".safetensors")]
+    if len(indexes) == 1:
+        return indexes[0], None
+    if len(indexes) > 1:
+        raise CheckpointError(f"{folder}: holds several sets of weights ({listed(indexes)}); name one of these")
+    if len(files) == 1:
+        return None, files[0]
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{folder}: holds {len(files)} safetensors files but no index of them; fetch the model's {default}, "
+            "or name the one file to merge into"
+        )
+    if "adapter_config.json" in names:
+        raise CheckpointError(f"{folder}: is an adapter, not a base model; name the base model with --base")
+    pickled = [name for name in names if Path(name).suffix in {".bin", ".pt", ".pth"}]
+    if pickled:
+        raise CheckpointError(f"{folder}: has weights only as {listed(pickled)}; {_RESAVE}")
+    raise CheckpointError(f"{folder}: holds no safetensors weights; {_RESAVE}")
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """The fields that are looked at have the types that transformers gives them."""
+    for name, kind in (("text_config", dict), ("architectures", list), ("id2label", dict)):
+        if config.get(name) is not None and not isinstance(config[name], kind):
+            raise CheckpointError(f"{path}: {name} is {config[name]!r}, not a {kind.__name__}; fetch it again")
+
+
+def _indexed_files(home: Folder, index_path: Path, index: Mapping[str, Any]) -> list[str]:
+    """The files an index names, in the order of their names, each checked to lie in its folder."""
+    weight_map = index.get("weight_map")
+    if not isinstance(index.get("metadata") or {}, dict):
+        raise CheckpointError(f"{index_path}: its metadata is no JSON object; fetch it again")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index_path}: has no weight_map of tensor to file; fetch it again")
+    if not weight_map:
+        raise CheckpointError(f"{index_path}: its weight_map is empty; fetch it again")
+    found, root = [], set(home.root_names())
+    for name in sorted(set(weight_map.values())):
+        parts = PurePosixPath(name).parts
+        if len(parts) != 1 or name != parts[0] or parts[0] in {"..", "/"} or "\\" in name:
+            raise CheckpointError(f"{index_path}: names {name!r}, which is no file in its own folder; fetch it again")
+        if name not in root:
+            raise CheckpointError(f"{index_path}: names {name}, which is missing; fetch that file")
+        found.append(name)
+    return found
+
+
+def _by_name(files: tuple[Header, ...]) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for header in files:
+        for tensor in header.tensors:
+            if tensor.name in tensors:
+                raise CheckpointError(
+                    f"{header.path}: tensor {tensor.name} stands also in {tensors[tensor.name].path.name}; "
+                    "the files do not belong to one model, fetch them again"
+                )
+            tensors[tensor.name] = tensor
+    if not tensors:
+        raise CheckpointError(f"{files[0].path}: holds no tensors; fetch it again")
+    return tensors
+
+
+def _check_index(index_path: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].path.name != file:
+            raise CheckpointError(f"{index_path}: says that {name} is in {file}, which lacks it; fetch both again")
+    unlisted = [name for name in tensors if name not in weight_map]
+    if unlisted:
+        raise CheckpointError(f"{index_path}: does not list {listed(unlisted)}, found in its files; fetch it again")
+
+
+def identity(checkpoint: Checkpoint, full: bool = False) -> list[dict[str, Any]]:
+    """What tells this base from another, without reading its weights a second time.
+
+    Per weights file: name, size, SHA-256 of its header and, in a Hub cache, the blob's id (for large files
+    the SHA-256 of the whole). `full` adds the SHA-256 of each whole file, at the cost of reading it.
+    """
+    records = []
+    for header in checkpoint.files:
+        record: dict[str, Any] = {
+            "file": header.path.name,
+            "size": header.size,
+            "header_sha256": hashlib.sha256(header.encoded).hexdigest(),
+        }
+        if blob := checkpoint.home.blob(header.path.name):
+            record["hub_blob"] = blob
+        if full:
+            known = blob is not None and len(blob) == 64 and not header.path.is_file()
+            if not known:  # the Hub has small files in git, by another hash
+                checkpoint.home.fetch([header.path.name])
+            record["sha256"] = blob if known else sha256(header.path)
+        records.append(record)
+    return records
+
+
+def hub_revision(path: Path) -> str | None:
+    """The commit a Hub cache's snapshot folder stands for: `.../snapshots/<commit>`; None elsewhere."""
+    folder = path if path.is_dir() else path.parent
+    if folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir():
+        return folder.name
+    return None
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a whole file."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()

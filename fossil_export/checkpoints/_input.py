@@ -1,0 +1,162 @@
+"""A weights file that is read piece by piece, and held against the header that was planned with.
+
+Parts that are computed on are read into buffers, so that a file which is cut meanwhile gives a short read, not a
+signal. Parts that are copied are looked at through a map: the system takes them from there without a copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fossil_export.checkpoints._dtypes import element_count
+from fossil_export.checkpoints._header import Header
+from fossil_export.checkpoints._stamp import Stamp, changed, check_stamp
+from fossil_export.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+AHEAD = 64 << 20
+"""Bytes past the range at hand that the system is asked to read in meanwhile."""
+
+
+class InputFile:
+    """The file at `path`, which must have the bytes of `header` before its tensors.
+
+    With `steady` it must also be the very file whose header was read, unchanged; another file may stand in for it
+    otherwise (a copy that was fetched, or that is being merged in place). Raises CheckpointError.
+    """
+
+    def __init__(self, path: Path, header: Header, steady: bool = True) -> None:
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as problem:
+            raise CheckpointError(f"{path}: cannot be read: {problem.strerror}") from problem
+        try:
+            status = os.fstat(self._descriptor)
+            self._stamp = Stamp.of(status) if steady else None
+            moved = steady and header.stamp is not None and header.stamp != self._stamp
+            beginning = os.pread(self._descriptor, len(header.encoded), 0)
+            if moved or status.st_size != header.size or beginning != header.encoded:
+                raise changed(path)
+            self._map = mmap.mmap(self._descriptor, header.size, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as problem:
+            os.close(self._descriptor)
+            raise CheckpointError(f"{path}: cannot be read: {problem}") from problem
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        self._asked = 0
+
+    def read(self, offset: int, out: np.ndarray[Any, Any]) -> None:
+        """Fill `out` (uint8, contiguous) with the bytes from `offset` on; what follows them is read ahead."""
+        self._read_ahead(min(offset + len(out) + AHEAD, len(self._map)), offset)
+        left = out.data
+        while left:
+            count = _read_into(self._descriptor, left, offset)
+            if not count:
+                raise changed(self.path)
+            left, offset = left[count:], offset + count
+
+    def view(self, offset: int, nbytes: int) -> np.ndarray[Any, Any]:
+        """`nbytes` bytes from `offset` on, as uint8, not copied; only for handing to the system."""
+        import numpy as np
+
+        self._read_ahead(min(offset + nbytes + AHEAD, len(self._map)), offset)
+        return np.frombuffer(self._map, np.uint8, nbytes, offset)
+
+    def _read_ahead(self, end: int, offset: int) -> None:
+        # Page faults alone would wait for the disk a few pages at a time.
+        if hasattr(mmap, "MADV_WILLNEED") and end - self._asked >= min(AHEAD // 4, len(self._map) - self._asked) > 0:
+            start = max(self._asked, offset) // mmap.PAGESIZE * mmap.PAGESIZE
+            self._asked = end
+            if start < end:
+                self._map.madvise(mmap.MADV_WILLNEED, start, end - start)
+
+    def release(self, offset: int, nbytes: int) -> None:
+        """Take the pages that lie wholly in a range that was viewed out of this process's memory."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+            last = (offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            if first < last:
+                self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def check(self) -> None:
+        """Raise CheckpointError where the file was written to or replaced since it was opened."""
+        if self._stamp is not None and Stamp.of(os.fstat(self._descriptor)) != self._stamp:
+            raise changed(self.path)
+        check_stamp(self.path, self._stamp)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+        # A view may still be referenced by an exception in flight; the map then goes with it.
+        with contextlib.suppress(BufferError):
+            self._map.close()
+
+
+class StoredArray:
+    """A tensor in a file as an array of which just what is sliced is read, into `buffer(nbytes)`: rows of the first
+    axis, or (of a matrix) columns next to each other; for other indices all of it."""
+
+    def __init__(
+        self,
+        file: InputFile,
+        offset: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        buffer: Callable[[int], np.ndarray[Any, Any]] | None = None,
+    ) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self._file, self._offset = file, offset
+        self._buffer = buffer or _fresh
+        self._row = dtype.itemsize * element_count(shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> np.ndarray[Any, Any]:
+        if isinstance(key, slice):
+            start, stop, step = key.indices(len(self))
+            if step == 1:
+                return self._rows(start, max(start, stop))
+        elif isinstance(key[1], slice) and key[0] == slice(None) and len(self.shape) == 2:
+            start, stop, step = key[1].indices(self.shape[1])
+            if step == 1:
+                return self._columns(start, max(start, stop))
+        found: np.ndarray[Any, Any] = self._rows(0, len(self))[key]
+        return found
+
+    def _rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        raw = self._buffer((stop - start) * self._row)
+        self._file.read(self._offset + start * self._row, raw)
+        return raw.view(self.dtype).reshape(stop - start, *self.shape[1:])
+
+    def _columns(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        size = self.dtype.itemsize
+        raw = self._buffer(len(self) * (stop - start) * size).reshape(len(self), -1)
+        for number, row in enumerate(raw):
+            self._file.read(self._offset + number * self._row + start * size, row)
+        return raw.view(self.dtype)
+
+
+def _fresh(nbytes: int) -> np.ndarray[Any, Any]:
+    import numpy as np
+
+    return np.empty(nbytes, np.uint8)
+
+
+def _read_into(descriptor: int, out: memoryview, offset: int) -> int:
+    """Read what there is, up to the length of `out`; returns the bytes read."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [out], offset)
+    found = os.pread(descriptor, len(out), offset)
+    out[: len(found)] = found
+    return len(found)

@@ -1,0 +1,228 @@
+"""All or nothing: a folder is built beside its destination and appears there only when complete and synced."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from glob import escape
+from pathlib import Path
+
+from fossil_export.checkpoints._companions import PROVENANCE
+from fossil_export.errors import OutputError
+
+
+def check_destination(output: Path, inputs: list[Path], overwrite: bool) -> None:
+    """Raise OutputError unless `output` may be created (or replaced) without touching any of `inputs`."""
+    try:
+        target = output.resolve()
+    except RuntimeError as problem:  # a loop of links
+        raise OutputError(f"{output}: {problem}; choose another --output") from problem
+    for source in inputs:
+        place = source.resolve()
+        folder = place if place.is_dir() else place.parent
+        if target == folder or folder in target.parents:
+            raise OutputError(f"{output}: lies inside {source}, which is only read; choose another --output")
+        if target in folder.parents:
+            raise OutputError(f"{output}: holds {source}, which would be replaced; choose another --output")
+    try:
+        if not os.path.lexists(output):
+            return
+        if output.is_symlink() or not output.is_dir():
+            raise OutputError(f"{output}: exists and is not a folder; choose another --output")
+        if not any(output.iterdir()):
+            return
+    except OSError as problem:
+        raise OutputError(f"{output}: cannot be used: {problem.strerror}; choose another --output") from problem
+    if not overwrite:
+        raise OutputError(f"{output}: exists already; choose another --output or add --overwrite")
+    if not (output / PROVENANCE).is_file():
+        raise OutputError(
+            f"{output}: exists and was not written by fossil-export (no {PROVENANCE} in it); "
+            "--overwrite replaces only its own folders, remove this one yourself"
+        )
+
+
+@contextmanager
+def staged_folder(output: Path, needed: int, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a new hidden folder beside `output`; when the block ends well it is synced and takes that name.
+
+    If the block raises, or the process dies, nothing appears under the name; what a dead process left is
+    removed by the next one that stages the same `output`. `needed` is in bytes, checked against the free
+    space first. Only with `overwrite` does it take the place of a folder that is there by then. Raises
+    OutputError for want of room or permission.
+    """
+    made = _make_parents(output.parent)
+    folder = lock = None
+    try:
+        try:
+            _remove_dead(output)
+            free = shutil.disk_usage(output.parent).free
+            if free < needed:
+                raise OutputError(
+                    f"{output}: needs {needed:,} bytes, {output.parent} has {free:,} free; "
+                    "make room or choose another disk"
+                )
+            while lock is None:
+                folder = partial_name(output)
+                folder.mkdir()
+                lock = claim(folder)
+        except OSError as problem:
+            raise OutputError(f"{output}: cannot be written: {problem.strerror}; choose another --output") from problem
+        assert folder is not None
+        yield folder
+        try:
+            sync_tree(folder)
+            _publish(folder, output, overwrite)
+        except OSError as problem:
+            raise OutputError(
+                f"{output}: cannot be put in place: {problem.strerror}; choose another --output"
+            ) from problem
+        made = []
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+        for parent in made:
+            try:
+                parent.rmdir()
+            except OSError:
+                break
+
+
+def partial_name(output: Path) -> Path:
+    """A name beside `output` for what is not finished, like no other process's."""
+    return output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Create `folder` and return the levels that were new, innermost first."""
+    missing = []
+    wanted = folder
+    try:
+        while not folder.exists():
+            missing.append(folder)
+            folder = folder.parent
+        for level in reversed(missing):
+            level.mkdir()
+    except OSError as problem:
+        raise OutputError(f"{wanted}: cannot be created: {problem.strerror}; choose another --output") from problem
+    return missing
+
+
+def claim(path: Path) -> int | None:
+    """Hold a file or folder that this process has just made; None where another one took it for a dead process's
+    first, and removed it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with contextlib.suppress(FileNotFoundError):
+        if path.stat().st_ino == os.fstat(descriptor).st_ino:
+            return descriptor
+    os.close(descriptor)
+    return None
+
+
+def hold(path: Path) -> int | None:
+    """Hold a file or folder as long as the descriptor is open; None where another process has it, or the file system
+    knows no locks."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_dead(output: Path) -> None:
+    """Remove staged folders of `output` whose process is gone; give back a folder it had set aside."""
+    for leftover in output.parent.glob(f".{escape(output.name)}.partial-*"):
+        if (lock := hold(leftover)) is not None:
+            shutil.rmtree(leftover, ignore_errors=True)
+            os.close(lock)
+    for leftover in output.parent.glob(f".{escape(output.name)}.replaced-*"):
+        if os.path.lexists(output):
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.rename(output)
+
+
+def _publish(folder: Path, output: Path, overwrite: bool) -> None:
+    # What is there is looked at again: it may have come while the merge ran.
+    if overwrite and (output / PROVENANCE).is_file():
+        if _exchange(folder, output):
+            sync(output.parent)
+            return  # the old folder now has the staged name and is removed with it
+        aside = output.with_name(f".{output.name}.replaced-{secrets.token_hex(4)}")
+        output.rename(aside)
+        folder.rename(output)
+        sync(output.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+        return
+    folder.rename(output)
+    sync(output.parent)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step; False where the system cannot."""
+    return _renameat2(first, second, 2)  # RENAME_EXCHANGE
+
+
+def rename_new(first: Path, second: Path) -> None:
+    """Give the file `first` the name `second`, which nothing has yet; raises FileExistsError where something does."""
+    if _renameat2(first, second, 1):  # RENAME_NOREPLACE
+        return
+    try:
+        os.link(first, second)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if os.path.lexists(second):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(second)) from None
+        first.rename(second)
+        return
+    first.unlink()
+
+
+def _renameat2(first: Path, second: Path, flags: int) -> bool:
+    """Rename as Linux's renameat2 does; False where the system or the file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    at_cwd = -100
+    if renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), flags) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}:
+        return False
+    raise OSError(code, os.strerror(code))
+
+
+def sync_tree(folder: Path) -> None:
+    for root, _, files in os.walk(folder):
+        for name in files:
+            sync(Path(root) / name)
+        sync(Path(root))
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,56 @@
+"""A tensor (out, in), row by row: what torch.nn.Linear saves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fossil_export.checkpoints._dtypes import element_count
+from fossil_export.checkpoints._header import TensorInfo
+from fossil_export.checkpoints.layouts._matrix import ReadRows, Rows, Stored
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Plain:
+    info: TensorInfo
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        return (self.info,)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        outputs, inputs = self.info.shape
+        return outputs, inputs
+
+    @property
+    def dtype(self) -> str:
+        return self.info.dtype
+
+    @property
+    def span(self) -> tuple[int, int]:
+        return 0, element_count(self.info.shape)
+
+    def unit(self, rows: int) -> int:
+        return rows
+
+    def read(self, rows_of: ReadRows, start: int, stop: int) -> Rows:
+        return rows_of(self.info, start, stop)
+
+    def write(self, rows: Array, start: int) -> Iterator[Stored]:
+        yield Stored(self.info, start * self.shape[1], rows)
+
+    def moved(self, info: TensorInfo) -> Plain:
+        return Plain(info)
+
+
+def plain(name: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Plain | None:
+    """Any tensor of that name with two dimensions."""
+    info = tensors.get(name)
+    return Plain(info) if info is not None and len(info.shape) == 2 else None

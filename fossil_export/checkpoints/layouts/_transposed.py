@@ -1,0 +1,69 @@
+"""A tensor (in, out): what transformers' Conv1D saves, the linear layer of GPT-2 and its kin.
+
+Source: `Conv1D` in transformers/pytorch_utils.py and who uses it in transformers/models. Such a weight is merged whole:
+a row of the matrix is a column of the tensor, and the models are old and small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fossil_export.checkpoints._dtypes import element_count
+from fossil_export.checkpoints._header import TensorInfo
+from fossil_export.checkpoints.layouts._matrix import ReadRows, Rows, Stored
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+MODEL_TYPES = ("clvp", "clvp_decoder", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
+"""Whose attention and feed-forward layers are Conv1D."""
+
+_LAYERS = ("c_attn", "c_fc", "c_proj", "q_attn")
+# Names of those layers, in all of them; the models' other linear layers are plain.
+
+
+@dataclass(frozen=True)
+class Transposed:
+    info: TensorInfo
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        return (self.info,)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        inputs, outputs = self.info.shape
+        return outputs, inputs
+
+    @property
+    def dtype(self) -> str:
+        return self.info.dtype
+
+    @property
+    def span(self) -> tuple[int, int]:
+        return 0, element_count(self.info.shape)
+
+    def unit(self, rows: int) -> int:
+        return self.shape[0]
+
+    def read(self, rows_of: ReadRows, start: int, stop: int) -> Rows:
+        found: Rows = rows_of(self.info, 0, self.shape[1])[:].T
+        return found
+
+    def write(self, rows: Array, start: int) -> Iterator[Stored]:
+        yield Stored(self.info, 0, rows.T)
+
+    def moved(self, info: TensorInfo) -> Transposed:
+        return Transposed(info)
+
+
+def transposed(name: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Transposed | None:
+    """By the model's type and the layer's name; sizes would not tell where they are equal."""
+    info = tensors.get(name)
+    if info is None or len(info.shape) != 2 or config.get("model_type") not in MODEL_TYPES:
+        return None
+    return Transposed(info) if name.removesuffix(".weight").rpartition(".")[2] in _LAYERS else None

@@ -1,0 +1,137 @@
+"""`fossil-export merge`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import click
+
+from fossil_export._console import lines, print_warnings, progress_bar
+from fossil_export._tables import print_moves, print_plan, print_push, print_result, print_streamed
+from fossil_export.checkpoints._dtypes import BY_TORCH_NAME
+from fossil_export.commands._shared import BASE_HELP, publishing, show
+
+DTYPES = ("auto", *(name for name in BY_TORCH_NAME if name != "float64"))
+# Weights that are not stored as float64 are merged in float32; wider ones would hold no more.
+
+
+@click.command()
+@click.argument("adapter")
+@click.option("-o", "--output", metavar="DIR", help="Folder of the merged model; must not exist yet.")
+@click.option("--base", metavar="BASE", help=BASE_HELP)
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="auto",
+    show_default=True,
+    help="Of the result; auto: each tensor keeps its own.",
+)
+@click.option("--max-shard-size", metavar="SIZE", help="Cut the weights anew, e.g. 5GB.  [default: the base's files]")
+@click.option(
+    "--device", default="cpu", show_default=True, metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:1."
+)
+@click.option("--hash", "with_hash", is_flag=True, help="Record SHA-256 of all weights files (reads them once more).")
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option("--all", "every", is_flag=True, help="With --dry-run: a row for every tensor, not for every kind.")
+@click.option("--overwrite", is_flag=True, help="Replace a folder that an earlier merge wrote.")
+@click.option("--push-to-hub", metavar="REPO_ID", help="Publish the merged model there.")
+@click.option(
+    "--stream", is_flag=True, help="With --push-to-hub: file by file, with about one file on the disk and no --output."
+)
+@click.option("--max-disk", metavar="SIZE", help="With --stream: never use more than this, e.g. 20GB.")
+@click.option(
+    "--cache-dir", metavar="DIR", help="With --stream: where the file at hand lies.  [default: ~/.cache/fossil-export]"
+)
+@publishing
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def merge(
+    adapter: str,
+    output: str | None,
+    base: str | None,
+    dtype: str,
+    max_shard_size: str | None,
+    device: str,
+    with_hash: bool,
+    dry_run: bool,
+    every: bool,
+    overwrite: bool,
+    push_to_hub: str | None,
+    stream: bool,
+    max_disk: str | None,
+    cache_dir: str | None,
+    private: bool,
+    revision: str | None,
+    create_pr: bool,
+    commit_message: str | None,
+    as_json: bool,
+) -> None:
+    """Merge ADAPTER into its base model: a plain checkpoint that every runtime loads.
+
+    ADAPTER is a folder that PEFT saved (MISS or BONE), or the id of one on the Hub: user/repo[@revision] or
+    hf://user/repo/folder. The base is streamed, never loaded; it and the adapter are only read.
+    """
+    target: dict[str, Any] = {
+        "private": private,
+        "revision": revision,
+        "create_pr": create_pr,
+        "commit_message": commit_message,
+    }
+    hint = ", or '--stream' to keep no copy here" if push_to_hub else ""
+    for wrong, why in (
+        (
+            push_to_hub is None and (stream or any(target.values())),
+            "--stream, --private, --revision, --create-pr and --commit-message want --push-to-hub.",
+        ),
+        (not stream and (max_disk or cache_dir), "--max-disk and --cache-dir want --stream."),
+        (
+            stream and (output is not None or overwrite),
+            "--stream keeps nothing here; leave out --output and --overwrite.",
+        ),
+        (
+            not stream and output is None and not dry_run,
+            f"Missing option '--output' (or ask for the plan alone with '--dry-run'{hint}).",
+        ),
+    ):
+        if wrong:
+            raise click.UsageError(why)
+    if push_to_hub is not None:
+        from fossil_export.publishing._target import Target
+
+        Target(push_to_hub)  # a wrong name shows now
+    if stream:
+        assert push_to_hub is not None
+        from fossil_export.publishing import plan_stream
+
+        moves = plan_stream(adapter, base, dtype=dtype, max_shard_size=max_shard_size, max_disk=max_disk)
+        if dry_run:
+            show(moves.to_dict() if as_json else None, print_moves, moves)
+            print_warnings(moves.merge.warnings)
+            return
+        with lines() as report:
+            streamed = moves.run(
+                push_to_hub, device=device, hash=with_hash, cache_dir=cache_dir, progress=report, **target
+            )
+        show(streamed.to_dict() if as_json else None, print_streamed, streamed)
+        print_warnings(streamed.push.warnings)
+        return
+    from fossil_export.merging import plan_merge
+
+    plan = plan_merge(adapter, base, dtype=dtype, max_shard_size=max_shard_size)
+    if dry_run or output is None:
+        show(plan.to_dict() if as_json else None, partial(print_plan, every=every), plan)
+        print_warnings(plan.warnings)
+        return
+    with progress_bar(plan.nbytes, "merging") as progress:
+        result = plan.run(output, device=device, overwrite=overwrite, hash=with_hash, progress=progress)
+    published = None
+    if push_to_hub is not None:
+        from fossil_export.publishing._push import push_merged
+
+        with lines() as report:
+            published = push_merged(result, push_to_hub, progress=report, **target)
+    more = {"push": published.to_dict()} if published is not None else {}
+    show(result.to_dict() | more if as_json else None, print_result, result)
+    if published is not None and not as_json:
+        print_push(published)
+    print_warnings(result.warnings + (published.warnings if published is not None else ()))

@@ -1,0 +1,51 @@
+"""`fossil-export push`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from fossil_export._console import lines, print_warnings
+from fossil_export._tables import print_push, print_push_plan
+from fossil_export.commands._shared import publishing, show
+
+
+@click.command()
+@click.argument("directory", metavar="DIR")
+@click.argument("repo_id")
+@publishing
+@click.option("--dry-run", is_flag=True, help="Print what would go and what stays; make nothing and send nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def push(
+    directory: str,
+    repo_id: str,
+    private: bool,
+    revision: str | None,
+    create_pr: bool,
+    commit_message: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Publish DIR as REPO_ID on the Hub, with a model card, in one commit.
+
+    DIR is a merged model, a LoRA or MISS adapter, an ONNX folder, or a GGUF file. What is no part of the model
+    stays behind. Log in with `hf auth login`, or set HF_TOKEN.
+    """
+    from fossil_export import publishing as hub
+
+    target: dict[str, Any] = {
+        "private": private,
+        "revision": revision,
+        "create_pr": create_pr,
+        "commit_message": commit_message,
+    }
+    if dry_run:
+        plan = hub.plan_push(directory, repo_id, **target)
+        show(plan.to_dict() if as_json else None, print_push_plan, plan)
+        print_warnings(plan.warnings)
+        return
+    with lines() as report:
+        result = hub.push(directory, repo_id, progress=report, **target)
+    show(result.to_dict() if as_json else None, print_push, result)
+    print_warnings(result.warnings)

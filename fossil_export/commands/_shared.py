@@ -1,0 +1,31 @@
+"""What the commands have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from fossil_export._console import print_json
+
+BASE_HELP = "Base model: a folder, a safetensors file or an id on the Hub.  [default: the one the adapter names]"
+
+
+def publishing(command: Any) -> Any:
+    """The options of commands that write to the Hub, named as `hf upload` names them."""
+    for option in (
+        click.option("--commit-message", metavar="TEXT", help="Title of the commit."),
+        click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing."),
+        click.option("--revision", metavar="BRANCH", help="Branch to commit to; made if it is not there."),
+        click.option("--private", is_flag=True, help="Make a new repository private."),
+    ):
+        command = option(command)
+    return command
+
+
+def show(as_json: dict[str, Any] | None, table: Any, result: Any) -> None:
+    """One JSON object where it was asked for, the table otherwise."""
+    if as_json is not None:
+        print_json(as_json)
+    else:
+        table(result)

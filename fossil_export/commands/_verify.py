@@ -1,0 +1,92 @@
+"""`fossil-export verify`."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from fossil_export._console import lines, print_json, print_warnings, progress_bar
+from fossil_export._tables import print_push, print_verification
+from fossil_export.verifying._levels import LEVELS, Level
+
+
+@click.command()
+@click.argument("artifact")
+@click.option("--base", metavar="BASE", help="Base model.  [default: the one the artifact's record names]")
+@click.option("--adapter", metavar="ADAPTER", help="Adapter.  [default: the one the artifact's record names]")
+@click.option(
+    "--level",
+    type=click.Choice(LEVELS),
+    default="all",
+    show_default=True,
+    help="weights: every tensor (the shards, of a graph with branches); forward: logits against the trainer's.",
+)
+@click.option(
+    "--device", default="cpu", show_default=True, metavar="DEVICE", help="Where to run models: cpu, cuda, cuda:1."
+)
+@click.option("--prompts", metavar="FILE", help="Prompts, one a line.  [default: built-in ones]")
+@click.option("--report", metavar="FILE.html", help="Write a page with plots that opens offline.")
+@click.option(
+    "--push-to-hub", is_flag=True, help="Of an ARTIFACT on the Hub: commit the certificate, and quote it in the card."
+)
+@click.option("--create-pr", is_flag=True, help="With --push-to-hub: open a pull request instead of committing.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def verify(
+    artifact: str,
+    base: str | None,
+    adapter: str | None,
+    level: Level,
+    device: str,
+    prompts: str | None,
+    report: str | None,
+    push_to_hub: bool,
+    create_pr: bool,
+    as_json: bool,
+) -> None:
+    """Is ARTIFACT what was trained?
+
+    ARTIFACT is a folder that `merge`, `onnx` or `convert --to lora` wrote, or its id on the Hub. Exits with 0 for
+    parity and with 1 otherwise, with the first reason on one line. Writes fossil_parity.json into the folder; on the
+    Hub, with --push-to-hub.
+    """
+    from fossil_export.verifying._verification import verify as check
+
+    if create_pr and not push_to_hub:
+        raise click.UsageError("--create-pr wants --push-to-hub.")
+    if push_to_hub:
+        from fossil_export.publishing._certify import publish_certificate, target_of
+
+        target_of(artifact, create_pr)  # what will be refused is refused before hours of work
+    with progress_bar(_weights_size(artifact) if level != "forward" else 0, "comparing") as progress:
+        result = check(
+            artifact,
+            base=base,
+            adapter=adapter,
+            level=level,
+            device=device,
+            prompts=prompts,
+            report=report,
+            progress=progress,
+        )
+    published = None
+    if push_to_hub:
+        with lines() as say:
+            published = publish_certificate(result, create_pr=create_pr, progress=say)
+    if as_json:
+        print_json(result.to_dict() | ({"push": published.to_dict()} if published is not None else {}))
+    else:
+        print_verification(result)
+        if published is not None:
+            print_push(published)
+    print_warnings(result.warnings + (published.warnings if published is not None else ()))
+    if result.problems:
+        more = f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""
+        click.echo(click.style("not the trained model: ", fg="red") + result.problems[0] + more, err=True)
+        sys.exit(1)
+
+
+def _weights_size(artifact: str) -> int:
+    from pathlib import Path
+
+    return sum(path.stat().st_size for path in Path(artifact).glob("*.safetensors") if path.is_file())

@@ -1,0 +1,155 @@
+"""`convert`: look the converter up, check what it needs, write."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fossil_export.adapters import Adapter, load_adapter
+from fossil_export.checkpoints._single_file import staged_file
+from fossil_export.checkpoints._staging import check_destination, staged_folder
+from fossil_export.converting._converters import CONVERTERS, OPTIONS, Converter, Format, Outtype, takers
+from fossil_export.converting._options import Options
+from fossil_export.errors import CheckpointError, FossilExportError, OutputError
+from fossil_export.merging._planning import find_base
+from fossil_export.storage import expanded, fetch
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A finished conversion; `details` are what the converter has to say of it."""
+
+    output: Path
+    to: str
+    nbytes: int
+    seconds: float
+    details: dict[str, Any]
+    warnings: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<Conversion to {self.to}: {self.output}, {self.nbytes:,} bytes in {self.seconds:.1f} s>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as `--json` prints it."""
+        return {
+            "output": str(self.output),
+            "to": self.to,
+            "bytes": self.nbytes,
+            "seconds": round(self.seconds, 3),
+            **self.details,
+            "warnings": list(self.warnings),
+        }
+
+
+def _refuse_inputs(path: Path, adapter: Adapter, options: Options) -> None:
+    """Raise OutputError where the output is, or holds, something that is only read."""
+    base = options.base.path if options.base is not None else options.base_name
+    given = [base, options.base_config, options.graph]
+    inputs = [*adapter.files, adapter.path, *(Path(name).expanduser() for name in given if name)]
+    target = path.resolve()
+    for source in inputs:
+        place = source.resolve()
+        if place.exists() and (target == place or target in place.parents):
+            raise OutputError(f"{path}: is or holds {source}, which is only read; choose another --output")
+
+
+def _check_old_file(path: Path, converter: Converter, overwrite: bool) -> None:
+    """Raise OutputError unless the file at `path` may be replaced: it was asked for, and is one of the same format."""
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder; name a file")
+    if not overwrite:
+        raise OutputError(f"{path}: exists already; choose another --output or add --overwrite")
+    with path.open("rb") as file:
+        beginning = file.read(8)
+    if not any(beginning[at : at + len(converter.magic)] == converter.magic for at in (0, 4)):
+        raise OutputError(f"{path}: is no file of this format; --overwrite replaces only those, remove it yourself")
+
+
+def _refuse_options(converter: Converter, given: dict[str, Any]) -> None:
+    """Raise FossilExportError for an option that is for other converters."""
+    strange = [name for name, value in given.items() if value is not None and name not in converter.takes]
+    if strange:
+        raise FossilExportError(
+            f"--to {converter.name} takes no {OPTIONS[strange[0]]}, which is for {takers(strange[0])}; leave it out"
+        )
+
+
+def _base(adapter: Adapter, converter: Converter, base: str | Path | None, base_config: str | Path | None) -> Options:
+    """The base of the conversion, found if it is read, and what the result will call it."""
+    if not converter.reads_base or base_config is not None:
+        name, revision = (str(base), None) if base is not None else (adapter.base_model, adapter.base_revision)
+        return Options(None, name, revision, base_config)
+    if base is None and not adapter.base_model:
+        raise CheckpointError(f"{adapter.path}: does not name its base model; name it with --base or --base-config")
+    found = find_base(adapter, base)
+    return Options(found, found.name, adapter.base_revision if found.is_path else found.revision)
+
+
+def convert(
+    adapter: Adapter | str | Path,
+    output: str | Path,
+    *,
+    to: Format,
+    base: str | Path | None = None,
+    base_config: str | Path | None = None,
+    graph: str | Path | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    outtype: Outtype | None = None,
+    overwrite: bool = False,
+) -> Conversion:
+    """Write `adapter` as another format at `output`; `to` is one of `CONVERTERS`.
+
+    "lora" and "miss" make folders, "gguf-lora" and "onnx-adapter" files. `adapter` and `base` are paths or ids on the
+    Hub; `base` (by default the one the adapter names) tells the layers' sizes, by its headers; `base_config` is
+    enough where it tells them too. `graph` is the swappable ONNX folder that "onnx-adapter" is for. `rank` or
+    `energy` ask for the nearest LoRA of a bat adapter. `outtype` is "f32" (the default), "f16" or "q8_0", for
+    "gguf-lora". Raises a FossilExportError with one line that names the remedy, also for an option that `to` does not
+    take; nothing is half-written.
+    """
+    started = time.perf_counter()
+    if to not in CONVERTERS:
+        raise FossilExportError(f"target is {to!r}, expected {', '.join(CONVERTERS)}")
+    converter = CONVERTERS[to]
+    special = {"base_config": base_config, "graph": graph, "rank": rank, "energy": energy, "outtype": outtype}
+    _refuse_options(converter, special)
+    if not isinstance(adapter, Adapter):
+        adapter = load_adapter(adapter)
+    found = _base(adapter, converter, base, base_config)
+    options = replace(found, graph=graph, rank=rank, energy=energy, outtype=outtype or found.outtype)
+    fetch(adapter.needed)
+    path = expanded(output, OutputError).absolute()
+    if converter.folder:
+        # A state dict may lie anywhere; PEFT's folder is only read.
+        _refuse_inputs(path, adapter, options)
+        check_destination(path, [adapter.path] if adapter.peft_type != "RWKV" else [], overwrite)
+        needed = 4 * sum(file.stat().st_size for file in adapter.files)
+        with staged_folder(path, needed, overwrite) as folder:
+            try:
+                details = converter.write(adapter, folder, options)
+                adapter.check()
+            except OSError as problem:
+                raise OutputError(
+                    f"{output}: writing failed: {problem.strerror}; make room or choose another"
+                ) from problem
+    else:
+        _refuse_inputs(path, adapter, options)
+        if path.exists():
+            _check_old_file(path, converter, overwrite)
+        if not path.parent.is_dir():
+            raise OutputError(f"{output}: cannot be written: its folder does not exist; make it first")
+        try:
+            with staged_file(path, overwrite) as partial:
+                details = converter.write(adapter, partial, options)
+                adapter.check()
+        except FileExistsError as problem:
+            raise OutputError(f"{output}: has come into being meanwhile; choose another --output") from problem
+        except OSError as problem:
+            raise OutputError(f"{output}: cannot be written: {problem.strerror}; choose another --output") from problem
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    notes = adapter.notes + (options.base.notes if options.base is not None else ())
+    warnings = notes + tuple(details.pop("warnings", ()))
+    return Conversion(path, to, size, time.perf_counter() - started, details, warnings)

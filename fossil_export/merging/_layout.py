@@ -1,0 +1,164 @@
+"""How the merged tensors lie in files: the base's own layout, or one cut anew."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from itertools import accumulate
+from typing import Any
+
+from fossil_export.checkpoints._checkpoint import Checkpoint
+from fossil_export.checkpoints._dtypes import BITS, TORCH_NAME, byte_count, element_count
+from fossil_export.checkpoints._header import Header, TensorInfo, encode_header
+from fossil_export.checkpoints._jsonfile import write_json
+from fossil_export.errors import MergeError
+from fossil_export.merging._change import Change, Part, parts_of
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor of the merged model: `source`'s values, with `changes` to the matrices in it, as `dtype`.
+
+    `owner` is the number of the adapter that `source` comes with, None for the base's; `added` says that the base has
+    no tensor of that name.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: TensorInfo
+    owner: int | None = None
+    changes: tuple[Change, ...] = ()
+    added: bool = False
+
+    @property
+    def origin(self) -> str:
+        """Whose values `source` holds: "base" or "adapter"."""
+        return "base" if self.owner is None else "adapter"
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Its matrices that change, and what lies between them."""
+        return tuple(parts_of(self.shape, self.changes))
+
+    @property
+    def action(self) -> str:
+        """merge, add, replace, cast or copy."""
+        if self.changes:
+            return "merge"
+        if self.added:
+            return "add"
+        if self.origin == "adapter":
+            return "replace"
+        return "copy" if self.dtype == self.source.dtype else "cast"
+
+    @property
+    def nbytes(self) -> int:
+        return byte_count(self.dtype, self.shape)
+
+
+def tensor_record(tensor: TensorPlan) -> dict[str, Any]:
+    """One tensor of the plan for JSON: what is done to it and from what."""
+    record: dict[str, Any] = {
+        "tensor": tensor.name,
+        "action": tensor.action,
+        "dtype": TORCH_NAME.get(tensor.dtype, tensor.dtype),
+        "shape": list(tensor.shape),
+    }
+    if tensor.source.name != tensor.name or tensor.origin == "adapter":
+        record["source"] = {"of": tensor.origin, "tensor": tensor.source.name}
+    found = [_change_record(change) for change in tensor.changes]
+    return record | found[0] if len(found) == 1 else record | ({"changes": found} if found else {})
+
+
+def _change_record(change: Change) -> dict[str, Any]:
+    names = {role: info.name for role, info in change.trained.tensors.items()}
+    record: dict[str, Any] = {"module": change.trained.module}
+    record |= {"shard": next(iter(names.values()))} if len(names) == 1 else {"trained": names}
+    if change.adapter:
+        record["adapter"] = change.adapter
+    return record | ({"weight": change.weight} if change.weight != 1.0 else {})
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """One safetensors file: the bytes of its header, its tensors with their offsets in it, its size in bytes."""
+
+    name: str
+    header: bytes
+    tensors: tuple[tuple[TensorPlan, int], ...]
+    size: int
+
+
+def lay_out(
+    base: Checkpoint, by_file: Mapping[str, list[TensorPlan]], max_shard_size: int | None
+) -> tuple[tuple[FilePlan, ...], tuple[str, bytes] | None]:
+    """The files of the merged model and its index as (name, content), None for a single file.
+
+    Without `max_shard_size` (bytes) names and order are the base's, and so is every header and the index
+    wherever no tensor changed its dtype or shape or was added.
+    """
+    if max_shard_size is not None:
+        by_file = _cut([tensor for tensors in by_file.values() for tensor in tensors], max_shard_size)
+    headers = {header.path.name: header for header in base.files}
+    metadata = base.files[0].metadata
+    files = tuple(_file(name, tensors, headers.get(name), metadata) for name, tensors in by_file.items())
+    if (len(files) == 1 and base.index is None) or (len(files) == 1 and max_shard_size is not None):
+        return files, None
+    return files, _index(base, files)
+
+
+def parse_size(size: int | str, what: str = "max_shard_size") -> int:
+    """Bytes from a number or a string like "5GB" or "500MiB", as huggingface_hub reads it (GB is 10**9)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", str(size).strip().upper())
+    if match is None or Decimal(match[1]) <= 0:
+        raise MergeError(f"{what} is {size!r}, expected bytes or a size like 5GB")
+    step = 1024 if match[3] else 1000
+    return int(Decimal(match[1]) * step ** " KMGT".index(match[2] or " "))
+
+
+def _cut(tensors: list[TensorPlan], limit: int) -> dict[str, list[TensorPlan]]:
+    """Fill files in order up to `limit` bytes of tensors; a larger tensor has a file of its own."""
+    groups: list[list[TensorPlan]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if groups[-1] and size + tensor.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.nbytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{number:05d}-of-{len(groups):05d}.safetensors": group for number, group in enumerate(groups, 1)}
+
+
+def _file(name: str, tensors: list[TensorPlan], header: Header | None, metadata: Mapping[str, str]) -> FilePlan:
+    if header is not None and _unchanged(tensors, header):
+        encoded = header.encoded
+    else:
+        # Widest dtypes first, otherwise in order, so that every tensor stays aligned to its elements.
+        tensors = sorted(tensors, key=lambda tensor: -BITS[tensor.dtype])
+        own = header.metadata if header is not None else metadata
+        encoded = encode_header(((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors), own)
+    offsets = list(accumulate((tensor.nbytes for tensor in tensors), initial=len(encoded)))
+    return FilePlan(name, encoded, tuple(zip(tensors, offsets, strict=False)), offsets[-1])
+
+
+def _unchanged(tensors: Iterable[TensorPlan], header: Header) -> bool:
+    return [(t.name, t.dtype, t.shape) for t in tensors] == [(t.name, t.dtype, t.shape) for t in header.tensors]
+
+
+def _index(base: Checkpoint, files: tuple[FilePlan, ...]) -> tuple[str, bytes]:
+    name = base.index_path.name if base.index_path is not None else "model.safetensors.index.json"
+    weight_map = {tensor.name: file.name for file in files for tensor, _ in file.tensors}
+    old: Mapping[str, Any] = base.index or {}
+    total = sum(tensor.nbytes for file in files for tensor, _ in file.tensors)
+    before = sum(tensor.nbytes for tensor in base.tensors.values())
+    if base.index_path is not None and weight_map == old.get("weight_map") and total == before:
+        return name, base.home.read(name)
+    metadata = dict(old.get("metadata") or {}) | {"total_size": total}
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = sum(element_count(tensor.shape) for file in files for tensor, _ in file.tensors)
+    return name, write_json({**old, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})

@@ -1,0 +1,179 @@
+"""The whole merge: plan, stage, run, record, publish."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fossil_export.checkpoints._checkpoint import sha256
+from fossil_export.checkpoints._companions import PROVENANCE
+from fossil_export.checkpoints._jsonfile import write_json
+from fossil_export.checkpoints._staging import check_destination, staged_folder
+from fossil_export.errors import OutputError, listed
+from fossil_export.merging._layout import TensorPlan
+from fossil_export.merging._plan import MergePlan
+from fossil_export.merging._planning import Given, plan_merge
+from fossil_export.merging._provenance import provenance, survival_record
+from fossil_export.merging._run import run
+from fossil_export.merging._survival import WARNING_BELOW, Survival
+from fossil_export.storage import expanded, fetch
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A finished merge. `seconds` is wall time, `peak_memory` the process's largest resident size in bytes;
+    `survival` is by tensor (see merging/_survival.py)."""
+
+    output: Path
+    plan: MergePlan
+    survival: Mapping[str, Survival]
+    seconds: float
+    peak_memory: int
+    warnings: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        kept = sum(self.survival.values(), Survival()).survived
+        share = "" if kept is None else f", {kept:.1%} of the update kept"
+        return (
+            f"<MergeResult {self.output}: {len(self.survival)} of {len(self.plan.tensors)} tensors merged{share}, "
+            f"{self.plan.nbytes:,} bytes in {self.seconds:.1f} s>"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as `--json` prints it."""
+        merged = [tensor for tensor in self.plan.tensors if tensor.name in self.survival]
+        return {
+            "output": str(self.output),
+            "tensors_merged": len(merged),
+            "tensors": len(self.plan.tensors),
+            "bytes": self.plan.nbytes,
+            "seconds": round(self.seconds, 3),
+            "peak_memory": self.peak_memory,
+            "survival": survival_record(self.survival),
+            "modules": {module: self.survival[t.name].to_dict() for t in merged for module in _modules(t)},
+            "plan": self.plan.to_dict(),
+            "warnings": list(self.warnings),
+        }
+
+
+def merge(
+    adapter: Given | Sequence[Given],
+    output: str | Path,
+    *,
+    base: str | Path | None = None,
+    weights: Sequence[float] | None = None,
+    dtype: str | torch.dtype = "auto",
+    max_shard_size: int | str | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    hash: bool = False,  # noqa: A002  named as the command's option
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> MergeResult:
+    """Merge `adapter` into its base and write a complete model folder at `output`.
+
+    Arguments are those of `plan_merge`, and: `device` does the arithmetic ("cpu", "cuda", "cuda:1"; the
+    result is the same, for bat up to the order of sums); `overwrite` replaces a folder an earlier merge
+    wrote; `hash` records SHA-256 of every weights file, which reads them once more; `progress` is called
+    with the bytes just written, from several threads.
+
+    The folder appears only when it is complete and synced. Raises a FossilExportError with one line that
+    names the file, the tensor and the remedy.
+
+    >>> result = merge("my-adapter", "my-model")            # doctest: +SKIP
+    >>> result.survival["model.layers.0.self_attn.q_proj.weight"].survived   # doctest: +SKIP
+    0.998
+    """
+    started = time.perf_counter()
+    plan = plan_merge(adapter, base, weights=weights, dtype=dtype, max_shard_size=max_shard_size)
+    return run_plan(plan, output, device=device, overwrite=overwrite, hash=hash, progress=progress, started=started)
+
+
+def run_plan(
+    plan: MergePlan,
+    output: str | Path,
+    *,
+    device: str = "cpu",
+    overwrite: bool = False,
+    hash: bool = False,  # noqa: A002
+    progress: Callable[[int], None] = lambda nbytes: None,
+    started: float | None = None,
+) -> MergeResult:
+    """Carry out a plan that `plan_merge` made; arguments as for `merge`. `started` is when the clock began."""
+    started = time.perf_counter() if started is None else started
+    target = expanded(output, OutputError).absolute()
+    check_destination(target, [plan.base.location, *(adapter.path for adapter in plan.adapters)], overwrite)
+    plan.check()
+    fetch(*plan.needed)
+    plan = plan.settled()
+    needed = plan.nbytes + sum(path.stat().st_size for path in plan.companions.values()) + (1 << 20)
+    with staged_folder(target, needed, overwrite) as folder:
+        try:
+            survival = run(plan, folder, device, progress)
+            write_companions(plan, folder)
+            digests = {file.name: sha256(folder / file.name) for file in plan.files} if hash else None
+            record = provenance(plan, survival, digests)
+            (folder / PROVENANCE).write_bytes(write_json(record))
+            plan.check()
+        except OSError as problem:
+            plan.check()  # an input that is gone is no fault of the output's
+            name = f" ({problem.filename})" if problem.filename else ""
+            raise OutputError(
+                f"{target}: writing failed: {problem.strerror}{name}; make room or choose another --output"
+            ) from problem
+    return MergeResult(
+        output=target,
+        plan=plan,
+        survival=survival,
+        seconds=time.perf_counter() - started,
+        peak_memory=peak_memory(),
+        warnings=plan.warnings + tuple(survival_warnings(plan, survival)),
+    )
+
+
+def _modules(tensor: TensorPlan) -> list[str]:
+    return [change.trained.module for change in tensor.changes]
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    try:
+        # Unlike ru_maxrss this is not inherited from the process that started us.
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def write_companions(plan: MergePlan, folder: Path) -> None:
+    """Put the files of the merged model that are not weights into `folder`: tokenizer, index, edited config."""
+    for relative, source in plan.companions.items():
+        target = folder / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+    if plan.index is not None:
+        (folder / plan.index[0]).write_bytes(plan.index[1])
+    if plan.config is not None:
+        (folder / "config.json").write_bytes(plan.config)
+
+
+def survival_warnings(plan: MergePlan, survival: Mapping[str, Survival]) -> list[str]:
+    total = sum(survival.values(), Survival()).survived
+    if total is None:
+        return ["every shard is zero: the adapter was not trained, and the merged model is the base"]
+    if total >= WARNING_BELOW:
+        return []
+    worst = sorted(survival, key=lambda name: survival[name].survived or 0.0)
+    return [
+        f"only {total:.0%} of the update survived rounding (least in {listed(worst, 3)}); "
+        "merge with --dtype float32, or keep the shards apart from the weights when you serve the model"
+    ]

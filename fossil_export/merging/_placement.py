@@ -1,0 +1,105 @@
+"""What adapters change in the base, before it is laid out in files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fossil_export.adapters import Adapter, Trained
+from fossil_export.checkpoints._header import TensorInfo
+from fossil_export.checkpoints.layouts import Matrix
+from fossil_export.errors import MergeError, listed
+from fossil_export.merging._change import Change
+
+
+@dataclass
+class Placement:
+    """What one adapter changes, by the name of the tensor in the base; filled step by step while the plan is made.
+
+    `saved` replaces a tensor by one of the adapter's, `copied` makes a tensor from another one of the base's,
+    `trained` adds an update to a weight, which lies in a matrix (`into`), `added` names tensors that the base does not
+    have. `labels` is the number of outputs of a classifier that came with the adapter. `undecided` names an embedding
+    and the head saved beside it, of which only their values tell whether training parted them.
+    """
+
+    saved: dict[str, TensorInfo] = field(default_factory=dict)
+    copied: dict[str, TensorInfo] = field(default_factory=dict)
+    trained: dict[str, Trained] = field(default_factory=dict)
+    into: dict[str, Matrix] = field(default_factory=dict)
+    added: list[str] = field(default_factory=list)
+    untie: bool = False
+    vocab_size: int | None = None
+    labels: int | None = None
+    warnings: tuple[str, ...] = ()
+    undecided: tuple[str, str] | None = None
+
+    def source(self, name: str, own: TensorInfo | None) -> TensorInfo:
+        """Where tensor `name` comes from; `own` is the base's tensor of that name, if it has one."""
+        source = self.saved.get(name) or self.copied.get(name) or own
+        assert source is not None, name
+        return source
+
+
+@dataclass(frozen=True)
+class Places:
+    """What all adapters of a plan change, by the name of the tensor in the base.
+
+    `sources` are the tensors that take the place of the base's, with the number of the adapter they come with (None for
+    another one of the base's). `undecided` is by adapter (see `Placement`).
+    """
+
+    changes: Mapping[str, tuple[Change, ...]]
+    sources: Mapping[str, tuple[TensorInfo, int | None]]
+    added: tuple[str, ...]
+    untie: bool
+    vocab_size: int | None
+    labels: int | None
+    warnings: tuple[str, ...]
+    undecided: tuple[tuple[str, str] | None, ...]
+
+
+def together(adapters: Sequence[Adapter], placements: Sequence[Placement], weights: Sequence[float]) -> Places:
+    """Put together what adapters, each placed by itself, change in one base. Raises MergeError if two want the same
+    tensor in ways that cannot be added up."""
+    changes: dict[str, tuple[Change, ...]] = {}
+    sources: dict[str, tuple[TensorInfo, int | None]] = {}
+    for number, (adapter, placement, weight) in enumerate(zip(adapters, placements, weights, strict=True)):
+        if placement.saved and weight != 1.0:
+            raise MergeError(
+                f"{adapter.path}: holds whole trained tensors ({listed(sorted(placement.saved))}), which replace the "
+                f"base's and cannot be taken {weight:g} times; leave its weight at 1"
+            )
+        for name, info in placement.copied.items():
+            sources[name] = (info, None)
+        for name, info in placement.saved.items():
+            sources[name] = (info, number)
+        for name, trained in placement.trained.items():
+            change = Change(number, trained, placement.into[name], weight)
+            tensor = name if name in placement.saved or name in placement.copied else change.into.stored[0].name
+            changes[tensor] = (*changes.get(tensor, ()), change)
+    if len(adapters) > 1:
+        _refuse_conflicts(adapters, placements)
+    sizes = {placement.vocab_size for placement in placements} - {None}
+    labels = {placement.labels for placement in placements} - {None}
+    return Places(
+        changes=changes,
+        sources=sources,
+        added=tuple(dict.fromkeys(name for placement in placements for name in placement.added)),
+        untie=any(placement.untie for placement in placements),
+        vocab_size=next(iter(sizes), None),
+        labels=next(iter(labels), None),
+        warnings=tuple(dict.fromkeys(line for placement in placements for line in placement.warnings)),
+        undecided=tuple(placement.undecided for placement in placements),
+    )
+
+
+def _refuse_conflicts(adapters: Sequence[Adapter], placements: Sequence[Placement]) -> None:
+    """Raise MergeError for a tensor that one adapter brings whole and another one brings or changes too."""
+    for number, placement in enumerate(placements):
+        for other, second in enumerate(placements):
+            both = [name for name in placement.saved if name in second.saved or name in second.trained]
+            if number != other and both:
+                raise MergeError(
+                    f"{adapters[number].path}: holds {listed(both)} as a whole, which {adapters[other].path} trained "
+                    "too; such adapters cannot be added up, merge one of them"
+                )

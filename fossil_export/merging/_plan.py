@@ -1,0 +1,175 @@
+"""The plan: which tensor of the merged model comes from where.
+
+It is data, and `run` only follows it; how it is made is in `planning`. It is what `--dry-run` prints and what the
+provenance file records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fossil_export.adapters import Adapter
+from fossil_export.checkpoints._checkpoint import Checkpoint
+from fossil_export.checkpoints._stamp import Stamp, check_stamp
+from fossil_export.checkpoints.layouts import Matrix
+from fossil_export.errors import MergeError
+from fossil_export.merging._layout import FilePlan, TensorPlan, tensor_record
+from fossil_export.merging._place import place
+from fossil_export.merging._ties import are_equal
+from fossil_export.storage import Needed
+
+if TYPE_CHECKING:
+    from fossil_export.merging._merge import MergeResult
+
+ACTIONS = ("merge", "replace", "add", "cast", "copy")
+"""What can be done to a tensor (`TensorPlan.action`)."""
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What a merge will do. Paths of `files`, `index` and `companions` are relative to the output folder.
+
+    The updates of `adapters` are added at their `weights`. `undecided` says, by adapter, which head and embedding that
+    came with it only their values can tell apart; `settled` looks at these. `base_branch` is the base's revision as it
+    was typed. `config` is the edited config.json, None where the base's is taken as it is; `left_behind` lists the
+    base's files that do not belong in the result; `warnings` is what the user should know, and `notes` the part of it
+    on where adapters and base were found; `stamps` are those of the files that were here when the plan was made.
+    """
+
+    adapters: tuple[Adapter, ...]
+    weights: tuple[float, ...]
+    base: Checkpoint
+    base_name: str
+    base_revision: str | None
+    base_branch: str | None
+    dtype: str
+    max_shard_size: int | None
+    files: tuple[FilePlan, ...]
+    index: tuple[str, bytes] | None
+    config: bytes | None
+    config_edits: Mapping[str, Any]
+    companions: Mapping[str, Path]
+    left_behind: tuple[str, ...]
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+    undecided: tuple[tuple[str, str] | None, ...]
+    stamps: Mapping[Path, Stamp]
+
+    def __repr__(self) -> str:
+        done = ", ".join(f"{action} {count}" for action in ACTIONS if (count := self.count(action)))
+        return (
+            f"<MergePlan of {' + '.join(adapter.name for adapter in self.adapters)} into {self.base_name}: {done}; "
+            f"{len(self.files)} files of {self.nbytes:,} bytes, {len(self.companions)} others>"
+        )
+
+    @property
+    def adapter(self) -> Adapter:
+        """The only adapter, for exits that take one. Raises MergeError if there are several."""
+        if len(self.adapters) > 1:
+            raise MergeError(
+                f"{self.base_name}: the plan adds {len(self.adapters)} adapters, and this takes one; merge them, then "
+                "go on with the merged model"
+            )
+        return self.adapters[0]
+
+    def settled(self) -> MergePlan:
+        """The plan with nothing undecided: heads that are still the embedding stay tied to it. Reads both of them."""
+        if not any(self.undecided):
+            return self
+        from fossil_export.merging._planning import planned
+
+        tied = [are_equal(adapter, self.base, place(adapter, self.base)) for adapter in self.adapters]
+        return planned(self, self.dtype, tied)
+
+    def with_dtype(self, dtype: str) -> MergePlan:
+        """The same merge with all floating-point tensors in another dtype."""
+        from fossil_export.merging._planning import planned
+
+        return planned(self, dtype, [None] * len(self.adapters))
+
+    def check(self) -> None:
+        """Raise CheckpointError where a file that the plan was made from is another one by now."""
+        for path, stamp in self.stamps.items():
+            check_stamp(path, stamp)
+
+    @property
+    def needed(self) -> tuple[Needed, ...]:
+        """The files that a run reads, which whoever runs it fetches."""
+        home = self.base.home
+        names = [header.path.name for header in self.base.files]
+        names += [path.relative_to(home.path).as_posix() for path in self._base_companions()]
+        if self.base.folder is not None:  # the record tells one revision from another by them
+            names += [name for name in home.root_names() if name.endswith(".json")]
+        base = Needed(home, tuple(dict.fromkeys(names)), self.base.files)
+        return *(adapter.needed for adapter in self.adapters), base
+
+    def _base_companions(self) -> list[Path]:
+        return [path for path in self.companions.values() if path.is_relative_to(self.base.home.path)]
+
+    @property
+    def tensors(self) -> tuple[TensorPlan, ...]:
+        return tuple(tensor for file in self.files for tensor, _ in file.tensors)
+
+    @property
+    def modules(self) -> dict[str, TensorPlan]:
+        """The tensor that each trained module changes, by the module's name."""
+        return {change.trained.module: tensor for tensor in self.tensors for change in tensor.changes}
+
+    @property
+    def matrices(self) -> dict[str, Matrix]:
+        """Where the weight of each trained module lies, by the module's name."""
+        return {change.trained.module: change.into for tensor in self.tensors for change in tensor.changes}
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the merged weights files."""
+        return sum(file.size for file in self.files)
+
+    def count(self, action: str) -> int:
+        """Number of tensors with this `action`."""
+        return sum(tensor.action == action for tensor in self.tensors)
+
+    def run(
+        self,
+        output: str | Path,
+        *,
+        device: str = "cpu",
+        overwrite: bool = False,
+        hash: bool = False,  # noqa: A002
+        progress: Callable[[int], None] = lambda nbytes: None,
+    ) -> MergeResult:
+        """Carry it out: write the model folder `output`. Arguments and errors are those of `merge`."""
+        from fossil_export.merging._merge import run_plan
+
+        return run_plan(self, output, device=device, overwrite=overwrite, hash=hash, progress=progress)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON shows it: the files, and every tensor that is not simply copied."""
+        adapters = [
+            {
+                "name": adapter.name,
+                "revision": adapter.revision,
+                "path": str(adapter.path),
+                "variant": adapter.variant,
+                "rank": adapter.rank,
+            }
+            | ({"weight": weight} if len(self.adapters) > 1 else {})
+            for adapter, weight in zip(self.adapters, self.weights, strict=True)
+        ]
+        return {
+            **({"adapter": adapters[0]} if len(adapters) == 1 else {"adapters": adapters}),
+            "base": {"name": self.base_name, "revision": self.base_revision, "path": str(self.base.location)},
+            "dtype": self.dtype,
+            "bytes": self.nbytes,
+            "files": [{"file": file.name, "bytes": file.size, "tensors": len(file.tensors)} for file in self.files],
+            "tensors": [tensor_record(tensor) for tensor in self.tensors if tensor.action != "copy"],
+            "copied_tensors": self.count("copy"),
+            "config_edits": dict(self.config_edits),
+            "companions": sorted(self.companions),
+            "left_behind": list(self.left_behind),
+            **({"undecided": [list(pair) for pair in self.undecided if pair]} if any(self.undecided) else {}),
+            "warnings": list(self.warnings),
+        }

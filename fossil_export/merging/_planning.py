@@ -1,0 +1,201 @@
+"""How a plan is made: names, shapes, ties, layout and config, decided from headers before a byte is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fossil_export.adapters import Adapter, load_adapter
+from fossil_export.adapters._quantized import quantized_training
+from fossil_export.checkpoints._checkpoint import Checkpoint
+from fossil_export.checkpoints._companions import TOKENIZER_FILES, companions
+from fossil_export.checkpoints._dtypes import BY_TORCH_NAME, FLOATS, torch_name
+from fossil_export.checkpoints._header import TensorInfo
+from fossil_export.checkpoints._jsonfile import write_json
+from fossil_export.checkpoints._stamp import Stamp, stamps_of
+from fossil_export.errors import CheckpointError, MergeError, listed
+from fossil_export.merging._config import difference, edited_config
+from fossil_export.merging._layout import TensorPlan, lay_out, parse_size
+from fossil_export.merging._place import place
+from fossil_export.merging._placement import Places, together
+from fossil_export.merging._plan import MergePlan
+from fossil_export.storage import Origin, find_origin, is_path, pinned
+
+if TYPE_CHECKING:
+    import torch
+
+
+Given = Adapter | str | Path
+"""An adapter: itself, its path or its id on the Hub."""
+
+
+def plan_merge(
+    adapter: Given | Sequence[Given],
+    base: str | Path | Origin | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str | torch.dtype = "auto",
+    max_shard_size: int | str | None = None,
+) -> MergePlan:
+    """Decide how `adapter` is merged into `base`, reading only headers and configs.
+
+    Both are paths or ids on the Hub; `base` defaults to the adapter's `base_model_name_or_path`, at the revision it
+    names. Of a base on the Hub only headers are read, by ranges. Of several adapters all updates are added, at
+    `weights` (default: 1). `dtype` is "auto" (each tensor keeps its own) or a torch dtype, or its name, for all
+    floating-point tensors; `max_shard_size` is in bytes or like "5GB", and re-cuts the files; None keeps the base's.
+    Raises AdapterError, CheckpointError, HubError or MergeError.
+    """
+    given = [adapter] if isinstance(adapter, (Adapter, str, Path)) else list(adapter)
+    adapters = tuple(one if isinstance(one, Adapter) else load_adapter(one) for one in given)
+    if not adapters:
+        raise MergeError("there is no adapter to merge; name one")
+    found_weights = tuple(weights) if weights is not None else (1.0,) * len(adapters)
+    if len(found_weights) != len(adapters) or not all(map(math.isfinite, found_weights)):
+        raise MergeError(
+            f"weights are {list(found_weights)}, expected a finite number for each of {len(adapters)} adapters"
+        )
+    dtype = torch_name(dtype)
+    if dtype != "auto" and dtype not in BY_TORCH_NAME:
+        raise MergeError(f"dtype is {dtype!r}, expected auto, {', '.join(BY_TORCH_NAME)}")
+    bases = list(dict.fromkeys(one.base_model for one in adapters if one.base_model))
+    if base is None and len(bases) > 1:
+        raise MergeError(f"the adapters name different bases ({listed(bases)}); name the one to merge into with --base")
+    first = next((one for one in adapters if one.base_model), adapters[0])
+    found = base if isinstance(base, Origin) else find_base(first, base)
+    asked = MergePlan(
+        adapters=adapters,
+        weights=found_weights,
+        base=found.checkpoint(),
+        base_name=found.name,
+        base_revision=found.revision or (first.base_revision if base is None else None),
+        base_branch=found.branch,
+        dtype=dtype,
+        max_shard_size=parse_size(max_shard_size) if max_shard_size is not None else None,
+        files=(),
+        index=None,
+        config=None,
+        config_edits={},
+        companions={},
+        left_behind=(),
+        warnings=(),
+        notes=tuple(note for one in adapters for note in one.notes) + found.notes,
+        undecided=(),
+        stamps={},
+    )
+    return planned(asked, dtype, [None] * len(adapters))
+
+
+def planned(asked: MergePlan, dtype: str, tied: Sequence[bool | None]) -> MergePlan:
+    """The whole plan for what was `asked`; `tied` is by adapter, as `place` has it."""
+    base, adapters = asked.base, asked.adapters
+    placements = [place(adapter, base, equal) for adapter, equal in zip(adapters, tied, strict=True)]
+    places = together(adapters, placements, asked.weights)
+    by_file: dict[str, list[TensorPlan]] = {}
+    for header in base.files:
+        tensors = by_file.setdefault(header.path.name, [])
+        for info in header.tensors:
+            tensors.append(_tensor_plan(info.name, info, places, dtype))
+    for name in places.added:
+        by_file[base.files[-1].path.name].append(_tensor_plan(name, None, places, dtype))
+    files, index = lay_out(base, by_file, asked.max_shard_size)
+
+    config_edits, config = _config(adapters[0], base, places, dtype)
+    keep, left = companions(base.home) if base.folder is not None else ({}, [])
+    for adapter in adapters:
+        if tokenizer := adapter.tokenizer():
+            # The model was trained with the tokenizer and chat template that lie beside the shards.
+            keep = {name: path for name, path in keep.items() if name not in TOKENIZER_FILES} | tokenizer
+            break
+    names = {file.name for file in files} | ({index[0]} if index else set())
+    keep = {name: path for name, path in keep.items() if name not in names}
+    read = {header.path.name for header in base.files}
+    read |= {base.index_path.name} if base.index_path is not None else set()
+    quantized = tuple(line for adapter in adapters for line in _quantized(adapter))
+    return replace(
+        asked,
+        dtype=dtype,
+        files=files,
+        index=index,
+        config=config,
+        config_edits=config_edits,
+        companions=keep,
+        left_behind=tuple(name for name in left if name not in names | read),
+        warnings=asked.notes + places.warnings + quantized,
+        undecided=places.undecided,
+        stamps=_stamps(adapters, base, keep.values()),
+    )
+
+
+def _quantized(adapter: Adapter) -> tuple[str, ...]:
+    if not (sign := quantized_training(adapter)):
+        return ()
+    return (
+        f"{adapter.path}: was trained over quantized weights, it seems ({sign}); merged into unquantized ones it is "
+        "another model, unless those are the quantized weights dequantized",
+    )
+
+
+def _stamps(adapters: Sequence[Adapter], base: Checkpoint, companions: Iterable[Path]) -> dict[Path, Stamp]:
+    """Of everything that goes into the result and is on this machine."""
+    headers = [*base.files, *(adapter.header for adapter in adapters if adapter.header is not None)]
+    found = {header.path: header.stamp for header in headers if header.stamp is not None}
+    small = [*companions, *(path for adapter in adapters for path in adapter.files)]
+    small += [base.index_path] if base.index_path is not None else []
+    small += [base.folder / "config.json"] if base.folder is not None and base.config is not None else []
+    known = {path: stamp for adapter in adapters for path, stamp in adapter.stamps.items()}
+    return {**stamps_of(small), **known, **found}
+
+
+def find_base(adapter: Adapter, base: str | Path | None = None) -> Origin:
+    """Where `base` lies, by default the model that `adapter` names, at its revision; raises CheckpointError."""
+    if base is None and not adapter.base_model:
+        raise MergeError(f"{adapter.path}: does not name its base model; name it with --base")
+    own = str(adapter.base_model)
+    if base is None:
+        base = own if is_path(own) else pinned(own, adapter.base_revision)
+    return find_origin(base, CheckpointError, "base model")
+
+
+def _tensor_plan(name: str, info: TensorInfo | None, places: Places, dtype: str) -> TensorPlan:
+    """The plan of one tensor; `info` is the base's tensor of that name, if it has one."""
+    source, owner = places.sources.get(name, (info, None))
+    assert source is not None, name
+    own = info.dtype if info is not None else source.dtype
+    target = BY_TORCH_NAME[dtype] if dtype != "auto" and own in FLOATS else own
+    return TensorPlan(
+        name=name,
+        dtype=target,
+        shape=source.shape,
+        source=source,
+        owner=owner,
+        changes=places.changes.get(name, ()),
+        added=info is None,
+    )
+
+
+def _config(adapter: Adapter, base: Checkpoint, places: Places, dtype: str) -> tuple[dict[str, Any], bytes | None]:
+    if base.config is None:
+        needed = [
+            what
+            for what, is_needed in (("tie_word_embeddings", places.untie), ("vocab_size", places.vocab_size))
+            if is_needed
+        ]
+        if needed:
+            raise MergeError(
+                f"{base.location}: has no config.json, in which {listed(needed)} must change; "
+                "name the model's folder with --base"
+            )
+        return {}, None
+    edited = edited_config(
+        base.config,
+        untie=places.untie,
+        vocab_size=places.vocab_size,
+        torch_dtype=None if dtype == "auto" else dtype,
+        task_type=adapter.config.get("task_type"),
+        labels=places.labels,
+    )
+    edits = difference(base.config, edited)
+    return edits, write_json(edited) if edits else None

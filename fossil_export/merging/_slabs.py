@@ -1,0 +1,104 @@
+"""A file of the plan cut into slabs: pieces of work that any thread can take in any order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fossil_export.checkpoints._dtypes import FLOATS, itemsize
+from fossil_export.merging._change import Part
+from fossil_export.merging._layout import FilePlan, TensorPlan
+
+SLAB = 8 << 20
+"""Bytes written at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopySlab:
+    """Bytes taken as they are: from offset `read_at` of `path` to offset `write_at` of the file being written."""
+
+    path: Path
+    read_at: int
+    write_at: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowsSlab:
+    """Rows [start, stop) of a part of a tensor that is merged, cast, or comes from a pickled adapter. The tensor begins
+    at `offset` of the file being written."""
+
+    tensor: TensorPlan
+    part: Part
+    start: int
+    stop: int
+    offset: int
+
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to write."""
+        return self.count * self.part.width * itemsize(self.tensor.dtype)
+
+    @property
+    def write_at(self) -> int:
+        """Where the rows go if they lie in the file as they are numbered."""
+        return self.offset + (self.part.first + self.start * self.part.width) * itemsize(self.tensor.dtype)
+
+
+def slabs(file: FilePlan) -> Iterator[CopySlab | RowsSlab]:
+    """The slabs of `file` in its order; neighbouring untouched tensors become one range."""
+    pending: CopySlab | None = None
+    for tensor, offset in file.tensors:
+        if tensor.nbytes == 0:
+            continue
+        for part in tensor.parts:
+            slab = _copied(tensor, part, offset)
+            if slab is None:
+                yield from _row_slabs(tensor, part, offset)
+            elif pending is not None and _follows(pending, slab):
+                pending = CopySlab(pending.path, pending.read_at, pending.write_at, pending.nbytes + slab.nbytes)
+            else:
+                if pending is not None:
+                    yield from _copy_slabs(pending)
+                pending = slab
+    if pending is not None:
+        yield from _copy_slabs(pending)
+
+
+def _copied(tensor: TensorPlan, part: Part, offset: int) -> CopySlab | None:
+    """The range of a part that is taken as it is; None for one that is computed, or looked at."""
+    start = tensor.source.offset
+    # A whole tensor of the adapter's is looked at too: it must be finite.
+    looked_at = tensor.origin == "adapter" and tensor.dtype in FLOATS
+    if part.changes or tensor.dtype != tensor.source.dtype or start is None or looked_at:
+        return None
+    if not tensor.changes:
+        return CopySlab(tensor.source.path, start, offset, tensor.nbytes)
+    before, size = part.first * itemsize(tensor.dtype), (part.last - part.first) * itemsize(tensor.dtype)
+    return CopySlab(tensor.source.path, start + before, offset + before, size)
+
+
+def _follows(first: CopySlab, second: CopySlab) -> bool:
+    ends = (first.path, first.read_at + first.nbytes, first.write_at + first.nbytes)
+    return ends == (second.path, second.read_at, second.write_at)
+
+
+def _copy_slabs(whole: CopySlab) -> Iterator[CopySlab]:
+    """Cut at multiples of a slab in the file being written, so that only the outer ends are partial pages."""
+    start, end = whole.write_at, whole.write_at + whole.nbytes
+    while start < end:
+        stop = min(end, (start // SLAB + 1) * SLAB)
+        yield CopySlab(whole.path, whole.read_at + start - whole.write_at, start, stop - start)
+        start = stop
+
+
+def _row_slabs(tensor: TensorPlan, part: Part, offset: int) -> Iterator[RowsSlab]:
+    unit = part.unit
+    rows = max(1, SLAB // (part.width * itemsize(tensor.dtype) * unit)) * unit
+    for start in range(0, part.rows, rows):
+        yield RowsSlab(tensor, part, start, min(start + rows, part.rows), offset)

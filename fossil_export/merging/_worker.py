@@ -1,0 +1,214 @@
+"""What the threads of a merge do with a slab: copy bytes, cast rows, add what was trained."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import threading
+from collections.abc import Mapping
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fossil_export.checkpoints._dtypes import numpy_dtype
+from fossil_export.checkpoints._header import TensorInfo
+from fossil_export.checkpoints._input import InputFile, StoredArray
+from fossil_export.checkpoints._output import ALIGNMENT, OutputFile
+from fossil_export.checkpoints._stamp import changed
+from fossil_export.checkpoints.layouts import Rows
+from fossil_export.errors import MergeError
+from fossil_export.merging._engine import Engine, Update, compute_dtype, is_finite, merge_slab
+from fossil_export.merging._layout import TensorPlan
+from fossil_export.merging._plan import MergePlan
+from fossil_export.merging._slabs import SLAB, CopySlab, RowsSlab
+from fossil_export.merging._survival import Survival, sampled_share
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+SMALL = 4 << 20
+"""Bytes up to which a trained tensor is kept while its weight is merged; reading it by rows would cost more calls."""
+
+
+class Worker:
+    """What the threads share: open sources, buffers of each thread, the sums so far.
+
+    `moved` says where files lie that the plan has elsewhere; `threads` is how many there are.
+    """
+
+    def __init__(self, plan: MergePlan, engine: Engine, moved: Mapping[Path, Path], threads: int) -> None:
+        self._adapters = plan.adapters
+        self._engine = engine
+        self._moved = moved
+        headers = (*plan.base.files, *(adapter.header for adapter in plan.adapters))
+        self._headers = {header.path: header for header in headers if header is not None}
+        self._sources: dict[Path, InputFile] = {}
+        self._sums: dict[str, dict[int, dict[int, Survival]]] = {}
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        # Slabs of one weight follow each other: the tensors of as many modules as threads are ever in use.
+        roles = max((len(change.trained.tensors) for t in plan.tensors for change in t.changes), default=1)
+        self._small = lru_cache(maxsize=(threads + 1) * roles)(lambda info: self._stored(info)[:])
+
+    def check(self) -> None:
+        """Raise CheckpointError where a source was written to since it was opened."""
+        for source in self._sources.values():
+            source.check()
+
+    def close(self) -> None:
+        for source in self._sources.values():
+            source.close()
+
+    def survival(self, tensor: TensorPlan) -> Survival:
+        """The sums over a merged tensor, added up in the order of its rows and taken for the whole of it."""
+        found, total = self._sums[tensor.name], Survival()
+        for part in tensor.parts:
+            if part.changes:
+                sums = found[part.first]
+                sampled = sum((sums[start] for start in sorted(sums)), Survival())
+                total += sampled.scaled(1 / sampled_share(part.rows, part.sampled))
+        return total
+
+    def do(self, slab: CopySlab | RowsSlab, output: OutputFile) -> None:
+        if isinstance(slab, CopySlab):
+            self._copy(slab, output)
+        else:
+            self._rows(slab, output)
+
+    def _copy(self, slab: CopySlab, output: OutputFile) -> None:
+        source = self._source(slab.path)
+        if (slab.read_at - slab.write_at) % ALIGNMENT:
+            buffer = self._buffer("written", slab.nbytes, slab.write_at)
+            source.read(slab.read_at, buffer)
+            output.write(slab.write_at, buffer)
+            return
+        data = source.view(slab.read_at, slab.nbytes)
+        try:
+            output.write(slab.write_at, data)
+        except OSError as problem:
+            if problem.errno == errno.EFAULT:  # pages that the file no longer has
+                raise changed(slab.path) from problem
+            raise
+        finally:
+            del data
+        source.release(slab.read_at, slab.nbytes)
+
+    def _rows(self, slab: RowsSlab, output: OutputFile) -> None:
+        import numpy as np
+
+        tensor, part = slab.tensor, slab.part
+        written = self._buffer("written", slab.nbytes, slab.write_at)
+        out = written.view(numpy_dtype(tensor.dtype)).reshape(slab.count, -1)
+        if not part.changes:
+            self._cast(tensor, self._unchanged(slab), out)
+            output.write(slab.write_at, written)
+            return
+        self._merge(slab, part.matrix.read(partial(self._read, owner=tensor.owner), slab.start, slab.stop), out)
+        for stored in part.matrix.write(out, slab.start):
+            target = slab.offset + stored.offset * out.dtype.itemsize
+            if stored.values is not out:
+                written = self._buffer("stored", stored.values.nbytes, target)
+                np.copyto(written.view(out.dtype).reshape(stored.values.shape), stored.values)
+            output.write(target, written)
+
+    def _unchanged(self, slab: RowsSlab) -> Array | StoredArray:
+        """The rows of a part that no adapter changes, of the base or of an adapter that brought the whole tensor."""
+        info, part = slab.tensor.source, slab.part
+        first = part.first + slab.start * part.width
+        if info.offset is None:
+            assert slab.tensor.owner is not None
+            whole = self._adapters[slab.tensor.owner].array(info).reshape(-1)
+            return whole[first : first + slab.count * part.width].reshape(slab.count, -1)
+        dtype = numpy_dtype(info.dtype)
+        offset, shape = info.offset + first * dtype.itemsize, (slab.count, part.width)
+        return StoredArray(self._source(info.path), offset, shape, dtype, partial(self._buffer, "read"))
+
+    def _read(self, info: TensorInfo, start: int, stop: int, *, owner: int | None) -> Array | StoredArray:
+        """Rows [start, stop) of the first axis of a tensor that the base or an adapter stores."""
+        if info.offset is None:
+            assert owner is not None
+            return self._adapters[owner].array(info)[start:stop]
+        shape, dtype = (stop - start, *info.shape[1:]), numpy_dtype(info.dtype)
+        offset = info.offset + start * (info.nbytes // max(1, info.shape[0]))
+        return StoredArray(self._source(info.path), offset, shape, dtype, partial(self._buffer, "read"))
+
+    def _cast(self, tensor: TensorPlan, stored: Array | StoredArray, out: Array) -> None:
+        """Rows as they are, in the dtype of `out`."""
+        import numpy as np
+
+        data = stored[:]
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.copyto(out, data, casting="unsafe")
+        if not is_finite(out):
+            if tensor.origin == "adapter" and not is_finite(data):
+                raise MergeError(_diverged(tensor.source))
+            # A base may hold infinities of its own (masks); finite values must stay finite.
+            if np.isfinite(data[~np.isfinite(out.astype(np.float64))].astype(np.float64)).any():
+                raise MergeError(_overflow(tensor))
+
+    def _merge(self, slab: RowsSlab, stored: Rows, out: Array) -> None:
+        """The rows of `slab` with what was trained added, rounded into `out`."""
+        tensor = slab.tensor
+        dtype = compute_dtype(slab.part.matrix.dtype)
+        updates = []
+        for change in slab.part.changes:
+            trained = {role: self._trained(info, change.adapter) for role, info in change.trained.tensors.items()}
+            # Only what these rows need is widened: whole tensors of a high rank take more than the slabs do.
+            part = change.method.part(trained, slab.start, slab.stop)
+            wide = {role: self._engine.widen(array, dtype) for role, array in part.items()}
+            updates.append(Update(change.method, wide, change.trained.numbers, change.weight))
+        sums = merge_slab(self._engine, stored, out, updates, slab.start, slab.part.rows)
+        if not is_finite(out):
+            raise MergeError(self._why_not_finite(tensor, stored[:]))
+        with self._lock:
+            self._sums.setdefault(tensor.name, {}).setdefault(slab.part.first, {})[slab.start] = sums
+
+    def _why_not_finite(self, tensor: TensorPlan, data: Array) -> str:
+        source = tensor.source
+        if not is_finite(data):
+            return f"{source.path}: {source.name} holds infinite or NaN values; the base is damaged, fetch it again"
+        for change in tensor.changes:
+            for info in change.trained.tensors.values():
+                if not is_finite(self._adapters[change.adapter].array(info)):
+                    return _diverged(info)
+        return _overflow(tensor)
+
+    def _trained(self, info: TensorInfo, adapter: int) -> Any:
+        """The trained values as they are stored: small ones in memory, of large ones what is sliced is read."""
+        if info.offset is None:
+            return self._adapters[adapter].array(info)
+        return self._small(info) if info.nbytes <= SMALL else self._stored(info)
+
+    def _stored(self, info: TensorInfo) -> StoredArray:
+        assert info.offset is not None
+        return StoredArray(self._source(info.path), info.offset, info.shape, numpy_dtype(info.dtype))
+
+    def _source(self, path: Path) -> InputFile:
+        with self._lock:
+            if path not in self._sources:
+                place = self._moved.get(path, path)
+                self._sources[path] = InputFile(place, self._headers[path], steady=place == path)
+            return self._sources[path]
+
+    def _buffer(self, use: str, nbytes: int, target: int = 0) -> Array:
+        """This thread's buffer for `use`, at an address that suits writing to offset `target` past the page cache."""
+        import numpy as np
+
+        room = nbytes + 2 * ALIGNMENT
+        whole: Array | None = getattr(self._local, use, None)
+        if whole is None or len(whole) < room:
+            whole = np.frombuffer(mmap.mmap(-1, max(room, SLAB + 2 * ALIGNMENT)), np.uint8)
+            setattr(self._local, use, whole)
+        start = target % ALIGNMENT
+        return whole[start : start + nbytes]
+
+
+def _diverged(info: TensorInfo) -> str:
+    return f"{info.path}: {info.name} holds infinite or NaN values; training diverged, take an earlier adapter"
+
+
+def _overflow(tensor: TensorPlan) -> str:
+    wider = "bfloat16 or float32" if tensor.dtype == "F16" else "float32"
+    return f"{tensor.name}: overflows {numpy_dtype(tensor.dtype).name}; choose --dtype {wider}"

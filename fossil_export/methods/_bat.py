@@ -1,0 +1,75 @@
+"""Bat, the variant whose update depends on the weight.
+
+    W'[b, a] = W[b, a] + W[b, a] B[b] + B[b]        B (out/r, r, r); W cut into blocks (r, r): b along out, a along in
+
+r must divide both `in` and `out`. Source: arXiv 2409.15371 (the nonlinear variant) and `get_delta_weight`
+in peft/tuners/miss/layer.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fossil_export.errors import AdapterError
+from fossil_export.methods import _fossil as fossil
+from fossil_export.methods._fossil import init_of, peft_keys, ranked, state_dict_keys
+from fossil_export.methods._method import Arrays, Numbers, Shapes
+
+FIELDS = fossil.FIELDS
+PEFT = peft_keys("B")
+STATE_DICT = state_dict_keys("B")
+
+
+def read(config: Mapping[str, Any], shapes: Shapes, where: str) -> Numbers | None:
+    if len(shapes["B"]) != 3:
+        return None
+    init = init_of(config)
+    if config and init != "bat" and not (config["peft_type"] == "BONE" and init is True):
+        raise AdapterError(
+            f"{where} is 3-dimensional, a bat shard, but the config says init_weights={init!r}; mend the config"
+        )
+    if shapes["B"][1] != shapes["B"][2]:
+        raise AdapterError(f"{where} should be (out/r, r, r), but its last two sizes differ")
+    return ranked(shapes["B"][1], config, where)
+
+
+def block_rows(shapes: Shapes) -> int:
+    return shapes["B"][1]
+
+
+def mismatch(shapes: Shapes, numbers: Numbers, weight: tuple[int, int]) -> str | None:
+    blocks, rank, _ = shapes["B"]
+    if blocks * rank != weight[0]:
+        return f"it is made for {blocks * rank} outputs, the weight has {weight[0]}"
+    if weight[1] % rank:
+        return f"its rank {rank} does not divide the weight's {weight[1]} inputs"
+    return None
+
+
+def part(arrays: Arrays, start: int, stop: int) -> Arrays:
+    blocks = arrays["B"]
+    return {"B": blocks[start // blocks.shape[1] : stop // blocks.shape[1]]}
+
+
+def update(weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> Any:
+    count, width = weight.shape
+    rank = arrays["B"].shape[1]
+    blocks = arrays["B"][start // rank : (start + count) // rank]
+    product = weight.reshape(len(blocks), count * width // len(blocks) // rank, rank) @ blocks
+    # Row i of a block gets row i of B under every column block a.
+    by_row = product.reshape(len(blocks), rank, width // rank, rank)
+    by_row += blocks[:, :, None, :]
+    return by_row.reshape(count, width)
+
+
+def add(weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> None:
+    weight += update(weight, arrays, numbers, start)
+
+
+def form_rank(shapes: Shapes) -> None:
+    return None
+
+
+def low_rank(arrays: Arrays, numbers: Numbers, outputs: int) -> None:
+    return None

@@ -1,0 +1,81 @@
+"""What a method is: the words of its files, the rows it changes, its update, its low-rank form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fossil_export.methods._low_rank import LowRank
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of the tensors of one module, by role."""
+
+Arrays = Mapping[str, Any]
+"""The same tensors' values: NumPy arrays, PyTorch tensors, or what gives NumPy arrays if it is sliced."""
+
+Numbers = Mapping[str, float]
+"""What a module's config says in numbers: "r", and whatever else the method needs."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of adapter_config.json that a method understands: which values `holds` takes, in words `expected`, and
+    `default`, PEFT's own, for a config without it."""
+
+    expected: str = "anything"
+    holds: Callable[[Any], bool] = lambda value: True
+    default: Any = None
+
+
+POSITIVE = Field(
+    "a positive integer", lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0
+)
+
+
+class Method(Protocol):
+    """One way to train beside a weight W (out, in). A module with these names will do; so will an object.
+
+    Weight rows are (n, in), and `start` is the number of the first of them in the whole weight. The arrays are NumPy's
+    or PyTorch's, and the code uses only what both understand, so that one formula serves CPU and GPU.
+    """
+
+    PEFT: Mapping[str, Mapping[str, str]]
+    """How PEFT's keys end after the module's name, and the role of the tensor, by `peft_type`:
+    {"MISS": {"miss_block": "D"}}. Methods may share endings; `read` tells them apart."""
+
+    STATE_DICT: Mapping[str, str]
+    """The same for state dicts of other trainers, which have no config."""
+
+    FIELDS: Mapping[str, Field]
+    """Fields of the config that are this method's own. One that no method of a `peft_type` knows stops the reading."""
+
+    def read(self, config: Mapping[str, Any], shapes: Shapes, where: str) -> Numbers | None:
+        """The numbers of a module with tensors of these shapes; None if it is another method's.
+
+        `config` is empty for a state dict. Raises AdapterError, in a line that begins with `where`, for tensors that
+        the config contradicts.
+        """
+
+    def block_rows(self, shapes: Shapes) -> int:
+        """Rows of the weight that must be merged together; slabs are cut at multiples of it."""
+
+    def mismatch(self, shapes: Shapes, numbers: Numbers, weight: tuple[int, int]) -> str | None:
+        """Why these tensors cannot belong to a weight of that shape (out, in); None if they can."""
+
+    def part(self, arrays: Arrays, start: int, stop: int) -> Arrays:
+        """What rows [start, stop) need of the tensors: for them these are the tensors of a weight that begins at row
+        `start`."""
+
+    def update(self, weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> Any:
+        """ΔW (n, in) for the rows `weight`, which stay as they are."""
+
+    def add(self, weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> None:
+        """Add ΔW to the rows `weight` in place: the same bits as `weight += update(...)`."""
+
+    def form_rank(self, shapes: Shapes) -> int | None:
+        """The rank of the form that `low_rank` gives; None if it gives none."""
+
+    def low_rank(self, arrays: Arrays, numbers: Numbers, outputs: int) -> LowRank | None:
+        """The update of a weight with so many `outputs` as one that does not look at it, y = W x + up · down(x);
+        None for a method whose update depends on the weight."""

@@ -1,0 +1,138 @@
+"""`.onnx_adapter` files: the shards of one adapter under the names of a graph's optional inputs."""
+
+from __future__ import annotations
+
+import errno
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fossil_export._extras import required
+from fossil_export.adapters import Adapter
+from fossil_export.checkpoints._checkpoint import Rows
+from fossil_export.errors import FossilExportError, OnnxError, listed
+from fossil_export.merging._match import match_names
+from fossil_export.merging._plan import MergePlan
+from fossil_export.onnx._signature import Signature, Slot, fingerprint, saved_digests
+from fossil_export.onnx._trained import check_mode, joined
+from fossil_export.onnx.graph._weight import round_to
+
+if TYPE_CHECKING:
+    Array = np.ndarray[Any, Any]
+
+ADAPTER = "adapter.onnx_adapter"
+"""The file beside a swappable graph that holds the adapter it was exported with."""
+
+
+def adapter_arrays(adapter: Adapter, signature: Signature) -> dict[str, Array]:
+    """The value (r, out) of every input that `adapter` has something for, in the graph's dtype.
+
+    Where a kind of layers is trained in some layers only, the others get zeros of the same rank; kinds that
+    are not trained at all are left to the graph's default. Raises OnnxError for what the graph has no place for.
+    """
+    check_mode(adapter, "swappable")
+    names = _names(adapter, signature)
+    ranks: dict[str, set[int]] = defaultdict(set)
+    for slot in signature.slots:
+        for piece in slot.pieces:
+            if piece.module in names:
+                trained = adapter.trained[names[piece.module]]
+                if trained.rank > slot.inputs:
+                    raise OnnxError(
+                        f"{adapter.path}: {trained.module} has rank {trained.rank}, its layer {slot.inputs} inputs"
+                    )
+                ranks[slot.kind].add(trained.rank)
+    for kind, found in ranks.items():
+        if len(found) > 1:
+            raise OnnxError(f"{adapter.path}: layers of kind {kind} have ranks {sorted(found)}, the graph takes one")
+    renamed = {module: adapter.trained[name] for module, name in names.items()}
+    widths: dict[str, int] = defaultdict(int)
+    for slot in signature.slots:
+        for piece in slot.pieces:
+            widths[piece.module] = max(widths[piece.module], piece.start + piece.count)
+    inputs = {piece.module: slot.inputs for slot in signature.slots for piece in slot.pieces}
+    for module, trained in renamed.items():
+        if reason := trained.mismatch((widths[module], inputs[module])):
+            raise OnnxError(
+                f"{adapter.path}: {trained.module} does not fit the graph's layer [{widths[module]}, "
+                f"{inputs[module]}]: {reason}; it belongs to another model"
+            )
+    arrays = {}
+    for slot in signature.slots:
+        if slot.kind in ranks:
+            rank = next(iter(ranks[slot.kind]))
+            arrays[slot.name] = _value(adapter, renamed, slot, rank)
+    return arrays
+
+
+def check_base(plan: MergePlan, signature: Signature, graph: Path) -> None:
+    """Raise OnnxError unless the graph was made from the base that the adapter was trained on."""
+    missing = [name for name in signature.tensors if name not in plan.base.tensors]
+    if not missing:
+        found = fingerprint(Rows(plan.base.home, plan.base.tensors[name]) for name in signature.tensors)
+        if found == signature.fingerprint:
+            return _check_saved(plan, signature, graph)
+    raise OnnxError(
+        f"{graph}: was made from {signature.base}, whose weights are not those of {plan.base.location}, the base of "
+        f"{plan.adapter.path}; export a graph of that base"
+    )
+
+
+def _check_saved(plan: MergePlan, signature: Signature, graph: Path) -> None:
+    saved = saved_digests(plan)
+    other = [name for name in {**saved, **signature.saved} if saved.get(name) != signature.saved.get(name)]
+    if other:
+        raise OnnxError(
+            f"{graph}: adapters swap shards, but {plan.adapter.path} and the graph differ in whole trained tensors "
+            f"({listed(sorted(other))}); export a graph of this adapter"
+        )
+
+
+def write_adapter(path: Path, arrays: Mapping[str, Array], signature: Signature) -> None:
+    """Write an adapter file. Raises OSError when it cannot be written."""
+    ort = required("onnxruntime")
+    onnx = required("onnx")
+    by_name = {slot.name: slot for slot in signature.slots}
+    values = {
+        name: _ort_value(ort, array, getattr(onnx.TensorProto, by_name[name].dtype)) for name, array in arrays.items()
+    }
+    adapter = ort.AdapterFormat()
+    adapter.set_adapter_version(1)
+    adapter.set_model_version(signature.version)
+    adapter.set_parameters(values)
+    try:
+        adapter.export_adapter(str(path.absolute()))
+    except RuntimeError as problem:  # ONNX Runtime's, whatever the system said
+        raise OSError(errno.EIO, str(problem).splitlines()[-1]) from problem
+
+
+def _names(adapter: Adapter, signature: Signature) -> dict[str, str]:
+    """The adapter's name of each module of the graph that it trained."""
+    known = {piece.module for slot in signature.slots for piece in slot.pieces}
+    try:
+        found = match_names(adapter.trained, known)
+    except FossilExportError as problem:
+        raise OnnxError(str(problem)) from problem
+    missing = [module for module in adapter.trained if module not in found]
+    if missing:
+        raise OnnxError(
+            f"{adapter.path}: the graph has no inputs for {listed(missing)}; export the swappable graph with an "
+            "adapter that trains all modules you want to swap"
+        )
+    return {module: name for name, module in found.items()}
+
+
+def _value(adapter: Adapter, renamed: Mapping[str, Any], slot: Slot, rank: int) -> Array:
+    known = replace(adapter, trained=dict(renamed))
+    return round_to(joined(known, slot.pieces, slot.outputs, rank), slot.dtype, f"{adapter.path}: {slot.name}")
+
+
+def _ort_value(ort: Any, array: Array, kind: int) -> Any:
+    array = np.ascontiguousarray(array)
+    if array.dtype.kind != "f":  # ml_dtypes' bfloat16, which NumPy does not know
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), kind)
+    return ort.OrtValue.ortvalue_from_numpy(array)

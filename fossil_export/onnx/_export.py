@@ -1,0 +1,272 @@
+"""The whole export: adapter and graph in, a folder out that ONNX Runtime or GenAI runs."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fossil_export.adapters import Adapter
+from fossil_export.checkpoints._companions import PROVENANCE
+from fossil_export.checkpoints._dtypes import element_count
+from fossil_export.checkpoints._jsonfile import read_json, write_json
+from fossil_export.checkpoints._staging import check_destination, staged_folder
+from fossil_export.errors import OnnxError, OutputError, listed
+from fossil_export.merging._merge import write_companions
+from fossil_export.merging._provenance import provenance
+from fossil_export.merging._run import run
+from fossil_export.onnx._places import OpenGraph, open_graph
+from fossil_export.onnx._plan import OnnxPlan, decide, open_planned
+from fossil_export.onnx._trained import without_updates
+from fossil_export.onnx.builders import BUILDERS, PRECISIONS, PrecisionName, RuntimeName
+from fossil_export.onnx.builders._existing import companions, share_data
+from fossil_export.onnx.graph._check import check
+from fossil_export.onnx.modes import MODES, ModeName
+from fossil_export.storage import expanded, fetch
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class OnnxResult:
+    """A finished export. `targets` counts the weights that got shards; `adapter_file` is None unless swappable."""
+
+    output: Path
+    graph: Path
+    mode: str
+    runtime: str
+    precision: str | None
+    targets: int
+    adapter_file: Path | None
+    nbytes: int
+    seconds: float
+    warnings: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return (
+            f"<OnnxResult {self.graph}: {self.targets} weights {self.mode}, {self.nbytes:,} bytes "
+            f"in {self.seconds:.1f} s>"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as `--json` prints it."""
+        return {
+            "output": str(self.output),
+            "graph": str(self.graph),
+            "mode": self.mode,
+            "runtime": self.runtime,
+            "precision": self.precision,
+            "targets": self.targets,
+            "adapter_file": None if self.adapter_file is None else str(self.adapter_file),
+            "bytes": self.nbytes,
+            "seconds": round(self.seconds, 3),
+            "warnings": list(self.warnings),
+        }
+
+
+def export_onnx(
+    adapter: Adapter | str | Path,
+    output: str | Path,
+    *,
+    base: str | Path | None = None,
+    mode: ModeName = "merged",
+    runtime: RuntimeName | None = None,
+    precision: PrecisionName | None = None,
+    onnx: str | Path | None = None,
+    copy_data: bool = False,
+    device: str = "cpu",
+    overwrite: bool = False,
+    progress: Progress = lambda step: None,
+) -> OnnxResult:
+    """Write the trained model as an ONNX folder at `output`.
+
+    `mode` is "merged" (plain graph), "tiled" (the base's weights shared, the sum folded at load), "fused"
+    (branches with the shards inside) or "swappable" (shards as optional inputs, and an adapter file beside).
+    The graph is made from the base by `runtime` "genai" (generative models, with key-value cache) or "torch"
+    (everything else), by default the one that fits, in `precision` "fp32", "fp16", "bf16" or "int4"; or it is
+    `onnx`, a graph of the base that is there already, whose data file is shared unless `copy_data`. `device`
+    "cuda" makes GenAI build for a GPU. `progress` is called with the name of each step.
+
+    The folder appears only when it is complete. Raises a FossilExportError with one line that names the remedy.
+    """
+    started = time.perf_counter()
+    plan = decide(adapter, base, mode, runtime, precision, onnx, copy_data, device)
+    return run_plan(plan, output, overwrite=overwrite, progress=progress, started=started)
+
+
+def run_plan(
+    plan: OnnxPlan,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress = lambda step: None,
+    started: float | None = None,
+) -> OnnxResult:
+    """Carry out a plan; arguments as for `export_onnx`. `started` is when the clock began."""
+    started = time.perf_counter() if started is None else started
+    merge = plan.merge
+    fetch(merge.adapter.needed)
+    target = expanded(output, OutputError).absolute()
+    if plan.graph is not None and target.resolve() in plan.graph.resolve().parents:
+        raise OutputError(f"{output}: holds {plan.graph}, which would be replaced; choose another --output")
+    check_destination(target, [merge.base.location, merge.adapter.path], overwrite)
+    merge.check()
+    progress("fetching the base")
+    fetch(*merge.needed)
+    merge = merge.settled()
+    plan = replace(plan, merge=merge)
+    with staged_folder(target, _room(plan), overwrite) as folder:
+        try:
+            graph, opened, linked = (_build if plan.graph is None else _take)(plan, folder, progress)
+            if opened is not None:
+                _rewrite(opened, graph)
+            file = _write_adapter(merge.adapter, folder, graph) if MODES[plan.mode].swaps else None
+            progress("checking the graph")
+            check(graph)
+            _record(plan, folder, graph.name)
+            merge.check()
+        except OSError as problem:
+            merge.check()  # an input that is gone is no fault of the output's
+            raise OutputError(
+                f"{target}: writing failed: {problem.strerror}; make room or choose another --output"
+            ) from problem
+        nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return OnnxResult(
+        output=target,
+        graph=target / graph.name,
+        mode=plan.mode,
+        runtime=plan.runtime,
+        precision=plan.precision,
+        targets=len(opened.places) if opened is not None else merge.count("merge"),
+        adapter_file=None if file is None else target / file.name,
+        nbytes=nbytes,
+        seconds=time.perf_counter() - started,
+        warnings=plan.warnings + _of_links(linked),
+    )
+
+
+def _room(plan: OnnxPlan) -> int:
+    """Bytes that must be free: for the output, for the merged weights that a graph is made from, and some."""
+    merged = plan.graph is None and MODES[plan.mode].merges
+    values = sum(element_count(tensor.shape) for tensor in plan.merge.tensors)
+    return plan.nbytes + (4 * values if merged else 0) + (64 << 20)
+
+
+_Unfinished = tuple[Path, OpenGraph | None, list[str]]
+"""A graph in the output's folder, the same opened if it must still be rewritten, its data files that are hard links."""
+
+
+def _build(plan: OnnxPlan, folder: Path, progress: Progress) -> _Unfinished:
+    """Have the graph made in `folder`."""
+    assert plan.precision is not None
+    mode, work = MODES[plan.mode], folder / ".model"
+    try:
+        source = _model_folder(plan, work, progress)
+        progress(f"building the graph ({plan.runtime}, {plan.precision})")
+        graph = BUILDERS[plan.runtime].build(source, folder, plan.precision, plan.device)
+        for name in plan.companions:
+            place = folder / name
+            if (source / name).is_file() and not place.exists():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, place)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    if mode.merges:
+        return graph, None, []
+    progress("placing the shards")
+    return graph, open_graph(plan.merge, mode, graph), []
+
+
+def _model_folder(plan: OnnxPlan, work: Path, progress: Progress) -> Path:
+    """The checkpoint the graph is made from: merged, or the base with whatever the adapter brought but updates."""
+    assert plan.precision is not None
+    merges = MODES[plan.mode].merges
+    if merges:
+        merge = plan.merge.with_dtype(PRECISIONS[plan.precision].dtype).settled()
+    else:
+        merge = without_updates(plan.merge)
+        own = all(path.parent == merge.base.folder or "/" in name for name, path in merge.companions.items())
+        if own and merge.config is None and all(tensor.action == "copy" for tensor in merge.tensors):
+            assert merge.base.folder is not None
+            return merge.base.folder
+    progress("merging the weights" if merges else "writing the trained modules")
+    work.mkdir()
+    run(merge, work)
+    write_companions(merge, work)
+    if merge.config is None and merge.base.folder is not None:
+        shutil.copyfile(merge.base.folder / "config.json", work / "config.json")
+    return work
+
+
+def _take(plan: OnnxPlan, folder: Path, progress: Progress) -> _Unfinished:
+    """Open the graph that is there, and bring its companions and, unless its weights are made anew, its data."""
+    assert plan.graph is not None
+    progress("placing the shards")
+    opened = open_planned(plan)
+    for name, content in companions(plan.merge, plan.graph).items():
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        else:
+            shutil.copyfile(content, folder / name)
+    linked = [] if opened.mode.makes_weights(opened) else share_data(plan.graph, folder, plan.copy_data)
+    return folder / plan.graph.name, opened, linked
+
+
+def _rewrite(graph: OpenGraph, path: Path) -> None:
+    """Put the trained tensors into an opened graph and write it to `path`."""
+    from fossil_export.onnx._signature import mark
+    from fossil_export.onnx.graph._edit import Editor
+
+    editor = Editor(graph.model)
+    repack = graph.mode.makes_weights(graph)
+    mark(graph, editor, graph.mode.rewrite(graph, editor))
+    editor.save(path, repack=repack)
+
+
+def _write_adapter(adapter: Adapter, folder: Path, graph: Path) -> Path:
+    """The file of the adapter beside a graph that swaps."""
+    from fossil_export.onnx._adapter_file import ADAPTER, adapter_arrays, write_adapter
+    from fossil_export.onnx._signature import read_signature
+
+    _quiet(folder / "genai_config.json")
+    signature = read_signature(graph)
+    write_adapter(folder / ADAPTER, adapter_arrays(adapter, signature), signature)
+    return folder / ADAPTER
+
+
+def _quiet(config: Path) -> None:
+    """Let GenAI say errors only: ONNX Runtime warns of every optional input when it loads a graph."""
+    if not config.is_file():
+        return
+    record = read_json(config, OnnxError)
+    for part in (record.get("model") or {}).values():
+        if isinstance(part, dict) and isinstance(part.get("session_options"), dict):
+            part["session_options"].setdefault("log_severity_level", 3)
+    config.write_bytes(write_json(record))
+
+
+def _record(plan: OnnxPlan, folder: Path, name: str) -> None:
+    record = provenance(plan.merge, {})
+    record |= {
+        "artifact": "onnx",
+        "mode": plan.mode,
+        "runtime": plan.runtime,
+        "precision": plan.precision,
+        "graph": name,
+    }
+    (folder / PROVENANCE).write_bytes(write_json(record))
+
+
+def _of_links(names: list[str]) -> tuple[str, ...]:
+    if not names:
+        return ()
+    return (
+        f"{listed(names)} is a hard link to the base's, which ONNX Runtime runs and onnx.load refuses, in both "
+        "folders; --copy-data makes a file of its own",
+    )
+
+
+__all__ = ["OnnxResult", "export_onnx", "run_plan"]

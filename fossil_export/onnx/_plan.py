@@ -1,0 +1,189 @@
+"""What an ONNX export will do, decided before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fossil_export._extras import required
+from fossil_export.adapters import Adapter, load_adapter
+from fossil_export.checkpoints._dtypes import element_count
+from fossil_export.errors import OnnxError, listed
+from fossil_export.merging._plan import MergePlan
+from fossil_export.merging._planning import plan_merge
+from fossil_export.onnx._places import OpenGraph, Place, open_graph
+from fossil_export.onnx._trained import check_mode
+from fossil_export.onnx.builders import BUILDERS, PRECISIONS, PrecisionName, RuntimeName, default_builder
+from fossil_export.onnx.builders._existing import check_saved, companions, find_graph
+from fossil_export.onnx.modes import MODES, Mode, ModeName
+
+if TYPE_CHECKING:
+    from fossil_export.onnx._export import OnnxResult
+
+
+@dataclass(frozen=True)
+class OnnxPlan:
+    """What an export will do, in names and figures.
+
+    `graph` is the graph that is used; it is None if `runtime` makes one, in `precision`, for `device`. For a graph
+    that is there already, `runtime` is "onnx" and `precision` None. `places` are the weights of the graph that get
+    trained tensors, None if there is no graph yet, or no base here to find them by. `companions` are the names of the
+    files that come along (a builder may write more), `nbytes` is about the size of what is written (shared data is
+    not).
+    """
+
+    mode: str
+    runtime: str
+    precision: str | None
+    device: str
+    graph: Path | None
+    copy_data: bool
+    merge: MergePlan
+    places: tuple[Place, ...] | None
+    companions: tuple[str, ...]
+    nbytes: int
+
+    def __repr__(self) -> str:
+        where = f"in {self.graph}" if self.graph is not None else f"in a graph by {self.runtime}, {self.precision}"
+        count = f"{len(self.places)} weights" if self.places is not None else f"{self.merge.count('merge')} modules"
+        return f"<OnnxPlan of {self.merge.adapter.name}: {count} {self.mode} {where}, about {self.nbytes:,} bytes>"
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know."""
+        return self.merge.warnings + tuple(_warnings(self.merge, MODES[self.mode]))
+
+    def run(
+        self, output: str | Path, *, overwrite: bool = False, progress: Callable[[str], None] = lambda step: None
+    ) -> OnnxResult:
+        """Carry the plan out; arguments and errors are those of `export_onnx`."""
+        from fossil_export.onnx._export import run_plan
+
+        return run_plan(self, output, overwrite=overwrite, progress=progress)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON shows it: the trained modules, and their places if there is a graph to find them in."""
+        merge = self.merge.to_dict()
+        return {
+            "adapter": merge["adapter"],
+            "base": merge["base"],
+            "mode": self.mode,
+            "runtime": self.runtime,
+            "precision": self.precision,
+            "device": self.device,
+            "graph": None if self.graph is None else str(self.graph),
+            "modules": [
+                {"module": module, "tensor": tensor.name, "shape": list(tensor.shape)}
+                for module, tensor in self.merge.modules.items()
+            ],
+            "places": None if self.places is None else [place.to_dict() for place in self.places],
+            "whole_tensors": _whole(self.merge),
+            "companions": list(self.companions),
+            "bytes": self.nbytes,
+            "warnings": list(self.warnings),
+        }
+
+
+def plan_onnx(
+    adapter: Adapter | str | Path,
+    base: str | Path | None = None,
+    *,
+    mode: ModeName = "merged",
+    runtime: RuntimeName | None = None,
+    precision: PrecisionName | None = None,
+    onnx: str | Path | None = None,
+    copy_data: bool = False,
+    device: str = "cpu",
+    progress: Callable[[str], None] = lambda step: None,
+) -> OnnxPlan:
+    """Decide how the model that `adapter` was trained for becomes an ONNX folder; arguments are `export_onnx`'s.
+
+    Nothing is written and no graph is made. Of adapter and base only headers and configs are read, but for the places
+    in `onnx`, a graph that is there already: they are found by the base's values, if it is on this machine. Raises a
+    FossilExportError for whatever stops the export as far as it can be seen from there.
+    """
+    plan = decide(adapter, base, mode, runtime, precision, onnx, copy_data, device)
+    if plan.graph is None or not _is_here(plan.merge):
+        return plan
+    progress("placing the shards")
+    graph = open_planned(replace(plan, merge=plan.merge.settled()))
+    shared = not copy_data and not graph.mode.makes_weights(graph)
+    return replace(plan, places=graph.places, nbytes=_size_with(graph.path, graph.adapter, shared))
+
+
+def decide(
+    adapter: Adapter | str | Path,
+    base: str | Path | None,
+    mode: str,
+    runtime: str | None,
+    precision: str | None,
+    onnx: str | Path | None,
+    copy_data: bool,
+    device: str,
+) -> OnnxPlan:
+    """The plan as far as it is known without the base's weights: without `places`."""
+    if not isinstance(adapter, Adapter):
+        adapter = load_adapter(adapter)
+    check_mode(adapter, mode, precision)
+    for what, value, known in (("runtime", runtime, BUILDERS), ("precision", precision, PRECISIONS)):
+        if value is not None and value not in known:
+            raise OnnxError(f"{what} is {value!r}, expected {', '.join(known)}")
+    if onnx is not None and (runtime or precision):
+        raise OnnxError("--onnx takes the graph as it is; leave --runtime and --precision out")
+    for package in ("onnx", "onnx_ir"):
+        required(package)
+    merge = plan_merge(adapter, base, dtype="auto")
+    if onnx is not None:
+        graph: Path | None = find_graph(onnx)
+        assert graph is not None
+        runtime, files = "onnx", tuple(companions(merge, graph))
+        # Shared weights take no room; if they must be copied after all, a full disk is an error of its own.
+        nbytes = _size_with(graph, adapter, not copy_data and not MODES[mode].new_weights)
+    else:
+        if merge.base.folder is None or merge.base.config is None:
+            raise OnnxError(f"{merge.base.location}: has no config.json, from which a graph is made; name the folder")
+        graph, files = None, tuple(dict.fromkeys([*merge.companions, "config.json"]))
+        runtime, precision = runtime or _default_runtime(merge), precision or "fp32"
+        values = sum(element_count(tensor.shape) for tensor in merge.tensors)
+        nbytes = values * PRECISIONS[precision].nbytes + (0 if MODES[mode].merges else 4 * adapter.parameters)
+    return OnnxPlan(mode, runtime, precision, device, graph, copy_data, merge, None, files, nbytes)
+
+
+def open_planned(plan: OnnxPlan) -> OpenGraph:
+    """The graph that the plan uses, opened to be rewritten. Raises OnnxError for what stops that."""
+    assert plan.graph is not None
+    graph = open_graph(plan.merge, MODES[plan.mode], plan.graph)
+    if plan.places is not None and graph.places != plan.places:
+        raise OnnxError(f"{plan.graph}: is another graph than the one that the plan was made for; plan again")
+    check_saved(graph)
+    return graph
+
+
+def _is_here(merge: MergePlan) -> bool:
+    """Whether all weights are on this machine."""
+    return merge.adapter.is_here and all(header.path.is_file() for header in merge.base.files)
+
+
+def _default_runtime(merge: MergePlan) -> str:
+    names = (merge.base.config or {}).get("architectures") or []
+    return default_builder([str(name) for name in merge.config_edits.get("architectures") or names]).name
+
+
+def _size_with(graph: Path, adapter: Adapter, shared: bool) -> int:
+    """Bytes that are written for a graph that is there: its own, without its data if that is `shared`, and D."""
+    files = [path for path in graph.parent.glob(f"{graph.name}*") if path.is_file()]
+    return sum(path.stat().st_size for path in ([graph] if shared else files)) + 4 * adapter.parameters
+
+
+def _whole(merge: MergePlan) -> list[str]:
+    return [tensor.name for tensor in merge.tensors if tensor.origin == "adapter"]
+
+
+def _warnings(merge: MergePlan, mode: Mode) -> Iterator[str]:
+    if mode.swaps and (whole := _whole(merge)):
+        yield f"{listed(whole)} were trained whole: they stay in the graph whatever adapter is active"
+
+
+__all__ = ["OnnxPlan", "plan_onnx"]

@@ -1,0 +1,115 @@
+"""What an adapter trained, in the forms that graphs take. The modes ask here; no other file of this room calls
+`METHODS`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fossil_export.adapters import Adapter, Trained
+from fossil_export.errors import OnnxError, listed
+from fossil_export.merging._plan import MergePlan
+from fossil_export.methods import METHODS, Tiling
+from fossil_export.onnx.builders import PRECISIONS
+from fossil_export.onnx.graph._match import Piece
+from fossil_export.onnx.modes import MODES
+
+if TYPE_CHECKING:
+    Array = np.ndarray[Any, Any]
+
+
+def check_mode(adapter: Adapter, mode: str, precision: str | None = None) -> None:
+    """Raise OnnxError for what can be refused before a graph is made."""
+    if mode not in MODES:
+        raise OnnxError(f"mode is {mode!r}, expected {', '.join(MODES)}")
+    if MODES[mode].low_rank and any(trained.form_rank is None for trained in adapter.trained.values()):
+        raise OnnxError(
+            f"{adapter.path}: is a {adapter.variant} adapter, whose update depends on the weight it changes and is no "
+            "branch beside it; use --mode tiled or merged, or approximate it by a LoRA"
+        )
+    codes = precision in PRECISIONS and PRECISIONS[precision].codes
+    if codes and MODES[mode].floats and not MODES[mode].merges:
+        raise OnnxError(
+            f"--mode {mode} adds to float weights, and {precision} weights are codes; use --mode fused or swappable, "
+            "or --mode merged, which quantizes the merged weights"
+        )
+
+
+def without_updates(merge: MergePlan) -> MergePlan:
+    """The merge with every matrix as it is in the base; what the adapter brought whole stays."""
+    files = tuple(
+        replace(file, tensors=tuple((replace(tensor, changes=()), offset) for tensor, offset in file.tensors))
+        for file in merge.files
+    )
+    return replace(merge, files=files)
+
+
+def ranks_of(adapter: Adapter, pieces: Iterable[Piece]) -> set[int]:
+    return {adapter.trained[piece.module].rank for piece in pieces}
+
+
+def joined(adapter: Adapter, pieces: Iterable[Piece], outputs: int, rank: int | None = None) -> Array:
+    """D (r, `outputs`) in float32 from the shards of `pieces`; modules that `adapter` lacks stay zero.
+
+    `rank` is needed only where it lacks all of them. Raises OnnxError for shards of different ranks.
+    """
+    present = [(piece, adapter.trained[piece.module]) for piece in pieces if piece.module in adapter.trained]
+    ranks = {trained.form_rank or 1 for _, trained in present} or {rank or 1}
+    if len(ranks) > 1:
+        names = [piece.module for piece, _ in present]
+        raise OnnxError(
+            f"{adapter.path}: {listed(names)} lie in one weight of the graph but have ranks {sorted(ranks)}"
+        )
+    whole = np.zeros((ranks.pop(), outputs), np.float32)
+    for piece, trained in present:
+        dense = tile_form(adapter, trained, piece)
+        whole[:, piece.at : piece.at + piece.count] = dense[:, piece.start : piece.start + piece.count]
+    return whole
+
+
+def tile_form(adapter: Adapter, trained: Trained, piece: Piece) -> Array:
+    """D (r, out) of a whole module in float32."""
+    arrays = {role: np.asarray(adapter.array(info), np.float32) for role, info in trained.tensors.items()}
+    for role, values in arrays.items():
+        if not np.isfinite(values).all():
+            info = trained.tensors[role]
+            raise OnnxError(f"{info.path}: {info.name} holds infinite or NaN values; training diverged")
+    outputs = max(piece.start + piece.count, *(values.shape[-1] for values in arrays.values()))
+    form = METHODS[trained.method].low_rank(arrays, trained.numbers, outputs)
+    assert form is not None and isinstance(form.down, Tiling), trained.method  # refused when the plan was made
+    return np.asarray(form.up.T)
+
+
+def merged_rows(adapter: Adapter, piece: Piece, base: Array) -> Array:
+    """The rows of `piece` in float32, of the module's base weight (out, in) with its update added."""
+    part = np.array(base[piece.start : piece.start + piece.count], np.float32)
+    trained = adapter.trained[piece.module]
+    arrays = {role: np.asarray(array, np.float32) for role, array in adapter.arrays(piece.module).items()}
+    METHODS[trained.method].add(part, arrays, trained.numbers, piece.start)
+    return part
+
+
+def has_blocks(adapter: Adapter, pieces: Iterable[Piece]) -> bool:
+    """Whether the update of a module among them depends on the weight, as bat's, which comes in blocks."""
+    return any(adapter.trained[piece.module].form_rank is None for piece in pieces)
+
+
+def blocks(adapter: Adapter, pieces: Iterable[Piece], outputs: int, label: str, graph: Path) -> Array:
+    """B (out/r, r, r) of a whole weight of the graph; zeros, which change nothing, where nothing was trained."""
+    found = [(piece, adapter.trained[piece.module]) for piece in pieces]
+    rank = found[0][1].rank
+    whole = np.zeros((outputs // rank, rank, rank), np.float32)
+    for piece, trained in found:
+        fits = trained.rank == rank and trained.method == "bat"
+        if not fits or outputs % rank or piece.at % rank or piece.start % rank:
+            raise OnnxError(
+                f"{graph}: the blocks of {piece.module} do not fit the packed weight {label}; use --mode merged"
+            )
+        values = np.asarray(adapter.array(trained.tensors["B"]), np.float32)
+        start, count = piece.start // rank, piece.count // rank
+        whole[piece.at // rank : piece.at // rank + count] = values[start : start + count]
+    return whole

@@ -1,0 +1,58 @@
+"""A graph by ONNX Runtime GenAI's model builder: a folder that GenAI runs as it is."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from fossil_export._foreign import needs_code, refuse_adapter
+from fossil_export._isolation import child_environment, child_flags
+from fossil_export.errors import MissingExtraError, OnnxError
+from fossil_export.onnx.builders import _run_genai as run_genai
+from fossil_export.onnx.graph._file import load_graph
+
+
+def build(model: Path, output: Path, precision: str, device: str) -> Path:
+    """Build the graph of the checkpoint folder `model` into `output` and return its path.
+
+    The builder runs as a process of its own: it prints, and it loads the whole model. It sees neither the current
+    folder as code nor code in the model's folder. Raises OnnxError with its last words when it fails.
+    """
+    for package in ("onnxruntime_genai", "torch", "transformers", "onnx_ir"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package.replace("_", "-"), "genai", "the GenAI model builder")
+    refuse_adapter(model)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f"{output.name}.cache-") as cache:
+        provider = "cuda" if device.startswith("cuda") else "cpu"
+        command = [sys.executable, *child_flags(), str(Path(run_genai.__file__).resolve())]
+        command += ["-i", str(model.absolute()), "-o", str(output.absolute()), "-p", precision, "-e", provider]
+        command += ["-c", cache, "--extra_options", "hf_remote=false"]  # true by default before GenAI 0.15
+        # The builder asks Git for the commit of the repository around Python's packages, which is not its own.
+        settings = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "GIT_DIR": os.devnull}
+        done = subprocess.run(
+            command,
+            env=child_environment(os.environ) | settings,
+            stdin=subprocess.DEVNULL,  # transformers would ask whether to run a model's code
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+    from fossil_export.onnx.graph._edit import Editor
+
+    graph = output / "model.onnx"
+    if done.returncode or not graph.is_file():
+        lines = [line.strip() for line in re.split(r"[\r\n]+", done.stderr or done.stdout) if line.strip()]
+        if lines and "trust_remote_code" in lines[-1]:
+            raise OnnxError(needs_code(model))
+        raise OnnxError(
+            f"{model}: ONNX Runtime GenAI's builder failed: {lines[-1] if lines else done.returncode}; "
+            "use --runtime torch, or bring a graph of your own with --onnx"
+        )
+    Editor(load_graph(graph)).save(graph)  # it notes shapes of constants that ONNX's checker refuses
+    return graph

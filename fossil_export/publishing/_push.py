@@ -1,0 +1,113 @@
+"""`push`: a finished artifact becomes a repository on the Hub, in one commit."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fossil_export.checkpoints._companions import CARD
+from fossil_export.errors import CheckpointError, FossilExportError, longer
+from fossil_export.merging._merge import MergeResult
+from fossil_export.publishing._about import card_for
+from fossil_export.publishing._closing import Closing, closing
+from fossil_export.publishing._operations import Operation
+from fossil_export.publishing._push_plan import PushPlan, contents_of, facts_for, plan_files
+from fossil_export.publishing._repository import Repository
+from fossil_export.publishing._result import Progress, PushResult
+from fossil_export.publishing._stale import refuse_base, stale
+
+LARGE = 1 << 20
+"""Bytes from which a file is uploaded by itself, and named while it is."""
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    progress: Progress = lambda step: None,
+) -> PushResult:
+    """Publish `folder` (a merged model, a LoRA, MISS or ONNX folder, or a GGUF file) as `repo_id`.
+
+    A new repository is `private` if asked for; `revision` is the branch (made if it is not there), `create_pr` opens a
+    pull request instead of committing. Files that are no part of the model stay behind; the model card is written, or
+    the one that is there extended. Everything appears in one commit; interrupted, the same call goes on with what is
+    not uploaded yet. `progress` is called with the name of each step. Raises a FossilExportError in one line.
+    """
+    started = time.perf_counter()
+    plan = plan_files(folder, repo_id, private, revision, create_pr, commit_message)
+    return run_push(plan, progress=progress, started=started)
+
+
+def run_push(plan: PushPlan, *, progress: Progress = lambda step: None, started: float | None = None) -> PushResult:
+    """Carry out a plan that `plan_push` made; `started` is when the clock began. Raises CheckpointError if a file has
+    another size by now, and otherwise as `push` does."""
+    started = time.perf_counter() if started is None else started
+    repository = Repository(plan.repo_id, plan.revision, plan.create_pr)
+    from huggingface_hub import CommitOperationAdd
+
+    parts = plan.parts
+    progress(f"opening {plan.repo_id}")
+    repository.prepare(plan.private)
+    facts, problems = facts_for(parts, repository.repo_id)
+    head = repository.head()
+    there = repository.files(head)
+    # What will be refused is refused before anything is sent.
+    refuse_base(facts, repository)
+    stale(facts, there)
+    problems += [*parts.notes, *repository.validate(card_for(repository, facts, parts.card, head, there)[0])]
+    additions = [CommitOperationAdd(name, content) for name, content in contents_of(parts).items()]
+    for addition in additions:
+        if addition.upload_info.size != plan.files[addition.path_in_repo]:
+            path = parts.path(addition.path_in_repo)
+            raise CheckpointError(f"{path}: has changed since the push was planned; plan it again")
+    large = [addition for addition in additions if addition.upload_info.size >= LARGE]
+    for addition in sorted(large, key=lambda one: -one.upload_info.size):
+        progress(f"uploading {addition.path_in_repo}")
+        repository.upload(addition)
+    repository.upload(*(addition for addition in additions if addition not in large))
+    ends: list[Closing] = []
+
+    def build(head: str, there: Mapping[str, str]) -> Sequence[Operation]:
+        ends[:] = [closing(repository, facts, parts.card, additions, head, there)]
+        return ends[0].operations
+
+    progress("committing")
+    commit = repository.commit(build, plan.title)
+    names, removed = (*parts.names, CARD), ends[0].removed
+    told = [*repository.notes, *plan.told(problems, ends[0].notes)]
+    return PushResult.of(repository, commit, started, names, plan.nbytes, told, removed, parts.left_behind)
+
+
+def push_merged(
+    result: MergeResult,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    progress: Progress = lambda step: None,
+) -> PushResult:
+    """`push` of a model that was just merged: an error says where it lies, and how to go on without merging again."""
+    try:
+        return push(
+            result.output,
+            repo_id,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            progress=progress,
+        )
+    except FossilExportError as problem:
+        rest = ["fossil-export push", shlex.quote(str(result.output)), repo_id]
+        rest += ["--private"] * private + ["--create-pr"] * create_pr
+        rest += ["--revision", shlex.quote(revision)] if revision else []
+        more = f" (the merged model is at {result.output}; go on with `{' '.join(rest)}`)"
+        raise longer(problem, more) from problem

@@ -1,0 +1,191 @@
+"""The plan of a push: what of a folder goes to the Hub, and, if the Hub was asked, what it meets there."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fossil_export.artifacts._kind import ADAPTER_CONFIG
+from fossil_export.artifacts._kinds import KINDS
+from fossil_export.artifacts._parts import Parts, parts_of
+from fossil_export.cards import Facts
+from fossil_export.cards._frontmatter import read_card
+from fossil_export.checkpoints._companions import CARD
+from fossil_export.errors import CheckpointError
+from fossil_export.publishing._about import extended_card, facts_of, local_names
+from fossil_export.publishing._looking import look
+from fossil_export.publishing._paths import Paths, is_path
+from fossil_export.publishing._result import Progress
+from fossil_export.publishing._stale import refuse_base, removal_warnings, stale
+from fossil_export.publishing._target import Target
+from fossil_export.storage import expanded, resolve
+
+if TYPE_CHECKING:
+    from fossil_export.publishing._result import PushResult
+
+
+@dataclass(frozen=True)
+class PushPlan:
+    """What a push will do. `files` are the names that go, but for the card, with their bytes; `left_behind` those in
+    the folder that are no part of the model.
+
+    Of what the Hub was asked: `exists`, None if that is not known; `removed`, files of an earlier model that would go;
+    `card`, the metadata of the card; `warnings`; `unchecked`, a line for each thing that could not be asked.
+    """
+
+    folder: str
+    kind: str
+    repo_id: str
+    revision: str | None
+    create_pr: bool
+    private: bool
+    title: str
+    files: Mapping[str, int]
+    left_behind: tuple[str, ...]
+    parts: Parts = field(repr=False)
+    exists: bool | None = None
+    removed: tuple[str, ...] = ()
+    card: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return (
+            f"<PushPlan of {self.folder} ({self.kind}) to {self.repo_id}: {len(self.files) + 1} files, "
+            f"{self.nbytes:,} bytes and the card; {len(self.left_behind)} left behind>"
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files, but for the card."""
+        return sum(self.files.values())
+
+    def told(self, problems: Iterable[str], notes: Iterable[str]) -> tuple[str, ...]:
+        """What to tell the user: `problems` of the files, and `notes` of the card."""
+        named = (note.replace("verify DIR`", f"verify {shlex.quote(self.folder)}`") for note in notes)
+        base = str((self.parts.config or {}).get("base_model_name_or_path") or "a/b")
+        if not is_path(base):
+            return (*problems, *named)
+        remedy = "if it is on the Hub, write its id there"
+        return (*problems, f"{ADAPTER_CONFIG} names the base by a path, which was left out; {remedy}", *named)
+
+    def run(self, progress: Progress = lambda step: None) -> PushResult:
+        """Carry it out. What the Hub was asked is asked anew."""
+        from fossil_export.publishing._push import run_push
+
+        return run_push(self, progress=progress)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as `--json` prints it."""
+        return {
+            "folder": self.folder,
+            "kind": self.kind,
+            "repo_id": self.repo_id,
+            "revision": self.revision,
+            "create_pr": self.create_pr,
+            "private": self.private,
+            "title": self.title,
+            "files": [{"file": name, "bytes": nbytes} for name, nbytes in self.files.items()],
+            "bytes": self.nbytes,
+            "left_behind": list(self.left_behind),
+            "exists": self.exists,
+            "removed": list(self.removed),
+            "card": json.loads(json.dumps(dict(self.card), default=str)),  # YAML knows dates
+            "warnings": list(self.warnings),
+            "unchecked": list(self.unchecked),
+        }
+
+
+def plan_push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+) -> PushPlan:
+    """What `push` with the same arguments would do. Nothing is made or sent, and nobody need be logged in: what the
+    Hub does not tell is `unchecked`. It is not asked what it has against the card's metadata.
+
+    Raises a FossilExportError as `push` does for what is no artifact and for what the repository must not take.
+    """
+    plan = plan_files(folder, repo_id, private, revision, create_pr, commit_message)
+    target = Target(repo_id, revision, create_pr)
+    found = look(target, private)
+    facts, problems = facts_for(plan.parts, target.repo_id)
+    refuse_base(facts, target)
+    removed = stale(facts, found.files)
+    content, notes = extended_card(facts, plan.parts.card, found.card)
+    said = [*target.notes, *problems, *plan.parts.notes]
+    return replace(
+        plan,
+        repo_id=target.repo_id,
+        exists=found.exists,
+        removed=tuple(removed),
+        card=read_card(content.decode())[2],
+        warnings=plan.told(said, [*notes, *removal_warnings(target.repo_id, removed)]),
+        unchecked=found.unchecked,
+    )
+
+
+def plan_files(
+    folder: str | Path, repo_id: str, private: bool, revision: str | None, create_pr: bool, commit_message: str | None
+) -> PushPlan:
+    """The plan as far as the folder tells it; the Hub is not asked."""
+    Target(repo_id, revision, create_pr)  # a wrong name shows first
+    parts = parts_of(_found(folder))
+    return PushPlan(
+        folder=str(folder),
+        kind=parts.kind,
+        repo_id=repo_id,
+        revision=revision,
+        create_pr=create_pr,
+        private=private,
+        title=commit_message or KINDS[parts.kind].commit_title,
+        files={name: _size(content) for name, content in contents_of(parts).items()},
+        left_behind=parts.left_behind,
+        parts=parts,
+    )
+
+
+def contents_of(parts: Parts) -> dict[str, Path | bytes]:
+    """What is published of each file: the file, or its text without paths of this machine."""
+    paths = paths_for(parts)
+    found: dict[str, Path | bytes] = {}
+    for name in parts.names:
+        path = parts.path(name).absolute()
+        found[name] = paths.published(name, path.read_bytes()) if name.endswith(".json") else path
+    return found
+
+
+def paths_for(parts: Parts) -> Paths:
+    """What reads as a path of this machine in the files of an artifact."""
+    return Paths([parts.folder], local_names(parts.record, parts.certificate, parts.config))
+
+
+def facts_for(parts: Parts, repo_id: str) -> tuple[Facts, list[str]]:
+    """What the card says of an artifact that goes to `repo_id`, and what could not be found out."""
+    certificate = parts.certificate
+    if certificate is not None:  # which the card quotes
+        certificate = {**certificate, "reason": paths_for(parts).without(certificate).get("reason")}
+    return facts_of(repo_id, parts.kind, (*parts.names, CARD), parts.record, certificate, parts.config)
+
+
+def _size(content: Path | bytes) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def _found(folder: str | Path) -> Path:
+    path = expanded(folder, CheckpointError)
+    try:
+        there = path.exists()
+    except (OSError, ValueError):
+        there = True  # what is wrong with it is said below
+    if not there:
+        raise CheckpointError(f"{folder}: no such file or folder; name one that `merge`, `convert` or `onnx` wrote")
+    return resolve(folder, CheckpointError, "artifact")

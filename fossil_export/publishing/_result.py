@@ -1,0 +1,80 @@
+"""What a push, a streamed merge and a certificate have in common: what is on the Hub now."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from fossil_export.publishing._repository import Commit, Repository
+
+Progress = Callable[[str], None]
+"""Called with the name of each step."""
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What is on the Hub now. `files` are the names published, `left_behind` those in the folder that are no part of
+    the model, `removed` weights of an earlier model that stood in the way; `pr_url` is None unless asked for."""
+
+    repo_id: str
+    revision: str
+    commit: str
+    url: str
+    pr_url: str | None
+    changed: bool
+    files: tuple[str, ...]
+    removed: tuple[str, ...]
+    left_behind: tuple[str, ...]
+    nbytes: int
+    seconds: float
+    warnings: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"<PushResult {self.url}: {len(self.files)} files, {self.nbytes:,} bytes, commit {self.commit[:12]}>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as `--json` prints it."""
+        return {
+            "repo_id": self.repo_id,
+            "revision": self.revision,
+            "commit": self.commit,
+            "url": self.url,
+            "pr_url": self.pr_url,
+            "changed": self.changed,
+            "files": list(self.files),
+            "removed": list(self.removed),
+            "left_behind": list(self.left_behind),
+            "bytes": self.nbytes,
+            "seconds": round(self.seconds, 3),
+            "warnings": list(self.warnings),
+        }
+
+    @classmethod
+    def of(
+        cls,
+        repository: Repository,
+        commit: Commit,
+        started: float,
+        files: Iterable[str],
+        nbytes: int,
+        warnings: Iterable[str],
+        removed: Iterable[str] = (),
+        left_behind: Iterable[str] = (),
+    ) -> PushResult:
+        """The result of a commit; `started` is when the clock began."""
+        return cls(
+            repo_id=repository.repo_id,
+            revision=f"refs/pr/{commit.pr_url.rpartition('/')[2]}" if commit.pr_url else repository.revision or "main",
+            commit=commit.oid,
+            url=commit.pr_url or repository.page,
+            pr_url=commit.pr_url,
+            changed=commit.changed,
+            files=tuple(files),
+            removed=tuple(removed),
+            left_behind=tuple(left_behind),
+            nbytes=nbytes,
+            seconds=time.perf_counter() - started,
+            warnings=tuple(warnings),
+        )

@@ -1,0 +1,231 @@
+"""A merge straight to the Hub: fetch a file, merge it, upload it, delete it; one commit at the end.
+
+What is uploaded is seen by nobody before the commit. A journal beside the file at hand remembers what is done, so
+that an interrupted merge goes on with the next file.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fossil_export.adapters import Adapter, load_adapter
+from fossil_export.artifacts._kinds import KINDS
+from fossil_export.cards import Facts
+from fossil_export.checkpoints._companions import CARD, PROVENANCE
+from fossil_export.checkpoints._jsonfile import write_json
+from fossil_export.errors import FossilExportError, longer
+from fossil_export.merging._layout import parse_size
+from fossil_export.merging._merge import survival_warnings
+from fossil_export.merging._planning import plan_merge
+from fossil_export.merging._provenance import provenance, survival_record
+from fossil_export.merging._run import Writer
+from fossil_export.merging._survival import Survival
+from fossil_export.publishing._about import card_for, facts_of, local_names
+from fossil_export.publishing._carrier import Carrier
+from fossil_export.publishing._closing import Closing, closing
+from fossil_export.publishing._moves import StreamPlan, plan_moves
+from fossil_export.publishing._operations import Operation
+from fossil_export.publishing._paths import Paths
+from fossil_export.publishing._repository import Commit, CopyRefusedError, Repository
+from fossil_export.publishing._result import Progress, PushResult
+from fossil_export.publishing._stale import refuse_base, stale
+from fossil_export.publishing._workplace import workplace
+from fossil_export.storage import fetch
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class StreamResult:
+    """A merged model on the Hub. `resumed` counts the files that an earlier, interrupted call had done; `survival` is
+    by tensor; `copied` are the files that the Hub copied from the base's repository itself."""
+
+    push: PushResult
+    plan: StreamPlan
+    survival: Mapping[str, Survival]
+    copied: tuple[str, ...]
+    resumed: int
+
+    def __repr__(self) -> str:
+        return f"<StreamResult: {len(self.survival)} tensors merged, {self.resumed} files taken up; {self.push!r}>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as `--json` prints it."""
+        merge = self.plan.merge
+        return {
+            **self.push.to_dict(),
+            "copied": list(self.copied),
+            "resumed": self.resumed,
+            "tensors_merged": len(self.survival),
+            "tensors": len(merge.tensors),
+            "survival": survival_record(self.survival),
+            "plan": self.plan.to_dict(),
+        }
+
+
+def merge_to_hub(
+    adapter: Adapter | str | Path,
+    repo_id: str,
+    *,
+    base: str | Path | None = None,
+    dtype: str | torch.dtype = "auto",
+    max_shard_size: int | str | None = None,
+    device: str = "cpu",
+    hash: bool = False,  # noqa: A002  named as the command's option
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    max_disk: int | str | None = None,
+    cache_dir: str | Path | None = None,
+    progress: Progress = lambda step: None,
+) -> StreamResult:
+    """Merge `adapter` into `base` and publish the model as `repo_id`, with about one file on the disk at a time.
+
+    Arguments are those of `merge` and `push`, and: `max_disk` (bytes or like "20GB") is never exceeded; `cache_dir` is
+    where the file at hand and the journal lie (default: ~/.cache/fossil-export). Files that the adapter does not touch
+    are copied on the Hub. Interrupted, the same call goes on where it stopped. Raises a FossilExportError in one line.
+    """
+    plan = plan_stream(adapter, base, dtype=dtype, max_shard_size=max_shard_size, max_disk=max_disk)
+    return plan.run(
+        repo_id,
+        device=device,
+        hash=hash,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        cache_dir=cache_dir,
+        progress=progress,
+    )
+
+
+def plan_stream(
+    adapter: Adapter | str | Path,
+    base: str | Path | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    max_shard_size: int | str | None = None,
+    max_disk: int | str | None = None,
+) -> StreamPlan:
+    """What `merge_to_hub` will do with each file, from headers alone."""
+    if not isinstance(adapter, Adapter):
+        adapter = load_adapter(adapter)
+    merge = plan_merge(adapter, base, dtype=dtype, max_shard_size=max_shard_size)
+    return plan_moves(merge, None if max_disk is None else parse_size(max_disk, "max_disk"))
+
+
+def run_stream(
+    plan: StreamPlan,
+    repo_id: str,
+    *,
+    device: str = "cpu",
+    hash: bool = False,  # noqa: A002
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    cache_dir: str | Path | None = None,
+    progress: Progress = lambda step: None,
+) -> StreamResult:
+    """Carry out a plan that `plan_stream` made; arguments as for `merge_to_hub`."""
+    started = time.perf_counter()
+    repository = Repository(repo_id, revision, create_pr)
+    fetch(*plan.merge.needed) if plan.remote is None else fetch(plan.merge.adapter.needed)
+    if any(plan.merge.undecided):
+        plan = plan_moves(plan.merge.settled(), plan.max_disk)
+    merge = plan.merge
+    with Writer(merge, device) as writer, workplace(plan, repository, cache_dir) as folder:
+        progress(f"opening {repo_id}")
+        repository.prepare(private)
+        _refuse_target(plan, repository)
+        carrier = Carrier(plan, repository, folder, progress)
+        try:
+            carrier.take_up()
+            carrier.carry(writer)
+            published = _publish(carrier, repository, hash, commit_message or KINDS["merged"].commit_title, progress)
+        except FossilExportError as problem:
+            if carrier.state:
+                raise longer(problem, f" ({carrier.state})") from problem
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+    commit = published.commit
+    notes = [*repository.notes, *merge.warnings, *published.notes]
+    notes += survival_warnings(merge, carrier.survival)
+    return StreamResult(
+        push=PushResult.of(
+            repository, commit, started, published.files, carrier.nbytes, notes, published.removed, merge.left_behind
+        ),
+        plan=plan,
+        survival=carrier.survival,
+        copied=carrier.copied,
+        resumed=carrier.resumed,
+    )
+
+
+@dataclass(frozen=True)
+class _Published:
+    commit: Commit
+    files: tuple[str, ...]
+    removed: tuple[str, ...]
+    notes: list[str]
+
+
+def _refuse_target(plan: StreamPlan, repository: Repository) -> None:
+    """Raise HubError where what the repository holds would stop the commit, hours from now."""
+    head = repository.head()
+    home = plan.merge.base.home
+    configs = [name for name in home.root_names() if name.endswith(".json")]
+    home.fetch([name for name in configs if len(home.blob(name) or "") != 64])  # the record has their hashes
+    facts, _ = _facts(plan, repository, provenance(plan.merge, {}), tuple(file.name for file in plan.merge.files))
+    there = repository.files(head)
+    refuse_base(facts, repository, plan.merge.base_branch)
+    stale(facts, there)
+    repository.notes += repository.validate(card_for(repository, facts, None, head, there)[0])
+
+
+def _publish(carrier: Carrier, repository: Repository, with_hash: bool, title: str, progress: Progress) -> _Published:
+    """What goes beside the weights, and the commit."""
+    plan = carrier.plan
+    merge = plan.merge
+    paths = Paths([merge.base.location, merge.adapter.path], local_names(provenance(merge, {})))
+    carrier.companions(paths)
+    ends: list[Closing] = []
+    while True:
+        record = provenance(merge, carrier.survival, carrier.digests() if with_hash else None)
+        carrier.send(PROVENANCE, paths.published(PROVENANCE, write_json(record)))
+        names = (*sorted(carrier.operations), CARD)
+        facts, problems = _facts(plan, repository, record, names)
+        merge.check()
+
+        def build(head: str, there: Mapping[str, str]) -> Sequence[Operation]:
+            done = tuple(carrier.operations.values())
+            ends[:] = [closing(repository, facts, None, done, head, there)]  # noqa: B023  used before the next round
+            return ends[0].operations
+
+        progress("committing")
+        try:
+            commit = repository.commit(build, title)
+        except CopyRefusedError as problem:
+            carrier.pass_through(str(problem))
+            continue
+        # There is no folder here to verify.
+        branch = f"refs/pr/{commit.pr_url.rpartition('/')[2]}" if commit.pr_url else repository.revision
+        where = repository.repo_id + (f"@{branch}" if branch else "")
+        said = [note.replace("verify DIR` first", f"verify {where} --push-to-hub`") for note in ends[0].notes]
+        return _Published(commit, names, ends[0].removed, [*problems, *said])
+
+
+def _facts(
+    plan: StreamPlan, repository: Repository, record: Mapping[str, Any], names: tuple[str, ...]
+) -> tuple[Facts, list[str]]:
+    merge = plan.merge
+    config = merge.base.config if merge.config is None else json.loads(merge.config)
+    return facts_of(repository.repo_id, "merged", names, record, None, None if config is None else dict(config))

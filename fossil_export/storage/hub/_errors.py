@@ -1,0 +1,221 @@
+"""What the Hub's client raises, in one line with the remedy. No message holds a token or a signed address."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import TypeVar
+
+from fossil_export.errors import FossilExportError, HubError
+from fossil_export.storage.hub import _client as client
+from fossil_export.storage.hub import _xet as xet
+
+T = TypeVar("T")
+
+
+class NotThereError(HubError):
+    """The Hub (or, offline, its cache) has no model of this name, or does not show it."""
+
+
+ATTEMPTS = 5
+PAUSE = 1.0
+"""Seconds before the second attempt; each further pause is twice as long."""
+PATIENCE = 60.0
+"""Seconds after which a Hub that answers, but only with errors, is given up."""
+
+NOT_CACHED = "is not, or not wholly, in the Hub's cache, and HF_HUB_OFFLINE is set; unset it, or fetch the model first"
+
+_SECRETS = re.compile(r"hf_\w{6,}|(?<=Bearer )\S+|(?<=\?)[^\s'\">]*=[^\s'\">]*|(?<=://)[^\s/@]+(?=@)")
+
+
+def redacted(text: str) -> str:
+    """`text` without tokens and passwords, and without the queries of addresses, which may be signed."""
+    return _SECRETS.sub("…", text)
+
+
+def endpoint() -> str:
+    """The address of the Hub for people: HF_ENDPOINT, as the client read it, without a password."""
+    from huggingface_hub import constants
+
+    return redacted(str(constants.ENDPOINT))
+
+
+def check_client() -> None:
+    """Raise HubError where the Hub's client is none that is supported, or refuses the settings that it is given."""
+    client.check_version()
+    try:
+        import_module("huggingface_hub.constants")  # by this name, since the package itself prints what is wrong
+    except ValueError as problem:
+        line = _line(problem)
+        raise HubError(
+            f"the Hub's client refuses its settings ({line}); check the variables that begin with HF_"
+        ) from problem
+
+
+def explained(problem: BaseException, name: str, doing: str = "") -> FossilExportError:
+    """The error to raise for `problem`, met while dealing with repository `name`; `doing` says at what."""
+    if isinstance(problem, FossilExportError):
+        return problem
+    what = f"{name}: {doing}: " if doing else f"{name}: "
+    page = f"{endpoint()}/{name}"
+    remedies = (_remedy(cause, page) for cause in causes_of(problem))
+    kind = NotThereError if any(map(_is_not_there, causes_of(problem))) else HubError
+    otherwise = (
+        f"{_line(problem)}; check HF_ENDPOINT, HF_TOKEN, HF_HOME and HTTPS_PROXY, and run the same command again"
+    )
+    return kind(what + next(filter(None, remedies), otherwise))
+
+
+def is_unreachable(problem: BaseException) -> bool:
+    """Whether the Hub did not answer, or not sensibly: what is cached may then be used."""
+    return any(status_of(cause) >= 500 or _is_network(cause) or _is_offline(cause) for cause in causes_of(problem))
+
+
+def is_conflict(problem: BaseException) -> bool:
+    """Whether the branch has moved since its head was looked at."""
+    return any(status_of(cause) in (409, 412) for cause in causes_of(problem))
+
+
+def is_transient(problem: BaseException) -> bool:
+    """Whether the same request may well succeed a little later."""
+    return any(status_of(cause) in (408, 429, 500, 502, 503, 504) or _is_network(cause) for cause in causes_of(problem))
+
+
+def retried(run: Callable[[], T], name: str, doing: str = "", attempts: int = ATTEMPTS) -> T:
+    """`run()`, again a few times where the Hub had trouble that its client gives up on. Raises as `explained` says.
+
+    A pause is as long as the Hub asks for, unless it would be over `PATIENCE`.
+    """
+    pause = PAUSE
+    until = None
+    for attempt in range(attempts):
+        try:
+            return run()
+        except FossilExportError:
+            raise
+        except Exception as problem:
+            until = until or time.monotonic() + PATIENCE
+            wait = max(pause, asked_pause(problem))
+            late = any(map(status_of, causes_of(problem))) and time.monotonic() + wait > until
+            by_xet = any(map(xet.is_xet, causes_of(problem)))
+            last = min(attempts - 1, 1) if by_xet else attempts - 1  # hf_xet has tried for minutes already
+            if attempt >= last or late or not is_transient(problem):
+                raise explained(problem, name, doing) from problem
+            if by_xet:
+                client.renew_xet_session()
+        time.sleep(wait)
+        pause *= 2
+    raise AssertionError("unreachable")
+
+
+def causes_of(problem: BaseException) -> Iterator[BaseException]:
+    """What lies behind `problem`, the cause before what it caused: the client wraps the telling error in others."""
+    behind = problem.__cause__ or (None if problem.__suppress_context__ else problem.__context__)
+    if behind is not None:
+        yield from causes_of(behind)
+    yield problem
+
+
+def status_of(problem: BaseException) -> int:
+    response = getattr(problem, "response", None)
+    return int(getattr(response, "status_code", 0) or 0) or xet.status_of(problem)
+
+
+def errno_of(problem: BaseException | None) -> int | None:
+    """The system's number of an error with a file or the disk."""
+    found = problem.errno if isinstance(problem, OSError) else None
+    return found if found is not None or problem is None else xet.errno_of(problem)
+
+
+def _is_network(problem: BaseException) -> bool:
+    # The client's HTTP library (httpx, or its successor) is no dependency of ours.
+    names = {kind.__name__ for kind in type(problem).__mro__}
+    if xet.is_xet(problem):
+        return xet.is_unreachable(problem)
+    return bool(names & {"TransportError", "TimeoutException", "NetworkError"}) or (
+        isinstance(problem, ConnectionError) and not _is_offline(problem)
+    )
+
+
+def asked_pause(problem: BaseException) -> float:
+    """The seconds that the Hub itself asks to wait."""
+    for cause in causes_of(problem):
+        asked = getattr(getattr(cause, "response", None), "headers", {}).get("Retry-After", "")
+        if asked.isdigit():
+            return float(asked)
+    return 0.0
+
+
+def _is_not_there(problem: BaseException) -> bool:
+    return type(problem).__name__ in ("RepositoryNotFoundError", "HFValidationError") or _is_offline(problem)
+
+
+def _is_offline(problem: BaseException) -> bool:
+    return type(problem).__name__ == "OfflineModeIsEnabled"
+
+
+def _remedy(problem: BaseException, page: str) -> str | None:
+    from huggingface_hub import constants, errors
+
+    by_xet = xet.is_xet(problem)
+    # Behind each of the client's errors is the HTTP library's own, which knows no more than the status.
+    status = status_of(problem) if by_xet or isinstance(problem, errors.HfHubHTTPError) else 0
+    if isinstance(problem, errors.GatedRepoError):
+        return f"is gated; accept the licence at {page} and log in with `hf auth login`"
+    if isinstance(problem, errors.RevisionNotFoundError):
+        return f"has no such revision; see {page}/tree/main for its branches and tags"
+    if isinstance(problem, errors.RemoteEntryNotFoundError):
+        return f"a file is missing there; see {page}/tree/main"
+    if status == 401 and "Invalid credentials" in str(problem):
+        return "the Hub does not know this token; log in again with `hf auth login`, or set HF_TOKEN"
+    if isinstance(problem, errors.RepositoryNotFoundError):
+        return "no such model on the Hub, or it is private; check the name, or log in with `hf auth login`"
+    if isinstance(problem, errors.HFValidationError):
+        return f"is no name of a model on the Hub ({_line(problem).removesuffix('.')}); write user/repo"
+    if status == 401:
+        return "the Hub wants to know who you are; log in with `hf auth login`, or set HF_TOKEN"
+    if status == 403:
+        return (
+            "your token may not do that; take one that may (to publish, with write access) from "
+            f"{endpoint()}/settings/tokens and log in with `hf auth login`{_said(problem)}"
+        )
+    if status == 429:
+        return "the Hub asks for fewer requests; wait a few minutes and run the same command again"
+    if status in (409, 412):
+        return f"somebody else changed it at the same time; run the same command again{_said(problem)}"
+    if status >= 500:
+        return f"the Hub has trouble of its own (status {status}); run the same command again later"
+    if status >= 400:
+        return f"the Hub refuses this (status {status}){_said(problem)}; see {page}"
+    if _is_offline(problem):
+        return NOT_CACHED
+    if _is_network(problem):
+        return (
+            f"{endpoint()} cannot be reached ({_line(problem)}); check the network, HTTPS_PROXY and HF_ENDPOINT, "
+            "and run the same command again"
+        )
+    if isinstance(problem, (json.JSONDecodeError, KeyError, TypeError, AttributeError)):
+        return f"{endpoint()} answers, but not as the Hub does; check HTTPS_PROXY and HF_ENDPOINT"
+    if errno_of(problem) == errno.ENOSPC:
+        return "no room left on the disk; make some, or move the cache with HF_HOME"
+    if isinstance(problem, OSError) and str(problem.filename).startswith(str(constants.HF_HUB_CACHE)):
+        return f"{problem.filename}: {problem.strerror}; see to the Hub's cache, or move it with HF_HOME"
+    if by_xet:
+        return f"{_line(problem)}; run the same command again, or with HF_HUB_DISABLE_XET=1 to go without hf_xet"
+    return None
+
+
+def _said(problem: BaseException) -> str:
+    """What the server itself had to say."""
+    said = redacted(" ".join(str(getattr(problem, "server_message", None) or "").split()))
+    return f" ({said})" if said else ""
+
+
+def _line(problem: BaseException) -> str:
+    """The first line of its message."""
+    line = next((line.strip() for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
+    return redacted(line)

@@ -1,0 +1,256 @@
+"""A slab of a stored tensor against what it must be, in float64."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fossil_export.adapters import Adapter
+from fossil_export.checkpoints._dtypes import BITS, element_count, numpy_dtype
+from fossil_export.checkpoints._header import Header, TensorInfo
+from fossil_export.checkpoints._input import InputFile, StoredArray
+from fossil_export.checkpoints.layouts import ReadRows, Rows
+from fossil_export.merging._change import Change, Part
+from fossil_export.verifying.reference import EXACT
+from fossil_export.verifying.reference._ulp import ulp
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+TOLERANCE = 2.0**-10
+"""Steps beyond half of one that rounding to float32 before rounding to 16 bits can cost."""
+
+SAMPLED = 8
+"""One row in so many is measured for the survival of the update."""
+
+SLAB = 4 << 20
+BLOCK = 1 << 18
+"""Bytes of the base looked at per task; elements computed at a time, so that float64 stays in the cache."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over some rows; `first` is the index of the first wrong element in the tensor, -1 for none."""
+
+    worst: float
+    off: int
+    kept: float
+    update: float
+    first: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """A part of a tensor to compare."""
+
+    name: str
+    found: TensorInfo
+    source: TensorInfo
+    part: Part
+    action: str
+
+    @property
+    def change(self) -> Change | None:
+        return self.part.changes[0] if self.part.changes else None
+
+    @property
+    def as_bytes(self) -> bool:
+        """Whether equal bytes are asked for, of whatever dtype."""
+        return self.change is None and self.source.dtype == self.found.dtype and self.source.offset is not None
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The bytes [first, last) of the tensor in the artifact."""
+        bits, count = BITS[self.found.dtype], element_count(self.found.shape)
+        whole = (self.part.first, self.part.last) == (0, count)
+        return (0, self.found.nbytes) if whole else (self.part.first * bits // 8, self.part.last * bits // 8)
+
+    @property
+    def rows(self) -> int:
+        """What the part is cut by: bytes, or its rows."""
+        return self.span[1] - self.span[0] if self.as_bytes else self.part.rows
+
+    @property
+    def unit(self) -> int:
+        """Rows that are rebuilt together."""
+        return EXACT[self.change.trained.method].unit(self.change.trained.tensors) if self.change is not None else 1
+
+    def slabs(self) -> Iterator[tuple[int, int]]:
+        """Row ranges; what is merged together stays together."""
+        if not self.found.nbytes:
+            return
+        unit = self.unit if self.change is None else self.change.into.unit(self.unit)
+        width = 1 if self.as_bytes else self.part.width * (BITS[self.source.dtype] // 8)
+        count = max(1, SLAB // (max(1, width) * unit)) * unit
+        for start in range(0, self.rows, count):
+            yield start, min(start + count, self.rows)
+
+
+class Files:
+    """Open files by path, each held against the header that was read of it."""
+
+    def __init__(self, headers: list[Header]) -> None:
+        self._headers = {header.path: header for header in headers}
+        self._open: dict[Path, InputFile] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        for file in self._open.values():
+            file.close()
+
+    def _file(self, info: TensorInfo) -> InputFile:
+        with self._lock:
+            if info.path not in self._open:
+                self._open[info.path] = InputFile(info.path, self._headers[info.path])
+            return self._open[info.path]
+
+    def read(self, info: TensorInfo, start: int, nbytes: int) -> Array:
+        """`nbytes` bytes of a tensor, from its byte `start` on, as uint8."""
+        import numpy as np
+
+        assert info.offset is not None
+        found = np.empty(nbytes, np.uint8)
+        self._file(info).read(info.offset + start, found)
+        return found
+
+    def array(self, info: TensorInfo, adapter: Adapter) -> Array | StoredArray:
+        """A tensor, of which what is sliced is read."""
+        if info.offset is None:
+            return adapter.array(info)
+        return StoredArray(self._file(info), info.offset, info.shape, numpy_dtype(info.dtype))
+
+    def rows(self, adapter: Adapter) -> ReadRows:
+        """Rows of stored tensors, of which the adapter may be the owner."""
+
+        def read(info: TensorInfo, start: int, stop: int) -> Any:
+            return self.array(info, adapter)[start:stop]
+
+        return read
+
+    def check(self) -> None:
+        for file in self._open.values():
+            file.check()
+
+
+def compare(job: Job, start: int, stop: int, adapter: Adapter, files: Files, progress: Callable[[int], None]) -> Sums:
+    first, _ = job.span
+    if job.as_bytes:
+        size, count = 1, stop - start
+        wanted, got = (files.read(info, first + start, count) for info in (job.source, job.found))
+        part = _bytes(job, first + start, wanted, got)
+    elif job.change is not None:
+        size, matrix, rows_of = job.part.width * (BITS[job.found.dtype] // 8), job.change.into, files.rows(adapter)
+        stored = _whole(matrix.read(rows_of, start, stop))
+        found = _whole(matrix.moved(job.found).read(rows_of, start, stop))
+        part = _values(job, start, stored, found, _trained(job, start, stop, adapter, files))
+    else:
+        size = job.part.width * (BITS[job.found.dtype] // 8)
+        stored, found = (_unchanged(info, job.part, start, stop, adapter, files) for info in (job.source, job.found))
+        part = _values(job, start, stored, found, None)
+    progress((stop - start) * size)
+    return part
+
+
+def _unchanged(info: TensorInfo, part: Part, start: int, stop: int, adapter: Adapter, files: Files) -> Array:
+    """Rows of a part that no adapter changes."""
+    first, last = part.first + start * part.width, part.first + stop * part.width
+    if info.offset is None:
+        return adapter.array(info).reshape(-1)[first:last].reshape(stop - start, -1)
+    dtype = numpy_dtype(info.dtype)
+    raw = files.read(info, first * dtype.itemsize, (last - first) * dtype.itemsize)
+    return raw.view(dtype).reshape(stop - start, -1)
+
+
+def _bytes(job: Job, start: int, want: Array, found: Array) -> Sums:
+    """Equal to the last bit; the dtype may be one that has no arithmetic here."""
+    import numpy as np
+
+    same = bool(np.array_equal(_words(want), _words(found)))
+    if same:
+        return Sums(0.0, 0, 0.0, 0.0, -1)
+    bits = BITS[job.found.dtype]
+    size = max(1, bits // 8)
+    wrong = (want.reshape(-1, size) != found.reshape(-1, size)).any(axis=1)
+    return Sums(float("inf"), int(wrong.sum()), 0.0, 0.0, (start + int(wrong.argmax()) * size) * 8 // bits)
+
+
+def _words(raw: Array) -> Array:
+    """The same bytes as wide integers where they divide, which compare faster."""
+    import numpy as np
+
+    return raw.view(np.uint64) if len(raw) % 8 == 0 else raw
+
+
+def _whole(rows: Rows) -> Array:
+    found: Array = rows[:]
+    return found
+
+
+def _values(job: Job, start: int, stored: Array, found: Array, trained: Mapping[str, Array] | None) -> Sums:
+    """Compare rows `stored` of the base, changed by what they need of the `trained`, with those `found`."""
+    import numpy as np
+
+    exactly = EXACT[job.change.trained.method] if job.change is not None else None
+    rows = max(1, BLOCK // (found.shape[1] * job.unit)) * job.unit
+    # Four arrays used over and over: allocating them for every block would cost more than the arithmetic.
+    space = np.empty((4, min(rows, len(stored)), found.shape[1]))
+    worst, off, kept, update, first = 0.0, 0, 0.0, 0.0, -1
+    for at in range(0, len(stored), rows):
+        weight, got, exact, steps = space[:, : min(rows, len(stored) - at)]
+        np.copyto(weight, stored[at : at + rows])
+        np.copyto(got, found[at : at + rows])
+        bound = None
+        if exactly is not None:
+            assert trained is not None and job.change is not None
+            needed = exactly.part(trained, at, at + len(weight))
+            bound = exactly.rebuild(weight, needed, job.change.trained.numbers, exact)
+        else:
+            np.copyto(exact, weight)
+        ulp(exact, job.found.dtype, steps)
+        if exactly is not None:
+            some = slice(None, None, SAMPLED)
+            change = exact[some] - weight[some]
+            update += float(np.einsum("ij,ij->", change, change))
+            kept += float(np.einsum("ij,ij->", got[some] - weight[some], change))
+        if exactly is None:
+            # A base may hold infinities (masks), whose cast is compared as it is.
+            alike = ~np.isfinite(exact) & ((got == exact) | np.isnan(got) & np.isnan(exact))
+            got[alike] = exact[alike] = 0.0
+        with np.errstate(invalid="ignore"):
+            error = np.subtract(got, exact, out=got)
+            np.abs(error, out=error)
+            error /= steps
+        if bound is not None:
+            error -= np.divide(bound, steps, out=bound)  # what the float32 products may cost
+        furthest = float(error.max())  # NaN if any is
+        worst = max(worst, furthest if furthest == furthest else float("inf"))
+        if furthest <= 0.5 + TOLERANCE:
+            continue
+        wrong = ~(error <= 0.5 + TOLERANCE)
+        if (count := int(np.count_nonzero(wrong))) and first < 0:
+            first = job.part.first + (start + at) * found.shape[1] + int(wrong.reshape(-1).argmax())
+        off += count
+    return Sums(worst, off, kept, update, first)
+
+
+def _trained(job: Job, start: int, stop: int, adapter: Adapter, files: Files) -> dict[str, Array]:
+    """What rows [start, stop) need of the trained tensors as the merge sees them (float32, but for float64 weights), in
+    float64."""
+    import numpy as np
+
+    assert job.change is not None
+    trained = job.change.trained
+    arrays = {role: files.array(info, adapter) for role, info in trained.tensors.items()}
+    part = EXACT[trained.method].part(arrays, start, stop)
+    return {
+        role: (array if job.change.into.dtype == "F64" else array.astype(np.float32)).astype(np.float64)
+        for role, array in part.items()
+    }

@@ -1,0 +1,76 @@
+"""The unmerged forward pass, for adapters that today's PEFT cannot load (Bone).
+
+    y = W x + up · down(x)       for a method that has such a form (methods/_low_rank.py)
+    y = (W + ΔW) x               for the others
+
+Source: MissLinear.forward in peft/tuners/miss/layer.py, against which it is tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fossil_export.adapters import Adapter, Trained
+from fossil_export.errors import MergeError, listed
+from fossil_export.merging._match import match_names
+from fossil_export.methods import METHODS
+
+
+class TrainedLinear(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy here
+    """A Linear with what was trained beside it; computes in the trained tensors' dtype and returns the input's."""
+
+    def __init__(self, base_layer: nn.Linear, arrays: Mapping[str, torch.Tensor], trained: Trained) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.trained = nn.ParameterDict({role: nn.Parameter(array, False) for role, array in arrays.items()})
+        self._method, self._numbers = METHODS[trained.method], trained.numbers
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer, arrays = self.base_layer, dict(self.trained)
+        wide = next(iter(arrays.values())).dtype
+        form = self._method.low_rank(arrays, self._numbers, layer.weight.shape[0])
+        if form is not None:
+            return (layer(x) + form.branch(x.to(wide))).to(x.dtype)
+        weight = layer.weight.to(wide)
+        bias = None if layer.bias is None else layer.bias.to(wide)
+        changed = weight + self._method.update(weight, arrays, self._numbers, 0)
+        result: torch.Tensor = nn.functional.linear(x.to(wide), changed, bias)
+        return result.to(x.dtype)
+
+
+def attach(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> nn.Module:
+    """Put what `adapter` trained (as `dtype`) and its saved tensors into `model`, in place.
+
+    Raises MergeError when a module is not found.
+    """
+    modules = dict(model.named_modules())
+    trained = dict.fromkeys([*adapter.trained, *(name.rpartition(".")[0] for name in adapter.saved)])
+    names = match_names(trained, modules)
+    missing = [module for module in trained if module not in names]
+    if missing:
+        raise MergeError(
+            f"{adapter.path}: the model {type(model).__name__} has no {listed(missing)}; name its base with --base"
+        )
+    for name, info in adapter.saved.items():
+        module, _, parameter = name.rpartition(".")
+        place = getattr(modules[names[module]], parameter)
+        # A tied parameter that was trained on its own becomes one of its own.
+        setattr(
+            modules[names[module]], parameter, nn.Parameter(_tensor(adapter.array(info)).to(place), requires_grad=False)
+        )
+    for module, one in adapter.trained.items():
+        parent, _, last = names[module].rpartition(".")
+        layer = modules[names[module]]
+        arrays = {role: _tensor(array).to(layer.weight.device, dtype) for role, array in adapter.arrays(module).items()}
+        setattr(modules[parent], last, TrainedLinear(layer, arrays, one))
+    return model
+
+
+def _tensor(array: Any) -> torch.Tensor:
+    import numpy as np
+
+    return torch.from_numpy(array.astype(np.float32))

@@ -1,0 +1,53 @@
+"""Merged models: the weights held against their own computation, and the folder run by transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fossil_export.adapters import Adapter
+from fossil_export.checkpoints._checkpoint import Checkpoint, identity
+from fossil_export.merging._planning import plan_merge
+from fossil_export.verifying._artifacts import Progress, count_parameters
+from fossil_export.verifying._folder import check_folder
+from fossil_export.verifying._forward import Subject
+from fossil_export.verifying._models import Tokens, open_artifact
+from fossil_export.verifying._stored import stored_dtype
+from fossil_export.verifying._weights import TensorCheck, check_weights
+
+
+@dataclass(frozen=True)
+class MergedFolder:
+    """A checkpoint of merged weights."""
+
+    folder: Path
+    checkpoint: Checkpoint
+
+    def weights(
+        self, base: Checkpoint, adapter: Adapter, record: Mapping[str, Any] | None, progress: Progress
+    ) -> tuple[tuple[TensorCheck, ...] | None, list[str]]:
+        dtype = (record or {}).get("dtype", "auto")
+        plan = plan_merge(adapter, base.location, dtype=dtype).settled()
+        problems = list(check_folder(self.checkpoint, base, adapter, record, plan))
+        tensors = check_weights(self.checkpoint, base, adapter, dtype, progress)
+        return tensors, problems + [f"{check.name} {check.problem}" for check in tensors if check.problem]
+
+    def incomparable(self) -> str | None:
+        return None
+
+    def subject(self, base: Checkpoint, adapter: Adapter, device: str) -> Subject:
+        return Subject(self.folder, lambda: open_artifact(self.folder, device))
+
+    def dtype(self, base: Checkpoint) -> str:
+        return stored_dtype(base)
+
+    def parameters(self, base: Checkpoint) -> int:
+        return count_parameters(self.checkpoint)
+
+    def afterwards(self, tokens: list[Tokens], device: str) -> list[str]:
+        return []
+
+    def hashes(self) -> list[dict[str, Any]]:
+        return identity(self.checkpoint)

@@ -1,0 +1,266 @@
+"""The models that are compared: trainer and truth (PEFT, unmerged), and the artifact.
+
+Each is a `Runner`: something that gives logits for tokens. A new kind of artifact is a new runner.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fossil_export._foreign import load_model, load_tokenizer, model_class, read_config
+from fossil_export.adapters import Adapter
+from fossil_export.adapters._peft import find_weights
+from fossil_export.errors import FossilExportError, MissingExtraError
+
+if TYPE_CHECKING:
+    import torch
+
+Tokens = list[int]
+
+
+class Runner(Protocol):
+    """One model, loaded. Prompts are run one at a time, so that nothing depends on padding."""
+
+    def logits(self, tokens: Tokens) -> torch.Tensor:
+        """(positions, vocabulary) for a language model, (labels,) or hidden states otherwise; float64 on the CPU."""
+
+    def generate(self, tokens: Tokens, count: int) -> Tokens | None:
+        """The greedy continuation by up to `count` tokens; None where the model does not generate."""
+
+    def modules(self, tokens: Tokens) -> dict[str, torch.Tensor] | None:
+        """The output of each module by its name in the plain model, in the order they ran; None if unknown."""
+
+    def close(self) -> None:
+        """Give the memory back."""
+
+
+class TorchRunner:
+    """A transformers model, plain or with an adapter beside it."""
+
+    def __init__(self, model: Any, device: str) -> None:
+        self._model = model.to(device).eval()
+        self._device = device
+
+    def logits(self, tokens: Tokens) -> torch.Tensor:
+        import torch
+
+        with torch.no_grad(), _full_precision():
+            output = self._model(input_ids=torch.tensor([tokens], device=self._device))
+        result: torch.Tensor = (output.logits if "logits" in output else output[0])[0].double().cpu()
+        return result
+
+    def generate(self, tokens: Tokens, count: int) -> Tokens | None:
+        import torch
+
+        if not getattr(self._model, "can_generate", lambda: False)():
+            return None
+        ids = torch.tensor([tokens], device=self._device)
+        with torch.no_grad(), _full_precision(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            output = self._model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=count,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        result: Tokens = output[0, len(tokens) :].tolist()
+        return result
+
+    def modules(self, tokens: Tokens) -> dict[str, torch.Tensor] | None:
+        outputs: dict[str, torch.Tensor] = {}
+        handles = []
+        for name, module in self._model.named_modules():
+            plain = _plain_name(name)
+            if plain is not None:
+                handles.append(module.register_forward_hook(_record(outputs, plain)))
+        try:
+            self.logits(tokens)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return outputs
+
+    def close(self) -> None:
+        import torch
+
+        del self._model
+        gc.collect()
+        if self._device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+
+def _record(outputs: dict[str, torch.Tensor], name: str) -> Any:
+    import torch
+
+    def hook(module: Any, arguments: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, torch.Tensor) and first.is_floating_point():
+            outputs[name] = first.detach().double().cpu()
+
+    return hook
+
+
+def _plain_name(name: str) -> str | None:
+    """A module's name without what PEFT or our layers put around it; None for those wrappings' own parts."""
+    for prefix in ("base_model.model.", "base_model"):
+        name = name.removeprefix(prefix)
+    parts = name.split(".")
+    wrapped = {"base_layer", "original_module", "trained"} & set(parts) or any(p.startswith("miss_") for p in parts)
+    if not name or wrapped or parts[-1] == "modules_to_save":
+        return None
+    return name.replace(".modules_to_save.default", "")
+
+
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """float32 means float32 on a GPU too: no TF32."""
+    import torch
+
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def check_device(device: str) -> None:
+    """Raise unless `device` is there; a missing GPU is never quietly the CPU."""
+    libraries()
+    import torch
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise FossilExportError(f"device {device!r} is not available here (no CUDA GPU); use --device cpu")
+
+
+def libraries() -> None:
+    """Raise MissingExtraError unless what the forward level needs is installed."""
+    try:
+        import peft  # noqa: F401
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as problem:
+        raise MissingExtraError(problem.name or "peft", "peft", "the forward level") from problem
+
+
+def open_trainer(
+    adapter: Adapter,
+    base: Path,
+    artifact: Path,
+    dtype: str,
+    device: str,
+    change: Callable[[Any], None] | None = None,
+    merged: bool = False,
+) -> TorchRunner:
+    """The model as it was trained: `base` in `dtype` with the adapter unmerged beside it, shards in float32.
+
+    PEFT runs it; our reference layers do for adapters that PEFT cannot load. `dtype` "float64" is the truth.
+    `change` is let at the base's weights before the adapter is put beside them or, with `merged`, at the weights
+    that PEFT's own merge gives. The model's class is the one `artifact`'s config names.
+    """
+    import torch
+    from peft import PeftModel
+
+    kind, config = _class_and_config(artifact, base)
+    with _quiet():
+        model = load_model(kind, base, config, dtype=getattr(torch, dtype), ignore_mismatched_sizes=True)
+        _resize(model, artifact)
+        if change is not None and not merged:
+            change(model)
+        wide = torch.float64 if dtype == "float64" else torch.float32
+        folder = adapter.path if adapter.path.is_dir() else adapter.path.parent
+        # PEFT looks only for files of its own names.
+        if adapter.peft_type == "MISS" and adapter.files[1] == find_weights(folder):
+            model = PeftModel.from_pretrained(model, str(folder))
+            for name, parameter in model.named_parameters():
+                if "miss_block" in name:
+                    parameter.data = parameter.data.to(wide)
+        else:
+            from fossil_export.verifying._layers import attach
+
+            if merged:
+                raise FossilExportError(
+                    f"{adapter.path}: PEFT cannot load it, and its merge is what int4 is checked by"
+                )
+            model = attach(model, adapter, wide)
+        if change is not None and merged:
+            model = model.merge_and_unload()
+            change(model)
+    return TorchRunner(model, device)
+
+
+def open_lora(folder: Path, base: Path, described_by: Path, dtype: str, device: str) -> TorchRunner:
+    """A LoRA folder on its base in `dtype`, by PEFT; the model's class is the one `described_by`'s config names."""
+    import torch
+    from peft import PeftModel
+
+    kind, config = _class_and_config(described_by, base)
+    with _quiet():
+        model = load_model(kind, base, config, dtype=getattr(torch, dtype), ignore_mismatched_sizes=True)
+        _resize(model, described_by)
+        return TorchRunner(PeftModel.from_pretrained(model, str(folder)), device)
+
+
+def open_artifact(path: Path, device: str) -> TorchRunner:
+    """The artifact, loaded as a user would: its own class, in its own dtype."""
+    kind, config = _class_and_config(path, path)
+    with _quiet():
+        model = load_model(kind, path, config, dtype="auto")
+    return TorchRunner(model, device)
+
+
+def tokenize(artifact: Path, prompts: tuple[str, ...]) -> list[Tokens]:
+    """Token ids by the artifact's tokenizer; without a usable one, fixed pseudo-random ids of the vocabulary."""
+    import torch
+
+    config = read_config(artifact)
+    try:
+        with _quiet():
+            tokenizer = load_tokenizer(artifact)
+        found = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+        if all(found):  # without files, some classes make a tokenizer that knows no words
+            return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    vocabulary = config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(vocabulary, (12,), generator=generator).tolist() for _ in prompts]
+
+
+def _class_and_config(named_by: Path, weights: Path) -> tuple[Any, Any]:
+    """The model class that `named_by`'s config names, and the config of `weights` with the labels of `named_by`."""
+    config, own = read_config(named_by), read_config(weights)
+    if own.num_labels != config.num_labels:
+        own.num_labels = config.num_labels
+    return model_class(config, "AutoModelForCausalLM"), own
+
+
+def _resize(model: Any, artifact: Path) -> None:
+    rows = read_config(artifact).get_text_config().vocab_size
+    if rows != model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Load without the libraries' bars and reports; errors still come through."""
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()

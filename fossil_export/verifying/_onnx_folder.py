@@ -1,0 +1,110 @@
+"""ONNX folders: the shards that a graph holds, and the graph run by its own runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fossil_export.adapters import Adapter
+from fossil_export.checkpoints._checkpoint import Checkpoint, sha256
+from fossil_export.merging._planning import plan_merge
+from fossil_export.verifying._artifacts import Progress, count_parameters
+from fossil_export.verifying._folder import check_record
+from fossil_export.verifying._forward import Subject
+from fossil_export.verifying._models import Tokens
+from fossil_export.verifying._weights import TensorCheck
+
+
+@dataclass(frozen=True)
+class OnnxFolder:
+    """A graph with its data, configs and, if it takes adapters, an adapter file."""
+
+    folder: Path
+
+    def weights(
+        self, base: Checkpoint, adapter: Adapter, record: Mapping[str, Any] | None, progress: Progress
+    ) -> tuple[tuple[TensorCheck, ...] | None, list[str]]:
+        from fossil_export.verifying._shards import check_shards
+
+        plan_merge(adapter, base.location)  # do they go together?
+        return None, [*check_record(base, adapter, record), *check_shards(self.folder, adapter)]
+
+    def incomparable(self) -> str | None:
+        from fossil_export.verifying._quantized import is_quantized
+
+        if self._mode() == "swappable" or (self._mode() == "fused" and is_quantized(self.folder)):
+            return None
+        return f"a {self._mode()} graph has no shards of its own; it is checked by running it, with --level forward"
+
+    def subject(self, base: Checkpoint, adapter: Adapter, device: str) -> Subject:
+        from fossil_export.verifying._onnx_models import OnnxRunner, providers
+        from fossil_export.verifying._quantized import NOISE, is_quantized, take_weights
+
+        providers(device)
+        if not is_quantized(self.folder):
+            return Subject(self.folder, lambda: OnnxRunner(self.folder, device))
+        merged = self._mode() == "merged"
+
+        problems: list[str] = []
+
+        def change(network: Any) -> None:
+            problems[:] = take_weights(network, self.folder, check=merged)
+
+        return Subject(self.folder, lambda: OnnxRunner(self.folder, device), NOISE, change, merged, problems)
+
+    def dtype(self, base: Checkpoint) -> str:
+        from fossil_export.onnx.builders._existing import find_graph
+        from fossil_export.onnx.graph._file import load_graph
+
+        found = [
+            value.dtype.name
+            for node in load_graph(find_graph(self.folder)).graph
+            if node.op_type in ("MatMul", "Gemm", "MatMulNBits") and "/tiled/" not in str(node.name)
+            for value in node.outputs
+            if value.dtype is not None
+        ]
+        names = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
+        return names.get(max(set(found), key=found.count), "float32") if found else "float32"
+
+    def parameters(self, base: Checkpoint) -> int:
+        return count_parameters(base)
+
+    def afterwards(self, tokens: list[Tokens], device: str) -> list[str]:
+        """Swapping the adapter out gives the base's answers to the bit, before and after it was in."""
+        import torch
+
+        from fossil_export.verifying._onnx_models import OnnxRunner
+
+        runner = OnnxRunner(self.folder, device)
+        try:
+            if not runner.swaps:
+                return []
+            answers = []
+            for active in (False, True, False):
+                runner.active = active
+                answers.append([runner.logits(ids) for ids in tokens])
+        finally:
+            runner.close()
+        before, within, after = answers
+        if not all(torch.equal(one, other) for one, other in zip(before, after, strict=True)):
+            return ["with the adapter swapped out the graph does not answer as it did before"]
+        if all(torch.equal(one, other) for one, other in zip(before, within, strict=True)):
+            return ["with the adapter swapped in the graph answers as without it"]
+        return []
+
+    def hashes(self) -> list[dict[str, Any]]:
+        found = []
+        for path in sorted(self.folder.glob("*.onnx*")):
+            entry: dict[str, Any] = {"file": path.name, "size": path.stat().st_size}
+            if path.suffix in (".onnx", ".onnx_adapter"):
+                entry["sha256"] = sha256(path)
+            found.append(entry)
+        return found
+
+    def _mode(self) -> str:
+        from fossil_export.onnx._signature import read_mark
+        from fossil_export.onnx.builders._existing import find_graph
+
+        return str(read_mark(find_graph(self.folder)).get("mode", "merged"))

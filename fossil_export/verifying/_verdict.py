@@ -1,0 +1,186 @@
+"""What one verification found, and `fossil_parity.json`: the same in brief, for a model card to quote."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fossil_export.adapters import Adapter
+from fossil_export.adapters._quantized import quantized_training
+from fossil_export.checkpoints._checkpoint import Checkpoint, identity, sha256
+from fossil_export.checkpoints._jsonfile import write_json
+from fossil_export.storage import Origin
+from fossil_export.verifying._artifacts import open_any
+from fossil_export.verifying._forward import FACTOR, Distance, ForwardCheck
+from fossil_export.verifying._weights import TensorCheck
+from fossil_export.version import __version__
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The verdict on one artifact, which came from `origin` and is now in the folder `artifact`. `problems` is empty
+    for parity, else the reasons, the first one first; `tensors` is None unless the weights level ran, `forward` unless
+    the forward level did. `base_name` is the base's id on the Hub with its commit, else its path."""
+
+    origin: Origin
+    artifact: Path
+    base: Checkpoint
+    base_name: str
+    adapter: Adapter
+    problems: tuple[str, ...]
+    tensors: tuple[TensorCheck, ...] | None
+    forward: ForwardCheck | None
+    device: str
+    seconds: float
+    warnings: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        found = "parity" if self.parity else f"{len(self.problems)} problems, the first: {self.problems[0]}"
+        return f"<Verification of {self.artifact}: {found}; compared with {self.compared_with}>"
+
+    @property
+    def quantized_training(self) -> str | None:
+        """What says that training ran over quantized weights. The trainer of this verification did not: it is the
+        adapter on `base` as that is stored."""
+        return quantized_training(self.adapter)
+
+    @property
+    def compared_with(self) -> str:
+        """What the verdict is about, in words."""
+        sign = self.quantized_training
+        doubt = f"; trained over quantized weights, it seems ({sign}), it is another model there" if sign else ""
+        return f"the adapter on the base as it is stored{doubt}"
+
+    @property
+    def parity(self) -> bool:
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every figure, as `--json` prints it; infinite errors are None."""
+        return {
+            **certificate(self),
+            "seconds": round(self.seconds, 3),
+            "problems": list(self.problems),
+            "warnings": list(self.warnings),
+            "tensors": None if self.tensors is None else [_tensor(check) for check in self.tensors],
+            "modules": None
+            if self.forward is None
+            else [
+                {"module": error.module, "trainer": finite(error.trainer), "artifact": finite(error.artifact)}
+                for error in self.forward.modules
+            ],
+        }
+
+
+def certificate(result: Verification) -> dict[str, Any]:
+    """The compact record: verdict, figures, versions, device, hashes; for a model card to quote."""
+    found: dict[str, Any] = {
+        "format": 1,
+        "tool": {"name": "fossil-export", "version": __version__},
+        "parity": result.parity,
+        "reason": result.problems[0] if result.problems else None,
+        "adapter": {
+            "name": result.adapter.name,
+            "revision": result.adapter.revision,
+            "variant": result.adapter.variant,
+            "rank": result.adapter.rank,
+        },
+        "base": result.base_name,
+        "base_weights": "as stored",
+        "quantized_training": result.quantized_training,
+        "device": result.device,
+        "versions": versions(),
+        "weights": None,
+        "forward": None,
+    }
+    if result.tensors is not None:
+        kept = sum(check.kept for check in result.tensors)
+        update = sum(check.update for check in result.tensors)
+        merged = [check for check in result.tensors if check.action == "merge"]
+        found["weights"] = {
+            "tensors": len(result.tensors),
+            "merged": len(merged),
+            "wrong": sum(check.problem is not None for check in result.tensors),
+            "worst_error_in_steps": finite(max((check.worst for check in merged), default=0.0)),
+            "elements_off": sum(check.off for check in result.tensors),
+            "update_survived": finite(kept / update) if update else None,
+        }
+    if result.forward is not None:
+        forward = result.forward
+        found["forward"] = {
+            "prompts": forward.prompts,
+            "truth": forward.truth_dtype,
+            "trainer": {"dtype": forward.trainer_dtype, **_distance(forward.trainer)},
+            "artifact": _distance(forward.artifact),
+            "allowed_factor": FACTOR,
+            "allowed_noise": forward.noise,
+            "same_continuations": [forward.same_continuations, forward.continuations],
+            "first_module_outside": forward.first_outside,
+        }
+    return found
+
+
+def certificate_file(result: Verification) -> bytes:
+    """`fossil_parity.json`: the certificate, and which files it was about."""
+    return write_json({**certificate(result), "hashes": _hashes(result)})
+
+
+def _hashes(result: Verification) -> dict[str, Any]:
+    """The adapter's digests, sizes and header digests of artifact and base."""
+    return {
+        "artifact": open_any(result.artifact).hashes(),
+        "base": identity(result.base),
+        "adapter": [{"file": path.name, "sha256": sha256(path)} for path in result.adapter.files],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that had a part in it."""
+    found = {"python": platform.python_version()}
+    for package in ("numpy", "torch", "transformers", "peft", "onnxruntime-gpu", "onnxruntime"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: str) -> str:
+    """ "cpu (x86_64, 2 cores)" or the GPU's own name."""
+    if device.startswith("cuda"):
+        import torch
+
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({platform.machine()}, {os.cpu_count()} cores)"
+
+
+def finite(value: float) -> float | None:
+    """None for what JSON cannot say."""
+    return value if value == value and abs(value) != float("inf") else None
+
+
+def _distance(found: Distance) -> dict[str, float | None]:
+    return {
+        "relative_error": finite(found.relative_error),
+        "worst_tenth": finite(found.worst_tenth),
+        "max_abs_difference": finite(found.max_abs_difference),
+        "kl": finite(found.kl),
+        "top1": found.top1,
+    }
+
+
+def _tensor(check: TensorCheck) -> dict[str, Any]:
+    return {
+        "tensor": check.name,
+        "action": check.action,
+        "module": check.module,
+        "worst_error_in_steps": finite(check.worst),
+        "elements_off": check.off,
+        "elements": check.elements,
+        "survived": finite(check.survived) if check.survived is not None else None,
+        "problem": check.problem,
+    }

@@ -1,0 +1,218 @@
+"""`verify`: the levels in turn, one verdict, and the certificate beside the artifact."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fossil_export.adapters import Adapter, load_adapter
+from fossil_export.artifacts._kinds import kind_of_file
+from fossil_export.checkpoints._checkpoint import Checkpoint
+from fossil_export.checkpoints._companions import CERTIFICATE, PROVENANCE, is_weights
+from fossil_export.checkpoints._dtypes import BY_TORCH_NAME
+from fossil_export.checkpoints._jsonfile import read_json
+from fossil_export.checkpoints._single_file import write_file
+from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError, listed
+from fossil_export.merging._planning import plan_merge
+from fossil_export.storage import Needed, Origin, fetch, find_origin, pinned
+from fossil_export.verifying._artifacts import open_any
+from fossil_export.verifying._forward import check_forward
+from fossil_export.verifying._levels import LEVELS, Level
+from fossil_export.verifying._models import check_device, tokenize
+from fossil_export.verifying._prompts import PROMPTS, read_prompts
+from fossil_export.verifying._verdict import Verification, certificate_file, device_name
+
+SWAPPED = 2
+"""Prompts that are asked before, with and after an adapter that can be swapped."""
+
+
+def verify(
+    artifact: str | Path,
+    *,
+    base: str | Path | None = None,
+    adapter: Adapter | str | Path | None = None,
+    level: Level = "all",
+    device: str = "cpu",
+    prompts: str | Path | None = None,
+    report: str | Path | None = None,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> Verification:
+    """Is `artifact` (a folder that `merge`, `export_onnx` or `convert` wrote) what was trained?
+
+    All three may be ids on the Hub. `base` and `adapter` default to those its `fossil_export.json` names. `level` is
+    "weights" (every tensor, streamed, no model class), "forward" (logits and continuations against the trainer, which
+    needs the extra [peft]) or "all". `prompts` is a text file, one a line; `report` an HTML file to write. Writes
+    `fossil_parity.json` beside the weights; for an artifact on the Hub `publish_certificate` does. `progress` is called
+    with the bytes compared.
+
+    Raises a FossilExportError when something cannot be read or run; a difference is no error but a verdict.
+    """
+    if level not in LEVELS:
+        raise FossilExportError(f"level is {level!r}, expected {', '.join(LEVELS)}")
+    origin = find_origin(artifact, CheckpointError, "artifact")
+    with origin.by_name():
+        result = _verified(origin, base, adapter, level, device, prompts, report, progress)
+        if origin.is_path:
+            try:
+                _write(result.artifact / CERTIFICATE, certificate_file(result))
+            except FossilExportError as problem:  # an artifact that may only be read has its verdict all the same
+                result = replace(result, warnings=(*result.warnings, str(problem)))
+    if report is not None:
+        from fossil_export.verifying._report import html
+
+        _write(Path(report), html(result).encode())
+    return result
+
+
+def _verified(
+    origin: Origin,
+    base: str | Path | None,
+    adapter: Adapter | str | Path | None,
+    level: Level,
+    device: str,
+    prompts: str | Path | None,
+    report: str | Path | None,
+    progress: Callable[[int], None],
+) -> Verification:
+    """The verdict; nothing is written."""
+    started = time.perf_counter()
+    _fetch_parts(origin)
+    folder = origin.path
+    if origin.file is None and not folder.is_dir():
+        names = origin.folder.root_names()
+        held = f" (only {listed(names)})" if names else ""
+        raise CheckpointError(f"{folder}: holds no model, LoRA or ONNX graph{held}; name what is to be verified")
+    if kind_of_file(folder) is None and not folder.is_dir():
+        raise CheckpointError(f"{folder}: is no model folder; name the folder that the file lies in")
+    record = _read_record(folder)
+    found = open_any(folder)
+    if not isinstance(adapter, Adapter):
+        adapter = load_adapter(_named(adapter, record, "adapter", folder))
+    fetch(adapter.needed)
+    found_base = find_origin(_named(base, record, "base", folder), CheckpointError, "base model")
+    base_checkpoint = _whole(found_base, adapter)
+    base_folder = found_base.path
+    base_name = str(base_checkpoint.location) if found_base.is_path else pinned(found_base.name, found_base.revision)
+    texts = read_prompts(prompts) if prompts is not None else PROMPTS
+    if level != "weights":
+        check_device(device)
+    else:
+        device = "cpu"  # this level runs no model
+    if report is not None and not Path(report).expanduser().absolute().parent.is_dir():
+        raise FossilExportError(f"{report}: cannot be written: its folder does not exist; make it first")
+
+    if level == "weights" and (why := found.incomparable()):
+        raise FossilExportError(f"{folder}: {why}")
+    problems: list[str] = []
+    tensors = forward = None
+    together = True
+    if level in ("weights", "all"):
+        try:
+            tensors, problems = found.weights(base_checkpoint, adapter, record, progress)
+        except MergeError as problem:  # adapter and base do not go together: nothing made of them can be right
+            problems.append(str(problem))
+            together = False
+    if level in ("forward", "all") and together:
+        try:
+            subject = found.subject(base_checkpoint, adapter, device)
+            forward = check_forward(
+                subject,
+                base_folder,
+                adapter,
+                found.dtype(base_checkpoint),
+                found.parameters(base_checkpoint),
+                texts,
+                device,
+            )
+            problems += subject.problems
+            problems += [forward.problem] if forward.problem else []
+            problems += found.afterwards(tokenize(subject.described_by, texts[:SWAPPED]), device)
+        except FossilExportError:
+            raise
+        except Exception as problem:  # whatever a model's own code raises on weights that are not its
+            what = f"cannot be run: {next(iter(str(problem).splitlines()), type(problem).__name__)}"
+            if not problems:
+                raise CheckpointError(f"{folder}: {what}") from problem
+            problems.append(f"the artifact {what}")  # what is wrong with its weights may be why
+    return Verification(
+        origin=origin,
+        artifact=folder,
+        base=base_checkpoint,
+        base_name=base_name,
+        adapter=adapter,
+        problems=tuple(map(origin.shown, problems)),
+        tensors=tensors,
+        forward=forward,
+        device=device_name(device),
+        seconds=time.perf_counter() - started,
+        warnings=origin.notes + found_base.notes + adapter.notes,
+    )
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    """The artifact's provenance file, None without one; checked for what is used of it."""
+    path = folder / PROVENANCE
+    if not path.is_file():
+        return None
+    record = read_json(path, CheckpointError)
+    if "adapters" in record or any(isinstance(e, dict) and "weight" in e for e in record.get("tensors") or ()):
+        raise CheckpointError(
+            f"{folder}: was merged from several adapters, or at a weight, which verify cannot rebuild yet; verify a "
+            "merge of one adapter"
+        )
+    try:
+        sound = record["dtype"] in ("auto", *BY_TORCH_NAME)
+        sound &= all(isinstance(record[part]["name"], str) for part in ("base", "adapter"))
+        sound &= all(isinstance(e["size"], int) and e["header_sha256"] and e["file"] for e in record["base"]["weights"])
+        sound &= all(e["file"] and e["sha256"] for e in record["adapter"]["files"])
+    except (KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise CheckpointError(f"{path}: is damaged; remove it and name --base and --adapter")
+    return record
+
+
+def _named(given: Any, record: Mapping[str, Any] | None, part: str, folder: Path) -> str | Path:
+    if given is not None:
+        path: str | Path = given
+        return path
+    entry = (record or {}).get(part, {})
+    name = entry.get("name")
+    if not name:
+        error = AdapterError if part == "adapter" else CheckpointError
+        raise error(f"{folder}: has no {PROVENANCE} that names its {part}; name it with --{part}")
+    return pinned(str(name), entry.get("revision"))
+
+
+def _parts(names: list[str]) -> list[str]:
+    """The files of an artifact on the Hub, without weights in formats that are looked at in none."""
+    if any(name.endswith(".onnx") for name in names):
+        return names
+    return [name for name in names if not is_weights(name) or ".safetensors" in name]
+
+
+def _fetch_parts(origin: Origin) -> None:
+    """Bring the files of an artifact or a base here that may be looked at."""
+    folder = origin.folder
+    if not folder.is_here:
+        fetch(Needed(folder, tuple(_parts(folder.names()))))
+
+
+def _whole(base: Origin, adapter: Adapter) -> Checkpoint:
+    """The base with all its files here; of a model on the Hub only those a merge takes are fetched."""
+    if not base.folder.is_here:
+        try:
+            fetch(*plan_merge(adapter, base).needed)
+        except MergeError:  # a verdict, which needs the files all the same
+            _fetch_parts(base)
+    return base.checkpoint()
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        write_file(path.expanduser(), content)
+    except OSError as problem:
+        raise FossilExportError(f"{path}: cannot be written: {problem.strerror}") from problem

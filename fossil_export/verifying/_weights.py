@@ -1,0 +1,154 @@
+"""Weights level: every stored tensor against the base and a float64 reconstruction, streamed.
+
+Untouched tensors must be the base's bytes. A merged one must be the exact W' rounded once: no element may
+be further from it than half a step of its dtype, plus the float32 arithmetic's own error (`TOLERANCE` for
+a sum, a proven bound for bat's products).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+
+from fossil_export._threads import in_order, one_blas_thread
+from fossil_export.adapters import Adapter
+from fossil_export.checkpoints._checkpoint import Checkpoint
+from fossil_export.checkpoints._dtypes import BY_TORCH_NAME, FLOATS, element_count
+from fossil_export.merging._change import Change, parts_of
+from fossil_export.merging._place import place
+from fossil_export.merging._placement import Places, together
+from fossil_export.merging._ties import are_equal
+from fossil_export.verifying._comparison import Files, Job, Sums, compare
+
+AHEAD = 4
+"""Tasks that wait for each thread: enough that none is idle, few enough that they take no memory in any model."""
+
+
+@dataclass(frozen=True)
+class TensorCheck:
+    """The comparison of one tensor.
+
+    `worst` error is in steps of its dtype, for bat less the bound of float32's own; `off` elements, of
+    `elements`, are not the exact result rounded once. `survived` is the share of the update that was stored,
+    on one row in `SAMPLED` (None for an unmerged tensor); `problem` is None for a tensor as it should be.
+    """
+
+    name: str
+    action: str
+    module: str | None = None
+    elements: int = 0
+    worst: float = 0.0
+    off: int = 0
+    kept: float = 0.0
+    update: float = 0.0
+    problem: str | None = None
+
+    @property
+    def survived(self) -> float | None:
+        return self.kept / self.update if self.update else None
+
+
+def check_weights(
+    artifact: Checkpoint,
+    base: Checkpoint,
+    adapter: Adapter,
+    dtype: str = "auto",
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> tuple[TensorCheck, ...]:
+    """Compare every tensor of `artifact` with what `adapter` on `base` must give, in the base's order.
+
+    `dtype` is what the merge was asked for ("auto": each tensor keeps its own). Reads every byte once, in
+    little memory. Raises MergeError where the adapter does not belong to the base.
+    """
+    places = _places(adapter, base)
+    names = [*base.tensors, *places.added]
+    tensors = [_expected(name, artifact, base, places, dtype) for name in names]
+    jobs = [job for found in tensors if isinstance(found, tuple) for job in found]
+    headers = [*artifact.files, *base.files, *([adapter.header] if adapter.header is not None else [])]
+    threads = os.cpu_count() or 1
+    with one_blas_thread(), Files(headers) as files, ThreadPoolExecutor(threads) as pool:
+        calls = (partial(compare, job, *rows, adapter, files, progress) for job in jobs for rows in job.slabs())
+        with closing(in_order(pool, calls, AHEAD * threads)) as sums:
+            checks = [_summary(found, sums) if isinstance(found, tuple) else found for found in tensors]
+        files.check()
+    wanted = set(names)
+    checks += [
+        TensorCheck(name, "extra", problem="is in the artifact, but neither in the base nor in the adapter")
+        for name in artifact.tensors
+        if name not in wanted
+    ]
+    return tuple(checks)
+
+
+def _places(adapter: Adapter, base: Checkpoint) -> Places:
+    placement = place(adapter, base)
+    if placement.undecided is not None:
+        placement = place(adapter, base, are_equal(adapter, base, placement))
+    return together([adapter], [placement], [1.0])
+
+
+def _expected(
+    name: str, artifact: Checkpoint, base: Checkpoint, places: Places, dtype: str
+) -> tuple[Job, ...] | TensorCheck:
+    """What to compare tensor `name` with, or the check that already failed."""
+    own = base.tensors.get(name)
+    source, owner = places.sources.get(name, (own, None))
+    assert source is not None, name
+    changes = places.changes.get(name, ())
+    action = "merge" if changes else "replace" if owner is not None else "copy"
+    found = artifact.tensors.get(name)
+
+    def failed(problem: str) -> TensorCheck:
+        return TensorCheck(name, action, _module(changes), worst=float("inf"), problem=problem)
+
+    if found is None:
+        return failed("is missing from the artifact")
+    stored = own.dtype if own is not None else source.dtype
+    wanted = BY_TORCH_NAME[dtype] if dtype != "auto" and stored in FLOATS else stored
+    if found.dtype != wanted:
+        return failed(f"is stored as {found.dtype}, should be {wanted}")
+    if found.shape != source.shape:
+        return failed(f"has shape {list(found.shape)}, should have {list(source.shape)}")
+    return tuple(Job(name, found, source, part, action) for part in parts_of(found.shape, changes))
+
+
+def _module(changes: Sequence[Change]) -> str | None:
+    """The module of a tensor that is one matrix."""
+    return changes[0].trained.module if len(changes) == 1 else None
+
+
+def _summary(jobs: tuple[Job, ...], sums: Iterator[Sums]) -> TensorCheck:
+    """The check of a tensor whose slabs are the next ones in `sums`."""
+    parts = list(islice(sums, sum(1 for job in jobs for _ in job.slabs())))
+    found, action = jobs[0].found, jobs[0].action
+    off = sum(part.off for part in parts)
+    worst = max((part.worst for part in parts), default=0.0)
+    problem = None
+    if off:
+        first = next(part.first for part in parts if part.first >= 0)
+        changes = jobs[0].part.changes
+        width = (
+            changes[0].into.shape[1] if len(jobs) == 1 and changes else found.shape[-1] if len(found.shape) == 2 else 0
+        )
+        where = f"[{first // width}, {first % width}]" if width else f"[{first}]"
+        problem = f"{off} of {element_count(found.shape)} elements are off, the first at {where}"
+        if action == "copy" and jobs[0].as_bytes:
+            problem += "; the adapter does not touch it, it should be the base's bytes"
+        else:
+            problem += f", worst by {worst:.3g} steps of {found.dtype}"
+    return TensorCheck(
+        name=jobs[0].name,
+        action=action,
+        module=_module([change for job in jobs for change in job.part.changes]),
+        elements=element_count(found.shape),
+        worst=worst,
+        off=off,
+        kept=sum(part.kept for part in parts),
+        update=sum(part.update for part in parts),
+        problem=problem,
+    )

@@ -1,0 +1,38 @@
+"""What an independent check of a method is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fossil_export.checkpoints._header import TensorInfo
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+Arrays = Mapping[str, Any]
+"""A module's trained tensors by role; a module of this kind or an object will do for `Exact`."""
+
+
+class Exact(Protocol):
+    """One method in float64, by index, from its paper: nothing is shared with `methods/`."""
+
+    def unit(self, tensors: Mapping[str, TensorInfo]) -> int:
+        """Rows of the weight that are rebuilt together."""
+
+    def part(self, arrays: Arrays, start: int, stop: int) -> Arrays:
+        """What rows [start, stop) need of the tensors."""
+
+    def rebuild(self, weight: Array, part: Arrays, numbers: Mapping[str, float], exact: Array) -> Array | None:
+        """Write the exact W' for rows of W (n, in) and their part of the tensors into `exact` (n, in).
+
+        Returns a bound (n, in) on float32's error in it, None where the float32 sum has a single rounding.
+        """
+
+    def up(self, part: Arrays, numbers: Mapping[str, float]) -> Array | None:
+        """Rows (n, r) of B, if the update is B A whatever the weight is; None if it depends on the weight."""
+
+    def down(self, arrays: Arrays, numbers: Mapping[str, float], inputs: int) -> Array | None:
+        """That A (r, in)."""
