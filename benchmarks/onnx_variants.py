@@ -53,7 +53,7 @@ def make_lora(graph: OpenGraph, folder: Path, swappable: bool = False) -> Path:
         return value
 
     for place in graph.places:
-        shard, name = graph.low_rank(place), f"{place.label}/lora"
+        shard, name = graph.branch(place).up, f"{place.label}/lora"
         tiling = (np.arange(place.inputs)[:, None] % len(shard) == np.arange(len(shard))).astype(np.float32)
         a = operand(f"{place.label}.lora_A.weight", tiling, [place.inputs, "rank"])
         b = operand(f"{place.label}.lora_B.weight", shard, ["rank", place.outputs])
@@ -100,7 +100,7 @@ def floors(graph: OpenGraph) -> dict[str, dict[str, float]]:
     found = {method: {"arithmetic": 0.0, "bytes": 0.0} for method in ("FOSSIL", "LoRA")}
     for place in graph.places:
         nodes = graph.sites[place.label]
-        rank, width = len(graph.low_rank(place)), ir.DataType[nodes[0].activation].itemsize
+        rank, width = len(graph.branch(place).up), ir.DataType[nodes[0].activation].itemsize
         for method, lines in (("FOSSIL", place.outputs), ("LoRA", place.inputs + place.outputs)):
             found[method]["arithmetic"] += len(nodes) * rank * lines / products
             found[method]["bytes"] += rank * lines * width / nbytes

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import edit_json, make_base, weights
+from graphs import make_case, make_graph, run
 from safetensors.torch import load_file, save_file
 
-from fossil_export import FossilExportError, convert, inspect, load_adapter, merge, verify
+from fossil_export import FossilExportError, convert, export_onnx, inspect, load_adapter, merge, verify
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.errors import AdapterError
 from fossil_export.methods import METHODS, Arrays, Field, LowRank, Numbers, Shapes
@@ -90,9 +91,12 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for module, (outputs, inputs) in MODULES.items():
         tensors[f"base_model.model.{module}.toy.p"] = torch.randn(outputs, RANK, generator=generator) * 0.1
         tensors[f"base_model.model.{module}.toy.q"] = torch.randn(RANK, inputs, generator=generator) * 0.1
-    folder = tmp_path / "toy"
+    return write_toy(tmp_path / "toy", tensors, base)
+
+
+def write_toy(folder: Path, tensors: Mapping[str, torch.Tensor], base: Path) -> Path:
     folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
+    save_file(dict(tensors), folder / "adapter_model.safetensors")
     config = {"peft_type": "TOY", "r": RANK, "toy_scale": SCALE, "base_model_name_or_path": str(base)}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
@@ -159,3 +163,45 @@ def test_a_method_without_a_check_of_its_own_gets_no_verdict(
     monkeypatch.delitem(EXACT, "toy")
     with pytest.raises(KeyError, match="toy"):
         verify(tmp_path / "merged", level="weights")
+
+
+@pytest.mark.parametrize(("mode", "form"), [(m, f) for m in ("merged", "tiled", "fused") for f in ("matmul", "packed")]
+                         + [("tiled", "transpose"), ("fused", "gemm_transb"), ("fused", "packed_nbits")])  # fmt: skip
+def test_its_graphs_give_what_was_trained(
+    mode: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two matrices beside the weight, in graphs made by hand; in a packed one each layer has matrices of its own."""
+    monkeypatch.setitem(METHODS, "toy", Toy())
+    case = make_case(tmp_path)
+    flat = form.startswith("gemm")
+    generator = torch.Generator().manual_seed(0)
+    tensors, trained = {}, case.plain
+    for name, layer in [(n, m) for n, m in trained.named_modules() if isinstance(m, torch.nn.Linear)]:
+        if name.endswith("k_proj"):
+            continue  # not trained
+        up = torch.randn(layer.out_features, RANK, generator=generator) * 0.2
+        down = torch.randn(RANK, layer.in_features, generator=generator) * 0.2
+        tensors |= {f"base_model.model.{name}.toy.p": up, f"base_model.model.{name}.toy.q": down}
+    graph = make_graph(case, tmp_path / "plain.onnx", form=form, flat=flat)
+    x = np.random.default_rng(0).standard_normal((5, 24) if flat else (2, 3, 24)).astype(np.float32)
+    before = run(graph, x)
+    folder = write_toy(tmp_path / "toy", tensors, case.base)
+    export_onnx(folder, tmp_path / "out", base=case.base, mode=mode, onnx=graph)
+    found = run(tmp_path / "out" / "plain.onnx", x)
+    for name in {key.rpartition(".toy.")[0] for key in tensors}:
+        layer = trained.get_submodule(name.removeprefix("base_model.model."))
+        layer.weight.data += SCALE * tensors[f"{name}.toy.p"] @ tensors[f"{name}.toy.q"]
+    with torch.no_grad():
+        wanted = trained(torch.from_numpy(x)).numpy()
+    if form.endswith("nbits"):  # the codes are off the base's weights whatever is trained
+        (tmp_path / "again").mkdir()
+        plain = make_case(tmp_path / "again").plain
+        with torch.no_grad():
+            wanted = before + wanted - plain(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    assert np.abs(found - before).max() > 0.1
+
+
+def test_what_has_two_matrices_is_not_swapped(toy: Path, tmp_path: Path) -> None:
+    with pytest.raises(FossilExportError, match="has two matrices, and a graph to swap in has one input a layer"):
+        export_onnx(toy, tmp_path / "out", mode="swappable")

@@ -1,12 +1,9 @@
-"""Weights that do not lie as torch.nn.Linear stores them: Conv1D, and layouts that a test brings."""
+"""Layouts from elsewhere: rows of a fused tensor, and experts in one tensor."""
 
 from __future__ import annotations
 
-import importlib
 import json
-import pkgutil
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,109 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers.models
-from conftest import edit_json, make_adapter, make_base, randomise, weights
-from peft import MissConfig, PeftModel, get_peft_model
+from conftest import make_adapter, make_base, weights
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
-from transformers.pytorch_utils import Conv1D
 
-from fossil_export import FossilExportError, convert, merge, plan_merge, verify
+from fossil_export import FossilExportError, merge, plan_merge, verify
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints.layouts import LAYOUTS
 from fossil_export.checkpoints.layouts._matrix import ReadRows, Rows, Stored
-from fossil_export.checkpoints.layouts._transposed import MODEL_TYPES
-
-CONV1D = ["c_attn", "c_proj", "c_fc"]
-TOKENS = torch.arange(20).reshape(2, 10)
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=TOKENS).logits
-
-
-def gpt2(folder: Path, dtype: torch.dtype) -> Path:
-    torch.manual_seed(0)
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=32)
-    GPT2LMHeadModel(config).to(dtype).save_pretrained(folder)
-    return folder
-
-
-def trained_on_linears(base: Path, folder: Path, **config: Any) -> torch.nn.Module:
-    """PEFT takes torch.nn.Linear alone: train on the same model with Linear in the place of Conv1D, which is live."""
-    model = GPT2LMHeadModel.from_pretrained(base, dtype=torch.float32)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Conv1D):
-            linear = torch.nn.Linear(module.nx, module.nf)
-            linear.weight.data, linear.bias.data = module.weight.data.T.contiguous(), module.bias.data
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, linear)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        live = get_peft_model(model, MissConfig(target_modules=CONV1D, **config))
-        randomise(live)
-        live.save_pretrained(folder)
-    edit_json(folder / "adapter_config.json", base_model_name_or_path=str(base))
-    return live
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "config", [{"r": 8}, {"r": 5}, {"r": 4, "init_weights": "mini", "mini_r": 8}, {"r": 8, "init_weights": "bat"}]
-)
-def test_conv1d_is_the_live_model(config: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
-    base = gpt2(tmp_path / "base", dtype)
-    live = trained_on_linears(base, tmp_path / "adapter", **config)
-    result = merge(tmp_path / "adapter", tmp_path / "merged")
-    assert result.plan.count("merge") == 8  # four layers in two blocks, the square ones among them
-    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    close = 1e-5 if dtype == torch.float32 else 0.03
-    torch.testing.assert_close(logits(ours), logits(live), rtol=close, atol=close)
-    if dtype == torch.float32 and config["r"] != 5:
-        # To the bit, the merge of the transposed weight.
-        merged = live.merge_and_unload().state_dict()
-        for name, value in weights(tmp_path / "merged").items():
-            if re.search(r"c_\w+\.weight$", name) and "init_weights" not in config:
-                assert torch.equal(value, merged[name].T)
-    assert verify(tmp_path / "merged", level="weights").parity
-
-
-def test_a_fault_in_a_transposed_weight_is_found(tmp_path: Path) -> None:
-    trained_on_linears(gpt2(tmp_path / "base", torch.float32), tmp_path / "adapter", r=8)
-    merge(tmp_path / "adapter", tmp_path / "merged")
-    file = tmp_path / "merged" / "model.safetensors"
-    tensors = load_file(file)
-    tensors["transformer.h.1.attn.c_proj.weight"][3, 5] += 1e-3
-    save_file(tensors, file, {"format": "pt"})
-    (problem,) = verify(tmp_path / "merged", level="weights").problems
-    assert "h.1.attn.c_proj.weight 1 of 1024 elements are off, the first at [5, 3]" in problem
-
-
-def test_conv1d_as_lora_runs_in_peft(tmp_path: Path) -> None:
-    base = gpt2(tmp_path / "base", torch.float32)
-    live = trained_on_linears(base, tmp_path / "adapter", r=8)
-    convert(tmp_path / "adapter", tmp_path / "lora", to="lora")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT sees Conv1D, and says so
-        lora = PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(base), tmp_path / "lora")
-    torch.testing.assert_close(logits(lora), logits(live), rtol=1e-5, atol=1e-5)
-
-
-def test_every_model_with_conv1d_is_known() -> None:
-    """Asked of the installed transformers: whose modelling code imports Conv1D, and what their configs are called."""
-    root = Path(transformers.models.__file__).parent
-    found = set()
-    for package in pkgutil.iter_modules([str(root)]):
-        code = "".join(file.read_text() for file in (root / package.name).glob("modeling_*.py"))
-        if re.search(r"^from .*pytorch_utils import .*\bConv1D\b", code, re.MULTILINE):
-            config = importlib.import_module(f"transformers.models.{package.name}.configuration_{package.name}")
-            found |= {
-                value.model_type
-                for name, value in vars(config).items()
-                if isinstance(value, type) and name.endswith("Config") and getattr(value, "model_type", "")
-            }
-    assert found - set(MODEL_TYPES) <= {"clvp_encoder"} and "gpt2" in found  # its encoder has none of these layers
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from fossil_export.checkpoints._dtypes import numpy_dtype
 from fossil_export.checkpoints._folder import Folder, LocalFolder
 from fossil_export.checkpoints._header import Header, TensorInfo
 from fossil_export.checkpoints._jsonfile import parse_json
+from fossil_export.checkpoints.layouts import find_matrix
 from fossil_export.errors import CheckpointError, listed
 
 WEIGHTS = "model.safetensors"
@@ -47,23 +48,31 @@ class Checkpoint:
         return sum(header.size for header in self.files)
 
 
-class Rows:
-    """A tensor (n, …) of which some rows are read: `rows[indices]`, wherever the file lies."""
+class WeightRows:
+    """The weight `name` (out, in) of a checkpoint, of which some rows are read: `rows[indices]`, wherever they lie.
 
-    def __init__(self, home: Folder, info: TensorInfo) -> None:
-        self._source = home
-        self._info = info
+    It must be one that a layout knows.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        matrix = find_matrix(name, checkpoint.tensors, checkpoint.config)
+        assert matrix is not None, name
+        self._home, self._matrix = checkpoint.home, matrix
 
     def __len__(self) -> int:
-        return self._info.shape[0]
+        return self._matrix.shape[0]
 
     def __getitem__(self, rows: Iterable[int]) -> Any:
         import numpy as np
 
-        info = self._info
-        size = info.nbytes // max(1, len(self))
-        found = [self._source.view(info.path.name, (info.offset or 0) + int(row) * size, size) for row in rows]
-        return np.concatenate(found).view(numpy_dtype(info.dtype)).reshape(-1, *info.shape[1:])
+        if self._matrix.unit(1) > 1:  # it cannot be had by rows
+            return self._matrix.read(self._rows_of, 0, len(self))[:][list(rows)]
+        return np.concatenate([self._matrix.read(self._rows_of, int(row), int(row) + 1)[:] for row in rows])
+
+    def _rows_of(self, info: TensorInfo, start: int, stop: int) -> Any:
+        size = info.nbytes // max(1, info.shape[0])
+        raw = self._home.view(info.path.name, (info.offset or 0) + start * size, (stop - start) * size)
+        return raw.view(numpy_dtype(info.dtype)).reshape(-1, *info.shape[1:])
 
 
 def open_checkpoint(where: Path | Folder, file: str | None = None) -> Checkpoint:

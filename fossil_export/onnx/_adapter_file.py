@@ -13,7 +13,7 @@ import numpy as np
 
 from fossil_export._extras import required
 from fossil_export.adapters import Adapter
-from fossil_export.checkpoints._checkpoint import Rows
+from fossil_export.checkpoints._checkpoint import WeightRows
 from fossil_export.errors import FossilExportError, OnnxError, listed
 from fossil_export.merging._match import match_names
 from fossil_export.merging._plan import MergePlan
@@ -73,7 +73,7 @@ def check_base(plan: MergePlan, signature: Signature, graph: Path) -> None:
     """Raise OnnxError unless the graph was made from the base that the adapter was trained on."""
     missing = [name for name in signature.tensors if name not in plan.base.tensors]
     if not missing:
-        found = fingerprint(Rows(plan.base.home, plan.base.tensors[name]) for name in signature.tensors)
+        found = fingerprint(WeightRows(plan.base, name) for name in signature.tensors)
         if found == signature.fingerprint:
             return _check_saved(plan, signature, graph)
     raise OnnxError(

@@ -13,9 +13,10 @@ import numpy as np
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._dtypes import numpy_dtype
 from fossil_export.checkpoints._header import TensorInfo
+from fossil_export.checkpoints.layouts import Matrix, find_matrix
 from fossil_export.errors import OnnxError, listed
 from fossil_export.merging._plan import MergePlan
-from fossil_export.onnx._trained import joined, ranks_of
+from fossil_export.onnx._trained import Branch, branch, is_tiling, ranks_of
 from fossil_export.onnx.graph._file import MARK, load_graph
 from fossil_export.onnx.graph._match import Found, Piece, Wanted, find_places
 from fossil_export.onnx.graph._sites import Site, find_sites
@@ -70,9 +71,13 @@ class OpenGraph:
     def adapter(self) -> Adapter:
         return self.merge.adapter
 
-    def low_rank(self, place: Place) -> Array:
-        """D (r, out) of a place in float32: those of its pieces side by side, zeros where nothing was trained."""
-        return joined(self.adapter, place.pieces, place.outputs)
+    def branch(self, place: Place) -> Branch:
+        """What is added at a place: its pieces side by side, zeros where nothing was trained."""
+        return branch(self.adapter, place.pieces, place.outputs, place.inputs)
+
+    def is_tiling(self, place: Place) -> bool:
+        """Whether the branch at a place sums the inputs, with no weights of its own."""
+        return is_tiling(self.adapter, place.pieces)
 
     def in_order(self) -> Iterator[tuple[Place, Site]]:
         """Places and their nodes in the order of the graph."""
@@ -95,13 +100,13 @@ def open_graph(merge: MergePlan, mode: Mode, path: Path) -> OpenGraph:
         passes.ShapeInferencePass()(model)  # a graph by hand, without types of what lies between
         sites = find_sites(model.graph)
     wanted = [
-        Wanted(module, (module, tensor.name.removesuffix(".weight")), _weight(merge.adapter, tensor.source))
+        Wanted(module, (module, tensor.name.removesuffix(".weight")), _weight(merge.adapter, merge.matrices[module]))
         for module, tensor in merge.modules.items()
     ]
     siblings = {
-        name.removesuffix(".weight"): info.shape[0]
-        for name, info in merge.base.tensors.items()
-        if len(info.shape) == 2 and name.endswith(".weight")
+        name.removesuffix(".weight"): matrix.shape[0]
+        for name in merge.base.tensors
+        if name.endswith(".weight") and (matrix := find_matrix(name, merge.base.tensors, merge.base.config)) is not None
     }
     found = find_places(wanted, sites, siblings, str(path))
     readers = _readers(found, sites)
@@ -137,12 +142,16 @@ def check_graph(model: ir.Model, path: Path, mode: Mode) -> None:
         )
 
 
-def _weight(adapter: Adapter, info: TensorInfo) -> Array:
+def _weight(adapter: Adapter, matrix: Matrix) -> Array:
     """A weight (out, in) that may be the base's: mapped, since all of them are looked at here and there, at once."""
-    if info.offset is None or info.path in adapter.files:
-        return adapter.array(info)
-    raw = np.memmap(info.path, np.uint8, "r", info.offset, (info.nbytes,))
-    return raw.view(numpy_dtype(info.dtype)).reshape(info.shape)
+
+    def rows_of(info: TensorInfo, start: int, stop: int) -> Array:
+        if info.offset is None or info.path in adapter.files:
+            return adapter.array(info, start, stop)
+        raw = np.memmap(info.path, np.uint8, "r", info.offset, (info.nbytes,))
+        return raw.view(numpy_dtype(info.dtype)).reshape(info.shape)[start:stop]
+
+    return np.asarray(matrix.read(rows_of, 0, matrix.shape[0]))
 
 
 def _readers(found: Found, sites: Sequence[Site]) -> list[tuple[Site, ...]]:

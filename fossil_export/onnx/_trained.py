@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from fossil_export.adapters import Adapter, Trained
 from fossil_export.errors import OnnxError, listed
 from fossil_export.merging._plan import MergePlan
-from fossil_export.methods import METHODS, Tiling
+from fossil_export.methods import METHODS, LowRank, Tiling
 from fossil_export.onnx.builders import PRECISIONS
 from fossil_export.onnx.graph._match import Piece
 from fossil_export.onnx.modes import MODES
@@ -30,6 +30,11 @@ def check_mode(adapter: Adapter, mode: str, precision: str | None = None) -> Non
         raise OnnxError(
             f"{adapter.path}: is a {adapter.variant} adapter, whose update depends on the weight it changes and is no "
             "branch beside it; use --mode tiled or merged, or approximate it by a LoRA"
+        )
+    if MODES[mode].swaps and not all(map(_is_tiling, adapter.trained.values())):
+        raise OnnxError(
+            f"{adapter.path}: is a {adapter.variant} adapter, whose branch has two matrices, and a graph to swap in "
+            "has one input a layer; use --mode fused, tiled or merged"
         )
     codes = precision in PRECISIONS and PRECISIONS[precision].codes
     if codes and MODES[mode].floats and not MODES[mode].merges:
@@ -52,6 +57,46 @@ def ranks_of(adapter: Adapter, pieces: Iterable[Piece]) -> set[int]:
     return {adapter.trained[piece.module].rank for piece in pieces}
 
 
+@dataclass(frozen=True)
+class Branch:
+    """The update of a whole weight of a graph, y = x Wᵀ + down(x) up, in float32: `up` (r, out), and `down` a tiling or
+    an array (r, in)."""
+
+    up: Array
+    down: Tiling | Array
+
+
+def branch(adapter: Adapter, pieces: Iterable[Piece], outputs: int, inputs: int) -> Branch:
+    """That of a weight (`outputs`, `inputs`) which has these pieces of modules; raises OnnxError for tilings of
+    different ranks."""
+    found = list(pieces)
+    if all(_is_tiling(adapter.trained[piece.module]) for piece in found):
+        up = joined(adapter, found, outputs)
+        return Branch(up, Tiling(len(up)))
+    ups, downs = [], []
+    for piece in found:
+        form = _low_rank(adapter, adapter.trained[piece.module], piece)
+        up = np.zeros((form.rank, outputs), np.float32)
+        up[:, piece.at : piece.at + piece.count] = np.asarray(form.up).T[:, piece.start : piece.start + piece.count]
+        ups.append(up)
+        downs.append(np.asarray(form.down_matrix(inputs)))
+    return Branch(np.concatenate(ups), np.concatenate(downs))
+
+
+def is_tiling(adapter: Adapter, pieces: Iterable[Piece]) -> bool:
+    """Whether the branch of these pieces sums the inputs, with no weights of its own."""
+    return all(_is_tiling(adapter.trained[piece.module]) for piece in pieces)
+
+
+def _is_tiling(trained: Trained) -> bool:
+    if trained.form_rank is None:
+        return False
+    # What has the shapes alone tells; no values are read.
+    arrays = {role: np.broadcast_to(np.float32(0), shape) for role, shape in trained.shapes.items()}
+    form = METHODS[trained.method].low_rank(arrays, trained.numbers, arrays[next(iter(arrays))].shape[-1])
+    return form is not None and isinstance(form.down, Tiling)
+
+
 def joined(adapter: Adapter, pieces: Iterable[Piece], outputs: int, rank: int | None = None) -> Array:
     """D (r, `outputs`) in float32 from the shards of `pieces`; modules that `adapter` lacks stay zero.
 
@@ -66,13 +111,13 @@ def joined(adapter: Adapter, pieces: Iterable[Piece], outputs: int, rank: int | 
         )
     whole = np.zeros((ranks.pop(), outputs), np.float32)
     for piece, trained in present:
-        dense = tile_form(adapter, trained, piece)
+        dense = np.asarray(_low_rank(adapter, trained, piece).up.T)
         whole[:, piece.at : piece.at + piece.count] = dense[:, piece.start : piece.start + piece.count]
     return whole
 
 
-def tile_form(adapter: Adapter, trained: Trained, piece: Piece) -> Array:
-    """D (r, out) of a whole module in float32."""
+def _low_rank(adapter: Adapter, trained: Trained, piece: Piece) -> LowRank:
+    """The form of a whole module in float32."""
     arrays = {role: np.asarray(adapter.array(info), np.float32) for role, info in trained.tensors.items()}
     for role, values in arrays.items():
         if not np.isfinite(values).all():
@@ -80,8 +125,8 @@ def tile_form(adapter: Adapter, trained: Trained, piece: Piece) -> Array:
             raise OnnxError(f"{info.path}: {info.name} holds infinite or NaN values; training diverged")
     outputs = max(piece.start + piece.count, *(values.shape[-1] for values in arrays.values()))
     form = METHODS[trained.method].low_rank(arrays, trained.numbers, outputs)
-    assert form is not None and isinstance(form.down, Tiling), trained.method  # refused when the plan was made
-    return np.asarray(form.up.T)
+    assert form is not None, trained.method  # refused when the plan was made
+    return form
 
 
 def merged_rows(adapter: Adapter, piece: Piece, base: Array) -> Array:

@@ -3,7 +3,7 @@
     y = x Wᵀ + S(x) D        S(x)[k] = sum of x[j] over j with j mod r == k, x padded with zeros to a multiple of r
 
 S(x) depends on x and r alone: it is made once for all products that read the same x. Which forms were tried, and
-what each costs, is in docs/performance.md.
+what each costs, is in docs/performance.md. A method whose `down` has weights of its own has x Aᵀ in its place.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from fossil_export.methods import Tiling
 from fossil_export.onnx._places import OpenGraph, Place
 from fossil_export.onnx._signature import Slot
 from fossil_export.onnx.graph._edit import Editor
@@ -29,8 +30,14 @@ def rewrite(graph: OpenGraph, editor: Editor) -> tuple[Slot, ...]:
     sums: dict[tuple[int, int, bool], ir.Value] = {}
     constants: dict[str, ir.Value] = {}
     for place, site in graph.in_order():
-        trained = round_to(graph.low_rank(place), site.activation, f"the shard of {place.label}")
+        branch = graph.branch(place)
+        trained = round_to(branch.up, site.activation, f"the shard of {place.label}")
         rank = trained.shape[0]
+        if not isinstance(branch.down, Tiling):
+            if place.label not in constants:
+                constants[place.label] = editor.constant(f"{place.label}.shard", trained)
+            _add(editor, site, place, _product(editor, site, place, branch.down), constants[place.label])
+            continue
         longer = _lengthens(site)
         key = (id(site.x), rank, longer)
         if key not in sums:
@@ -49,7 +56,7 @@ def rewrite(graph: OpenGraph, editor: Editor) -> tuple[Slot, ...]:
 
 
 def makes_weights(graph: OpenGraph) -> bool:
-    return any(_lengthens(site) for _, site in graph.in_order())
+    return any(_lengthens(site) and graph.is_tiling(place) for place, site in graph.in_order())
 
 
 def _lengthens(site: Site) -> bool:
@@ -96,6 +103,14 @@ def _sum(editor: Editor, site: Site, rank: int) -> ir.Value:
     cut = editor.node("Reshape", [padded, shape], f"{name}/Reshape", before=before, shape=[None, times, rank])
     axis = editor.integers([1])
     return editor.node("ReduceSum", [cut, axis], f"{name}/ReduceSum", before=before, shape=[None, rank], keepdims=0)
+
+
+def _product(editor: Editor, site: Site, place: Place, down: Array) -> ir.Value:
+    """x Aᵀ (positions, r) for A (r, in), which is this place's own."""
+    name, before = f"{place.label}/fossil", site.node
+    flat = editor.flat(site.x, f"{name}/flat_in", place.inputs, before=before)
+    matrix = editor.constant(f"{place.label}.down", round_to(down.T, site.activation, f"the shard of {place.label}"))
+    return editor.node("MatMul", [flat, matrix], f"{name}/MatMul", before=before, shape=[None, len(down)])
 
 
 def _padded(editor: Editor, x: ir.Value, site: Site, rank: int) -> tuple[int, ir.Value]:

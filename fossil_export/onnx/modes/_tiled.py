@@ -3,16 +3,19 @@
     W' = W + T D        W as the product reads it, (in, out); D (r, out); T[j, k] = 1 where j mod r == k, else 0
 
 The tiling is one Gemm with W as its C: every element gets a single addend, so the sum is exact before its one
-rounding, any r does, and the runtime needs no room for the tiled D. Bat's formula is in methods/_bat.py. The sum
-is made in float32 and rounded once to the stored dtype, as the merge does.
+rounding, any r does, and the runtime needs no room for the tiled D. A method whose `down` has weights of its own has
+these in the place of T. Bat's formula is in methods/_bat.py. The sum is made in float32 and rounded once to the stored
+dtype, as the merge does.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
+from fossil_export.methods import Tiling
 from fossil_export.onnx._places import OpenGraph, Place
 from fossil_export.onnx._signature import Slot
 from fossil_export.onnx._trained import blocks, has_blocks
@@ -35,10 +38,13 @@ def rewrite(graph: OpenGraph, editor: Editor) -> tuple[Slot, ...]:
 def _tile(graph: OpenGraph, editor: Editor, place: Place, name: str) -> ir.Value:
     site = graph.sites[place.label][0]
     operand = site.node.inputs[1]
-    values = graph.low_rank(place)
-    round_to(values, site.weight.dtype, f"the shard of {place.label}")
-    trained = editor.constant(f"{place.label}.shard", values)
-    tiling = editor.tiling(place.inputs, int(trained.shape[0]))
+    branch = graph.branch(place)
+    round_to(branch.up, site.weight.dtype, f"the shard of {place.label}")
+    trained = editor.constant(f"{place.label}.shard", branch.up)
+    if isinstance(branch.down, Tiling):
+        tiling = editor.tiling(place.inputs, int(trained.shape[0]))
+    else:
+        tiling = editor.constant(f"{place.label}.down", np.ascontiguousarray(branch.down.T))
     wide = _cast(editor, site, operand, f"{name}/Cast_in", ir.DataType.FLOAT)
     if site.inputs_first:
         added = editor.node("Gemm", [tiling, trained, wide], f"{name}/Gemm", before=site.node, shape=operand.shape)
