@@ -15,7 +15,9 @@ from graphs import make_case, make_graph, run
 from safetensors.torch import load_file, save_file
 
 from fossil_export import FossilExportError, convert, export_onnx, inspect, load_adapter, merge, verify
-from fossil_export.checkpoints._header import TensorInfo
+from fossil_export.adapters import Adapter
+from fossil_export.checkpoints import TensorInfo
+from fossil_export.converting import CONVERTERS, Converter
 from fossil_export.errors import AdapterError
 from fossil_export.methods import METHODS, Arrays, Field, LowRank, Numbers, Shapes
 from fossil_export.verifying.reference import EXACT
@@ -205,3 +207,26 @@ def test_its_graphs_give_what_was_trained(
 def test_what_has_two_matrices_is_not_swapped(toy: Path, tmp_path: Path) -> None:
     with pytest.raises(FossilExportError, match="has two matrices, and a graph to swap in has one input a layer"):
         export_onnx(toy, tmp_path / "out", mode="swappable")
+
+
+def sums(adapter: Adapter, path: Path, options: Any) -> dict[str, Any]:
+    """The sum of each module's values, as text."""
+    lines = [f"{m} {sum(float(a.sum()) for a in adapter.arrays(m).values()):.6g}" for m in adapter.trained]
+    path.write_text("\n".join(lines))
+    return {"modules": len(lines), "warnings": ["it is a toy"]}
+
+
+def test_a_converter_from_elsewhere(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name: Any = "sums"
+    made = Converter(name, "the sum of each module, as text", sums, folder=False, reads_base=False, magic=b"model.")
+    monkeypatch.setitem(CONVERTERS, name, made)
+    output = tmp_path / "sums.txt"
+    result = convert(toy, output, to=name)
+    assert result.to_dict()["modules"] == len(MODULES) and result.warnings == ("it is a toy",)
+    assert [line.split()[0] for line in output.read_text().splitlines()] == list(MODULES)
+    with pytest.raises(FossilExportError, match="exists already"):
+        convert(toy, output, to=name)
+    convert(toy, output, to=name, overwrite=True)
+    with pytest.raises(FossilExportError, match=r"--to sums takes no --rank, which is for lora; leave it out"):
+        convert(toy, tmp_path / "other.txt", to=name, rank=4)
+    assert not (tmp_path / "other.txt").exists()

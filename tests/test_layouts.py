@@ -16,9 +16,8 @@ from conftest import make_adapter, make_base, weights
 from safetensors.torch import load_file, save_file
 
 from fossil_export import FossilExportError, merge, plan_merge, verify
-from fossil_export.checkpoints._header import TensorInfo
-from fossil_export.checkpoints.layouts import LAYOUTS
-from fossil_export.checkpoints.layouts._matrix import ReadRows, Rows, Stored
+from fossil_export.checkpoints import TensorInfo
+from fossil_export.checkpoints.layouts import LAYOUTS, ReadRows, Rows, Stored
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from fossil_export.methods import _bat as bat
 from fossil_export.methods import _mini as mini
 from fossil_export.methods import _tile as tile
 from fossil_export.methods._low_rank import LowRank, Tiling
-from fossil_export.methods._method import Arrays, Field, Method, Numbers, Shapes
+from fossil_export.methods._method import POSITIVE, Arrays, Field, Method, Numbers, Shapes
 
 METHODS: dict[str, Method] = {"tile": tile, "mini": mini, "bat": bat}
 """By the name that records and tables give them. Those that share endings are asked in this order."""
 
-__all__ = ["METHODS", "Arrays", "Field", "LowRank", "Method", "Numbers", "Shapes", "Tiling"]
+__all__ = ["METHODS", "POSITIVE", "Arrays", "Field", "LowRank", "Method", "Numbers", "Shapes", "Tiling"]
