@@ -34,11 +34,6 @@ class TensorPlan:
     added: bool = False
 
     @property
-    def origin(self) -> str:
-        """Whose values `source` holds: "base" or "adapter"."""
-        return "base" if self.owner is None else "adapter"
-
-    @property
     def parts(self) -> tuple[Part, ...]:
         """Its matrices that change, and what lies between them."""
         return tuple(parts_of(self.shape, self.changes))
@@ -50,7 +45,7 @@ class TensorPlan:
             return "merge"
         if self.added:
             return "add"
-        if self.origin == "adapter":
+        if self.owner is not None:
             return "replace"
         return "copy" if self.dtype == self.source.dtype else "cast"
 
@@ -67,8 +62,8 @@ def tensor_record(tensor: TensorPlan) -> dict[str, Any]:
         "dtype": TORCH_NAME.get(tensor.dtype, tensor.dtype),
         "shape": list(tensor.shape),
     }
-    if tensor.source.name != tensor.name or tensor.origin == "adapter":
-        record["source"] = {"of": tensor.origin, "tensor": tensor.source.name}
+    if tensor.source.name != tensor.name or tensor.owner is not None:
+        record["source"] = {"of": "base" if tensor.owner is None else "adapter", "tensor": tensor.source.name}
     found = [_change_record(change) for change in tensor.changes]
     return record | found[0] if len(found) == 1 else record | ({"changes": found} if found else {})
 

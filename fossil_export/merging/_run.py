@@ -103,7 +103,7 @@ class Writer:
 def in_place(file: FilePlan, base: Header) -> bool:
     """Whether `file` is the base's file with other values: same header, every tensor where it was."""
     return file.header == base.encoded and all(
-        tensor.origin != "base" or (tensor.source.path, tensor.source.offset) == (base.path, offset)
+        tensor.owner is not None or (tensor.source.path, tensor.source.offset) == (base.path, offset)
         for tensor, offset in file.tensors
     )
 

@@ -74,7 +74,7 @@ def _copied(tensor: TensorPlan, part: Part, offset: int) -> CopySlab | None:
     """The range of a part that is taken as it is; None for one that is computed, or looked at."""
     start = tensor.source.offset
     # A whole tensor of the adapter's is looked at too: it must be finite.
-    looked_at = tensor.origin == "adapter" and tensor.dtype in FLOATS
+    looked_at = tensor.owner is not None and tensor.dtype in FLOATS
     if part.changes or tensor.dtype != tensor.source.dtype or start is None or looked_at:
         return None
     if not tensor.changes:

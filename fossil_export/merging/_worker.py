@@ -142,7 +142,7 @@ class Worker:
         with np.errstate(over="ignore", invalid="ignore"):
             np.copyto(out, data, casting="unsafe")
         if not is_finite(out):
-            if tensor.origin == "adapter" and not is_finite(data):
+            if tensor.owner is not None and not is_finite(data):
                 raise MergeError(_diverged(tensor.source))
             # A base may hold infinities of its own (masks); finite values must stay finite.
             if np.isfinite(data[~np.isfinite(out.astype(np.float64))].astype(np.float64)).any():

@@ -148,7 +148,7 @@ def saved_digests(plan: MergePlan) -> dict[str, str]:
     return {
         tensor.name: _digest(plan.adapter, tensor.source)
         for tensor in plan.tensors
-        if tensor.origin == "adapter" and tensor.action != "merge"
+        if tensor.owner is not None and tensor.action != "merge"
     }
 
 

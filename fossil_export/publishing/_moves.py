@@ -179,7 +179,7 @@ def _is_large(merge: MergePlan, name: str) -> bool:
 
 def _sources(file: FilePlan) -> tuple[str, ...]:
     """The base's files that `file` is written from."""
-    return tuple(sorted({tensor.source.path.name for tensor, _ in file.tensors if tensor.origin == "base"}))
+    return tuple(sorted({tensor.source.path.name for tensor, _ in file.tensors if tensor.owner is None}))
 
 
 def _moves(ways: list[tuple[FilePlan, str, tuple[str, ...]]], sizes: Mapping[str, int]) -> list[Move]:
