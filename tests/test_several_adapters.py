@@ -6,10 +6,12 @@ import json
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import make_adapter, make_base, weights
+from conftest import edit_json, make_adapter, make_base, weights
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fossil_export import FossilExportError, load_adapter, merge, plan_merge, verify
@@ -89,14 +91,78 @@ def test_what_cannot_be_added_up_is_refused(tmp_path: Path) -> None:
         plan_merge([saved, head])
     with pytest.raises(FossilExportError, match=r"cannot be taken 0\.5 times"):
         plan_merge([plain, saved], weights=[1, 0.5])
-    for numbers in ([1.0], [1.0, float("nan")]):
+    for numbers in ([1.0], [1.0, float("nan")], [1.0, 10**400], [1.0, "two"]):
         with pytest.raises(FossilExportError, match="expected a finite number for each of 2 adapters"):
-            plan_merge([plain, head], weights=numbers)
+            plan_merge([plain, head], weights=numbers)  # type: ignore[arg-type]
     with pytest.raises(FossilExportError, match="no adapter"):
         plan_merge([])
     plan = plan_merge([plain, load_adapter(head)])
     with pytest.raises(FossilExportError, match="adds 2 adapters, and this takes one"):
         _ = plan.adapter
+    for folder in (plain, head):
+        edit_json(folder / "adapter_config.json", base_model_name_or_path="ada/base", revision=folder.name)
+    with pytest.raises(FossilExportError, match=r"different revisions of ada/base \(plain, head\).*--base"):
+        plan_merge([plain, head])
+    plan_merge([plain, head], base)
+    edit_json(plain / "adapter_config.json", base_model_name_or_path=str(base))
     other = make_base(tmp_path / "other")
     with pytest.raises(FossilExportError, match=r"name different bases .*--base"):
         plan_merge([plain, trained(tmp_path / "elsewhere", other, 1)])
+
+
+def with_whole(folder: Path, base: Path, seed: int, name: str, **config: object) -> torch.Tensor:
+    """An adapter that also has a random matrix of the vocabulary's size as the whole tensor `name`."""
+    trained(folder, base, seed, target_modules=["q_proj"])
+    file = folder / "adapter_model.safetensors"
+    whole = torch.randn(120, 48, generator=torch.Generator().manual_seed(seed))
+    save_file(load_file(file) | {f"base_model.model.{name}": whole}, file, {"format": "pt"})
+    edit_json(folder / "adapter_config.json", modules_to_save=[name.split(".")[-2]], **config)
+    return whole
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_trained_head_beside_a_trained_embedding(order: int, tmp_path: Path) -> None:
+    """Each parts the two; the one that trained the embedding alone has no head to bring."""
+    base = make_base(tmp_path / "base", tie=True)
+    embedding = with_whole(tmp_path / "one", base, 1, "model.embed_tokens.weight")
+    head = with_whole(tmp_path / "two", base, 2, "lm_head.weight")
+    merge([tmp_path / "one", tmp_path / "two"][::order], tmp_path / "merged")
+    found = weights(tmp_path / "merged")
+    assert torch.equal(found["model.embed_tokens.weight"], embedding) and torch.equal(found["lm_head.weight"], head)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_class_is_that_of_the_classifier(order: int, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    trained(tmp_path / "plain", base, 1, task_type="CAUSAL_LM")
+    with_whole(tmp_path / "labels", base, 2, "score.weight", task_type="SEQ_CLS")
+    merge([tmp_path / "plain", tmp_path / "labels"][::order], tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"] and len(config["id2label"]) == 120
+
+
+def test_the_tokenizer_is_that_of_the_resized_vocabulary(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    trained(tmp_path / "plain", base, 1)
+    trained(tmp_path / "resized", base, 2, resize=128)
+    for name in ("plain", "resized"):
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps({"version": name}))
+        (tmp_path / name / "tokenizer_config.json").write_text("{}")
+    plan = plan_merge([tmp_path / "plain", tmp_path / "resized"])
+    assert plan.companions["tokenizer.json"].parent.name == "resized"
+    assert any("resized: its tokenizer is taken; " in line and line.count("plain") == 1 for line in plan.warnings)
+    (tmp_path / "plain" / "tokenizer.json").write_text(json.dumps({"version": "resized"}))
+    assert not plan_merge([tmp_path / "plain", tmp_path / "resized"]).warnings
+
+
+def test_weights_of_any_kind_of_number(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    base = make_base(tmp_path / "base")
+    adapters = [trained(tmp_path / name, base, seed) for seed, name in enumerate(["first", "second"])]
+    merge(adapters, tmp_path / "merged", weights=[np.float32(0.5), 2])
+    record = json.loads((tmp_path / "merged" / "fossil_export.json").read_text())
+    assert [entry["weight"] for entry in record["adapters"]] == [0.5, 2.0]
+    nothing = merge(adapters, tmp_path / "nothing", weights=[0, 0])
+    assert nothing.warnings == ("every weight is 0: the merged model is the base",)
+    with pytest.raises(FossilExportError, match=r"weight: overflows float32; give .* smaller weights"):
+        merge(adapters, tmp_path / "huge", weights=[1e39, 1])
+    assert not [warning for warning in recwarn if warning.category is RuntimeWarning]

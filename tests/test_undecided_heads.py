@@ -113,3 +113,17 @@ def test_a_streamed_merge_looks_too(moved: float, hub: LoopbackHub, tied: Path, 
     here = weights(tmp_path / "here")
     assert here.keys() == there.keys() and (HEAD in there) == bool(moved)
     assert all(torch.equal(value, there[name]) for name, value in here.items())
+
+
+def test_equal_ones_need_no_config(tied: Path, tmp_path: Path) -> None:
+    """A lone weights file has no config.json in which a tie could be undone; equal ones ask for none."""
+    tensors = weights(tied)
+    (tmp_path / "lone").mkdir()
+    save_file(tensors, tmp_path / "lone" / "weights.safetensors")
+    base = tmp_path / "lone" / "weights.safetensors"
+    merge(saved(tmp_path / "equal", tied, 0.0), tmp_path / "merged", base=base)
+    assert HEAD not in weights(tmp_path / "merged")
+    parted = saved(tmp_path / "parted", tied, 0.25)
+    assert plan_merge(parted, base).undecided == ((EMBEDDING, HEAD),)
+    with pytest.raises(FossilExportError, match=r"no config\.json, in which tie_word_embeddings must change"):
+        merge(parted, tmp_path / "not", base=base)

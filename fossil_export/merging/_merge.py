@@ -168,6 +168,8 @@ def write_companions(plan: MergePlan, folder: Path) -> None:
 
 def survival_warnings(plan: MergePlan, survival: Mapping[str, Survival]) -> list[str]:
     total = sum(survival.values(), Survival()).survived
+    if total is None and not any(plan.weights):
+        return ["every weight is 0: the merged model is the base"]
     if total is None:
         return ["every shard is zero: the adapter was not trained, and the merged model is the base"]
     if total >= WARNING_BELOW:

@@ -145,9 +145,9 @@ def _matrix(
     weight = brought or base.tensors.get(name) or (matrix.stored[0] if matrix is not None else None)
     assert weight is not None, name
     where = f"{base.location}: {name} {list(weight.shape)}"
-    dtype = matrix.dtype if matrix is not None else weight.dtype
-    if into_floats and dtype not in FLOATS:
-        raise MergeError(f"{where} is stored as {dtype}: {QUANTIZED}")
+    dtypes = [weight.dtype] if matrix is None else [matrix.dtype, matrix.stored[0].dtype]
+    if into_floats and (others := [dtype for dtype in dtypes if dtype not in FLOATS]):
+        raise MergeError(f"{where} is stored as {others[0]}: {QUANTIZED}")
     if matrix is None or 0 in matrix.shape:
         raise MergeError(f"{where} is no matrix, but the adapter has a shard for it ({trained.label}); {_REMEDY}")
     if reason := trained.mismatch(matrix.shape):

@@ -45,7 +45,8 @@ class Places:
     """What all adapters of a plan change, by the name of the tensor in the base.
 
     `sources` are the tensors that take the place of the base's, with the number of the adapter they come with (None for
-    another one of the base's). `undecided` is by adapter (see `Placement`).
+    another one of the base's). `task_type` is that of the adapter whose classifier has `labels` outputs; `undecided` is
+    by adapter (see `Placement`).
     """
 
     changes: Mapping[str, tuple[Change, ...]]
@@ -54,6 +55,7 @@ class Places:
     untie: bool
     vocab_size: int | None
     labels: int | None
+    task_type: str | None
     warnings: tuple[str, ...]
     undecided: tuple[tuple[str, str] | None, ...]
 
@@ -62,43 +64,49 @@ def together(adapters: Sequence[Adapter], placements: Sequence[Placement], weigh
     """Put together what adapters, each placed by itself, change in one base. Raises MergeError if two want the same
     tensor in ways that cannot be added up."""
     changes: dict[str, tuple[Change, ...]] = {}
-    sources: dict[str, tuple[TensorInfo, int | None]] = {}
+    # A tensor that one adapter brings goes before the copy of the base's that another one would store there.
+    sources: dict[str, tuple[TensorInfo, int | None]] = {
+        name: (info, None) for placement in placements for name, info in placement.copied.items()
+    }
     for number, (adapter, placement, weight) in enumerate(zip(adapters, placements, weights, strict=True)):
         if placement.saved and weight != 1.0:
             raise MergeError(
                 f"{adapter.path}: holds whole trained tensors ({listed(sorted(placement.saved))}), which replace the "
                 f"base's and cannot be taken {weight:g} times; leave its weight at 1"
             )
-        for name, info in placement.copied.items():
-            sources[name] = (info, None)
         for name, info in placement.saved.items():
             sources[name] = (info, number)
         for name, trained in placement.trained.items():
             change = Change(number, trained, placement.into[name], weight)
             tensor = name if name in placement.saved or name in placement.copied else change.into.stored[0].name
             changes[tensor] = (*changes.get(tensor, ()), change)
-    if len(adapters) > 1:
-        _refuse_conflicts(adapters, placements)
+    _refuse_conflicts(adapters, placements)
     sizes = {placement.vocab_size for placement in placements} - {None}
-    labels = {placement.labels for placement in placements} - {None}
+    heads = [(placement.labels, one) for one, placement in zip(adapters, placements, strict=True) if placement.labels]
+    labels, classifier = heads[0] if heads else (None, None)
     return Places(
         changes=changes,
         sources=sources,
         added=tuple(dict.fromkeys(name for placement in placements for name in placement.added)),
         untie=any(placement.untie for placement in placements),
         vocab_size=next(iter(sizes), None),
-        labels=next(iter(labels), None),
+        labels=labels,
+        task_type=classifier.config.get("task_type") if classifier is not None else None,
         warnings=tuple(dict.fromkeys(line for placement in placements for line in placement.warnings)),
         undecided=tuple(placement.undecided for placement in placements),
     )
 
 
 def _refuse_conflicts(adapters: Sequence[Adapter], placements: Sequence[Placement]) -> None:
-    """Raise MergeError for a tensor that one adapter brings whole and another one brings or changes too."""
+    """Raise MergeError for a tensor that one adapter brings whole and another one brings or changes too, or of which an
+    adapter that brings it changes a part."""
     for number, placement in enumerate(placements):
         for other, second in enumerate(placements):
-            both = [name for name in placement.saved if name in second.saved or name in second.trained]
-            if number != other and both:
+            parts = {matrix.stored[0].name for name, matrix in second.into.items()} - second.trained.keys()
+            both = [name for name in placement.saved if name in parts]
+            if number != other:
+                both += [name for name in placement.saved if name in second.saved or name in second.trained]
+            if both:
                 raise MergeError(
                     f"{adapters[number].path}: holds {listed(both)} as a whole, which {adapters[other].path} trained "
                     "too; such adapters cannot be added up, merge one of them"

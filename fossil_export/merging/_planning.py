@@ -52,18 +52,28 @@ def plan_merge(
     adapters = tuple(one if isinstance(one, Adapter) else load_adapter(one) for one in given)
     if not adapters:
         raise MergeError("there is no adapter to merge; name one")
-    found_weights = tuple(weights) if weights is not None else (1.0,) * len(adapters)
+    wanted = list(weights) if weights is not None else [1.0] * len(adapters)
+    try:
+        found_weights = tuple(map(float, wanted))
+    except (TypeError, ValueError, OverflowError):
+        found_weights = ()
     if len(found_weights) != len(adapters) or not all(map(math.isfinite, found_weights)):
-        raise MergeError(
-            f"weights are {list(found_weights)}, expected a finite number for each of {len(adapters)} adapters"
-        )
+        raise MergeError(f"weights are {wanted}, expected a finite number for each of {len(adapters)} adapters")
     dtype = torch_name(dtype)
     if dtype != "auto" and dtype not in BY_TORCH_NAME:
         raise MergeError(f"dtype is {dtype!r}, expected auto, {', '.join(BY_TORCH_NAME)}")
     bases = list(dict.fromkeys(one.base_model for one in adapters if one.base_model))
     if base is None and len(bases) > 1:
         raise MergeError(f"the adapters name different bases ({listed(bases)}); name the one to merge into with --base")
-    first = next((one for one in adapters if one.base_model), adapters[0])
+    named = [one for one in adapters if one.base_model]
+    pinned_to = [one for one in named if one.base_revision and not is_path(str(one.base_model))]
+    revisions = list(dict.fromkeys(str(one.base_revision) for one in pinned_to))
+    if base is None and len(revisions) > 1:
+        raise MergeError(
+            f"the adapters name different revisions of {bases[0]} ({listed(revisions)}); name the one to merge into "
+            "with --base"
+        )
+    first = next((one for one in named if one.base_revision), [*named, *adapters][0])
     found = base if isinstance(base, Origin) else find_base(first, base)
     asked = MergePlan(
         adapters=adapters,
@@ -102,13 +112,15 @@ def planned(asked: MergePlan, dtype: str, tied: Sequence[bool | None]) -> MergeP
         by_file[base.files[-1].path.name].append(_tensor_plan(name, None, places, dtype))
     files, index = lay_out(base, by_file, asked.max_shard_size)
 
-    config_edits, config = _config(adapters[0], base, places, dtype)
+    config_edits, config = _config(base, places, dtype)
     keep, left = companions(base.home) if base.folder is not None else ({}, [])
-    for adapter in adapters:
-        if tokenizer := adapter.tokenizer():
-            # The model was trained with the tokenizer and chat template that lie beside the shards.
-            keep = {name: path for name, path in keep.items() if name not in TOKENIZER_FILES} | tokenizer
-            break
+    # Of several tokenizers, that of the resized vocabulary.
+    first = sorted(zip(adapters, placements, strict=True), key=lambda pair: pair[1].vocab_size is None)
+    with_tokenizer = [adapter for adapter, _ in first if adapter.tokenizer()]
+    if with_tokenizer:
+        # The model was trained with the tokenizer and chat template that lie beside the shards.
+        tokenizer = with_tokenizer[0].tokenizer()
+        keep = {name: path for name, path in keep.items() if name not in TOKENIZER_FILES} | tokenizer
     names = {file.name for file in files} | ({index[0]} if index else set())
     keep = {name: path for name, path in keep.items() if name not in names}
     read = {header.path.name for header in base.files}
@@ -123,7 +135,7 @@ def planned(asked: MergePlan, dtype: str, tied: Sequence[bool | None]) -> MergeP
         config_edits=config_edits,
         companions=keep,
         left_behind=tuple(name for name in left if name not in names | read),
-        warnings=asked.notes + places.warnings + quantized,
+        warnings=asked.notes + places.warnings + quantized + _other_tokenizers(with_tokenizer),
         undecided=places.undecided,
         stamps=_stamps(adapters, base, keep.values()),
     )
@@ -136,6 +148,16 @@ def _quantized(adapter: Adapter) -> tuple[str, ...]:
         f"{adapter.path}: was trained over quantized weights, it seems ({sign}); merged into unquantized ones it is "
         "another model, unless those are the quantized weights dequantized",
     )
+
+
+def _other_tokenizers(adapters: Sequence[Adapter]) -> tuple[str, ...]:
+    """What to say of tokenizers that are not the first adapter's, which is taken; told by the names and sizes of their
+    files."""
+    sizes = [{name: one.home.size(name) for name in one.tokenizer()} for one in adapters]
+    others = [one.name for one, found in zip(adapters, sizes, strict=True) if found != sizes[0]]
+    if not others:
+        return ()
+    return (f"{adapters[0].name}: its tokenizer is taken; {listed(others)} came with another one",)
 
 
 def _stamps(adapters: Sequence[Adapter], base: Checkpoint, companions: Iterable[Path]) -> dict[Path, Stamp]:
@@ -176,11 +198,13 @@ def _tensor_plan(name: str, info: TensorInfo | None, places: Places, dtype: str)
     )
 
 
-def _config(adapter: Adapter, base: Checkpoint, places: Places, dtype: str) -> tuple[dict[str, Any], bytes | None]:
+def _config(base: Checkpoint, places: Places, dtype: str) -> tuple[dict[str, Any], bytes | None]:
     if base.config is None:
+        # Undecided ones may be tied still; this is asked again once that is known.
+        parted = places.untie and not any(places.undecided)
         needed = [
             what
-            for what, is_needed in (("tie_word_embeddings", places.untie), ("vocab_size", places.vocab_size))
+            for what, is_needed in (("tie_word_embeddings", parted), ("vocab_size", places.vocab_size))
             if is_needed
         ]
         if needed:
@@ -194,7 +218,7 @@ def _config(adapter: Adapter, base: Checkpoint, places: Places, dtype: str) -> t
         untie=places.untie,
         vocab_size=places.vocab_size,
         torch_dtype=None if dtype == "auto" else dtype,
-        task_type=adapter.config.get("task_type"),
+        task_type=places.task_type,
         labels=places.labels,
     )
     edits = difference(base.config, edited)

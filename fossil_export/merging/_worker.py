@@ -35,10 +35,10 @@ SMALL = 4 << 20
 class Worker:
     """What the threads share: open sources, buffers of each thread, the sums so far.
 
-    `moved` says where files lie that the plan has elsewhere; `threads` is how many there are.
+    `moved` says where files lie that the plan has elsewhere; `kept` is how many small trained tensors stay in memory.
     """
 
-    def __init__(self, plan: MergePlan, engine: Engine, moved: Mapping[Path, Path], threads: int) -> None:
+    def __init__(self, plan: MergePlan, engine: Engine, moved: Mapping[Path, Path], kept: int) -> None:
         self._adapters = plan.adapters
         self._engine = engine
         self._moved = moved
@@ -48,9 +48,7 @@ class Worker:
         self._sums: dict[str, dict[int, dict[int, Survival]]] = {}
         self._lock = threading.Lock()
         self._local = threading.local()
-        # Slabs of one weight follow each other: the tensors of as many modules as threads are ever in use.
-        roles = max((len(change.trained.tensors) for t in plan.tensors for change in t.changes), default=1)
-        self._small = lru_cache(maxsize=(threads + 1) * roles)(lambda info: self._stored(info)[:])
+        self._small = lru_cache(maxsize=kept)(lambda info: self._stored(info)[:])
 
     def check(self) -> None:
         """Raise CheckpointError where a source was written to since it was opened."""
@@ -150,6 +148,8 @@ class Worker:
 
     def _merge(self, slab: RowsSlab, stored: Rows, out: Array) -> None:
         """The rows of `slab` with what was trained added, rounded into `out`."""
+        import numpy as np
+
         tensor = slab.tensor
         dtype = compute_dtype(slab.part.matrix.dtype)
         updates = []
@@ -159,7 +159,8 @@ class Worker:
             part = change.method.part(trained, slab.start, slab.stop)
             wide = {role: self._engine.widen(array, dtype) for role, array in part.items()}
             updates.append(Update(change.method, wide, change.trained.numbers, change.weight))
-        sums = merge_slab(self._engine, stored, out, updates, slab.start, slab.part.rows)
+        with np.errstate(over="ignore", invalid="ignore"):
+            sums = merge_slab(self._engine, stored, out, updates, slab.start, slab.part.rows)
         if not is_finite(out):
             raise MergeError(self._why_not_finite(tensor, stored[:]))
         with self._lock:
@@ -210,5 +211,12 @@ def _diverged(info: TensorInfo) -> str:
 
 
 def _overflow(tensor: TensorPlan) -> str:
-    wider = "bfloat16 or float32" if tensor.dtype == "F16" else "float32"
-    return f"{tensor.name}: overflows {numpy_dtype(tensor.dtype).name}; choose --dtype {wider}"
+    if tensor.dtype in ("F16", "BF16"):
+        remedy = f"choose --dtype {'bfloat16 or float32' if tensor.dtype == 'F16' else 'float32'}"
+    elif any(change.weight != 1.0 for change in tensor.changes):
+        remedy = "give the adapters smaller weights"
+    elif tensor.dtype != tensor.source.dtype:
+        remedy = "leave out --dtype"
+    else:
+        remedy = "training diverged, take an earlier adapter"
+    return f"{tensor.name}: overflows {numpy_dtype(tensor.dtype).name}; {remedy}"
