@@ -17,11 +17,20 @@ import transformers.models
 from conftest import edit_json, randomise, weights
 from peft import MissConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from fossil_export import convert, export_onnx, merge, verify
-from fossil_export.checkpoints.layouts._transposed import MODEL_TYPES
+from fossil_export.checkpoints._checkpoint import open_checkpoint
+from fossil_export.checkpoints.layouts import find_matrix
+from fossil_export.checkpoints.layouts._transposed import MODEL_TYPES, Transposed
 from fossil_export.onnx.builders import BUILDERS
 
 CONV1D = ["c_attn", "c_proj", "c_fc"]
@@ -122,6 +131,23 @@ def test_conv1d_in_graphs(tmp_path: Path) -> None:
         found = ort.InferenceSession(str(result.graph), options).run(["logits"], feeds, with_adapter)[0]
         np.testing.assert_allclose(found, logits(live).numpy(), rtol=1e-4, atol=1e-5)
     convert(tmp_path / "adapter", tmp_path / "x.onnx_adapter", to="onnx-adapter", graph=tmp_path / "swappable")
+
+
+def test_a_decoder_of_conv1d_beside_another_encoder(tmp_path: Path) -> None:
+    """The layers of each part lie as that part has them, the square ones too."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    encoder = BertConfig(**sizes, vocab_size=30)
+    decoder = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=30, n_positions=8)
+    model = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder))
+    model.save_pretrained(tmp_path)
+    base = open_checkpoint(tmp_path)
+    found = 0
+    for name, module in model.named_modules():
+        if isinstance(module, (Conv1D, torch.nn.Linear)) and f"{name}.weight" in base.tensors:
+            matrix = find_matrix(f"{name}.weight", base.tensors, base.config)
+            assert isinstance(matrix, Transposed) == isinstance(module, Conv1D), name
+            found += isinstance(module, Conv1D)
+    assert found == 7  # two of self-attention, three of cross-attention, two of the feed-forward layer
 
 
 def test_every_model_with_conv1d_is_known() -> None:

@@ -77,6 +77,7 @@ class TestMiss:
         [
             ({"blocks.0.att.key.disha": torch.ones(4, 8), "emb.weight": torch.ones(2, 2)}, "holds emb.weight"),
             ({"blocks.0.att.key.disha": torch.ones(4)}, "has 1 dimensions"),
+            ({".disha": torch.ones(4, 8)}, r"holds \.disha, which are no shards"),
             ({"a.key.bone": torch.ones(4, 8), "b.key.bone": torch.ones(3, 8)}, "different variants or ranks"),
             ({"a.key.bone": torch.ones(4, 8, dtype=torch.int64)}, "no shard"),
         ],

@@ -105,6 +105,32 @@ def test_a_layout_from_elsewhere(
     assert "layers.1.self_attn.qkv.weight 1 of 4608 elements are off, the first at [80, 7]" in problem
 
 
+def test_a_whole_tensor_and_a_part_of_it_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor that an adapter brings would take the place of the one that the other's update is for."""
+    monkeypatch.setitem(LAYOUTS, "stacked", stacked)
+    base = tmp_path / "base"
+    base.mkdir()
+    whole = torch.randn(96, 48)
+    save_file({"a.qkv.weight": whole, "a.out.weight": whole.clone()}, base / "model.safetensors", {"format": "pt"})
+    shard = {"base_model.model.a.q_proj.miss_block": torch.ones(8, 48)}
+    other = {"base_model.model.a.out.miss_block": torch.ones(8, 96)}
+    brought = {"base_model.model.a.qkv.weight": whole + 1}
+    for name, tensors in {"part": shard, "whole": other | brought, "both": shard | brought}.items():
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "adapter_model.safetensors")
+        config = {"peft_type": "MISS", "r": 8, "base_model_name_or_path": str(base)}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+    plan_merge(tmp_path / "part")
+    for names in (["part", "whole"], ["both"]):
+        with pytest.raises(FossilExportError, match=r"holds a\.qkv\.weight as a whole, which .* trained too"):
+            plan_merge([tmp_path / name for name in names])
+    quantized = base / "model.safetensors"
+    save_file({"a.qkv.weight": whole.to(torch.int8)}, quantized, {"format": "pt"})
+    monkeypatch.setattr(RowsOf, "dtype", "F32")  # a layout that reads quantized rows as floats
+    with pytest.raises(FossilExportError, match="stored as I8: the base is quantized"):
+        plan_merge(tmp_path / "part")
+
+
 @dataclass(frozen=True)
 class Expert:
     """One of the matrices (out, in) that lie in a tensor (experts, out, in)."""

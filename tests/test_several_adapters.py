@@ -67,7 +67,9 @@ def test_weights_scale_each_update(tmp_path: Path) -> None:
     assert [entry["weight"] for entry in record["adapters"]] == [0.5, -2.0] and "adapter" not in record
     assert [change["module"] for change in record["tensors"][0]["changes"]] == [record["tensors"][0]["tensor"][:-7]] * 2
     assert result.plan.to_dict()["adapters"][1]["weight"] == -2.0
-    merge(first, tmp_path / "half", weights=[0.5])
+    half = merge(first, tmp_path / "half", weights=[0.5])
+    record = json.loads((tmp_path / "half" / "fossil_export.json").read_text())
+    assert record["adapter"]["weight"] == half.plan.to_dict()["adapter"]["weight"] == 0.5
     for folder in ("merged", "half"):
         with pytest.raises(FossilExportError, match=f"{folder}: was merged from several adapters, or at a weight"):
             verify(tmp_path / folder, level="weights")

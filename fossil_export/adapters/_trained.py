@@ -71,7 +71,7 @@ def methods_of_state_dicts() -> dict[str, Mapping[str, str]]:
 
 def split_key(key: str, endings: Iterable[str]) -> tuple[str, str] | None:
     """Module and ending of a trained tensor's key; None for another tensor's."""
-    found = [ending for ending in endings if key.endswith(f".{ending}")]
+    found = [ending for ending in endings if key.endswith(f".{ending}") and len(key) > len(ending) + 1]
     return (key[: -len(max(found, key=len)) - 1], max(found, key=len)) if found else None
 
 

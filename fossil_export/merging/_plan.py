@@ -156,7 +156,7 @@ class MergePlan:
                 "variant": adapter.variant,
                 "rank": adapter.rank,
             }
-            | ({"weight": weight} if len(self.adapters) > 1 else {})
+            | ({"weight": weight} if len(self.adapters) > 1 or weight != 1.0 else {})
             for adapter, weight in zip(self.adapters, self.weights, strict=True)
         ]
         return {

@@ -25,7 +25,7 @@ def provenance(
     """The record of a merge; with `digests` (SHA-256 of each finished weights file) it holds those of the base too."""
     base = plan.base
     adapters = [_adapter_record(adapter) for adapter in plan.adapters]
-    if len(adapters) > 1:
+    if plan.weights != (1.0,):
         adapters = [known | {"weight": weight} for known, weight in zip(adapters, plan.weights, strict=True)]
     record: dict[str, Any] = {
         "format": FORMAT,

@@ -64,6 +64,9 @@ class Transposed:
 def transposed(name: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Transposed | None:
     """By the model's type and the layer's name; sizes would not tell where they are equal."""
     info = tensors.get(name)
-    if info is None or len(info.shape) != 2 or config.get("model_type") not in MODEL_TYPES:
+    # Of a model of two others (vision-encoder-decoder, say) config.json has a part for each, by the name's beginning.
+    part = config.get(name.partition(".")[0])
+    model_type = (part if isinstance(part, dict) and "model_type" in part else config).get("model_type")
+    if info is None or len(info.shape) != 2 or model_type not in MODEL_TYPES:
         return None
     return Transposed(info) if name.removesuffix(".weight").rpartition(".")[2] in _LAYERS else None
