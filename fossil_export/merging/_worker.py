@@ -106,8 +106,8 @@ class Worker:
         self._merge(slab, part.matrix.read(partial(self._read, owner=tensor.owner), slab.start, slab.stop), out)
         for stored in part.matrix.write(out, slab.start):
             target = slab.offset + stored.offset * out.dtype.itemsize
-            if stored.values is not out:
-                written = self._buffer("stored", stored.values.nbytes, target)
+            if stored.values is not out:  # what was read is not needed any more
+                written = self._buffer("read", stored.values.nbytes, target)
                 np.copyto(written.view(out.dtype).reshape(stored.values.shape), stored.values)
             output.write(target, written)
 
