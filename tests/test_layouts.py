@@ -52,7 +52,7 @@ class RowsOf:
         return rows_of(self.info, self.start + start, self.start + stop)
 
     def write(self, rows: np.ndarray[Any, Any], start: int) -> Iterator[Stored]:
-        yield Stored(self.info, (self.start + start) * self.shape[1], rows)
+        yield Stored((self.start + start) * self.shape[1], rows)
 
     def moved(self, info: TensorInfo) -> RowsOf:
         return RowsOf(info, self.start, self.count)
@@ -164,7 +164,7 @@ class Expert:
         return found
 
     def write(self, rows: np.ndarray[Any, Any], start: int) -> Iterator[Stored]:
-        yield Stored(self.info, self.span[0] + start * self.shape[1], rows)
+        yield Stored(self.span[0] + start * self.shape[1], rows)
 
     def moved(self, info: TensorInfo) -> Expert:
         return Expert(info, self.number)

@@ -34,9 +34,8 @@ ReadRows = Callable[[TensorInfo, int, int], Rows]
 
 @dataclass(frozen=True)
 class Stored:
-    """`values` belong at element `offset` of the stored tensor `info`."""
+    """`values` belong at element `offset` of the tensor that holds the matrix (`Matrix.stored[0]`)."""
 
-    info: TensorInfo
     offset: int
     values: Any
 
@@ -44,7 +43,8 @@ class Stored:
 class Matrix(Protocol):
     """A matrix (out, in) of floats, read and written by slabs of its rows.
 
-    `stored` are the tensors that hold it: the first has its values, and the others (scales, say) what these need.
+    `stored` are the tensors that hold it: the first has its values, and the others (scales, say) what these need. Nothing
+    can be merged into it unless the first is of floats.
     """
 
     @property

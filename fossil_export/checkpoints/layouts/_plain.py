@@ -44,7 +44,7 @@ class Plain:
         return rows_of(self.info, start, stop)
 
     def write(self, rows: Array, start: int) -> Iterator[Stored]:
-        yield Stored(self.info, start * self.shape[1], rows)
+        yield Stored(start * self.shape[1], rows)
 
     def moved(self, info: TensorInfo) -> Plain:
         return Plain(info)

@@ -55,7 +55,7 @@ class Transposed:
         return found
 
     def write(self, rows: Array, start: int) -> Iterator[Stored]:
-        yield Stored(self.info, 0, rows.T)
+        yield Stored(0, rows.T)
 
     def moved(self, info: TensorInfo) -> Transposed:
         return Transposed(info)
