@@ -154,11 +154,18 @@ def test_odd_dtypes_and_values_of_the_base(tmp_path: Path) -> None:
 
 def test_damaged_record(bf16: Path) -> None:
     record = (bf16 / "fossil_export.json").read_text()
-    for changes in ({"dtype": "foo"}, {"adapter": "x"}, {"base": {"name": "b", "weights": [{}]}}):
+    for changes in (
+        {"dtype": "foo"},
+        {"adapter": "x"},
+        {"base": {"name": "b", "weights": [{}]}},
+        {"base": {"name": "b", "weights": [{"size": 1, "header_sha256": "x", "file": [5]}]}},
+    ):
         edit_json(bf16 / "fossil_export.json", **changes)
         with pytest.raises(FossilExportError, match="is damaged"):
             verify(bf16, level="weights")
         (bf16 / "fossil_export.json").write_text(record)
+    edit_json(bf16 / "fossil_export.json", tensors=5)  # of these nothing is used
+    assert verify(bf16, level="weights").parity
 
 
 def test_artifact_of_another_base_or_adapter_by_its_record(bf16: Path, tmp_path: Path) -> None:

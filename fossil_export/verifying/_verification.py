@@ -158,7 +158,8 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     record = read_json(path, CheckpointError)
-    if "adapters" in record or any(isinstance(e, dict) and "weight" in e for e in record.get("tensors") or ()):
+    alone = record.get("adapter")
+    if "adapters" in record or (isinstance(alone, dict) and "weight" in alone):
         raise CheckpointError(
             f"{folder}: was merged from several adapters, or at a weight, which verify cannot rebuild yet; verify a "
             "merge of one adapter"
@@ -166,8 +167,11 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
     try:
         sound = record["dtype"] in ("auto", *BY_TORCH_NAME)
         sound &= all(isinstance(record[part]["name"], str) for part in ("base", "adapter"))
-        sound &= all(isinstance(e["size"], int) and e["header_sha256"] and e["file"] for e in record["base"]["weights"])
-        sound &= all(e["file"] and e["sha256"] for e in record["adapter"]["files"])
+        sound &= all(isinstance(e["size"], int) and e["header_sha256"] for e in record["base"]["weights"])
+        sound &= all(e["sha256"] for e in record["adapter"]["files"])
+        sound &= all(
+            isinstance(e["file"], str) and e["file"] for e in [*record["base"]["weights"], *record["adapter"]["files"]]
+        )
     except (KeyError, TypeError):
         sound = False
     if not sound:
