@@ -164,8 +164,8 @@ def open_trainer(
     """The model as it was trained: `base` in `dtype` with the adapter unmerged beside it, shards in float32.
 
     PEFT runs it; our reference layers do for adapters that PEFT cannot load, or not on such layers (Conv1D). `dtype`
-    "float64" is the truth. `change` is let at the base's weights before the adapter is put beside them or, with `merged`, at the weights
-    that PEFT's own merge gives. The model's class is the one `artifact`'s config names.
+    "float64" is the truth. `change` is let at the base's weights before the adapter is put beside them or, with
+    `merged`, at the weights that PEFT's own merge gives. The model's class is the one `artifact`'s config names.
     """
     import torch
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
