@@ -43,8 +43,8 @@ class Stored:
 class Matrix(Protocol):
     """A matrix (out, in) of floats, read and written by slabs of its rows.
 
-    `stored` are the tensors that hold it: the first has its values, and the others (scales, say) what these need. Nothing
-    can be merged into it unless the first is of floats.
+    `stored` are the tensors that hold it: the first has its values, and the others (scales, say) what these need.
+    Nothing can be merged into it unless the first is of floats.
     """
 
     @property
