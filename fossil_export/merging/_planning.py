@@ -200,14 +200,13 @@ def _tensor_plan(name: str, info: TensorInfo | None, places: Places, dtype: str)
 
 def _config(base: Checkpoint, places: Places, dtype: str) -> tuple[dict[str, Any], bytes | None]:
     if base.config is None:
-        # Undecided ones may be tied still; this is asked again once that is known.
-        parted = places.untie and not any(places.undecided)
         needed = [
             what
-            for what, is_needed in (("tie_word_embeddings", parted), ("vocab_size", places.vocab_size))
+            for what, is_needed in (("tie_word_embeddings", places.untie), ("vocab_size", places.vocab_size))
             if is_needed
         ]
-        if needed:
+        # What is undecided may be tied still; this is asked again once that is known.
+        if places.vocab_size is not None or (places.untie and not any(places.undecided)):
             raise MergeError(
                 f"{base.location}: has no config.json, in which {listed(needed)} must change; "
                 "name the model's folder with --base"
