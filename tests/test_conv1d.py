@@ -77,6 +77,9 @@ def test_conv1d_is_the_live_model(config: dict[str, Any], dtype: torch.dtype, tm
             if re.search(r"c_\w+\.weight$", name) and "init_weights" not in config:
                 assert torch.equal(value, merged[name].T)
     assert verify(tmp_path / "merged", level="weights").parity
+    if dtype == torch.float32:
+        found = verify(tmp_path / "merged")
+        assert found.parity and found.forward is not None and found.forward.artifact.top1 == 1.0
 
 
 def test_a_fault_in_a_transposed_weight_is_found(tmp_path: Path) -> None:

@@ -111,9 +111,9 @@ def updates(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_method_from_elsewhere_merges_and_is_verified(toy: Path, tmp_path: Path) -> None:
-    found = inspect(toy)
-    assert found.problems == () and (found.adapter.variant, found.adapter.rank) == ("toy", RANK)
-    assert [entry["shard"] for entry in found.to_dict()["modules"]][:2] == [
+    seen = inspect(toy)
+    assert seen.problems == () and (seen.adapter.variant, seen.adapter.rank) == ("toy", RANK)
+    assert [entry["shard"] for entry in seen.to_dict()["modules"]][:2] == [
         "base_model.model.model.layers.0.self_attn.q_proj.toy.p",
         "base_model.model.model.layers.0.self_attn.q_proj.toy.q",
     ]
@@ -123,7 +123,8 @@ def test_a_method_from_elsewhere_merges_and_is_verified(toy: Path, tmp_path: Pat
         torch.testing.assert_close(after[f"{module}.weight"], before[f"{module}.weight"] + update)
         assert result.survival[f"{module}.weight"].survived == pytest.approx(1.0, abs=1e-5)
     assert sum(not torch.equal(before[name], after[name]) for name in before) == len(MODULES)
-    assert verify(tmp_path / "merged", level="weights").parity
+    found = verify(tmp_path / "merged")
+    assert found.parity and found.forward is not None and found.forward.artifact.relative_error < 1e-5
     name = "model.layers.1.mlp.down_proj.weight"
     file = next(path for path in (tmp_path / "merged").glob("*.safetensors") if name in load_file(path))
     tensors = load_file(file)

@@ -1,4 +1,4 @@
-"""The unmerged forward pass, for adapters that today's PEFT cannot load (Bone).
+"""The unmerged forward pass, for adapters that today's PEFT cannot load (Bone), or not on such layers (Conv1D).
 
     y = W x + up · down(x)       for a method that has such a form (methods/_low_rank.py)
     y = (W + ΔW) x               for the others
@@ -21,9 +21,9 @@ from fossil_export.methods import METHODS
 
 
 class TrainedLinear(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy here
-    """A Linear with what was trained beside it; computes in the trained tensors' dtype and returns the input's."""
+    """A Linear or Conv1D with what was trained beside it; computes in the dtype of that and returns the input's."""
 
-    def __init__(self, base_layer: nn.Linear, arrays: Mapping[str, torch.Tensor], trained: Trained) -> None:
+    def __init__(self, base_layer: nn.Module, arrays: Mapping[str, torch.Tensor], trained: Trained) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.trained = nn.ParameterDict({role: nn.Parameter(array, False) for role, array in arrays.items()})
@@ -32,10 +32,12 @@ class TrainedLinear(nn.Module):  # type: ignore[misc]  # torch is not followed b
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         layer, arrays = self.base_layer, dict(self.trained)
         wide = next(iter(arrays.values())).dtype
-        form = self._method.low_rank(arrays, self._numbers, layer.weight.shape[0])
+        # transformers' Conv1D has its weight the other way round.
+        weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
+        form = self._method.low_rank(arrays, self._numbers, weight.shape[0])
         if form is not None:
             return (layer(x) + form.branch(x.to(wide))).to(x.dtype)
-        weight = layer.weight.to(wide)
+        weight = weight.to(wide)
         bias = None if layer.bias is None else layer.bias.to(wide)
         changed = weight + self._method.update(weight, arrays, self._numbers, 0)
         result: torch.Tensor = nn.functional.linear(x.to(wide), changed, bias)

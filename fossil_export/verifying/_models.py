@@ -75,8 +75,10 @@ class TorchRunner:
     def modules(self, tokens: Tokens) -> dict[str, torch.Tensor] | None:
         outputs: dict[str, torch.Tensor] = {}
         handles = []
+        # PEFT's own modules in a layer all begin so.
+        prefix = getattr(getattr(self._model, "base_model", None), "prefix", None) or "\0"
         for name, module in self._model.named_modules():
-            plain = _plain_name(name)
+            plain = _plain_name(name, prefix)
             if plain is not None:
                 handles.append(module.register_forward_hook(_record(outputs, plain)))
         try:
@@ -106,12 +108,13 @@ def _record(outputs: dict[str, torch.Tensor], name: str) -> Any:
     return hook
 
 
-def _plain_name(name: str) -> str | None:
-    """A module's name without what PEFT or our layers put around it; None for those wrappings' own parts."""
+def _plain_name(name: str, own: str) -> str | None:
+    """A module's name without what PEFT or our layers put around it; None for parts of those wrappings, of which PEFT's
+    begin with `own`."""
     for prefix in ("base_model.model.", "base_model"):
         name = name.removeprefix(prefix)
     parts = name.split(".")
-    wrapped = {"base_layer", "original_module", "trained"} & set(parts) or any(p.startswith("miss_") for p in parts)
+    wrapped = {"base_layer", "original_module", "trained"} & set(parts) or any(part.startswith(own) for part in parts)
     if not name or wrapped or parts[-1] == "modules_to_save":
         return None
     return name.replace(".modules_to_save.default", "")
@@ -160,12 +163,13 @@ def open_trainer(
 ) -> TorchRunner:
     """The model as it was trained: `base` in `dtype` with the adapter unmerged beside it, shards in float32.
 
-    PEFT runs it; our reference layers do for adapters that PEFT cannot load. `dtype` "float64" is the truth.
-    `change` is let at the base's weights before the adapter is put beside them or, with `merged`, at the weights
-    that PEFT's own merge gives. The model's class is the one `artifact`'s config names.
+    PEFT runs it; our reference layers do for adapters that PEFT cannot load, or not on such layers (Conv1D). `dtype`
+    "float64" is the truth. `change` is let at the base's weights before the adapter is put beside them or, with
+    `merged`, at the weights that PEFT's own merge gives. The model's class is the one `artifact`'s config names.
     """
     import torch
-    from peft import PeftModel
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
+    from transformers.pytorch_utils import Conv1D
 
     kind, config = _class_and_config(artifact, base)
     with _quiet():
@@ -176,10 +180,11 @@ def open_trainer(
         wide = torch.float64 if dtype == "float64" else torch.float32
         folder = adapter.path if adapter.path.is_dir() else adapter.path.parent
         # PEFT looks only for files of its own names.
-        if adapter.peft_type == "MISS" and adapter.files[1] == find_weights(folder):
+        loads = adapter.peft_type in PEFT_TYPE_TO_CONFIG_MAPPING and adapter.files[1] == find_weights(folder)
+        if loads and not any(isinstance(module, Conv1D) for module in model.modules()):
             model = PeftModel.from_pretrained(model, str(folder))
             for name, parameter in model.named_parameters():
-                if "miss_block" in name:
+                if any(part.startswith(model.base_model.prefix) for part in name.split(".")):
                     parameter.data = parameter.data.to(wide)
         else:
             from fossil_export.verifying._layers import attach
