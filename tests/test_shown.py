@@ -72,6 +72,8 @@ def test_the_package_may_lie_in_a_zip_file(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as file:
         for path in [*package.rglob("*.py"), *package.rglob("*.pyi")]:
             file.write(path, path.relative_to(package.parent))
-    script = "import sys; sys.path.insert(0, 'all.zip'); import fossil_export as it; print(it.__file__, len(it.__all__))"
+    script = (
+        "import sys; sys.path.insert(0, 'all.zip'); import fossil_export as it; print(it.__file__, len(it.__all__))"
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "all.zip" in done.stdout and done.stdout.split()[-1] == str(len(fossil_export.__all__))
