@@ -64,7 +64,7 @@ def test_what_it_would_meet(hosted: LoopbackHub, models: Path, tmp_path: Path) -
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     plan = plan_push(adapter, "ada/new", create_pr=True)
     assert plan.removed == ("adapter_model.safetensors",)
-    assert any("went with this commit" in line for line in plan.warnings)
+    assert any("will go with the commit" in line for line in plan.warnings)
     (adapter / "adapter_model.bin").rename(adapter / "adapter_model.safetensors")
     assert (adapter / "adapter_model.safetensors").read_bytes() == weights
     branched = plan_push(adapter, "ada/new", revision="later", private=True)

@@ -136,7 +136,7 @@ def plan_push(
         exists=found.exists,
         removed=tuple(removed),
         card=read_card(content.decode())[2],
-        warnings=plan.told(said, [*notes, *removal_warnings(target.repo_id, removed)]),
+        warnings=plan.told(said, [*notes, *removal_warnings(target.repo_id, removed, planned=True)]),
         unchecked=found.unchecked,
     )
 
