@@ -133,7 +133,7 @@ def test_no_place_to_work(scene: LoopbackHub, tmp_path: Path, monkeypatch: pytes
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda folder: usage)
         failing(tmp_path, r"takes 37,\d+ bytes at once, 1,000 are free; make room, or work elsewhere with --cache-dir")
-    for target in ("fossil_export.publishing._carrier.Runner.change", "huggingface_hub.hf_hub_download"):
+    for target in ("fossil_export.publishing._carrier.Writer.change", "huggingface_hub.hf_hub_download"):
 
         def full(*_: Any, **__: Any) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
