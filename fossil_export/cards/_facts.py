@@ -16,8 +16,9 @@ _PARTS = ("adapter", "base")
 @dataclass(frozen=True)
 class Facts:
     """What is known of an artifact. `base` and `adapter` are ids on the Hub, None for what is not there: the path
-    of a folder is never published. If several adapters were added, `adapters` has that of each. `files` are the names of what is; `config` is config.json or adapter_config.json,
-    `base_card` the metadata of the base's README.md, `base_folder` its folder in its repository, None for the root."""
+    of a folder is never published. If several adapters were added, `adapters` has that of each. `files` are the names
+    of what is published; `config` is config.json or adapter_config.json, `base_card` the metadata of the base's
+    README.md, `base_folder` its folder in its repository, None for the root."""
 
     repo_id: str
     kind: str
