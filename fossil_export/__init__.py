@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import ast
 from importlib import import_module
-from pathlib import Path
+from pkgutil import get_data
 from typing import Any
 
 
 def _homes() -> dict[str, str]:
-    """The module of each name, from the stub, which type checkers and editors read too."""
-    imports = ast.parse(Path(__file__).with_suffix(".pyi").read_bytes()).body
+    """The module of each name, from the stub, which type checkers and editors read too; it may lie in a zip file."""
+    imports = ast.parse(get_data(__name__, "__init__.pyi") or b"").body
     return {
         alias.name: found.module
         for found in imports

@@ -157,6 +157,11 @@ def test_a_lora_of_a_base_in_a_subfolder(hosted: LoopbackHub, models: Path, tmp_
     assert "base_model: ada/nested\n" in card and card.count('subfolder="sub/dir"') == 2
 
 
+def test_a_base_that_does_not_fit_is_told_by_its_name(hosted: LoopbackHub, models: Path, tmp_path: Path) -> None:
+    told = ("convert", models / "adapter", "--to", "lora", "--base", "ada/adapter", "-o", tmp_path / "out")
+    assert cli(*told, code=1).stderr.startswith("error: ada/adapter: has no weights for ")
+
+
 @pytest.fixture(scope="module")
 def large(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The base with 30 MB that no adapter touches, and a header that the first request does not hold."""

@@ -54,9 +54,10 @@ def test_merge_and_push_in_one_command(hosted: LoopbackHub, models: Path, tmp_pa
     assert "update kept" in shown and "published" in shown
     assert content(tmp_path / "out") == {name: data for name, data in published(hosted).items() if name != "README.md"}
     line = cli(
-        "merge", "ada/adapter", "-o", tmp_path / "my out", "--push-to-hub", "bob/new", "--private", code=1
-    ).stderr.strip()
-    command = f"`fossil-export push '{tmp_path}/my out' bob/new --private`"
+        "merge", "ada/adapter", "-o", tmp_path / "my out", "--push-to-hub", "bob/new", "--private", "--commit-message",
+        "A first", code=1,
+    ).stderr.strip()  # fmt: skip
+    command = f"`fossil-export push '{tmp_path}/my out' bob/new --private --commit-message 'A first'`"
     assert "\n" not in line and "may not do that" in line and line.endswith(f"go on with {command})")
     assert (tmp_path / "my out" / "config.json").is_file()
 

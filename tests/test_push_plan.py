@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from conftest import edit_json
 from hub_tools import cli, nobody_there, offline
 from loopback import LoopbackHub
 from push_tools import litter, made
 
-from fossil_export import FossilExportError, PushPlan, merge, plan_merge, plan_push, plan_stream, push
+from fossil_export import FossilExportError, PushPlan, merge, plan_merge, plan_onnx, plan_push, plan_stream, push
 from fossil_export.errors import CheckpointError, HubError, MissingExtraError, longer
 
 ASKING = {"GET", "HEAD"}
@@ -64,7 +64,7 @@ def test_what_it_would_meet(hosted: LoopbackHub, models: Path, tmp_path: Path) -
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     plan = plan_push(adapter, "ada/new", create_pr=True)
     assert plan.removed == ("adapter_model.safetensors",)
-    assert any("went with this commit" in line for line in plan.warnings)
+    assert any("will go with the commit" in line for line in plan.warnings)
     (adapter / "adapter_model.bin").rename(adapter / "adapter_model.safetensors")
     assert (adapter / "adapter_model.safetensors").read_bytes() == weights
     branched = plan_push(adapter, "ada/new", revision="later", private=True)
@@ -103,12 +103,41 @@ def test_a_hub_that_cannot_be_asked(
     assert "what the repository holds was not checked" in plan.unchecked[0]
 
 
-def test_what_changes_after_the_plan_is_not_sent(hosted: LoopbackHub, models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "README.md"])
+@pytest.mark.parametrize("gone", [False, True])
+def test_what_changes_after_the_plan_is_not_sent(
+    gone: bool, name: str, hosted: LoopbackHub, models: Path, tmp_path: Path
+) -> None:
     folder = made("lora", hosted, models, tmp_path / "lora")
+    (folder / "README.md").write_text("Mine.\n")
     plan = plan_push(folder, "ada/new")
-    edit_json(folder / "adapter_config.json", lora_dropout=0.25, r=12345)
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json: has changed since the push was planned"):
+    hosted.log.clear()
+    if gone:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes((folder / name).read_bytes()[::-1])  # of the same size
+    with pytest.raises(CheckpointError, match=rf"{name}: has changed since the push was planned"):
         plan.run()
+    assert hosted.log == []
+
+
+def test_a_plan_knows_its_folder_from_elsewhere(
+    hosted: LoopbackHub, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made("lora", hosted, models, tmp_path / "lora")
+    monkeypatch.chdir(tmp_path)
+    plan = plan_push("lora", "ada/new")
+    monkeypatch.chdir("/")
+    assert plan.run().changed and plan.folder == "lora"
+
+
+def test_inputs_that_are_gone(hosted: LoopbackHub, models: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(models / "base", tmp_path / "base")
+    plans = [plan_merge("ada/adapter", base), plan_onnx("ada/adapter", base, runtime="torch")]
+    shutil.rmtree(base)
+    for plan in plans:
+        with pytest.raises(CheckpointError, match="changed while it was being read"):
+            plan.run(tmp_path / "out")  # which does not lie inside what is gone
 
 
 def test_plans_of_merges_run(hosted: LoopbackHub, tmp_path: Path) -> None:

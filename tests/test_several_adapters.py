@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import edit_json, make_adapter, make_base, weights
+from loopback import LoopbackHub
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from fossil_export import FossilExportError, load_adapter, merge, plan_merge, verify
+from fossil_export import FossilExportError, load_adapter, merge, plan_merge, push, verify
 
 TOKENS = torch.arange(24).reshape(2, 12)
 
@@ -168,3 +170,34 @@ def test_weights_of_any_kind_of_number(tmp_path: Path, recwarn: pytest.WarningsR
     with pytest.raises(FossilExportError, match=r"weight: overflows float32; give .* smaller weights"):
         merge(adapters, tmp_path / "huge", weights=[1e39, 1])
     assert not [warning for warning in recwarn if warning.category is RuntimeWarning]
+
+
+def test_the_card_of_several_and_no_path_of_theirs(hosted: LoopbackHub, models: Path, tmp_path: Path) -> None:
+    private = shutil.copytree(models / "adapter", tmp_path / "private" / "secret-name")
+    merge(["ada/adapter", private], tmp_path / "merged", base="ada/base", weights=[1.0, 0.5])
+    record = json.loads((tmp_path / "merged" / "fossil_export.json").read_text())
+    for entry in record["adapters"][1:]:
+        entry["name"] = entry["base_model"] = "/srv/private/secret-name"  # in no folder that is known
+    (tmp_path / "merged" / "fossil_export.json").write_text(json.dumps(record))
+    result = push(tmp_path / "merged", "ada/new")
+    assert any("cannot rebuild a merge of several adapters" in line for line in result.warnings)
+    assert not any("first and the card will quote it" in line for line in result.warnings)
+    for name in hosted.files("ada/new"):
+        assert b"/srv/private" not in hosted.read("ada/new", name), name
+    card = hosted.read("ada/new", "README.md").decode()
+    assert "the sum of 2 adapters is merged into its weights" in card
+    assert "| Adapter | [ada/adapter](https://huggingface.co/ada/adapter/tree/" in card and "at weight 1)" in card
+    assert "| Adapter | not on the Hub (tile, at weight 0.5) |" in card and "- tile\n" in card
+
+
+def test_the_card_of_one_at_a_weight(hosted: LoopbackHub, tmp_path: Path) -> None:
+    merge("ada/adapter", tmp_path / "merged", weights=[0.5])
+    push(tmp_path / "merged", "ada/new")
+    assert "| Weight of the update | 0.5 |" in hosted.read("ada/new", "README.md").decode()
+
+
+@pytest.mark.parametrize("junk", [3, "x", None, [3], {"weight": 2}])
+def test_verify_reads_any_record(junk: object, base: Path, adapter: Path, tmp_path: Path) -> None:
+    merge(adapter, tmp_path / "merged")
+    edit_json(tmp_path / "merged" / "fossil_export.json", tensors=junk)
+    assert verify(tmp_path / "merged", level="weights").parity

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 from hypothesis import given
@@ -62,3 +65,15 @@ def test_the_package_lists_its_names() -> None:
     assert dir(fossil_export) == sorted(fossil_export.__all__)
     for name in fossil_export.__all__:
         assert getattr(fossil_export, name) is not None
+
+
+def test_the_package_may_lie_in_a_zip_file(tmp_path: Path) -> None:
+    package = Path(fossil_export.__file__).parent
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as file:
+        for path in [*package.rglob("*.py"), *package.rglob("*.pyi")]:
+            file.write(path, path.relative_to(package.parent))
+    script = (
+        "import sys; sys.path.insert(0, 'all.zip'); import fossil_export as it; print(it.__file__, len(it.__all__))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "all.zip" in done.stdout and done.stdout.split()[-1] == str(len(fossil_export.__all__))

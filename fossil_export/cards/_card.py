@@ -13,12 +13,13 @@ from typing import Any
 from urllib.parse import quote
 
 from fossil_export.artifacts._kinds import KINDS
-from fossil_export.cards._facts import HUB, Facts, hub_id, part, paths_of, survived
+from fossil_export.cards._facts import HUB, Facts, adapters_of, hub_id, part, paths_of, survived
 from fossil_export.cards._frontmatter import BEGIN, END, FILLER, MARKED, NOTE, edited, is_template, noted, read_card
 from fossil_export.cards._markdown import plain
 from fossil_export.cards._section import generated
 from fossil_export.cards._task import pipeline_tag, task
 from fossil_export.cards.kinds._table import CARDS
+from fossil_export.merging._provenance import is_sum
 from fossil_export.merging._survival import WARNING_BELOW
 
 
@@ -74,6 +75,8 @@ def _warnings(facts: Facts, text: str, data: Mapping[str, Any]) -> Iterator[str]
     if parity is False:
         reason = (facts.certificate or {}).get("reason") or "see fossil_parity.json"
         yield f"verification found that this is not the model that was trained, and the card says so: {reason}"
+    elif parity is not True and is_sum(facts.record or {}):
+        yield "this was not verified, and verify cannot rebuild a merge of several adapters, or at a weight, yet"
     elif parity is not True and KINDS[facts.kind].verified:
         yield "this was not verified; run `fossil-export verify DIR` first and the card will quote it"
     kept = survived(facts)
@@ -140,10 +143,10 @@ def _wanted(facts: Facts, data: Mapping[str, Any], template: bool) -> dict[str, 
 
 
 def _tags(facts: Facts) -> list[str]:
-    adapter = part(facts.record, "adapter")
-    found = ["fossil", "miss"] + ["bone"] * (adapter.get("peft_type") == "BONE")
-    if adapter.get("variant") in ("tile", "mini", "bat"):
-        found.append(adapter["variant"])
+    adapters = adapters_of(facts.record)
+    found = ["fossil", "miss"] + ["bone"] * any(adapter.get("peft_type") == "BONE" for adapter in adapters)
+    variants = [adapter.get("variant") for adapter in adapters]
+    found += [variant for variant in ("tile", "mini", "bat") if variant in variants]
     found.append("fossil-export")
     return found + CARDS[facts.kind].tags(facts) + ["text2text-generation"] * (task(facts) == "text2text")
 

@@ -16,8 +16,9 @@ _PARTS = ("adapter", "base")
 @dataclass(frozen=True)
 class Facts:
     """What is known of an artifact. `base` and `adapter` are ids on the Hub, None for what is not there: the path
-    of a folder is never published. `files` are the names of what is; `config` is config.json or adapter_config.json,
-    `base_card` the metadata of the base's README.md, `base_folder` its folder in its repository, None for the root."""
+    of a folder is never published. If several adapters were added, `adapters` has that of each. `files` are the names
+    of what is published; `config` is config.json or adapter_config.json, `base_card` the metadata of the base's
+    README.md, `base_folder` its folder in its repository, None for the root."""
 
     repo_id: str
     kind: str
@@ -31,6 +32,7 @@ class Facts:
     adapter_revision: str | None
     base_card: Mapping[str, Any] | None
     base_folder: str | None = None
+    adapters: tuple[str | None, ...] = ()
 
 
 def hub_id(name: Any) -> str | None:
@@ -41,9 +43,17 @@ def hub_id(name: Any) -> str | None:
 def paths_of(facts: Facts) -> list[str]:
     """What record and config call base and adapter where that is a path, the longest first."""
     found = {part(source, name).get("name") for source in (facts.record, facts.certificate) for name in _PARTS}
+    found |= {entry.get("name") for entry in adapters_of(facts.record)}
     found |= {(facts.certificate or {}).get("base"), (facts.config or {}).get("base_model_name_or_path")}
     paths = [name for name in found if isinstance(name, str) and re.match(r"(?:[A-Za-z]:|~|\.{1,2})?[/\\].", name)]
     return sorted(paths, key=lambda name: (-len(name), name))
+
+
+def adapters_of(record: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """What a record says of its adapter, or of each if several were added."""
+    several = (record or {}).get("adapters")
+    found = several if isinstance(several, list) else [part(record, "adapter")]
+    return [entry for entry in found if isinstance(entry, Mapping)]
 
 
 def survived(facts: Facts) -> float | None:

@@ -8,10 +8,11 @@ from typing import Any
 from urllib.parse import quote
 
 from fossil_export.artifacts._kinds import KINDS
-from fossil_export.cards._facts import HUB, PAPER, Facts, hub_id, part, paths_of, survived
+from fossil_export.cards._facts import HUB, PAPER, Facts, adapters_of, hub_id, part, paths_of, survived
 from fossil_export.cards._markdown import fenced, number, plain
 from fossil_export.cards.kinds._kind_card import Sources
 from fossil_export.cards.kinds._table import CARDS
+from fossil_export.merging._provenance import scales
 from fossil_export.merging._survival import WARNING_BELOW
 
 _PACKAGES = ("torch", "transformers", "peft")
@@ -51,6 +52,7 @@ def _summary(facts: Facts) -> str:
     base = _link(facts.base, facts.base_revision) or "a base model that is not on the Hub"
     link = _link(facts.adapter, facts.adapter_revision)
     adapter = f"the adapter {link}" if link else "an adapter"
+    adapter = f"the sum of {len(facts.adapters)} adapters" if facts.adapters else adapter
     method = f"[FOSSIL]({PAPER}) (MiSS in PEFT, earlier Bone and DiSHA)"
     line = CARDS[facts.kind].summary(facts, Sources(base, adapter, method))
     return line[0].upper() + line[1:]
@@ -59,13 +61,17 @@ def _summary(facts: Facts) -> str:
 def _made(facts: Facts) -> Iterator[tuple[str, Any]]:
     record, card = facts.record or {}, CARDS[facts.kind]
     adapter = part(record, "adapter")
-    if not card.is_the_adapter or adapter.get("name"):
+    for entry, name in zip(adapters_of(record), facts.adapters, strict=False):
+        where = _link(name, entry.get("revision")) or "not on the Hub"
+        yield "Adapter", f"{where} ({plain(entry.get('variant') or '')}, at weight {number(entry.get('weight'), 'g')})"
+    if not facts.adapters and (not card.is_the_adapter or adapter.get("name")):
         yield "Adapter", _link(facts.adapter, facts.adapter_revision) or "not on the Hub"
     yield "Adapter's revision", plain(facts.adapter_revision or "") if facts.adapter else None
     yield "Base", _link(facts.base, facts.base_revision) or "not on the Hub"
     yield "Base's revision", plain(facts.base_revision or "") if facts.base else None
     yield "Variant", plain(adapter.get("variant") or "")
     yield "Rank", plain(adapter.get("rank") or "")
+    yield "Weight of the update", ", ".join(sorted({number(scale, "g") for scale in scales(record)}))
     if isinstance(parameters := adapter.get("parameters"), int):
         yield "Trained parameters", f"{parameters:,}"
     yield from card.made(facts)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import click
 
 from fossil_export._console import print_json, print_warnings
-from fossil_export._tables import print_conversion
 from fossil_export.commands._shared import BASE_HELP
 from fossil_export.converting._converters import CONVERTERS, OUTTYPES, Format, Outtype, takers
+from fossil_export.tables import print_conversion
 
 
 @click.command()

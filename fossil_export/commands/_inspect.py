@@ -7,8 +7,8 @@ import sys
 import click
 
 from fossil_export._console import print_json, print_warnings
-from fossil_export._tables import print_inspection
 from fossil_export.commands._shared import BASE_HELP
+from fossil_export.tables import print_inspection
 
 
 @click.command()

@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from fossil_export._console import lines, print_warnings, progress_bar
-from fossil_export._tables import print_moves, print_plan, print_push, print_result, print_streamed
 from fossil_export.checkpoints._dtypes import BY_TORCH_NAME
 from fossil_export.commands._shared import BASE_HELP, publishing, show
+from fossil_export.tables import print_moves, print_plan, print_push, print_result, print_streamed
 
 DTYPES = ("auto", *(name for name in BY_TORCH_NAME if name != "float64"))
 # Weights that are not stored as float64 are merged in float32; wider ones would hold no more.

@@ -7,10 +7,10 @@ from typing import Any
 import click
 
 from fossil_export._console import print_warnings, status_line
-from fossil_export._tables import print_export, print_onnx_plan
 from fossil_export.commands._shared import BASE_HELP, show
 from fossil_export.onnx.builders import BUILDERS, PRECISIONS
 from fossil_export.onnx.modes import MODES
+from fossil_export.tables import print_export, print_onnx_plan
 
 _DEFAULTS = [f"{name} for {builder.models}" if builder.models else name for name, builder in BUILDERS.items()]
 

@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from fossil_export._console import lines, print_warnings
-from fossil_export._tables import print_push, print_push_plan
 from fossil_export.commands._shared import publishing, show
+from fossil_export.tables import print_push, print_push_plan
 
 
 @click.command()

@@ -7,7 +7,7 @@ import sys
 import click
 
 from fossil_export._console import lines, print_json, print_warnings, progress_bar
-from fossil_export._tables import print_push, print_verification
+from fossil_export.tables import print_push, print_verification
 from fossil_export.verifying._levels import LEVELS, Level
 
 

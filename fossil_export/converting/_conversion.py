@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from fossil_export.converting._converters import CONVERTERS, OPTIONS, Converter,
 from fossil_export.converting._options import Options
 from fossil_export.errors import CheckpointError, FossilExportError, OutputError
 from fossil_export.merging._planning import find_base
-from fossil_export.storage import expanded, fetch
+from fossil_export.storage import expanded, fetch, is_path
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,11 @@ def _refuse_inputs(path: Path, adapter: Adapter, options: Options) -> None:
     """Raise OutputError where the output is, or holds, something that is only read."""
     base = options.base.path if options.base is not None else options.base_name
     given = [base, options.base_config, options.graph]
-    inputs = [*adapter.files, adapter.path, *(Path(name).expanduser() for name in given if name)]
+    inputs = [*adapter.files, adapter.path]
+    for name in given:
+        with suppress(RuntimeError, ValueError):  # what need not be a path
+            if name and is_path(str(found := Path(name).expanduser())):
+                inputs.append(found)
     target = path.resolve()
     for source in inputs:
         place = source.resolve()

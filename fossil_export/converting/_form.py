@@ -1,7 +1,7 @@
 """The LoRA that a module is: B A is the update, A (r, in), B (out, r), alpha = r.
 
 It is the method's low-rank form (methods/_low_rank.py). A method whose update depends on the weight has none; its LoRA
-is the nearest of some rank (see `nearest`).
+is the nearest of some rank (see `_nearest`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """To a GGUF LoRA adapter, which llama.cpp (`--lora`) and Ollama (`ADAPTER`) load beside a GGUF of the base.
 
-Tile and mini are LoRAs exactly (see `form`). Each module becomes `<name>.weight.lora_a` (r, in) and `.lora_b` (out, r);
-llama.cpp adds alpha / r · B A x, so alpha is r. Names, the order of rows and what happens to tensors that q8_0 does
-not fit are those of llama.cpp's convert_lora_to_gguf.py and conversion/*.py; the keys, of its src/llama-adapter.cpp.
+Tile and mini are LoRAs exactly (see `_form`). Each module becomes `<name>.weight.lora_a` (r, in) and `.lora_b` (out,
+r); llama.cpp adds alpha / r · B A x, so alpha is r. Names, the order of rows and what happens to tensors that q8_0
+does not fit are those of llama.cpp's convert_lora_to_gguf.py and conversion/*.py; the keys, of src/llama-adapter.cpp.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """To a PEFT LoRA folder, which PEFT, vLLM, SGLang, TGI and LoRAX serve.
 
-Most adapters are LoRAs of the same rank, exactly (see `form`). One whose update depends on the weight (bat) is not; it
+Most adapters are LoRAs of the same rank, exactly (see `_form`). One whose update depends on the weight (bat) is not; it
 gets the nearest LoRA of a rank, or of the rank that keeps a share of its energy, when the user asks for that.
 """
 

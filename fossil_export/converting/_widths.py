@@ -34,7 +34,8 @@ def layer_shapes(adapter: Adapter, options: Options) -> tuple[Shapes, frozenset[
         return _by_config(adapter, config, path), frozenset()
     assert options.base is not None
     base = options.base.checkpoint()
-    placement = place(adapter, base, into_floats=False)
+    with options.base.by_name():
+        placement = place(adapter, base, into_floats=False)
     found = {trained.module: placement.into[name].shape for name, trained in placement.trained.items()}
     renamed = {name.removesuffix(".weight"): trained.module for name, trained in placement.trained.items()}
     matrices = (info for info in base.tensors.values() if info.name.endswith(".weight") and len(info.shape) == 2)

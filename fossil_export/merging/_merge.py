@@ -110,8 +110,8 @@ def run_plan(
     """Carry out a plan that `plan_merge` made; arguments as for `merge`. `started` is when the clock began."""
     started = time.perf_counter() if started is None else started
     target = expanded(output, OutputError).absolute()
+    plan.check()  # first, since an input that is gone has no place to hold the output against
     check_destination(target, [plan.base.location, *(adapter.path for adapter in plan.adapters)], overwrite)
-    plan.check()
     fetch(*plan.needed)
     plan = plan.settled()
     needed = plan.nbytes + sum(path.stat().st_size for path in plan.companions.values()) + (1 << 20)

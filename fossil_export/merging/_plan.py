@@ -1,6 +1,6 @@
 """The plan: which tensor of the merged model comes from where.
 
-It is data, and `run` only follows it; how it is made is in `planning`. It is what `--dry-run` prints and what the
+It is data, and `run` only follows it; how it is made is in `_planning`. It is what `--dry-run` prints and what the
 provenance file records.
 """
 

@@ -69,6 +69,18 @@ def _adapter_record(adapter: Adapter) -> dict[str, Any]:
     }
 
 
+def is_sum(record: Mapping[str, Any]) -> bool:
+    """Whether a record, whatever stands in it, is of several adapters, or of one at another weight than 1."""
+    return "adapters" in record or bool(scales(record))
+
+
+def scales(record: Mapping[str, Any]) -> list[Any]:
+    """The weights other than 1 at which the only adapter's updates were added, of it and by tensor."""
+    tensors = record.get("tensors")
+    entries = [record.get("adapter"), *(tensors if isinstance(tensors, list) else [])]
+    return [entry["weight"] for entry in entries if isinstance(entry, Mapping) and "weight" in entry]
+
+
 def survival_record(survival: Mapping[str, Survival]) -> dict[str, Any]:
     """The total over all merged tensors and how it was sampled."""
     return {**sum(survival.values(), Survival()).to_dict(), "sample_rows_per_tensor": SAMPLE_ROWS}

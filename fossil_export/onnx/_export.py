@@ -108,12 +108,12 @@ def run_plan(
     """Carry out a plan; arguments as for `export_onnx`. `started` is when the clock began."""
     started = time.perf_counter() if started is None else started
     merge = plan.merge
+    merge.check()  # first, since an input that is gone has no place to hold the output against
     fetch(merge.adapter.needed)
     target = expanded(output, OutputError).absolute()
     if plan.graph is not None and target.resolve() in plan.graph.resolve().parents:
         raise OutputError(f"{output}: holds {plan.graph}, which would be replaced; choose another --output")
     check_destination(target, [merge.base.location, merge.adapter.path], overwrite)
-    merge.check()
     progress("fetching the base")
     fetch(*merge.needed)
     merge = merge.settled()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -130,6 +131,8 @@ def decide(
     for what, value, known in (("runtime", runtime, BUILDERS), ("precision", precision, PRECISIONS)):
         if value is not None and value not in known:
             raise OnnxError(f"{what} is {value!r}, expected {', '.join(known)}")
+    if re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:  # a builder would quietly make a graph for the CPU
+        raise OnnxError(f"device is {device!r}, expected cpu, cuda")
     if onnx is not None and (runtime or precision):
         raise OnnxError("--onnx takes the graph as it is; leave --runtime and --precision out")
     for package in ("onnx", "onnx_ir"):

@@ -8,7 +8,7 @@ from typing import Any
 
 from fossil_export.artifacts._kinds import kind_named
 from fossil_export.cards import Facts, model_card, warnings
-from fossil_export.cards._facts import part
+from fossil_export.cards._facts import adapters_of, part
 from fossil_export.cards._frontmatter import MARKED, is_template, read_card
 from fossil_export.checkpoints._companions import CARD
 from fossil_export.errors import FossilExportError, HubError
@@ -29,20 +29,23 @@ def facts_of(
     config: Mapping[str, Any] | None,
 ) -> tuple[Facts, list[str]]:
     """What is known of an artifact that goes to `repo_id`, and what could not be found out."""
-    base, adapter = part(record, "base"), part(record, "adapter")
-    on_hub, adapter_on_hub = _is_on_hub(base, _has_commit(record)), _is_on_hub(adapter, True)
+    base, entries = part(record, "base"), adapters_of(record)
+    adapters = tuple(repository_of(entry["name"]) if _is_on_hub(entry, True) else None for entry in entries)
+    adapter = adapters[0] if len(adapters) == 1 else None
+    on_hub = _is_on_hub(base, _has_commit(record))
     if not base.get("name") and config is not None:  # an adapter as PEFT saved it
         base = {"name": config.get("base_model_name_or_path"), "revision": config.get("revision")}
         on_hub = isinstance(base["name"], str) and names_hub(base["name"])
         if not on_hub and (found := _old_id(base["name"], base["revision"])):
             base, on_hub = {**base, "name": found}, True
     metadata, problems = _card_of("base", base.get("name"), base.get("revision"), on_hub)
-    others, more = _card_of("adapter", adapter.get("name"), adapter.get("revision"), adapter_on_hub)
-    problems += more
-    licenses = [(card or {}).get("license") for card in (metadata, others)]
-    if licenses[1] not in (None, licenses[0]):
-        named = f"the card names the base's, {licenses[0]}" if licenses[0] else "the card names none"
-        problems.append(f"the adapter's license is {licenses[1]}; {named}: see that both are kept")
+    license = (metadata or {}).get("license")  # noqa: A001
+    for entry, found in zip(entries, adapters, strict=True):
+        others, more = _card_of("adapter", entry.get("name"), entry.get("revision"), found is not None)
+        problems += more
+        if (other := (others or {}).get("license")) not in (None, license):
+            named = f"the card names the base's, {license}" if license else "the card names none"
+            problems.append(f"the adapter's license is {other}; {named}: see that both are kept")
     facts = Facts(
         repo_id=repo_id,
         kind=kind,
@@ -52,10 +55,11 @@ def facts_of(
         config=config,
         base=repository_of(base["name"]) if on_hub else None,
         base_revision=base.get("revision") if on_hub else None,
-        adapter=repository_of(adapter["name"]) if adapter_on_hub else None,
-        adapter_revision=adapter.get("revision") if adapter_on_hub else None,
+        adapter=adapter,
+        adapter_revision=entries[0].get("revision") if adapter is not None else None,
         base_card=metadata,
         base_folder=folder_of(base.get("name")) if on_hub else None,
+        adapters=adapters if len(adapters) > 1 else (),
     )
     return facts, problems
 
@@ -66,14 +70,14 @@ def local_names(
     config: Mapping[str, Any] | None = None,
 ) -> Iterator[str]:
     """What records and config call base and adapter where these are not on the Hub."""
-    for name, has_commit in (("base", _has_commit(record)), ("adapter", True)):
-        entry = part(record, name)
+    adapters = adapters_of(record)
+    for entry, has_commit in ((part(record, "base"), _has_commit(record)), *((entry, True) for entry in adapters)):
         if isinstance(entry.get("name"), str) and not _is_on_hub(entry, has_commit):
             yield entry["name"]
     ours = [(certificate or {}).get("base"), part(certificate, "adapter").get("name")]
     yield from (name for name in ours if isinstance(name, str) and name and not is_on_hub(name))
     # These are PEFT's words, which may mean a folder here.
-    others = {part(record, "adapter").get("base_model"), (config or {}).get("base_model_name_or_path")}
+    others = {*(entry.get("base_model") for entry in adapters), (config or {}).get("base_model_name_or_path")}
     others -= {part(record, "base").get("name")}
     yield from (name for name in others if isinstance(name, str) and name and not names_hub(name))
 

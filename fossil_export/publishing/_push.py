@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fossil_export.checkpoints._companions import CARD
-from fossil_export.errors import CheckpointError, FossilExportError, longer
+from fossil_export.errors import FossilExportError, longer
 from fossil_export.merging._merge import MergeResult
 from fossil_export.publishing._about import card_for
 from fossil_export.publishing._closing import Closing, closing
@@ -46,8 +46,9 @@ def push(
 
 def run_push(plan: PushPlan, *, progress: Progress = lambda step: None, started: float | None = None) -> PushResult:
     """Carry out a plan that `plan_push` made; `started` is when the clock began. Raises CheckpointError if a file has
-    another size by now, and otherwise as `push` does."""
+    changed by now, and otherwise as `push` does."""
     started = time.perf_counter() if started is None else started
+    plan.check()
     repository = Repository(plan.repo_id, plan.revision, plan.create_pr)
     from huggingface_hub import CommitOperationAdd
 
@@ -62,10 +63,7 @@ def run_push(plan: PushPlan, *, progress: Progress = lambda step: None, started:
     stale(facts, there)
     problems += [*parts.notes, *repository.validate(card_for(repository, facts, parts.card, head, there)[0])]
     additions = [CommitOperationAdd(name, content) for name, content in contents_of(parts).items()]
-    for addition in additions:
-        if addition.upload_info.size != plan.files[addition.path_in_repo]:
-            path = parts.path(addition.path_in_repo)
-            raise CheckpointError(f"{path}: has changed since the push was planned; plan it again")
+    plan.check()  # what was hashed is what was planned
     large = [addition for addition in additions if addition.upload_info.size >= LARGE]
     for addition in sorted(large, key=lambda one: -one.upload_info.size):
         progress(f"uploading {addition.path_in_repo}")
@@ -109,5 +107,6 @@ def push_merged(
         rest = ["fossil-export push", shlex.quote(str(result.output)), repo_id]
         rest += ["--private"] * private + ["--create-pr"] * create_pr
         rest += ["--revision", shlex.quote(revision)] if revision else []
+        rest += ["--commit-message", shlex.quote(commit_message)] if commit_message else []
         more = f" (the merged model is at {result.output}; go on with `{' '.join(rest)}`)"
         raise longer(problem, more) from problem

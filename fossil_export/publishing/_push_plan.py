@@ -15,6 +15,7 @@ from fossil_export.artifacts._parts import Parts, parts_of
 from fossil_export.cards import Facts
 from fossil_export.cards._frontmatter import read_card
 from fossil_export.checkpoints._companions import CARD
+from fossil_export.checkpoints._stamp import Stamp, stamps_of
 from fossil_export.errors import CheckpointError
 from fossil_export.publishing._about import extended_card, facts_of, local_names
 from fossil_export.publishing._looking import look
@@ -47,6 +48,7 @@ class PushPlan:
     files: Mapping[str, int]
     left_behind: tuple[str, ...]
     parts: Parts = field(repr=False)
+    stamps: Mapping[Path, Stamp] = field(repr=False)
     exists: bool | None = None
     removed: tuple[str, ...] = ()
     card: Mapping[str, Any] = field(default_factory=dict)
@@ -72,6 +74,12 @@ class PushPlan:
             return (*problems, *named)
         remedy = "if it is on the Hub, write its id there"
         return (*problems, f"{ADAPTER_CONFIG} names the base by a path, which was left out; {remedy}", *named)
+
+    def check(self) -> None:
+        """Raise CheckpointError if a file that goes, or the card, is another one by now."""
+        for path, stamp in self.stamps.items():
+            if stamps_of([path]) != {path: stamp}:
+                raise CheckpointError(f"{path}: has changed since the push was planned; plan it again")
 
     def run(self, progress: Progress = lambda step: None) -> PushResult:
         """Carry it out. What the Hub was asked is asked anew."""
@@ -128,7 +136,7 @@ def plan_push(
         exists=found.exists,
         removed=tuple(removed),
         card=read_card(content.decode())[2],
-        warnings=plan.told(said, [*notes, *removal_warnings(target.repo_id, removed)]),
+        warnings=plan.told(said, [*notes, *removal_warnings(target.repo_id, removed, planned=True)]),
         unchecked=found.unchecked,
     )
 
@@ -139,6 +147,7 @@ def plan_files(
     """The plan as far as the folder tells it; the Hub is not asked."""
     Target(repo_id, revision, create_pr)  # a wrong name shows first
     parts = parts_of(_found(folder))
+    parts = replace(parts, folder=parts.folder.absolute())  # the plan may be run from another folder
     return PushPlan(
         folder=str(folder),
         kind=parts.kind,
@@ -150,6 +159,7 @@ def plan_files(
         files={name: _size(content) for name, content in contents_of(parts).items()},
         left_behind=parts.left_behind,
         parts=parts,
+        stamps=stamps_of(parts.path(name) for name in (*parts.names, *([CARD] if parts.card is not None else []))),
     )
 
 
@@ -158,7 +168,7 @@ def contents_of(parts: Parts) -> dict[str, Path | bytes]:
     paths = paths_for(parts)
     found: dict[str, Path | bytes] = {}
     for name in parts.names:
-        path = parts.path(name).absolute()
+        path = parts.path(name)
         found[name] = paths.published(name, path.read_bytes()) if name.endswith(".json") else path
     return found
 

@@ -40,11 +40,10 @@ def stale(facts: Facts, there: Iterable[str]) -> list[str]:
     return [name for name in found if name not in facts.files]
 
 
-def removal_warnings(repo_id: str, removed: list[str]) -> list[str]:
-    """What to say of files that went with the commit."""
+def removal_warnings(repo_id: str, removed: list[str], planned: bool = False) -> list[str]:
+    """What to say of files that went with the commit, or will go if it is only `planned`."""
     if not removed:
         return []
-    return [
-        f"{repo_id}: {listed(removed)} of an earlier model would have been taken for this one's and went with this "
-        "commit; its history still has them"
-    ]
+    past = "would have been taken for this one's and went with this commit; its history still has them"
+    future = "would be taken for this one's and will go with the commit; its history keeps them"
+    return [f"{repo_id}: {listed(removed)} of an earlier model {future if planned else past}"]

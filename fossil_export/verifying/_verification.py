@@ -17,6 +17,7 @@ from fossil_export.checkpoints._jsonfile import read_json
 from fossil_export.checkpoints._single_file import write_file
 from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError, listed
 from fossil_export.merging._planning import plan_merge
+from fossil_export.merging._provenance import is_sum
 from fossil_export.storage import Needed, Origin, fetch, find_origin, pinned
 from fossil_export.verifying._artifacts import open_any
 from fossil_export.verifying._forward import check_forward
@@ -158,8 +159,7 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     record = read_json(path, CheckpointError)
-    alone = record.get("adapter")
-    if "adapters" in record or (isinstance(alone, dict) and "weight" in alone):
+    if is_sum(record):
         raise CheckpointError(
             f"{folder}: was merged from several adapters, or at a weight, which verify cannot rebuild yet; verify a "
             "merge of one adapter"

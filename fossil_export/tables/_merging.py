@@ -1,0 +1,123 @@
+"""Plans of merges and what they did."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from fossil_export._console import print_pairs, print_table, readable_bytes
+from fossil_export.errors import listed
+from fossil_export.tables._exits import push_pairs
+from fossil_export.tables._shared import named_at, print_grouped
+
+if TYPE_CHECKING:
+    from fossil_export.merging import MergePlan, MergeResult
+    from fossil_export.publishing import StreamPlan, StreamResult
+
+
+def print_plan(plan: MergePlan, every: bool = False) -> None:
+    """What is done to the tensors that are not simply copied, by kind of tensor or for `every` one, and the summary."""
+    rows = [
+        (
+            tensor.action,
+            tensor.name,
+            tensor.dtype,
+            "x".join(map(str, tensor.shape)),
+            " + ".join(change.trained.label for change in tensor.changes) or tensor.source.name,
+        )
+        for tensor in plan.tensors
+        if tensor.action in ("merge", "replace", "add")
+    ]
+    print_grouped(("action", "tensor", "dtype", "shape", "from"), rows, every)
+    click.echo()
+    print_plan_summary(plan)
+
+
+def print_plan_summary(plan: MergePlan) -> None:
+    from fossil_export.merging._plan import ACTIONS
+
+    print_pairs(
+        [
+            *(
+                ("adapter", f"{named_at(adapter.name, adapter.revision)} ({adapter.variant}, r={adapter.rank})")
+                for adapter in plan.adapters
+            ),
+            ("base", named_at(plan.base_name, plan.base_revision)),
+            ("tensors", ", ".join(f"{action} {count}" for action in ACTIONS if (count := plan.count(action)))),
+            ("files", f"{len(plan.files)} of weights, {readable_bytes(plan.nbytes)}; {len(plan.companions)} others"),
+            *(
+                [("config.json", ", ".join(f"{k} = {v}" for k, v in plan.config_edits.items()))]
+                if plan.config_edits
+                else []
+            ),
+            *([("left behind", ", ".join(plan.left_behind))] if plan.left_behind else []),
+            *(("undecided", f"{pair[1]} stays tied to {pair[0]} if they are equal") for pair in plan.undecided if pair),
+        ]
+    )
+
+
+def _trained_as(plan: MergePlan) -> str:
+    return "; ".join(f"{adapter.variant}, r={adapter.rank}" for adapter in plan.adapters)
+
+
+def print_result(result: MergeResult) -> None:
+    plan = result.plan
+    total = result.to_dict()["survival"]["survived"]
+    print_pairs(
+        [
+            (
+                "merged",
+                f"{plan.count('merge')} of {len(plan.tensors)} tensors ({_trained_as(plan)})",
+            ),
+            ("update kept", "-" if total is None else f"{total:.1%} (sampled rows)"),
+            ("written", readable_bytes(plan.nbytes)),
+            ("time", f"{result.seconds:.1f} s"),
+            ("peak memory", readable_bytes(result.peak_memory)),
+            ("model", str(result.output)),
+        ]
+    )
+
+
+def print_streamed(result: StreamResult) -> None:
+    from fossil_export.merging._survival import Survival
+
+    plan = result.plan
+    kept = sum(result.survival.values(), Survival()).survived
+    pairs = [
+        ("merged", f"{len(result.survival)} of {len(plan.merge.tensors)} tensors"),
+        ("update kept", "-" if kept is None else f"{kept:.1%} (sampled rows)"),
+        ("copied there", listed(list(result.copied)) or "nothing"),
+        ("disk", f"{readable_bytes(plan.disk)} at most"),
+    ]
+    if result.resumed:
+        pairs.append(("taken up", f"{result.resumed} files were uploaded before"))
+    print_pairs([*pairs, *push_pairs(result.push)])
+
+
+def print_moves(plan: StreamPlan) -> None:
+    """What a streamed merge would do with each file."""
+    print_plan_summary(plan.merge)
+    words = {
+        "copy": "copied on the Hub",
+        "send": "sent as it is",
+        "change": "fetched, merged, sent",
+        "write": "merged, sent",
+    }
+    click.echo()
+    print_table(
+        ("file", "bytes", "way", "on the disk"),
+        [
+            (move.file.name, f"{move.file.size:,}", words[move.way], f"{move.disk:,}" if move.disk else "-")
+            for move in plan.moves
+        ],
+    )
+    click.echo()
+    print_pairs(
+        [
+            ("to fetch", readable_bytes(plan.fetched)),
+            ("to send", readable_bytes(plan.nbytes("send", "change", "write"))),
+            ("copied there", readable_bytes(plan.nbytes("copy"))),
+            ("disk", f"{readable_bytes(plan.disk)} at most"),
+        ]
+    )

@@ -1,0 +1,29 @@
+"""Rows of a kind as one, and names with their revision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from fossil_export._console import print_table
+from fossil_export._grouping import grouped
+
+GROUPS = 60
+"""Kinds of rows that a table shows; more are told by their number."""
+
+
+def print_grouped(header: Sequence[str], rows: Sequence[Sequence[str]], every: bool) -> None:
+    """Rows of one kind as one with their number, unless `every` row is asked for."""
+    if every:
+        print_table(header, rows)
+        return
+    groups = grouped(rows)
+    shown = [(*group.cells, str(len(group))) for group in groups[:GROUPS]]
+    print_table((*header, "×"), shown)
+    if len(groups) > GROUPS:
+        click.echo(f"and {len(groups) - GROUPS} more kinds; --all shows every row")
+
+
+def named_at(name: str, revision: str | None) -> str:
+    return name + (f" at {revision}" if revision else "")
