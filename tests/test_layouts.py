@@ -17,28 +17,19 @@ from safetensors.torch import load_file, save_file
 
 from fossil_export import FossilExportError, merge, plan_merge, verify
 from fossil_export.checkpoints import TensorInfo
-from fossil_export.checkpoints.layouts import LAYOUTS, ReadRows, Rows, Stored
+from fossil_export.checkpoints.layouts import LAYOUTS, InOneTensor, ReadRows, Rows, Stored
 
 
 @dataclass(frozen=True)
-class RowsOf:
+class RowsOf(InOneTensor):
     """Rows [start, start + count) of a tensor in which several weights are stacked."""
 
-    info: TensorInfo
     start: int
     count: int
 
     @property
-    def stored(self) -> tuple[TensorInfo, ...]:
-        return (self.info,)
-
-    @property
     def shape(self) -> tuple[int, int]:
         return self.count, self.info.shape[1]
-
-    @property
-    def dtype(self) -> str:
-        return self.info.dtype
 
     @property
     def span(self) -> tuple[int, int]:
@@ -53,9 +44,6 @@ class RowsOf:
 
     def write(self, rows: np.ndarray[Any, Any], start: int) -> Iterator[Stored]:
         yield Stored((self.start + start) * self.shape[1], rows)
-
-    def moved(self, info: TensorInfo) -> RowsOf:
-        return RowsOf(info, self.start, self.count)
 
 
 def stacked(name: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> RowsOf | None:
@@ -132,24 +120,15 @@ def test_a_whole_tensor_and_a_part_of_it_are_refused(tmp_path: Path, monkeypatch
 
 
 @dataclass(frozen=True)
-class Expert:
+class Expert(InOneTensor):
     """One of the matrices (out, in) that lie in a tensor (experts, out, in)."""
 
-    info: TensorInfo
     number: int
-
-    @property
-    def stored(self) -> tuple[TensorInfo, ...]:
-        return (self.info,)
 
     @property
     def shape(self) -> tuple[int, int]:
         _, outputs, inputs = self.info.shape
         return outputs, inputs
-
-    @property
-    def dtype(self) -> str:
-        return self.info.dtype
 
     @property
     def span(self) -> tuple[int, int]:
@@ -165,9 +144,6 @@ class Expert:
 
     def write(self, rows: np.ndarray[Any, Any], start: int) -> Iterator[Stored]:
         yield Stored(self.span[0] + start * self.shape[1], rows)
-
-    def moved(self, info: TensorInfo) -> Expert:
-        return Expert(info, self.number)
 
 
 def expert(name: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Expert | None:

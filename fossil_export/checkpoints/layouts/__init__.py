@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fossil_export.checkpoints._header import TensorInfo
-from fossil_export.checkpoints.layouts._matrix import Layout, Matrix, ReadRows, Rows, Stored
+from fossil_export.checkpoints.layouts._matrix import InOneTensor, Layout, Matrix, ReadRows, Rows, Stored
 from fossil_export.checkpoints.layouts._plain import plain
 from fossil_export.checkpoints.layouts._transposed import transposed
 
@@ -20,4 +20,4 @@ def find_matrix(name: str, tensors: Mapping[str, TensorInfo], config: Mapping[st
     return next((matrix for matrix in found if matrix is not None), None)
 
 
-__all__ = ["LAYOUTS", "Layout", "Matrix", "ReadRows", "Rows", "Stored", "find_matrix"]
+__all__ = ["LAYOUTS", "InOneTensor", "Layout", "Matrix", "ReadRows", "Rows", "Stored", "find_matrix"]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fossil_export.checkpoints._dtypes import element_count
 from fossil_export.checkpoints._header import TensorInfo
 
 if TYPE_CHECKING:
     import numpy as np
+    from typing_extensions import Self
 
     Array = np.ndarray[Any, Any]
 
@@ -76,6 +78,28 @@ class Matrix(Protocol):
 
     def moved(self, info: TensorInfo) -> Matrix:
         """The same layout in another file's tensor."""
+
+
+@dataclass(frozen=True)
+class InOneTensor:
+    """What layouts share whose matrix lies in one tensor, `info`, and has it to itself."""
+
+    info: TensorInfo
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        return (self.info,)
+
+    @property
+    def dtype(self) -> str:
+        return self.info.dtype
+
+    @property
+    def span(self) -> tuple[int, int]:
+        return 0, element_count(self.info.shape)
+
+    def moved(self, info: TensorInfo) -> Self:
+        return replace(self, info=info)
 
 
 Layout = Callable[[str, Mapping[str, TensorInfo], Mapping[str, Any]], Matrix | None]

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fossil_export.checkpoints._dtypes import element_count
 from fossil_export.checkpoints._header import TensorInfo
-from fossil_export.checkpoints.layouts._matrix import ReadRows, Rows, Stored
+from fossil_export.checkpoints.layouts._matrix import InOneTensor, ReadRows, Rows, Stored
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,25 +16,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Plain:
-    info: TensorInfo
-
-    @property
-    def stored(self) -> tuple[TensorInfo, ...]:
-        return (self.info,)
-
+class Plain(InOneTensor):
     @property
     def shape(self) -> tuple[int, int]:
         outputs, inputs = self.info.shape
         return outputs, inputs
-
-    @property
-    def dtype(self) -> str:
-        return self.info.dtype
-
-    @property
-    def span(self) -> tuple[int, int]:
-        return 0, element_count(self.info.shape)
 
     def unit(self, rows: int) -> int:
         return rows
@@ -45,9 +30,6 @@ class Plain:
 
     def write(self, rows: Array, start: int) -> Iterator[Stored]:
         yield Stored(start * self.shape[1], rows)
-
-    def moved(self, info: TensorInfo) -> Plain:
-        return Plain(info)
 
 
 def plain(name: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Plain | None:

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fossil_export.checkpoints._dtypes import element_count
 from fossil_export.checkpoints._header import TensorInfo
-from fossil_export.checkpoints.layouts._matrix import ReadRows, Rows, Stored
+from fossil_export.checkpoints.layouts._matrix import InOneTensor, ReadRows, Rows, Stored
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,25 +26,11 @@ _LAYERS = ("c_attn", "c_fc", "c_proj", "q_attn")
 
 
 @dataclass(frozen=True)
-class Transposed:
-    info: TensorInfo
-
-    @property
-    def stored(self) -> tuple[TensorInfo, ...]:
-        return (self.info,)
-
+class Transposed(InOneTensor):
     @property
     def shape(self) -> tuple[int, int]:
         inputs, outputs = self.info.shape
         return outputs, inputs
-
-    @property
-    def dtype(self) -> str:
-        return self.info.dtype
-
-    @property
-    def span(self) -> tuple[int, int]:
-        return 0, element_count(self.info.shape)
 
     def unit(self, rows: int) -> int:
         return self.shape[0]
@@ -56,9 +41,6 @@ class Transposed:
 
     def write(self, rows: Array, start: int) -> Iterator[Stored]:
         yield Stored(0, rows.T)
-
-    def moved(self, info: TensorInfo) -> Transposed:
-        return Transposed(info)
 
 
 def transposed(name: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Transposed | None:
