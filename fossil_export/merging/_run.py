@@ -1,7 +1,8 @@
 """Follow a plan: stream every tensor from where it lies to where it goes, slab by slab.
 
 An untouched range goes from the page cache to the device without being copied or decoded; what is computed on is
-read slab by slab into buffers, so that memory does not grow with the model. Threads take slabs in any order; each
+read slab by slab into buffers, so that memory does not grow with the model (a layout that cannot be cut, Conv1D's,
+takes a weight at a time). Threads take slabs in any order; each
 writes its own bytes, so the order does not show.
 """
 
