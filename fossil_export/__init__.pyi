@@ -11,8 +11,10 @@ from fossil_export.merging import MergePlan as MergePlan
 from fossil_export.merging import MergeResult as MergeResult
 from fossil_export.merging import merge as merge
 from fossil_export.merging import plan_merge as plan_merge
+from fossil_export.merging import run_merge as run_merge
 from fossil_export.onnx._export import OnnxResult as OnnxResult
 from fossil_export.onnx._export import export_onnx as export_onnx
+from fossil_export.onnx._export import run_onnx as run_onnx
 from fossil_export.onnx._plan import OnnxPlan as OnnxPlan
 from fossil_export.onnx._plan import plan_onnx as plan_onnx
 from fossil_export.publishing import PushPlan as PushPlan
@@ -24,6 +26,8 @@ from fossil_export.publishing import plan_push as plan_push
 from fossil_export.publishing import plan_stream as plan_stream
 from fossil_export.publishing import publish_certificate as publish_certificate
 from fossil_export.publishing import push as push
+from fossil_export.publishing import run_push as run_push
+from fossil_export.publishing import run_stream as run_stream
 from fossil_export.verifying._verdict import Verification as Verification
 from fossil_export.verifying._verification import verify as verify
 from fossil_export.version import __version__ as __version__

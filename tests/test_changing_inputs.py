@@ -21,7 +21,7 @@ from fossil_export.checkpoints._folder import LocalFolder
 from fossil_export.checkpoints._header import read_header
 from fossil_export.checkpoints._input import InputFile
 from fossil_export.errors import AdapterError, CheckpointError
-from fossil_export.merging._merge import run_plan
+from fossil_export.merging._merge import run_merge
 
 
 def _replace(path: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_file_that_changes_after_the_plan_stops_the_merge(
     plan = plan_merge(adapter)
     CHANGES[change](path)
     with pytest.raises((CheckpointError, AdapterError), match=f"{path.name}: (changed while|cannot be read)"):
-        run_plan(plan, tmp_path / "merged")
+        run_merge(plan, tmp_path / "merged")
     assert not (tmp_path / "merged").exists() and not list(tmp_path.glob(".merged*"))
 
 

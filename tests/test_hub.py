@@ -18,6 +18,7 @@ from loopback import LoopbackHub, environment, point_client_at
 from safetensors.torch import load_file, save_file
 
 from fossil_export import convert, inspect, load_adapter, merge, plan_merge, verify
+from fossil_export.merging._planning import settled
 from fossil_export.storage import fetch
 
 
@@ -219,7 +220,7 @@ def test_a_head_is_compared_with_an_embedding_on_the_hub(hub: LoopbackHub, tmp_p
     change: dict[str, Any] = {} if trained else {"change": lambda model: None}
     make_adapter(tmp_path / "adapter", base, target_modules=["q_proj"], modules_to_save=["lm_head"], **change)
     hub.add_folder("ada/tied", base)
-    here, there = (plan_merge(tmp_path / "adapter", where).settled() for where in (base, "ada/tied"))
+    here, there = (settled(plan_merge(tmp_path / "adapter", where)) for where in (base, "ada/tied"))
     assert not list((tmp_path / "home").rglob("*.safetensors"))
     assert here.tensors[0].source.path != there.tensors[0].source.path
     assert here.config == there.config and here.config_edits == there.config_edits

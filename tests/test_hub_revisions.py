@@ -11,7 +11,7 @@ from hub_tools import record
 from loopback import Fault, LoopbackHub
 
 from fossil_export import FossilExportError, load_adapter, merge, plan_merge
-from fossil_export.merging._merge import run_plan
+from fossil_export.merging._merge import run_merge
 from fossil_export.storage import pinned
 from fossil_export.storage.hub._names import repository_of
 
@@ -69,7 +69,7 @@ def test_a_branch_that_moves_is_not_followed(hosted: LoopbackHub, models: Path, 
     if when.startswith("between"):
         plan = plan_merge("ada/adapter")
         move()
-        run_plan(plan, tmp_path / "merged")
+        run_merge(plan, tmp_path / "merged")
     else:
         hosted.fault(fault := Fault("HEAD", r"/ada/base/resolve/.*\.safetensors", before=move))
         merge("ada/adapter", tmp_path / "merged")

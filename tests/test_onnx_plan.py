@@ -22,8 +22,9 @@ from loopback import LoopbackHub
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from fossil_export import FossilExportError, OnnxPlan, convert, export_onnx, load_adapter, merge, plan_onnx
+from fossil_export import FossilExportError, OnnxPlan, convert, export_onnx, load_adapter, merge, plan_onnx, run_onnx
 from fossil_export.cli import main
+from fossil_export.merging._planning import with_dtype
 from fossil_export.onnx.builders import BUILDERS, PRECISIONS, Builder, PrecisionName, RuntimeName, default_builder
 from fossil_export.onnx.modes import MODES, Mode, ModeName
 
@@ -150,7 +151,7 @@ def test_a_plan_that_is_run_writes_what_the_export_writes(mode: ModeName, tmp_pa
     plan = plan_onnx(case.adapter, case.base, mode=mode, onnx=graph)
     assert isinstance(plan, OnnxPlan) and plan.places is not None and len(plan.places) == 2
     steps: list[str] = []
-    planned = plan.run(tmp_path / "planned", progress=steps.append)
+    planned = run_onnx(plan, tmp_path / "planned", progress=steps.append)
     exported = export_onnx(case.adapter, tmp_path / "exported", base=case.base, mode=mode, onnx=graph)
     assert planned.targets == exported.targets == len(plan.places) and "placing the shards" in steps
     names = sorted(path.name for path in planned.output.iterdir())
@@ -181,7 +182,7 @@ def test_another_graph_than_the_planned_one_is_refused(tmp_path: Path) -> None:
     plan = plan_onnx(case.adapter, case.base, mode="fused", onnx=graph)
     make_graph(case, graph, "matmul")
     with pytest.raises(FossilExportError, match="is another graph than the one that the plan was made for; plan again"):
-        plan.run(tmp_path / "out")
+        run_onnx(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -211,7 +212,7 @@ def test_a_base_on_the_hub_keeps_its_name_and_stays_there(hosted: LoopbackHub, t
     """For a graph that is to be made only headers are read; the second plan has the first's name."""
     plan = plan_onnx("ada/adapter", runtime="torch", precision="fp16")
     assert plan.merge.base_name == "ada/base" and not list((tmp_path / "home").rglob("*.safetensors"))
-    again = plan.merge.with_dtype("float16")
+    again = with_dtype(plan.merge, "float16")
     assert (again.base_name, again.base_revision) == ("ada/base", plan.merge.base_revision)
     assert again.dtype == "float16" and all(tensor.dtype == "F16" for tensor in again.tensors)
 

@@ -11,7 +11,20 @@ from hub_tools import cli, nobody_there, offline
 from loopback import LoopbackHub
 from push_tools import litter, made
 
-from fossil_export import FossilExportError, PushPlan, merge, plan_merge, plan_onnx, plan_push, plan_stream, push
+from fossil_export import (
+    FossilExportError,
+    PushPlan,
+    merge,
+    plan_merge,
+    plan_onnx,
+    plan_push,
+    plan_stream,
+    push,
+    run_merge,
+    run_onnx,
+    run_push,
+    run_stream,
+)
 from fossil_export.errors import CheckpointError, HubError, MissingExtraError, longer
 
 ASKING = {"GET", "HEAD"}
@@ -30,7 +43,7 @@ def test_a_push_does_what_its_plan_says(kind: str, hosted: LoopbackHub, models: 
     assert asked_only(hosted) and plan.exists is False and plan.unchecked == () and plan.removed == ()
     with pytest.raises(KeyError):
         hosted.files("ada/new")
-    result = plan.run()
+    result = run_push(plan)
     assert set(result.files) == {*plan.files, "README.md"} and result.nbytes == plan.nbytes
     assert (result.left_behind, result.repo_id) == (plan.left_behind, plan.repo_id)
     assert hosted.commits("ada/new")[0] == plan.title and set(result.warnings) == set(plan.warnings)
@@ -117,7 +130,7 @@ def test_what_changes_after_the_plan_is_not_sent(
     else:
         (folder / name).write_bytes((folder / name).read_bytes()[::-1])  # of the same size
     with pytest.raises(CheckpointError, match=rf"{name}: has changed since the push was planned"):
-        plan.run()
+        run_push(plan)
     assert hosted.log == []
 
 
@@ -128,23 +141,23 @@ def test_a_plan_knows_its_folder_from_elsewhere(
     monkeypatch.chdir(tmp_path)
     plan = plan_push("lora", "ada/new")
     monkeypatch.chdir("/")
-    assert plan.run().changed and plan.folder == "lora"
+    assert run_push(plan).changed and plan.folder == "lora"
 
 
 def test_inputs_that_are_gone(hosted: LoopbackHub, models: Path, tmp_path: Path) -> None:
     base = shutil.copytree(models / "base", tmp_path / "base")
-    plans = [plan_merge("ada/adapter", base), plan_onnx("ada/adapter", base, runtime="torch")]
+    merge_plan, onnx_plan = plan_merge("ada/adapter", base), plan_onnx("ada/adapter", base, runtime="torch")
     shutil.rmtree(base)
-    for plan in plans:
+    for run in (lambda: run_merge(merge_plan, tmp_path / "out"), lambda: run_onnx(onnx_plan, tmp_path / "out")):
         with pytest.raises(CheckpointError, match="changed while it was being read"):
-            plan.run(tmp_path / "out")  # which does not lie inside what is gone
+            run()  # the output does not lie inside what is gone
 
 
 def test_plans_of_merges_run(hosted: LoopbackHub, tmp_path: Path) -> None:
     plan = plan_merge("ada/adapter")
-    result = plan.run(tmp_path / "out")
+    result = run_merge(plan, tmp_path / "out")
     assert result.plan is plan and (tmp_path / "out" / "config.json").is_file()
-    streamed = plan_stream("ada/adapter").run("ada/new", cache_dir=tmp_path / "cache")
+    streamed = run_stream(plan_stream("ada/adapter"), "ada/new", cache_dir=tmp_path / "cache")
     assert hosted.head("ada/new") == streamed.push.commit
     assert isinstance(plan_push(result.output, "ada/other"), PushPlan)
 

@@ -19,6 +19,7 @@ from fossil_export import FossilExportError, merge, merge_to_hub, plan_merge, ve
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._folder import LocalFolder
 from fossil_export.cli import main
+from fossil_export.merging._planning import settled
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -45,8 +46,8 @@ def test_equal_ones_stay_tied(tied: Path, tmp_path: Path) -> None:
     adapter = saved(tmp_path / "adapter", tied, 0.0)
     plan = plan_merge(adapter)
     assert plan.undecided == ((EMBEDDING, HEAD),) and plan.to_dict()["undecided"] == [[EMBEDDING, HEAD]]
-    settled = plan.settled()
-    assert settled.undecided == (None,) and HEAD not in {tensor.name for tensor in settled.tensors}
+    decided = settled(plan)
+    assert decided.undecided == (None,) and HEAD not in {tensor.name for tensor in decided.tensors}
     result = merge(adapter, tmp_path / "merged")
     assert HEAD not in weights(tmp_path / "merged") and result.plan.undecided == (None,)
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is True
@@ -55,7 +56,7 @@ def test_equal_ones_stay_tied(tied: Path, tmp_path: Path) -> None:
 
 def test_parted_ones_are_stored_apart(tied: Path, tmp_path: Path) -> None:
     adapter = saved(tmp_path / "adapter", tied, 0.25)
-    assert plan_merge(adapter).settled().files == plan_merge(adapter).files
+    assert settled(plan_merge(adapter)).files == plan_merge(adapter).files
     merge(adapter, tmp_path / "merged")
     found = weights(tmp_path / "merged")
     assert (found[HEAD] != found[EMBEDDING]).sum() == 1
@@ -75,7 +76,7 @@ def test_the_plan_reads_no_values(tied: Path, tmp_path: Path, monkeypatch: pytes
     shown = CliRunner().invoke(main, ["merge", str(adapter), "--dry-run"]).output
     assert f"undecided    {HEAD} stays tied to {EMBEDDING} if they are equal" in shown
     with pytest.raises(AssertionError, match="values were read"):
-        plan.settled()
+        settled(plan)
 
 
 @pytest.mark.parametrize("moved", [0.0, 0.25])

@@ -101,7 +101,7 @@ def merge(
         Target(push_to_hub)  # a wrong name shows now
     if stream:
         assert push_to_hub is not None
-        from fossil_export.publishing import plan_stream
+        from fossil_export.publishing import plan_stream, run_stream
 
         moves = plan_stream(adapter, base, dtype=dtype, max_shard_size=max_shard_size, max_disk=max_disk)
         if dry_run:
@@ -109,13 +109,13 @@ def merge(
             print_warnings(moves.merge.warnings)
             return
         with lines() as report:
-            streamed = moves.run(
-                push_to_hub, device=device, hash=with_hash, cache_dir=cache_dir, progress=report, **target
+            streamed = run_stream(
+                moves, push_to_hub, device=device, hash=with_hash, cache_dir=cache_dir, progress=report, **target
             )
         show(streamed.to_dict() if as_json else None, print_streamed, streamed)
         print_warnings(streamed.push.warnings)
         return
-    from fossil_export.merging import plan_merge
+    from fossil_export.merging import plan_merge, run_merge
 
     plan = plan_merge(adapter, base, dtype=dtype, max_shard_size=max_shard_size)
     if dry_run or output is None:
@@ -123,7 +123,7 @@ def merge(
         print_warnings(plan.warnings)
         return
     with progress_bar(plan.nbytes, "merging") as progress:
-        result = plan.run(output, device=device, overwrite=overwrite, hash=with_hash, progress=progress)
+        result = run_merge(plan, output, device=device, overwrite=overwrite, hash=with_hash, progress=progress)
     published = None
     if push_to_hub is not None:
         from fossil_export.publishing._push import push_merged

@@ -18,7 +18,7 @@ from fossil_export.converting._form import finite
 from fossil_export.converting._options import Options
 from fossil_export.converting._widths import Shapes
 from fossil_export.errors import FossilExportError, MergeError
-from fossil_export.merging._planning import plan_merge
+from fossil_export.merging._planning import plan_merge, settled
 from fossil_export.methods import METHODS
 from fossil_export.storage import fetch
 
@@ -114,7 +114,7 @@ class _Updates:
         self._adapter = adapter
         plan = plan_merge(adapter, options.base)
         fetch(*plan.needed)
-        self._plan = plan.settled()
+        self._plan = settled(plan)
         self._matrices = self._plan.matrices
 
     def _rows(self, info: TensorInfo, start: int, stop: int) -> Array:

@@ -13,10 +13,10 @@ from fossil_export.errors import OnnxError
 def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
     """Write the shards of `adapter` under the names of the graph's inputs. Raises OnnxError and OSError."""
     from fossil_export._extras import required
-    from fossil_export.merging._planning import plan_merge
+    from fossil_export.merging._planning import plan_merge, settled
     from fossil_export.onnx._adapter_file import adapter_arrays, check_base, write_adapter
+    from fossil_export.onnx._refusals import check_mode
     from fossil_export.onnx._signature import read_signature
-    from fossil_export.onnx._trained import check_mode
     from fossil_export.onnx.builders._existing import find_graph
 
     if options.graph is None:
@@ -26,6 +26,6 @@ def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
     graph = find_graph(options.graph)
     signature = read_signature(graph)
     arrays = adapter_arrays(adapter, signature)
-    check_base(plan_merge(adapter, options.base).settled(), signature, graph)
+    check_base(settled(plan_merge(adapter, options.base)), signature, graph)
     write_adapter(output, arrays, signature)
     return {"graph": str(graph), "tensors": len(arrays), "inputs": len(signature.slots)}

@@ -18,7 +18,7 @@ from fossil_export.checkpoints._staging import check_destination, staged_folder
 from fossil_export.errors import OutputError, listed
 from fossil_export.merging._layout import TensorPlan
 from fossil_export.merging._plan import MergePlan
-from fossil_export.merging._planning import Given, plan_merge
+from fossil_export.merging._planning import Given, plan_merge, settled
 from fossil_export.merging._provenance import provenance, survival_record
 from fossil_export.merging._run import run
 from fossil_export.merging._survival import WARNING_BELOW, Survival
@@ -94,10 +94,10 @@ def merge(
     """
     started = time.perf_counter()
     plan = plan_merge(adapter, base, weights=weights, dtype=dtype, max_shard_size=max_shard_size)
-    return run_plan(plan, output, device=device, overwrite=overwrite, hash=hash, progress=progress, started=started)
+    return run_merge(plan, output, device=device, overwrite=overwrite, hash=hash, progress=progress, started=started)
 
 
-def run_plan(
+def run_merge(
     plan: MergePlan,
     output: str | Path,
     *,
@@ -113,7 +113,7 @@ def run_plan(
     plan.check()  # first, since an input that is gone has no place to hold the output against
     check_destination(target, [plan.base.location, *(adapter.path for adapter in plan.adapters)], overwrite)
     fetch(*plan.needed)
-    plan = plan.settled()
+    plan = settled(plan)
     needed = plan.nbytes + sum(path.stat().st_size for path in plan.companions.values()) + (1 << 20)
     with staged_folder(target, needed, overwrite) as folder:
         try:

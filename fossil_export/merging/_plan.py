@@ -6,7 +6,7 @@ provenance file records.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,10 @@ from fossil_export.checkpoints._stamp import Stamp, check_stamp
 from fossil_export.checkpoints.layouts import Matrix
 from fossil_export.errors import MergeError
 from fossil_export.merging._layout import FilePlan, TensorPlan, tensor_record
-from fossil_export.merging._place import place
-from fossil_export.merging._ties import are_equal
 from fossil_export.storage import Needed
 
 if TYPE_CHECKING:
-    from fossil_export.merging._merge import MergeResult
+    pass
 
 ACTIONS = ("merge", "replace", "add", "cast", "copy")
 """What can be done to a tensor (`TensorPlan.action`)."""
@@ -33,10 +31,11 @@ class MergePlan:
     """What a merge will do. Paths of `files`, `index` and `companions` are relative to the output folder.
 
     The updates of `adapters` are added at their `weights`. `undecided` says, by adapter, which head and embedding that
-    came with it only their values can tell apart; `settled` looks at these. `base_branch` is the base's revision as it
-    was typed. `config` is the edited config.json, None where the base's is taken as it is; `left_behind` lists the
-    base's files that do not belong in the result; `warnings` is what the user should know, and `notes` the part of it
-    on where adapters and base were found; `stamps` are those of the files that were here when the plan was made.
+    came with it only their values can tell apart; `settled` (in `_planning`) looks at these. `base_branch` is the
+    base's revision as it was typed. `config` is the edited config.json, None where the base's is taken as it is;
+    `left_behind` lists the base's files that do not belong in the result; `warnings` is what the user should know, and
+    `notes` the part of it on where adapters and base were found; `stamps` are those of the files that were here when
+    the plan was made.
     """
 
     adapters: tuple[Adapter, ...]
@@ -74,21 +73,6 @@ class MergePlan:
                 "go on with the merged model"
             )
         return self.adapters[0]
-
-    def settled(self) -> MergePlan:
-        """The plan with nothing undecided: heads that are still the embedding stay tied to it. Reads both of them."""
-        if not any(self.undecided):
-            return self
-        from fossil_export.merging._planning import planned
-
-        tied = [are_equal(adapter, self.base, place(adapter, self.base)) for adapter in self.adapters]
-        return planned(self, self.dtype, tied)
-
-    def with_dtype(self, dtype: str) -> MergePlan:
-        """The same merge with all floating-point tensors in another dtype."""
-        from fossil_export.merging._planning import planned
-
-        return planned(self, dtype, [None] * len(self.adapters))
 
     def check(self) -> None:
         """Raise CheckpointError where a file that the plan was made from is another one by now."""
@@ -131,20 +115,6 @@ class MergePlan:
     def count(self, action: str) -> int:
         """Number of tensors with this `action`."""
         return sum(tensor.action == action for tensor in self.tensors)
-
-    def run(
-        self,
-        output: str | Path,
-        *,
-        device: str = "cpu",
-        overwrite: bool = False,
-        hash: bool = False,  # noqa: A002
-        progress: Callable[[int], None] = lambda nbytes: None,
-    ) -> MergeResult:
-        """Carry it out: write the model folder `output`. Arguments and errors are those of `merge`."""
-        from fossil_export.merging._merge import run_plan
-
-        return run_plan(self, output, device=device, overwrite=overwrite, hash=hash, progress=progress)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON shows it: the files, and every tensor that is not simply copied."""

@@ -22,6 +22,7 @@ from fossil_export.merging._layout import TensorPlan, lay_out, parse_size
 from fossil_export.merging._place import place
 from fossil_export.merging._placement import Places, together
 from fossil_export.merging._plan import MergePlan
+from fossil_export.merging._ties import are_equal
 from fossil_export.storage import Origin, find_origin, is_path, pinned
 
 if TYPE_CHECKING:
@@ -96,6 +97,19 @@ def plan_merge(
         stamps={},
     )
     return planned(asked, dtype, [None] * len(adapters))
+
+
+def settled(plan: MergePlan) -> MergePlan:
+    """The plan with nothing undecided: heads that are still the embedding stay tied to it. Reads both of them."""
+    if not any(plan.undecided):
+        return plan
+    tied = [are_equal(adapter, plan.base, place(adapter, plan.base)) for adapter in plan.adapters]
+    return planned(plan, plan.dtype, tied)
+
+
+def with_dtype(plan: MergePlan, dtype: str) -> MergePlan:
+    """The same merge with all floating-point tensors in another dtype."""
+    return planned(plan, dtype, [None] * len(plan.adapters))
 
 
 def planned(asked: MergePlan, dtype: str, tied: Sequence[bool | None]) -> MergePlan:

@@ -17,8 +17,9 @@ from fossil_export.checkpoints._checkpoint import WeightRows
 from fossil_export.errors import FossilExportError, OnnxError, listed
 from fossil_export.merging._match import match_names
 from fossil_export.merging._plan import MergePlan
+from fossil_export.onnx._refusals import check_mode
 from fossil_export.onnx._signature import Signature, Slot, fingerprint, saved_digests
-from fossil_export.onnx._trained import check_mode, joined
+from fossil_export.onnx._trained import joined
 from fossil_export.onnx.graph._weight import round_to
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from fossil_export.checkpoints._jsonfile import read_json, write_json
 from fossil_export.checkpoints._staging import check_destination, staged_folder
 from fossil_export.errors import OnnxError, OutputError, listed
 from fossil_export.merging._merge import write_companions
+from fossil_export.merging._planning import settled, with_dtype
 from fossil_export.merging._provenance import provenance
 from fossil_export.merging._run import run
 from fossil_export.onnx._places import OpenGraph, open_graph
@@ -94,10 +95,10 @@ def export_onnx(
     """
     started = time.perf_counter()
     plan = decide(adapter, base, mode, runtime, precision, onnx, copy_data, device)
-    return run_plan(plan, output, overwrite=overwrite, progress=progress, started=started)
+    return run_onnx(plan, output, overwrite=overwrite, progress=progress, started=started)
 
 
-def run_plan(
+def run_onnx(
     plan: OnnxPlan,
     output: str | Path,
     *,
@@ -116,7 +117,7 @@ def run_plan(
     check_destination(target, [merge.base.location, merge.adapter.path], overwrite)
     progress("fetching the base")
     fetch(*merge.needed)
-    merge = merge.settled()
+    merge = settled(merge)
     plan = replace(plan, merge=merge)
     with staged_folder(target, _room(plan), overwrite) as folder:
         try:
@@ -185,7 +186,7 @@ def _model_folder(plan: OnnxPlan, work: Path, progress: Progress) -> Path:
     assert plan.precision is not None
     merges = MODES[plan.mode].merges
     if merges:
-        merge = plan.merge.with_dtype(PRECISIONS[plan.precision].dtype).settled()
+        merge = settled(with_dtype(plan.merge, PRECISIONS[plan.precision].dtype))
     else:
         merge = without_updates(plan.merge)
         own = all(path.parent == merge.base.folder or "/" in name for name, path in merge.companions.items())
@@ -269,4 +270,4 @@ def _of_links(names: list[str]) -> tuple[str, ...]:
     )
 
 
-__all__ = ["OnnxResult", "export_onnx", "run_plan"]
+__all__ = ["OnnxResult", "export_onnx", "run_onnx"]

@@ -13,15 +13,15 @@ from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.checkpoints._dtypes import element_count
 from fossil_export.errors import OnnxError, listed
 from fossil_export.merging._plan import MergePlan
-from fossil_export.merging._planning import plan_merge
+from fossil_export.merging._planning import plan_merge, settled
 from fossil_export.onnx._places import OpenGraph, Place, open_graph
-from fossil_export.onnx._trained import check_mode
+from fossil_export.onnx._refusals import check_mode
 from fossil_export.onnx.builders import BUILDERS, PRECISIONS, PrecisionName, RuntimeName, default_builder
 from fossil_export.onnx.builders._existing import check_saved, companions, find_graph
 from fossil_export.onnx.modes import MODES, Mode, ModeName
 
 if TYPE_CHECKING:
-    from fossil_export.onnx._export import OnnxResult
+    pass
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,6 @@ class OnnxPlan:
     def warnings(self) -> tuple[str, ...]:
         """What the user should know."""
         return self.merge.warnings + tuple(_warnings(self.merge, MODES[self.mode]))
-
-    def run(
-        self, output: str | Path, *, overwrite: bool = False, progress: Callable[[str], None] = lambda step: None
-    ) -> OnnxResult:
-        """Carry the plan out; arguments and errors are those of `export_onnx`."""
-        from fossil_export.onnx._export import run_plan
-
-        return run_plan(self, output, overwrite=overwrite, progress=progress)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON shows it: the trained modules, and their places if there is a graph to find them in."""
@@ -109,7 +101,7 @@ def plan_onnx(
     if plan.graph is None or not _is_here(plan.merge):
         return plan
     progress("placing the shards")
-    graph = open_planned(replace(plan, merge=plan.merge.settled()))
+    graph = open_planned(replace(plan, merge=settled(plan.merge)))
     shared = not copy_data and not graph.mode.makes_weights(graph)
     return replace(plan, places=graph.places, nbytes=_size_with(graph.path, graph.adapter, shared))
 

@@ -14,34 +14,10 @@ from fossil_export.adapters import Adapter, Trained
 from fossil_export.errors import OnnxError, listed
 from fossil_export.merging._plan import MergePlan
 from fossil_export.methods import METHODS, LowRank, Tiling
-from fossil_export.onnx.builders import PRECISIONS
 from fossil_export.onnx.graph._match import Piece
-from fossil_export.onnx.modes import MODES
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
-
-
-def check_mode(adapter: Adapter, mode: str, precision: str | None = None) -> None:
-    """Raise OnnxError for what can be refused before a graph is made."""
-    if mode not in MODES:
-        raise OnnxError(f"mode is {mode!r}, expected {', '.join(MODES)}")
-    if MODES[mode].low_rank and any(trained.form_rank is None for trained in adapter.trained.values()):
-        raise OnnxError(
-            f"{adapter.path}: is a {adapter.variant} adapter, whose update depends on the weight it changes and is no "
-            "branch beside it; use --mode tiled or merged, or approximate it by a LoRA"
-        )
-    if MODES[mode].swaps and not all(map(_is_tiling, adapter.trained.values())):
-        raise OnnxError(
-            f"{adapter.path}: is a {adapter.variant} adapter, whose branch has two matrices, and a graph to swap in "
-            "has one input a layer; use --mode fused, tiled or merged"
-        )
-    codes = precision in PRECISIONS and PRECISIONS[precision].codes
-    if codes and MODES[mode].floats and not MODES[mode].merges:
-        raise OnnxError(
-            f"--mode {mode} adds to float weights, and {precision} weights are codes; use --mode fused or swappable, "
-            "or --mode merged, which quantizes the merged weights"
-        )
 
 
 def without_updates(merge: MergePlan) -> MergePlan:
@@ -70,7 +46,7 @@ def branch(adapter: Adapter, pieces: Iterable[Piece], outputs: int, inputs: int)
     """That of a weight (`outputs`, `inputs`) which has these pieces of modules; raises OnnxError for tilings of
     different ranks."""
     found = list(pieces)
-    if all(_is_tiling(adapter.trained[piece.module]) for piece in found):
+    if all(is_tiled(adapter.trained[piece.module]) for piece in found):
         up = joined(adapter, found, outputs)
         return Branch(up, Tiling(len(up)))
     ups, downs = [], []
@@ -85,10 +61,10 @@ def branch(adapter: Adapter, pieces: Iterable[Piece], outputs: int, inputs: int)
 
 def is_tiling(adapter: Adapter, pieces: Iterable[Piece]) -> bool:
     """Whether the branch of these pieces sums the inputs, with no weights of its own."""
-    return all(_is_tiling(adapter.trained[piece.module]) for piece in pieces)
+    return all(is_tiled(adapter.trained[piece.module]) for piece in pieces)
 
 
-def _is_tiling(trained: Trained) -> bool:
+def is_tiled(trained: Trained) -> bool:
     if trained.form_rank is None:
         return False
     # What has the shapes alone tells; no values are read.

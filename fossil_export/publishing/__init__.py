@@ -2,10 +2,10 @@
 
 from fossil_export.publishing._certify import publish_certificate
 from fossil_export.publishing._moves import StreamPlan
-from fossil_export.publishing._push import push
+from fossil_export.publishing._push import push, run_push
 from fossil_export.publishing._push_plan import PushPlan, plan_push
 from fossil_export.publishing._result import PushResult
-from fossil_export.publishing._stream import StreamResult, merge_to_hub, plan_stream
+from fossil_export.publishing._stream import StreamResult, merge_to_hub, plan_stream, run_stream
 
 __all__ = [
     "PushPlan",
@@ -17,4 +17,6 @@ __all__ = [
     "plan_stream",
     "publish_certificate",
     "push",
+    "run_push",
+    "run_stream",
 ]

@@ -12,12 +12,11 @@ from fossil_export.errors import OutputError
 from fossil_export.merging._layout import FilePlan
 from fossil_export.merging._plan import MergePlan
 from fossil_export.merging._run import in_place
-from fossil_export.publishing._result import Progress
 from fossil_export.storage.hub._remote import HubFolder
 from fossil_export.storage.hub._xet import index_bytes
 
 if TYPE_CHECKING:
-    from fossil_export.publishing._stream import StreamResult
+    pass
 
 
 @dataclass(frozen=True)
@@ -99,35 +98,6 @@ class StreamPlan:
     def fetched(self) -> int:
         """Bytes to come from the Hub."""
         return sum(move.fetch for move in self.moves)
-
-    def run(
-        self,
-        repo_id: str,
-        *,
-        device: str = "cpu",
-        hash: bool = False,  # noqa: A002
-        private: bool = False,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str | None = None,
-        cache_dir: str | Path | None = None,
-        progress: Progress = lambda step: None,
-    ) -> StreamResult:
-        """Carry it out: merge and publish as `repo_id`. Arguments and errors are those of `merge_to_hub`."""
-        from fossil_export.publishing._stream import run_stream
-
-        return run_stream(
-            self,
-            repo_id,
-            device=device,
-            hash=hash,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-            cache_dir=cache_dir,
-            progress=progress,
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON shows it."""

@@ -20,13 +20,12 @@ from fossil_export.errors import CheckpointError
 from fossil_export.publishing._about import extended_card, facts_of, local_names
 from fossil_export.publishing._looking import look
 from fossil_export.publishing._paths import Paths, is_path
-from fossil_export.publishing._result import Progress
 from fossil_export.publishing._stale import refuse_base, removal_warnings, stale
 from fossil_export.publishing._target import Target
 from fossil_export.storage import expanded, resolve
 
 if TYPE_CHECKING:
-    from fossil_export.publishing._result import PushResult
+    pass
 
 
 @dataclass(frozen=True)
@@ -80,12 +79,6 @@ class PushPlan:
         for path, stamp in self.stamps.items():
             if stamps_of([path]) != {path: stamp}:
                 raise CheckpointError(f"{path}: has changed since the push was planned; plan it again")
-
-    def run(self, progress: Progress = lambda step: None) -> PushResult:
-        """Carry it out. What the Hub was asked is asked anew."""
-        from fossil_export.publishing._push import run_push
-
-        return run_push(self, progress=progress)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as `--json` prints it."""

@@ -22,7 +22,7 @@ from fossil_export.checkpoints._jsonfile import write_json
 from fossil_export.errors import FossilExportError, longer
 from fossil_export.merging._layout import parse_size
 from fossil_export.merging._merge import survival_warnings
-from fossil_export.merging._planning import plan_merge
+from fossil_export.merging._planning import plan_merge, settled
 from fossil_export.merging._provenance import provenance, survival_record
 from fossil_export.merging._run import Writer
 from fossil_export.merging._survival import Survival
@@ -94,7 +94,8 @@ def merge_to_hub(
     are copied on the Hub. Interrupted, the same call goes on where it stopped. Raises a FossilExportError in one line.
     """
     plan = plan_stream(adapter, base, dtype=dtype, max_shard_size=max_shard_size, max_disk=max_disk)
-    return plan.run(
+    return run_stream(
+        plan,
         repo_id,
         device=device,
         hash=hash,
@@ -140,7 +141,7 @@ def run_stream(
     repository = Repository(repo_id, revision, create_pr)
     fetch(*plan.merge.needed) if plan.remote is None else fetch(plan.merge.adapter.needed)
     if any(plan.merge.undecided):
-        plan = plan_moves(plan.merge.settled(), plan.max_disk)
+        plan = plan_moves(settled(plan.merge), plan.max_disk)
     merge = plan.merge
     with Writer(merge, device) as writer, workplace(plan, repository, cache_dir) as folder:
         progress(f"opening {repo_id}")

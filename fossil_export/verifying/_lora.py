@@ -17,7 +17,7 @@ from fossil_export.checkpoints._header import read_header
 from fossil_export.checkpoints._jsonfile import read_json
 from fossil_export.errors import AdapterError, listed
 from fossil_export.merging._plan import MergePlan
-from fossil_export.merging._planning import plan_merge
+from fossil_export.merging._planning import plan_merge, settled
 from fossil_export.verifying._folder import check_record
 from fossil_export.verifying._forward import Subject
 from fossil_export.verifying._models import Tokens, TorchRunner, open_lora
@@ -52,14 +52,14 @@ class LoraFolder:
     def weights(
         self, base: Checkpoint, adapter: Adapter, record: Mapping[str, Any] | None, progress: Any
     ) -> tuple[tuple[TensorCheck, ...] | None, list[str]]:
-        self._plan = plan_merge(adapter, base.location).settled()
+        self._plan = settled(plan_merge(adapter, base.location))
         return None, [*check_record(base, adapter, record), *_check(self.folder, adapter, self._plan)]
 
     def incomparable(self) -> str | None:
         return None
 
     def subject(self, base: Checkpoint, adapter: Adapter, device: str) -> Subject:
-        plan = self._plan or plan_merge(adapter, base.location).settled()
+        plan = self._plan or settled(plan_merge(adapter, base.location))
         described = base.location
         if plan.config is not None:  # the task's own config, as a merge would write it
             self._described = tempfile.TemporaryDirectory()

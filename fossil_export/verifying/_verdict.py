@@ -14,8 +14,8 @@ from fossil_export.adapters._quantized import quantized_training
 from fossil_export.checkpoints._checkpoint import Checkpoint, identity, sha256
 from fossil_export.checkpoints._jsonfile import write_json
 from fossil_export.storage import Origin
-from fossil_export.verifying._artifacts import open_any
 from fossil_export.verifying._forward import FACTOR, Distance, ForwardCheck
+from fossil_export.verifying._opening import open_any
 from fossil_export.verifying._weights import TensorCheck
 from fossil_export.version import __version__
 

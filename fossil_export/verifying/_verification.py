@@ -19,10 +19,10 @@ from fossil_export.errors import AdapterError, CheckpointError, FossilExportErro
 from fossil_export.merging._planning import plan_merge
 from fossil_export.merging._provenance import is_sum
 from fossil_export.storage import Needed, Origin, fetch, find_origin, pinned
-from fossil_export.verifying._artifacts import open_any
 from fossil_export.verifying._forward import check_forward
 from fossil_export.verifying._levels import LEVELS, Level
 from fossil_export.verifying._models import check_device, tokenize
+from fossil_export.verifying._opening import open_any
 from fossil_export.verifying._prompts import PROMPTS, read_prompts
 from fossil_export.verifying._verdict import Verification, certificate_file, device_name
 

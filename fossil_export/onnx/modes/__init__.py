@@ -11,12 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    from fossil_export.onnx._places import OpenGraph
-    from fossil_export.onnx._signature import Slot
-    from fossil_export.onnx.graph._edit import Editor
+from typing import Any, Literal
 
 ModeName = Literal["merged", "tiled", "fused", "swappable"]
 
@@ -41,13 +36,13 @@ class Mode:
     merges: bool = False
     swaps: bool = False
 
-    def rewrite(self, graph: OpenGraph, editor: Editor) -> Sequence[Slot]:
-        """Put the trained tensors into every place of `graph`."""
-        found: Sequence[Slot] = self._file().rewrite(graph, editor)
+    def rewrite(self, graph: Any, editor: Any) -> Sequence[Any]:
+        """Put the trained tensors into every place of `graph` (an `OpenGraph`), by an `Editor`; gives `Slot`s."""
+        found: Sequence[Any] = self._file().rewrite(graph, editor)
         return found
 
-    def makes_weights(self, graph: OpenGraph) -> bool:
-        """Whether weights of this graph are made anew."""
+    def makes_weights(self, graph: Any) -> bool:
+        """Whether weights of this graph (an `OpenGraph`) are made anew."""
         return self.new_weights and bool(self._file().makes_weights(graph))
 
     def _file(self) -> Any:
