@@ -19,7 +19,7 @@ from fossil_export.adapters import Adapter
 from fossil_export.checkpoints import TensorInfo
 from fossil_export.converting import CONVERTERS, Converter
 from fossil_export.errors import AdapterError
-from fossil_export.methods import METHODS, Arrays, Field, LowRank, Numbers, Shapes
+from fossil_export.methods import METHODS, POSITIVE, Arrays, Field, LowRank, Numbers, Shapes
 from fossil_export.verifying.reference import EXACT
 
 MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_proj": (48, 96)}
@@ -32,12 +32,17 @@ class Toy:
     def __init__(self) -> None:
         self.PEFT = {"TOY": {"toy.p": "P", "toy.q": "Q"}}
         self.STATE_DICT: Mapping[str, str] = {}
-        self.FIELDS = {"r": Field(), "toy_scale": Field("a number", lambda value: isinstance(value, float), 1.0)}
+        self.FIELDS = {
+            "r": POSITIVE,
+            "toy_scale": Field("a number", lambda value: isinstance(value, (int, float)), 1.0),
+        }
 
     def read(self, config: Mapping[str, Any], shapes: Shapes, where: str) -> Numbers | None:
         if shapes.keys() != {"P", "Q"}:
             raise AdapterError(f"{where}: one half is missing; save the adapter again")
-        return {"r": shapes["Q"][0], "scale": config["toy_scale"]}
+        if not shapes["P"][1] == shapes["Q"][0] == config["r"]:
+            raise AdapterError(f"{where} and r={config['r']} of the config do not go together; save the adapter again")
+        return {"r": config["r"], "scale": config.get("toy_scale", self.FIELDS["toy_scale"].default)}
 
     def block_rows(self, shapes: Shapes) -> int:
         return 1
@@ -73,7 +78,8 @@ class ExactToy:
 
     def rebuild(self, weight: Any, part: Mapping[str, Any], numbers: Mapping[str, float], exact: Any) -> Any:
         exact[:] = weight + numbers["scale"] * np.einsum("or,ri->oi", part["P"], part["Q"])
-        return 2.0**-20 * np.abs(part["P"]) @ np.abs(part["Q"])
+        terms = len(part["Q"]) + 2
+        return terms * 2.0**-24 * abs(numbers["scale"]) * (np.abs(part["P"]) @ np.abs(part["Q"]))
 
     def up(self, part: Mapping[str, Any], numbers: Mapping[str, float]) -> Any:
         return part["P"] * part["P"].dtype.type(numbers["scale"])
@@ -144,6 +150,12 @@ def test_its_lora_is_the_update(toy: Path, tmp_path: Path) -> None:
     assert verify(tmp_path / "lora", level="weights").parity
 
 
+def test_it_has_no_form_in_miss(toy: Path, tmp_path: Path) -> None:
+    with pytest.raises(FossilExportError, match="is a toy adapter, of which PEFT's MISS has no form"):
+        convert(toy, tmp_path / "miss", to="miss")
+    assert not (tmp_path / "miss").exists()
+
+
 def test_what_it_does_not_understand_stops_the_reading(toy: Path) -> None:
     edit_json(toy / "adapter_config.json", toy_scale="big")
     with pytest.raises(FossilExportError, match="toy_scale is 'big', expected a number"):
@@ -151,7 +163,10 @@ def test_what_it_does_not_understand_stops_the_reading(toy: Path) -> None:
     edit_json(toy / "adapter_config.json", toy_scale=1.0, mini_r=4)
     with pytest.raises(FossilExportError, match="sets mini_r, which fossil-export does not understand"):
         load_adapter(toy)
-    edit_json(toy / "adapter_config.json", mini_r=...)
+    edit_json(toy / "adapter_config.json", mini_r=..., r=5)
+    with pytest.raises(FossilExportError, match="and r=5 of the config do not go together"):
+        load_adapter(toy)
+    edit_json(toy / "adapter_config.json", r=RANK)
     tensors = load_file(toy / "adapter_model.safetensors")
     del tensors["base_model.model.model.layers.0.self_attn.q_proj.toy.q"]
     save_file(tensors, toy / "adapter_model.safetensors")

@@ -17,12 +17,22 @@ from fossil_export.checkpoints._jsonfile import write_json
 from fossil_export.converting._form import finite
 from fossil_export.converting._options import Options
 from fossil_export.converting._record import write_record
+from fossil_export.errors import AdapterError
 
 _BIASES = {"bone_only": "miss_only"}
+_INITS = {"tile": True, "mini": "mini", "bat": "bat"}
+# By variant: what MISS calls init_weights.
 
 
 def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
-    """Fill the folder `output`: adapter_config.json and adapter_model.safetensors."""
+    """Fill the folder `output`: adapter_config.json and adapter_model.safetensors.
+
+    Raises AdapterError for another method than FOSSIL.
+    """
+    if adapter.variant not in _INITS:
+        raise AdapterError(
+            f"{adapter.path}: is a {adapter.variant} adapter, of which PEFT's MISS has no form; convert it --to lora"
+        )
     names = {
         **{
             f"base_model.model.{module}.miss_block": info
@@ -55,7 +65,7 @@ def _config(adapter: Adapter, options: Options) -> dict[str, Any]:
         "base_model_name_or_path": options.base_id,
         "bias": _BIASES.get(bias, bias),
         "inference_mode": True,
-        "init_weights": {"bat": "bat", "mini": "mini", "tile": True}[adapter.variant],
+        "init_weights": _INITS[adapter.variant],
         "mini_r": first.shapes["D"][1] if adapter.variant == "mini" else 1,
         "miss_dropout": 0.0,
         "peft_type": "MISS",

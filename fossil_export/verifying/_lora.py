@@ -134,6 +134,6 @@ def _matrices(trained: Trained, adapter: Adapter, first: Array, second: Array) -
         if not first.any() or not second.any():
             yield f"{module}: its matrices are zero"
     elif not np.array_equal(first, down.astype(first.dtype)):
-        yield f"{module}: its lora_A does not sum the inputs as FOSSIL does"
+        yield f"{module}: its lora_A does not sum the inputs as {trained.method} does"
     elif not np.array_equal(second, up.astype(second.dtype)):
         yield f"{module}: its lora_B is not the trained shard"
