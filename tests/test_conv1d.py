@@ -28,12 +28,14 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from fossil_export import convert, export_onnx, merge, verify
+from fossil_export.checkpoints import TensorInfo
 from fossil_export.checkpoints._checkpoint import open_checkpoint
-from fossil_export.checkpoints.layouts import find_matrix
+from fossil_export.checkpoints.layouts import LAYOUTS, find_matrix
 from fossil_export.checkpoints.layouts._transposed import MODEL_TYPES, Transposed
 from fossil_export.onnx.builders import BUILDERS
 
 CONV1D = ["c_attn", "c_proj", "c_fc"]
+SQUARE = "transformer.h.1.attn.c_proj.weight"
 TOKENS = torch.arange(20).reshape(2, 10)
 
 
@@ -49,7 +51,7 @@ def gpt2(folder: Path, dtype: torch.dtype) -> Path:
     return folder
 
 
-def trained_on_linears(base: Path, folder: Path, **config: Any) -> torch.nn.Module:
+def trained_on_linears(base: Path, folder: Path, targets: list[str] = CONV1D, **config: Any) -> torch.nn.Module:
     """PEFT takes torch.nn.Linear alone: train on the same model with Linear in the place of Conv1D, which is live."""
     model = GPT2LMHeadModel.from_pretrained(base, dtype=torch.float32)
     for name, module in list(model.named_modules()):
@@ -60,7 +62,7 @@ def trained_on_linears(base: Path, folder: Path, **config: Any) -> torch.nn.Modu
             setattr(model.get_submodule(parent), last, linear)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        live = get_peft_model(model, MissConfig(target_modules=CONV1D, **config))
+        live = get_peft_model(model, MissConfig(target_modules=targets, **config))
         randomise(live)
         live.save_pretrained(folder)
     edit_json(folder / "adapter_config.json", base_model_name_or_path=str(base))
@@ -100,6 +102,31 @@ def test_a_fault_in_a_transposed_weight_is_found(tmp_path: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
     (problem,) = verify(tmp_path / "merged", level="weights").problems
     assert "h.1.attn.c_proj.weight 1 of 1024 elements are off, the first at [5, 3]" in problem
+
+
+@pytest.mark.parametrize("told_by", ["no config", "no model_type", "another model_type"])
+def test_a_square_weight_is_told_by_the_layers_beside_it(told_by: str, tmp_path: Path) -> None:
+    """Its own sizes fit both ways: a base whose config does not say what it is must not become another model."""
+    base = gpt2(tmp_path / "base", torch.float32)
+    trained_on_linears(base, tmp_path / "adapter", r=8, targets=["attn.c_proj"])
+    merge(tmp_path / "adapter", tmp_path / "wanted", base=base)
+    if told_by == "no config":
+        (base / "config.json").unlink()
+    else:
+        edit_json(base / "config.json", model_type=... if told_by == "no model_type" else "gpt2-of-ours")
+    merge(tmp_path / "adapter", tmp_path / "merged", base=base)
+    ours, wanted = weights(tmp_path / "merged"), weights(tmp_path / "wanted")
+    assert all(torch.equal(ours[name], value) for name, value in wanted.items())
+    assert not torch.equal(wanted[SQUARE], weights(base)[SQUARE])
+
+
+def test_a_linear_of_the_same_name_stays_plain(tmp_path: Path) -> None:
+    """GPT-BigCode calls its layers so, and stores them as torch.nn.Linear does."""
+    tensors = {"h.0.attn.c_attn.weight": (96, 32), "h.0.attn.c_attn.bias": (96,), "h.0.attn.c_proj.weight": (32, 32)}
+    infos = {name: TensorInfo(name, "F32", shape, tmp_path, 0) for name, shape in tensors.items()}
+    for name in ("h.0.attn.c_attn.weight", "h.0.attn.c_proj.weight"):
+        assert isinstance(find_matrix(name, infos, {"model_type": "gpt_bigcode"}), type(find_matrix(name, infos, None)))
+        assert find_matrix(name, infos, None) == LAYOUTS["plain"](name, infos, {})
 
 
 def test_conv1d_as_lora_runs_in_peft(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from fossil_export import FossilExportError, load_adapter, merge, plan_merge, push, verify
+from fossil_export import FossilExportError, convert, load_adapter, merge, merge_to_hub, plan_merge, push, verify
 
 TOKENS = torch.arange(24).reshape(2, 12)
 
@@ -201,3 +202,10 @@ def test_verify_reads_any_record(junk: object, base: Path, adapter: Path, tmp_pa
     merge(adapter, tmp_path / "merged")
     edit_json(tmp_path / "merged" / "fossil_export.json", tensors=junk)
     assert verify(tmp_path / "merged", level="weights").parity
+
+
+def test_exits_that_take_one_adapter_say_so() -> None:
+    several: Any = ["one", "two"]
+    for run in (lambda: convert(several, "out", to="lora"), lambda: merge_to_hub(several, "a/b")):
+        with pytest.raises(FossilExportError, match="list: is no path or id of an adapter; name one"):
+            run()

@@ -6,6 +6,7 @@ peft/utils/save_and_load.py for what else lies in the file.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -61,6 +62,10 @@ def load_adapter(path: str | Path) -> Adapter:
     mini, 3-D bat); the config must agree. Raises AdapterError for anything that is damaged, contradictory or not
     understood: nothing the adapter holds is ever left out silently. HubError says what the Hub refuses.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise AdapterError(
+            f"{type(path).__name__}: is no path or id of an adapter; name one (merge and plan_merge alone take a list)"
+        )
     found = find_origin(path, AdapterError, "adapter")
     given, home = found.path, found.folder
     weights = given if given.is_file() and given.name != CONFIG else None

@@ -44,11 +44,26 @@ class Transposed(InOneTensor):
 
 
 def transposed(name: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Transposed | None:
-    """By the model's type and the layer's name; sizes would not tell where they are equal."""
+    """By the model's type and the layer's name; sizes would not tell where they are equal.
+
+    A type of its own, or no config, says nothing. Then the layers beside it tell, by the side that their bias has.
+    """
     info = tensors.get(name)
+    parent, _, last = name.removesuffix(".weight").rpartition(".")
+    if info is None or len(info.shape) != 2 or last not in _LAYERS:
+        return None
     # Of a model of two others (vision-encoder-decoder, say) config.json has a part for each, by the name's beginning.
     part = config.get(name.partition(".")[0])
     model_type = (part if isinstance(part, dict) and "model_type" in part else config).get("model_type")
-    if info is None or len(info.shape) != 2 or model_type not in MODEL_TYPES:
-        return None
-    return Transposed(info) if name.removesuffix(".weight").rpartition(".")[2] in _LAYERS else None
+    beside = (f"{parent}.{layer}" for layer in _LAYERS)
+    if model_type in MODEL_TYPES or any(_inputs_first(layer, tensors) for layer in beside):
+        return Transposed(info)
+    return None
+
+
+def _inputs_first(layer: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether the weight of a layer has its outputs, of which its bias has one each, on the second side alone."""
+    weight, bias = tensors.get(f"{layer}.weight"), tensors.get(f"{layer}.bias")
+    if weight is None or bias is None or len(weight.shape) != 2 or weight.shape[0] == weight.shape[1]:
+        return False
+    return bias.shape == weight.shape[1:]
