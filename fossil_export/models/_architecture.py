@@ -1,0 +1,91 @@
+"""What a model class of transformers is, as data: its parameters, how files name them, what is tied.
+
+It comes from the installed transformers (`_transformers`) or from the table that was made out of it (`_table`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One step of a conversion: the name of its class in transformers/core_model_loading.py, and its options."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How names in files become names in the model, and back (transformers' WeightTransform).
+
+    `kind` is the name of its class there. `sources` and `targets` are its patterns as transformers prepared them for
+    loading, `back` those for saving (sources, then targets); `operations` are a WeightConverter's, for loading. With a
+    `scope` it sees only names below that module, `root` being the prefix of the base model that these may lack.
+    """
+
+    kind: str
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    back: tuple[tuple[str, ...], tuple[str, ...]]
+    operations: tuple[Operation, ...] = ()
+    offset: int = 0
+    scope: str | None = None
+    root: str | None = None
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Parameters (by name or by pattern) `target` are `source`, if `on`.
+
+    `field` is the config's key, or path of keys, that switches it: ("text_config", "tie_word_embeddings").
+    """
+
+    target: str
+    source: str
+    on: bool
+    field: tuple[str, ...] = ("tie_word_embeddings",)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model class for one config.
+
+    `shapes` are its parameters and persistent buffers by name, with their shapes; None if only their `patterns` are
+    known: names whose numbers are `*`, made with the class's default config. `prefix` is the attribute that holds the
+    base model, "" if it has none. `parts` are the models inside it, by module name: the config's key for each, and its
+    class. `embedding` and `head` are modules; `follows_tie` says that it computes in another way if its embeddings are
+    tied. `ignored` are patterns of names that it passes over in files, `optional` those it may do without.
+    """
+
+    name: str
+    model_type: str
+    patterns: frozenset[str]
+    prefix: str = ""
+    shapes: Mapping[str, tuple[int, ...]] | None = None
+    rules: tuple[Rule, ...] = ()
+    ties: tuple[Tie, ...] = ()
+    parts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    embedding: str | None = None
+    head: str | None = None
+    follows_tie: bool = False
+    ignored: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<Architecture {self.name}: {len(self.patterns)} parameters by kind, {len(self.rules)} rules>"
+
+    def has(self, name: str) -> bool:
+        """Whether the class has a parameter or buffer of this name (by its pattern, if shapes are not known)."""
+        return name in self.shapes if self.shapes is not None else pattern_of(name) in self.patterns
+
+
+def pattern_of(name: str) -> str:
+    """A name with `*` for every number in it: `layers.*.mlp.weight` for `layers.3.mlp.weight`."""
+    return _NUMBER.sub("*", name)
