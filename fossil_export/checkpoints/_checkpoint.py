@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,7 +24,7 @@ class Checkpoint:
     """The weights of one model and the folder they lie in.
 
     `home` is the folder that all of it is read from; `folder` is None for a lone weights file, which has no companions
-    (config, tokenizer). `index_path` is None when one file holds everything.
+    (config, tokenizer). `index_path` is None when one file holds everything. `found` keeps what others work out of it.
     """
 
     home: Folder
@@ -34,6 +34,7 @@ class Checkpoint:
     index: Mapping[str, Any] | None
     config: Mapping[str, Any] | None
     tensors: Mapping[str, TensorInfo]
+    found: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.location}: {len(self.tensors)} tensors, {self.nbytes:,} bytes>"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 CLASSIFIERS = {
@@ -19,23 +19,26 @@ _ARCHITECTURE = re.compile(r"^(.*?)(?:LMHeadModel|PreTrainedModel|Model|For[A-Z]
 def edited_config(
     config: Mapping[str, Any],
     *,
-    untie: bool = False,
+    untie: Collection[tuple[str, ...]] = (),
     vocab_size: int | None = None,
     torch_dtype: str | None = None,
     task_type: str | None = None,
     labels: int | None = None,
+    architecture: str | None = None,
 ) -> dict[str, Any]:
     """`config` with what changed in the model, and nothing else, changed.
 
-    `vocab_size` and the tie are set in `text_config` too where the base keeps them there. `labels` is
-    the number of outputs of a classification head that came with the adapter; it asks for the task's class
-    in `architectures` too.
+    `untie` are fields that become false, by their keys; they and `vocab_size` are set in `text_config` too where the
+    base keeps them there. `labels` is the number of outputs of a classification head that came with the adapter;
+    it asks for the task's class in `architectures` too, which is `architecture` if that is known.
     """
     result = copy.deepcopy(dict(config))
     text = result.get("text_config")
     parts = [result] + ([text] if isinstance(text, dict) else [])
+    for keys in untie:
+        _part(result, keys[:-1])[keys[-1]] = False
     if untie:
-        result["tie_word_embeddings"] = False
+        result["tie_word_embeddings"] = False  # where loaders of other versions look
         for part in parts:
             if "tie_word_embeddings" in part:
                 part["tie_word_embeddings"] = False
@@ -50,7 +53,9 @@ def edited_config(
                     part[key] = torch_dtype
         if not {"torch_dtype", "dtype"} & result.keys():
             result["torch_dtype"] = torch_dtype  # the older name, which every loader knows
-    if labels is not None and task_type in CLASSIFIERS:
+    if architecture is not None:
+        result["architectures"] = [architecture]
+    elif labels is not None and task_type in CLASSIFIERS:
         names = [
             match[1] + CLASSIFIERS[task_type]
             for name in result.get("architectures") or []
@@ -62,6 +67,15 @@ def edited_config(
         result["id2label"] = {str(index): f"LABEL_{index}" for index in range(labels)}
         result["label2id"] = {f"LABEL_{index}": index for index in range(labels)}
     return result
+
+
+def _part(config: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    for key in keys:
+        part = config.get(key)
+        part = part if isinstance(part, dict) else {}
+        config[key] = part
+        config = part
+    return config
 
 
 def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from fossil_export.adapters import Adapter, Trained
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._dtypes import FLOATS
@@ -11,9 +9,11 @@ from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints.layouts import Matrix, find_matrix
 from fossil_export.errors import MergeError, listed
 from fossil_export.merging._config import CLASSIFIERS
-from fossil_export.merging._match import match_names
+from fossil_export.merging._naming import Naming, naming_of
 from fossil_export.merging._placement import Placement
-from fossil_export.merging._ties import check_vocabulary, embedding_tensor, is_head, is_tied_head, part_head
+from fossil_export.merging._ties import Brought, declared_tie, embedding_tensor, is_head, part
+from fossil_export.merging._warnings import warnings_of
+from fossil_export.models import Pieces, Unknown, pieces_of
 
 _LABEL_LAYERS = ("score", "classifier", "out_proj", "qa_outputs")
 _REMEDY = "name the base model it was trained from with --base"
@@ -28,154 +28,291 @@ QUANTIZED = (
 def place(adapter: Adapter, base: Checkpoint, tied: bool | None = None, *, into_floats: bool = True) -> Placement:
     """Give every trained and saved tensor of `adapter` its place in `base`, or raise MergeError naming it.
 
-    Only headers are read. `tied` says what they do not: whether a head and an embedding that came with the adapter are
-    equal (`ties.are_equal`); without it they are taken as parted, and `Placement.undecided` names them. The base's
-    weights must be floats, unless nothing will be added to them (`into_floats` is False).
+    Only headers are read. `tied` says what they do not: whether tensors that the base ties and that came with the
+    adapter are equal (`ties.are_equal`); without it they are taken as parted, and `Placement.undecided` names them. The
+    base's weights must be floats, unless nothing will be added to them (`into_floats` is False).
     """
-    placement = Placement()
-    names = _match(adapter, base)
-    missing = [module for module in adapter.trained if module not in names]
-    if missing:
-        raise MergeError(
-            f"{base.location}: has no weights for {listed(missing)}, which adapter "
-            f"{adapter.path} was trained on; {_REMEDY}"
-        )
-    for module, trained in adapter.trained.items():
-        placement.trained[f"{names[module]}.weight"] = trained
-    for name, info in adapter.saved.items():
-        _place_saved(name, info, names, adapter, base, placement)
-    part_head(adapter, base, placement, tied)
-    check_vocabulary(adapter, base, placement)
-    _refuse_homeless(adapter, base, placement)
-    for name, trained in placement.trained.items():
-        placement.into[name] = _matrix(name, trained, placement, adapter, base, into_floats)
-    placement.warnings = tuple(_warnings(adapter, base, set(names.values())))
+    naming = naming_of(adapter, base)
+    placement = Placement(tied=tied)
+    brought = _brought(adapter, base, naming)
+    _refuse_untold(adapter, base, naming, brought)
+    copied = part(naming, adapter, base, brought, placement)
+    for parameter, source in copied.items():
+        name = _name_for(parameter, naming, base)
+        placement.copied[name] = base.tensors[naming.names.whole[source]]
+        placement.added.append(name)
+    for parameter, info in brought.saved.items():
+        _place_saved(parameter, info, adapter, base, naming, placement)
+    for parameter, trained in brought.trained.items():
+        _place_trained(parameter, trained, adapter, base, naming, placement, into_floats)
+    _check_vocabulary(adapter, base, naming, placement)
+    if placement.added and naming.known and not _has_added(base, naming, placement):
+        placement.architecture = naming.model.name
+    placement.warnings = tuple(warnings_of(adapter, base, naming, brought))
     return placement
 
 
-def _match(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
-    """The base's name of each trained module; new modules and unstored heads keep the adapter's."""
-    known = {name.rpartition(".")[0] for name in base.tensors}
+def _brought(adapter: Adapter, base: Checkpoint, naming: Naming) -> Brought:
+    """What the adapter brings, by parameter. Raises MergeError for what the base's model has no parameter for."""
+    brought, missing = Brought(), []
+    for module, trained in adapter.trained.items():
+        parameter = _parameter(f"{module}.weight", naming, base)
+        if parameter is None:
+            missing.append(module)
+        elif parameter in brought.trained:
+            raise MergeError(
+                f"modules {brought.trained[parameter].module} and {module} both match {parameter} in the base; "
+                "name the base they were trained on with --base"
+            )
+        else:
+            brought.trained[parameter] = trained
+    if missing:
+        raise MergeError(
+            f"{base.location}: has no weights for {listed(missing)}, which adapter {adapter.path} was trained on"
+            f"{_as(naming)}; {_remedy(naming)}"
+        )
+    for name, info in adapter.saved.items():
+        parameter = _parameter(name, naming, base)
+        if parameter is None:
+            raise MergeError(
+                f"{adapter.path}: saved tensor {info.name} has no counterpart in {base.location}{_as(naming)}; "
+                f"{_remedy(naming)}"
+            )
+        if parameter in brought.saved:
+            raise MergeError(f"{adapter.path}: holds {parameter} twice, also as {info.name}; keep one")
+        brought.saved[parameter] = info
+    return brought
 
-    def fits(module: str, candidate: str) -> bool:
-        trained = adapter.trained.get(module)
-        matrix = find_matrix(f"{candidate}.weight", base.tensors, base.config) if trained is not None else None
-        return trained is None or (matrix is not None and trained.mismatch(matrix.shape) is None)
 
-    modules = dict.fromkeys([*adapter.trained, *(name.rpartition(".")[0] for name in adapter.saved)])
-    here = {module for module in modules if is_tied_head(module, base)}
-    # A weight may lie in a tensor of another name, which its layout knows.
-    here |= {m for m in adapter.trained if m not in known and find_matrix(f"{m}.weight", base.tensors, base.config)}
-    own = [m for m in modules if m not in here and (m in known or not _is_new(m, adapter, base))]
-    return {module: module for module in modules if module in here} | match_names(own, known, fits)
+def _parameter(name: str, naming: Naming, base: Checkpoint) -> str | None:
+    found = naming.parameter(name)
+    if found is not None:
+        return found
+    if name in base.tensors or find_matrix(name, base.tensors, base.config) is not None:
+        # A class of the model's own code has the names of its files.
+        return next((one for one, stored in naming.names.whole.items() if stored == name), name)
+    return None
 
 
-def _is_new(module: str, adapter: Adapter, base: Checkpoint) -> bool:
-    """Whether the base has no tensor for `module` by right: it was trained from scratch, or is a tied head."""
-    return is_tied_head(module, base) or (module not in adapter.trained and _trained_whole(module, adapter))
+def _as(naming: Naming) -> str:
+    return f" (as {naming.model.name}, which transformers makes of it)" if naming.known else ""
 
 
-def _is_classifier(module: str, parameter: str, adapter: Adapter) -> bool:
-    """Whether `module` is the last layer of a classification head, whose outputs are the labels."""
-    last = module.rpartition(".")[2]
-    return parameter == "weight" and adapter.config.get("task_type") in CLASSIFIERS and last in _LABEL_LAYERS
+def _remedy(naming: Naming) -> str:
+    if naming.known:
+        return _REMEDY
+    return f"{_REMEDY}, or install a transformers that knows this model, if its names differ"
 
 
-def _trained_whole(module: str, adapter: Adapter) -> bool:
-    """Whether `module` is, or lies in, one of the config's modules_to_save."""
-    parts = module.split(".")
-    return any(name in parts or module.endswith(name) for name in adapter.config.get("modules_to_save") or ())
+def _refuse_untold(adapter: Adapter, base: Checkpoint, naming: Naming, brought: Brought) -> None:
+    """Raise MergeError for an embedding or head of a model that transformers does not know: whether they are tied, and
+    how, its config may leave to its code."""
+    if naming.known or declared_tie(base.config) is False:
+        return
+    vocabulary = {(part or {}).get("vocab_size") for part in (base.config, (base.config or {}).get("text_config"))}
+    for name in [*brought.saved, *brought.trained]:
+        info = brought.saved.get(name) or base.tensors.get(name)
+        rows = info.shape[0] if info is not None and info.shape else None
+        if is_head(name.rpartition(".")[0]) or embedding_tensor([name]) or (rows in vocabulary and rows is not None):
+            raise MergeError(
+                f"{base.location}: transformers does not know this model, so whether {name}, which came with "
+                f"{adapter.path}, is tied to another tensor is not known; say it in its config.json "
+                '("tie_word_embeddings": false, with both tensors stored), or install a transformers that knows the model'
+            )
+
+
+def _name_for(parameter: str, naming: Naming, base: Checkpoint) -> str:
+    """The name to store a parameter by that the base lacks. Raises MergeError if there is none."""
+    found = naming.names.spelling(parameter)
+    if found is None or found in base.tensors:
+        raise MergeError(
+            f"{base.location}: has no {parameter}, and no file of it can hold that by a name of its own; save the base "
+            "again with transformers, and merge into that"
+        )
+    return found
 
 
 def _place_saved(
-    name: str, info: TensorInfo, names: Mapping[str, str], adapter: Adapter, base: Checkpoint, placement: Placement
+    parameter: str, info: TensorInfo, adapter: Adapter, base: Checkpoint, naming: Naming, placement: Placement
 ) -> None:
     """Put one whole trained tensor in the place of the base's, or beside the base's tensors."""
-    module, _, parameter = name.rpartition(".")
-    target = f"{names.get(module, module)}.{parameter}"
-    old = base.tensors.get(target)
-    is_vocabulary = is_head(module) or target == embedding_tensor(base.tensors)
-    if old is None:
-        if not (is_tied_head(module, base) and parameter == "weight") and not _trained_whole(module, adapter):
+    module = parameter.rpartition(".")[0]
+    if parameter in naming.names.converted:
+        _place_pieces(parameter, info, adapter, base, naming, placement)
+        return
+    target = naming.names.whole.get(parameter) or (parameter if parameter in base.tensors else None)
+    old = base.tensors[target] if target is not None else None
+    is_vocabulary = _is_vocabulary(parameter, naming, base)
+    if target is None or old is None:
+        if not naming.model.has(parameter):
             raise MergeError(
-                f"{adapter.path}: saved tensor {info.name} has no counterpart in {base.location}, and its module is "
-                f"not in modules_to_save; {_REMEDY}"
+                f"{adapter.path}: saved tensor {info.name} has no counterpart in {base.location}{_as(naming)}; "
+                f"{_remedy(naming)}"
             )
+        target = _name_for(parameter, naming, base)
         placement.added.append(target)
-        embedding = base.tensors.get(embedding_tensor(base.tensors) or "")
-        if is_vocabulary and embedding is not None and embedding.shape != info.shape:
+        rows = _vocabulary_rows(base, naming)
+        if is_vocabulary and rows is not None and info.shape and rows != info.shape[0]:
             placement.vocab_size = info.shape[0]
     elif old.shape[1:] != info.shape[1:] or (old.shape != info.shape and not is_vocabulary):
-        if not _trained_whole(module, adapter) or is_vocabulary:
+        if not _trained_whole(info.name, module, adapter) or is_vocabulary:
             raise MergeError(
                 f"{adapter.path}: saved tensor {info.name} {list(info.shape)} does not fit {target} {list(old.shape)} "
                 f"of {base.location}; {_REMEDY}"
             )
     elif is_vocabulary and old.shape != info.shape:
         placement.vocab_size = info.shape[0]
-    if _is_classifier(module, parameter, adapter) and (old is None or old.shape != info.shape):
+    if _is_classifier(parameter, adapter) and (old is None or old.shape != info.shape):
         placement.labels = info.shape[0]
     placement.saved[target] = info
 
 
-def _refuse_homeless(adapter: Adapter, base: Checkpoint, placement: Placement) -> None:
-    """Raise MergeError for a shard whose module the base knows, but without the weight that it changes."""
-    for name, trained in placement.trained.items():
-        if name in base.tensors or name in placement.saved or name in placement.copied:
-            continue
-        if find_matrix(name, base.tensors, base.config) is not None:
-            continue
-        module = name.removesuffix(".weight")
-        beside = sorted(other.rpartition(".")[2] for other in base.tensors if other.rpartition(".")[0] == module)
-        where = f"{base.location}: has no {name}, which shard {trained.label} of {adapter.path} changes"
-        if set(beside) - {"bias"}:
-            raise MergeError(f"{where}, but {listed(beside)}: {QUANTIZED}")
-        raise MergeError(
-            f"{where}; if it is tied to another tensor, save the base with both tensors and tie_word_embeddings=false, "
-            "and merge into that"
-        )
+def _place_pieces(
+    parameter: str, info: TensorInfo, adapter: Adapter, base: Checkpoint, naming: Naming, placement: Placement
+) -> None:
+    """Put a whole trained tensor where the base has its rows: in a part of a tensor, or in several."""
+    pieces = _pieces(parameter, base, naming)
+    where = f"{adapter.path}: saved tensor {info.name} {list(info.shape)}"
+    if pieces.shape != info.shape:
+        raise MergeError(f"{where} does not fit {parameter} {list(pieces.shape)} of {base.location}; {_REMEDY}")
+    raise MergeError(f"{where} lies in other rows of {base.location}; not yet")
 
 
-def _matrix(
-    name: str, trained: Trained, placement: Placement, adapter: Adapter, base: Checkpoint, into_floats: bool
-) -> Matrix:
-    """Where the weight lies that `trained` changes. Raises MergeError for one that it does not fit."""
-    brought = placement.saved.get(name) or placement.copied.get(name)
-    matrix = find_matrix(name, base.tensors if brought is None else {**base.tensors, name: brought}, base.config)
-    weight = brought or base.tensors.get(name) or (matrix.stored[0] if matrix is not None else None)
-    assert weight is not None, name
-    where = f"{base.location}: {name} {list(weight.shape)}"
-    dtypes = [weight.dtype] if matrix is None else [matrix.dtype, matrix.stored[0].dtype]
+def _place_trained(
+    parameter: str,
+    trained: Trained,
+    adapter: Adapter,
+    base: Checkpoint,
+    naming: Naming,
+    placement: Placement,
+    into_floats: bool,
+) -> None:
+    """Where the weight lies that a shard changes. Raises MergeError for one that it does not fit."""
+    if parameter in naming.names.converted:
+        name, matrix = parameter, _rows(parameter, trained, adapter, base, naming)
+    else:
+        name = naming.names.whole.get(parameter, parameter)
+        if name not in base.tensors:
+            spelled = naming.names.spelling(parameter)
+            name = spelled if spelled in placement.saved or spelled in placement.copied else name
+        brought = placement.saved.get(name) or placement.copied.get(name)
+        tensors = base.tensors if brought is None else {**base.tensors, name: brought}
+        found = find_matrix(name, tensors, base.config)
+        if found is None and name not in tensors:
+            raise MergeError(_homeless(name, trained, adapter, base))
+        matrix = _checked(found, tensors.get(name), name, trained, base)
+    where = f"{base.location}: {name} {list(matrix.stored[0].shape)}"
+    dtypes = (matrix.dtype, matrix.stored[0].dtype)
     if into_floats and (others := [dtype for dtype in dtypes if dtype not in FLOATS]):
         raise MergeError(f"{where} is stored as {others[0]}: {QUANTIZED}")
-    if matrix is None or 0 in matrix.shape:
-        raise MergeError(f"{where} is no matrix, but the adapter has a shard for it ({trained.label}); {_REMEDY}")
     if reason := trained.mismatch(matrix.shape):
         shapes = " and ".join(str(list(info.shape)) for info in trained.tensors.values())
         raise MergeError(f"{where} does not fit shard {trained.label} {shapes} of {adapter.path}: {reason}; {_REMEDY}")
+    placement.trained[name] = trained
+    placement.into[name] = matrix
+
+
+def _checked(
+    matrix: Matrix | None, weight: TensorInfo | None, name: str, trained: Trained, base: Checkpoint
+) -> Matrix:
+    if matrix is None or 0 in matrix.shape:
+        shape = list(weight.shape) if weight is not None else []
+        if weight is not None and weight.dtype not in FLOATS:
+            raise MergeError(f"{base.location}: {name} {shape} is stored as {weight.dtype}: {QUANTIZED}")
+        raise MergeError(
+            f"{base.location}: {name} {shape} is no matrix, but the adapter has a shard for it ({trained.label}); "
+            f"{_REMEDY}"
+        )
     return matrix
 
 
-def _warnings(adapter: Adapter, base: Checkpoint, placed: set[str]) -> list[str]:
-    """Modules that the config targets but that have no shard, beside others that do: the file may be incomplete."""
-    targets = adapter.config.get("target_modules")
-    narrowed = any(adapter.config.get(key) for key in ("layers_to_transform", "exclude_modules", "layers_pattern"))
-    if not isinstance(targets, list) or narrowed:
-        return []
-    heads = tuple({_up_to_number(module) for module in placed})
-    bare = [
-        module
-        for module, info in ((name.removesuffix(".weight"), info) for name, info in base.tensors.items())
-        if module not in placed and len(info.shape) == 2 and module.startswith(heads)
-        if any(f".{module}".endswith(f".{target}") for target in targets)
-    ]
-    if not bare:
-        return []
-    return [f"target_modules covers {listed(bare)}, but the adapter has no shard for that; is it complete?"]
+def _homeless(name: str, trained: Trained, adapter: Adapter, base: Checkpoint) -> str:
+    """Why a shard has no weight to change, whose module the model has."""
+    module = name.removesuffix(".weight")
+    beside = sorted(other.rpartition(".")[2] for other in base.tensors if other.rpartition(".")[0] == module)
+    where = f"{base.location}: has no {name}, which shard {trained.label} of {adapter.path} changes"
+    if set(beside) - {"bias"}:
+        return f"{where}, but {listed(beside)}: {QUANTIZED}"
+    return (
+        f"{where}; if it is tied to another tensor, save the base with both tensors and tie_word_embeddings=false, "
+        "and merge into that"
+    )
 
 
-def _up_to_number(module: str) -> str:
-    """What comes before the number of the layer."""
-    parts = module.split(".")
-    number = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts))
-    return ".".join(parts[:number])
+def _rows(parameter: str, trained: Trained, adapter: Adapter, base: Checkpoint, naming: Naming) -> Matrix:
+    """The rows of a stored tensor that are the weight of a trained module."""
+    _pieces(parameter, base, naming)
+    raise MergeError(f"{base.location}: {parameter} lies in other rows; not yet")
+
+
+def _pieces(parameter: str, base: Checkpoint, naming: Naming) -> Pieces:
+    made = naming.names.converted[parameter]
+    shapes = {name: base.tensors[name].shape for names in made.stored.values() for name in names}
+    try:
+        return pieces_of(made, parameter, shapes, base.config or {}, naming.model.shapes)
+    except Unknown as problem:
+        raise MergeError(
+            f"{base.location}: {parameter} is made of {listed(list(shapes))} in a way that is not understood "
+            f"({problem}); save the base in the form of its class (transformers, save_original_format=False), "
+            "and merge into that"
+        ) from problem
+
+
+def _is_vocabulary(parameter: str, naming: Naming, base: Checkpoint) -> bool:
+    """Whether the rows of a parameter are the tokens of the vocabulary."""
+    module = parameter.rpartition(".")[0]
+    if not naming.known:
+        return is_head(module) or parameter == embedding_tensor(base.tensors)
+    if module in (naming.model.embedding, naming.model.head):
+        return True
+    tied = {tie.target: tie.source for tie in naming.model.ties}
+    both = {*tied, *tied.values()}
+    return parameter in both
+
+
+def _vocabulary_rows(base: Checkpoint, naming: Naming) -> int | None:
+    """The rows of the base's embedding."""
+    name = naming.names.whole.get(f"{naming.model.embedding}.weight")
+    name = name or embedding_tensor(base.tensors)
+    return base.tensors[name].shape[0] if name is not None and base.tensors[name].shape else None
+
+
+def _check_vocabulary(adapter: Adapter, base: Checkpoint, naming: Naming, placement: Placement) -> None:
+    """Raise MergeError where the vocabulary was resized and only one of embedding and head came with the adapter."""
+    if placement.vocab_size is None:
+        return
+    modules = [module for module in (naming.model.embedding, naming.model.head) if module is not None]
+    names = [naming.names.whole.get(f"{module}.weight") for module in modules]
+    if not naming.known:
+        names = [name for name in base.tensors if name.endswith(".weight") and is_head(name[:-7])]
+        names.append(embedding_tensor(base.tensors))
+    for name in names:
+        if name is None:
+            continue
+        rows = placement.source(name, base.tensors.get(name)).shape[0]
+        if rows != placement.vocab_size:
+            raise MergeError(
+                f"{adapter.path}: was trained with {placement.vocab_size} tokens, but {name}, not in it, has {rows}; "
+                "save the adapter with save_pretrained(..., save_embedding_layers=True)"
+            )
+
+
+def _is_classifier(parameter: str, adapter: Adapter) -> bool:
+    """Whether a parameter is the last layer of a classification head, whose outputs are the labels."""
+    module, _, last = parameter.rpartition(".")
+    layer = module.rpartition(".")[2]
+    return last == "weight" and adapter.config.get("task_type") in CLASSIFIERS and layer in _LABEL_LAYERS
+
+
+def _trained_whole(name: str, module: str, adapter: Adapter) -> bool:
+    """Whether `module` is, or lies in, one of the config's modules_to_save."""
+    whole = adapter.config.get("modules_to_save") or ()
+    own = name.rpartition(".")[0]
+    return any(one in path.split(".") or path.endswith(one) for one in whole for path in (module, own))
+
+
+def _has_added(base: Checkpoint, naming: Naming, placement: Placement) -> bool:
+    """Whether a class that the base's config names has what is added."""
+    named = (base.config or {}).get("architectures") or ()
+    return naming.model.name in named
+

@@ -12,14 +12,24 @@ from fossil_export.errors import MergeError, listed
 from fossil_export.merging._change import Change
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Two tensors that only their values tell apart, and the names they would be stored by."""
+
+    names: tuple[str, str]
+    tensors: tuple[TensorInfo, TensorInfo]
+
+
 @dataclass
 class Placement:
     """What one adapter changes, by the name of the tensor in the base; filled step by step while the plan is made.
 
     `saved` replaces a tensor by one of the adapter's, `copied` makes a tensor from another one of the base's,
     `trained` adds an update to a weight, which lies in a matrix (`into`), `added` names tensors that the base does not
-    have. `labels` is the number of outputs of a classifier that came with the adapter. `undecided` names an embedding
-    and the head saved beside it, of which only their values tell whether training parted them.
+    have. `labels` is the number of outputs of a classifier that came with the adapter. `undecided` are pairs of tensors
+    that the base ties, of which only their values tell whether training parted them; `tied` says so once it is known.
+    `untie` are the config's fields that must be false, by their keys, and `architecture` is the class that has what was
+    added, if the base's has not.
     """
 
     saved: dict[str, TensorInfo] = field(default_factory=dict)
@@ -27,11 +37,13 @@ class Placement:
     trained: dict[str, Trained] = field(default_factory=dict)
     into: dict[str, Matrix] = field(default_factory=dict)
     added: list[str] = field(default_factory=list)
-    untie: bool = False
+    untie: tuple[tuple[str, ...], ...] = ()
     vocab_size: int | None = None
     labels: int | None = None
+    architecture: str | None = None
     warnings: tuple[str, ...] = ()
-    undecided: tuple[str, str] | None = None
+    tied: bool | None = None
+    undecided: tuple[Pair, ...] = ()
 
     def source(self, name: str, own: TensorInfo | None) -> TensorInfo:
         """Where tensor `name` comes from; `own` is the base's tensor of that name, if it has one."""
@@ -52,10 +64,11 @@ class Places:
     changes: Mapping[str, tuple[Change, ...]]
     sources: Mapping[str, tuple[TensorInfo, int | None]]
     added: tuple[str, ...]
-    untie: bool
+    untie: tuple[tuple[str, ...], ...]
     vocab_size: int | None
     labels: int | None
     task_type: str | None
+    architecture: str | None
     warnings: tuple[str, ...]
     undecided: tuple[tuple[str, str] | None, ...]
 
@@ -88,12 +101,15 @@ def together(adapters: Sequence[Adapter], placements: Sequence[Placement], weigh
         changes=changes,
         sources=sources,
         added=tuple(dict.fromkeys(name for placement in placements for name in placement.added)),
-        untie=any(placement.untie for placement in placements),
+        untie=tuple(dict.fromkeys(one for placement in placements for one in placement.untie)),
         vocab_size=next(iter(sizes), None),
         labels=labels,
         task_type=classifier.config.get("task_type") if classifier is not None else None,
+        architecture=next((placement.architecture for placement in placements if placement.architecture), None),
         warnings=tuple(dict.fromkeys(line for placement in placements for line in placement.warnings)),
-        undecided=tuple(placement.undecided for placement in placements),
+        undecided=tuple(
+            placement.undecided[0].names if placement.undecided else None for placement in placements
+        ),
     )
 
 

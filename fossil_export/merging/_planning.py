@@ -233,6 +233,7 @@ def _config(base: Checkpoint, places: Places, dtype: str) -> tuple[dict[str, Any
         torch_dtype=None if dtype == "auto" else dtype,
         task_type=places.task_type,
         labels=places.labels,
+        architecture=places.architecture,
     )
     edits = difference(base.config, edited)
     return edits, write_json(edited) if edits else None

@@ -1,40 +1,34 @@
-"""Input embedding and output head: one tensor on disk when they are tied, two once training parted them.
+"""Parameters that are one tensor while they are tied, and several once training parted them.
 
-PEFT trains a head of its own beside the embedding as soon as either is targeted or listed in
-modules_to_save, whatever the base's config says; the merged model must then store both and say
-`tie_word_embeddings: false`, or what was trained is lost on load. (PEFT's own merge adds the shard of a
-targeted tied head to the embedding as well, and so does not give the model that was trained.)
+PEFT trains a copy of each module of modules_to_save, and a shard beside each targeted one, whatever is tied to it: from
+then on the live model has parameters of their own. A checkpoint can say so if it stores each of them and its config
+unties them; that unties all that hang on the same field, so all of these are stored. (PEFT's own merge adds the shard of
+a targeted tied head to the embedding as well, and so does not give the model that was trained.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from fossil_export.adapters import Adapter
+from fossil_export.adapters import Adapter, Trained
 from fossil_export.checkpoints._checkpoint import Checkpoint
-from fossil_export.errors import MergeError
-from fossil_export.merging._placement import Placement
+from fossil_export.checkpoints._header import TensorInfo
+from fossil_export.errors import MergeError, listed
+from fossil_export.merging._naming import Naming
+from fossil_export.merging._placement import Pair, Placement
+from fossil_export.models import Tie
 
 HEADS = ("lm_head", "embed_out", "output_layer")
 EMBEDDINGS = ("embed_tokens", "shared", "wte", "word_embeddings", "embed_in", "tok_embeddings")
-_SCALED_WHEN_TIED = ("t5", "longt5", "switch_transformers")
-_GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_LITERAL = re.compile(r"[\w.]+")
 
 
 def is_head(module: str) -> bool:
-    """Whether a module is a language model's output head."""
+    """Whether a module has the name of a language model's output head."""
     return module.rpartition(".")[2] in HEADS
-
-
-def is_tied_head(module: str, base: Checkpoint) -> bool:
-    """Whether `module` is a head that `base` does not store because it is tied to the embedding."""
-    return (
-        is_head(module)
-        and f"{module}.weight" not in base.tensors
-        and embedding_tensor(base.tensors) is not None
-        and declared_tie(base.config) is not False
-    )
 
 
 def embedding_tensor(names: Iterable[str]) -> str | None:
@@ -51,100 +45,163 @@ def declared_tie(config: Mapping[str, Any] | None) -> bool | None:
     return None
 
 
-def part_head(adapter: Adapter, base: Checkpoint, placement: Placement, tied: bool | None) -> None:
-    """Store head and embedding apart where training parted them; keep them tied where they are still equal, which
-    `tied` says of those that came with the adapter."""
-    embedding = embedding_tensor(base.tensors)
-    if declared_tie(base.config) is False:
+@dataclass
+class Brought:
+    """What an adapter brings, by parameter: tensors that were `saved` whole, modules that were `trained`."""
+
+    saved: dict[str, TensorInfo] = field(default_factory=dict)
+    trained: dict[str, Trained] = field(default_factory=dict)
+
+    def __contains__(self, parameter: object) -> bool:
+        return parameter in self.saved or parameter in self.trained
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are one while they are tied; the first is the one the others follow."""
+
+    members: tuple[str, ...]
+    fields: tuple[tuple[str, ...], ...]
+
+
+def groups(naming: Naming, brought: Brought) -> tuple[Group, ...]:
+    """What is tied in the trained class under the base's config."""
+    members: dict[str, list[str]] = {}
+    fields: dict[str, set[tuple[str, ...]]] = {}
+    known = list(dict.fromkeys([*naming.names.whole, *naming.names.converted, *brought.saved, *brought.trained]))
+    leader: dict[str, str] = {}
+    for tie in naming.model.ties:
+        if not tie.on:
+            continue
+        for target, source in _pairs(tie, known, brought):
+            first = leader.get(source, source)
+            leader[target] = first
+            group = members.setdefault(first, [first])
+            group += [target] if target not in group else []
+            fields.setdefault(first, set()).add(tie.field)
+    return tuple(Group(tuple(group), tuple(sorted(fields[first]))) for first, group in members.items())
+
+
+def _pairs(tie: Tie, known: Iterable[str], brought: Brought) -> Iterator[tuple[str, str]]:
+    """Target and source by name. Raises MergeError for a pattern that names a parameter of the adapter."""
+    if _LITERAL.fullmatch(tie.target) and _LITERAL.fullmatch(tie.source):
+        for name in dict.fromkeys([*known, tie.target]):
+            if name == tie.target or name.startswith(f"{tie.target}."):
+                yield name, tie.source + name[len(tie.target) :]
+            elif name == tie.source or name.startswith(f"{tie.source}."):
+                yield tie.target + name[len(tie.source) :], name
         return
-    if embedding is None:
-        changed = [name for name in [*placement.saved, *placement.trained] if is_head(name.removesuffix(".weight"))]
-        if changed and declared_tie(base.config):
+    for name in known:
+        if name in brought and (re.match(tie.target, name) or re.match(tie.source, name)):
             raise MergeError(
-                f"{base.location}: ties {changed[0]} to an embedding that cannot be told among its tensors; "
-                "save the base with tie_word_embeddings=false and both tensors, then merge into that"
+                f"{name} is tied to others ({tie.target} to {tie.source}), of which training changed one alone; a "
+                "checkpoint of this class cannot hold that"
             )
-        return
-    stored = next((name for name in base.tensors if name.endswith(".weight") and is_head(name[:-7])), None)
-    spoken_of = [f"{module}.weight" for module in adapter.trained if is_head(module)]
-    spoken_of += [name for name in placement.added if name.endswith(".weight") and is_head(name[:-7])]
-    head = stored or next(iter(spoken_of), None) or _conventional_head(embedding, adapter, base)
-    if head is None or not {embedding, head} & (placement.saved.keys() | placement.trained.keys()):
-        return
-    comparable = head not in placement.trained and head in placement.saved and _alike(base, placement, embedding, head)
-    if comparable and tied is None:
-        placement.undecided = (embedding, head)
-    if comparable and tied:
-        if stored is None:
-            del placement.saved[head]
-            placement.added.remove(head)
-        return
-    if stored is None:
-        resized = placement.vocab_size is not None and head in placement.trained and head in placement.saved
-        if embedding not in placement.saved and resized:
-            # The shard's base layer was the tied embedding, resized; PEFT saves it under the head's name alone.
-            placement.saved[embedding] = placement.saved[head]
-        if head not in placement.saved:
-            placement.copied[head] = base.tensors[embedding]
-        if head not in placement.added:
-            placement.added.append(head)
-    is_scaled = (base.config or {}).get("model_type") in _SCALED_WHEN_TIED
+
+
+def part(naming: Naming, adapter: Adapter, base: Checkpoint, brought: Brought, placement: Placement) -> dict[str, str]:
+    """Settle what the base ties: which of what was `brought` is stored, and which parameters are copied, by the one
+    whose stored tensor they are copied from.
+
+    Reads `placement.tied`; sets `placement.untie` and `placement.undecided`. Raises MergeError for what a checkpoint of
+    this class cannot express.
+    """
+    found = groups(naming, brought)
+    parted: list[Group] = []
+    for group in found:
+        if any(member in brought for member in group.members) and _differ(group, naming, base, brought, placement):
+            parted.append(group)
+    fields = {one for group in parted for one in group.fields}
+    if not fields:
+        return {}
+    where = f"{base.location}: {naming.model.name}"
+    names = next(f"{group.members[0]} and {group.members[1]}" for group in parted)
     # Of undecided ones this is asked again once they are known to differ.
-    if is_scaled and placement.undecided is None and embedding.rpartition(".")[0].endswith("shared"):
+    if naming.model.follows_tie and not placement.undecided:
         raise MergeError(
-            f"{base.location}: scales its logits only while head and embedding are tied, which this training parted; "
-            "such a model cannot be stored as a plain checkpoint"
+            f"{where} computes otherwise while {names} are tied, which this training parted; such a model cannot be "
+            "stored as a plain checkpoint"
         )
-    placement.untie = True
+    placement.untie = tuple(sorted(fields))
+    copied: dict[str, str] = {}
+    for group in found:
+        if not fields & set(group.fields):
+            continue
+        stored = [member for member in group.members if member in naming.names]
+        for member in group.members:
+            if member in naming.names or member in brought.saved:
+                continue
+            if not stored:
+                raise MergeError(f"{where} ties {member} to {group.members[0]}, and the base has neither; fetch it again")
+            copied[member] = stored[0]
+    return copied
 
 
-def check_vocabulary(adapter: Adapter, base: Checkpoint, placement: Placement) -> None:
-    """Raise MergeError where the vocabulary was resized and only one of embedding and head came with the adapter."""
-    embedding = embedding_tensor(base.tensors)
-    if placement.vocab_size is None or embedding is None:
-        return
-    for name in [embedding, *(name for name in base.tensors if name.endswith(".weight") and is_head(name[:-7]))]:
-        rows = placement.source(name, base.tensors.get(name)).shape[0]
-        if rows != placement.vocab_size:
-            raise MergeError(
-                f"{adapter.path}: was trained with {placement.vocab_size} tokens, but {name}, not in it, has {rows}; "
-                "save the adapter with save_pretrained(..., save_embedding_layers=True)"
+def _differ(group: Group, naming: Naming, base: Checkpoint, brought: Brought, placement: Placement) -> bool:
+    """Whether the members of a group are not one tensor any more. If they still are, what was brought for members that
+    are not stored is taken out of `brought`."""
+    stored = [member for member in group.members if member in naming.names]
+    trained = [member for member in group.members if member in brought.trained]
+    own = {member: _stored(member if member in stored else stored[0], naming, base) for member in group.members if stored}
+    for member in trained:
+        below, old = brought.saved.get(member), own.get(member)
+        if below is not None and (old is None or below.shape != old.shape):
+            # Below a shard lies the tied tensor itself, resized, which PEFT saves by the shard's name.
+            for other in group.members:
+                brought.saved.setdefault(other, below)
+    if trained:
+        return True
+    values = {member: brought.saved.get(member) or own.get(member) for member in group.members}
+    distinct: dict[TensorInfo, str] = {}
+    for member, info in values.items():
+        if info is not None:
+            distinct.setdefault(info, member)
+    same = len(distinct) == 1
+    alike = len({(info.dtype, info.shape) for info in distinct}) == 1
+    if not same and alike and any(member in brought.saved for member in group.members[1:]):
+        if placement.tied is None:
+            (one, first), *others = distinct.items()
+            placement.undecided += tuple(
+                Pair((_home(first, naming), _home(second, naming)), (one, other)) for other, second in others
             )
-
-
-def _conventional_head(embedding: str, adapter: Adapter, base: Checkpoint) -> str | None:
-    """The head's name beside `embedding` in a generative model; None where the trained model has no such head."""
-    architectures = (base.config or {}).get("architectures") or []
-    generative = any(name.endswith(_GENERATIVE) for name in architectures)
-    if not generative or adapter.config.get("task_type") not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"):
-        return None
-    prefix = "language_model." if embedding.startswith("language_model.model.") else ""
-    return prefix + ("embed_out.weight" if "embed_in" in embedding else "lm_head.weight")
-
-
-def _alike(base: Checkpoint, placement: Placement, embedding: str, head: str) -> bool:
-    first, second = placement.saved.get(embedding) or base.tensors[embedding], placement.saved[head]
-    return (first.dtype, first.shape) == (second.dtype, second.shape)
+        same = bool(placement.tied)
+    if same and stored:
+        for member in group.members:
+            if member not in stored:
+                brought.saved.pop(member, None)
+    return not same
 
 
 def are_equal(adapter: Adapter, base: Checkpoint, placement: Placement) -> bool | None:
-    """Whether the head that is `undecided` is the embedding it would be stored beside, byte for byte; None if none is.
+    """Whether the tensors that are `undecided` are one, byte for byte; None if there are none.
 
-    Reads both, some megabytes at a time.
+    Reads all of them, some megabytes at a time.
     """
-    if placement.undecided is None:
-        return None
-    embedding, head = placement.undecided
-    second = placement.saved[head]
-    first = placement.saved.get(embedding) or base.tensors[embedding]
-    size = max(1, first.nbytes // max(1, first.shape[0]))
-    rows = max(1, (1 << 25) // size)
-    for at in range(0, first.shape[0], rows):
-        count = min(rows, first.shape[0] - at)
-        if embedding in placement.saved:
-            one = adapter.array(first, at, at + count).tobytes()
-        else:
-            one = base.home.view(first.path.name, (first.offset or 0) + at * size, count * size).tobytes()
-        if one != adapter.array(second, at, at + count).tobytes():
+    for one, other in (pair.tensors for pair in placement.undecided):
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
             return False
-    return True
+        size = max(1, one.nbytes // max(1, one.shape[0]))
+        rows = max(1, (1 << 25) // size)
+        for at in range(0, one.shape[0], rows):
+            stop = min(one.shape[0], at + rows)
+            first, second = (_values(info, at, stop, adapter, base) for info in (one, other))
+            if first != second:
+                return False
+    return True if placement.undecided else None
+
+
+def _values(info: TensorInfo, start: int, stop: int, adapter: Adapter, base: Checkpoint) -> bytes:
+    if base.tensors.get(info.name) is not info:
+        return adapter.array(info, start, stop).tobytes()
+    size = info.nbytes // max(1, info.shape[0])
+    view = base.home.view(info.path.name, (info.offset or 0) + start * size, (stop - start) * size)
+    return view.tobytes()
+
+
+def _home(parameter: str, naming: Naming) -> str:
+    return naming.names.whole.get(parameter) or naming.names.spelling(parameter) or parameter
+
+
+def _stored(parameter: str, naming: Naming, base: Checkpoint) -> TensorInfo | None:
+    name = naming.names.whole.get(parameter)
+    return base.tensors[name] if name is not None else None

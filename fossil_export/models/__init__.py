@@ -1,1 +1,52 @@
 """What an architecture is: names in files and in the model, ties, heads; asked of transformers or its table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fossil_export.models import _table
+from fossil_export.models._architecture import Architecture, Operation, Rule, Tie
+from fossil_export.models._inventory import Conversion, Names
+from fossil_export.models._pieces import Pieces, Run, Unknown, pieces_of
+
+
+def architecture(config: Mapping[str, Any], class_name: str, *, exact: bool = False) -> Architecture | None:
+    """The class of transformers of that name, for a model with this config.json; None if it is not known.
+
+    It comes from the table that is shipped; with `exact` from the installed transformers, which takes seconds to import
+    and knows the shapes, or models that are newer than the table.
+    """
+    if exact:
+        from fossil_export.models import _transformers
+
+        return _transformers.read(config, class_name)
+    return _table.read(config, class_name)
+
+
+def classes(config: Mapping[str, Any], *, exact: bool = False) -> Mapping[str, str]:
+    """The classes of the config's model type, by the auto class that makes them (`AutoModelForCausalLM`)."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        return {}
+    if exact:
+        from fossil_export.models import _transformers
+
+        return _transformers.classes(model_type)
+    return _table.classes(model_type)
+
+
+__all__ = [
+    "Architecture",
+    "Conversion",
+    "Names",
+    "Operation",
+    "Pieces",
+    "Rule",
+    "Run",
+    "Tie",
+    "Unknown",
+    "architecture",
+    "classes",
+    "pieces_of",
+]

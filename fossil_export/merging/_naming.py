@@ -1,0 +1,120 @@
+"""Which class of transformers an adapter was trained in, and which parameter each of its tensors is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fossil_export import models
+from fossil_export.adapters import Adapter
+from fossil_export.checkpoints._checkpoint import Checkpoint
+from fossil_export.models import Architecture, Names
+
+_AUTO = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+# What PEFT's task types are trained in.
+
+
+@dataclass(frozen=True)
+class Naming:
+    """The parameters of the class an adapter was trained in, and where the base has them.
+
+    `known` says that transformers has the class; if not, each tensor of the base is a parameter of the same name.
+    With `inner` the adapter was trained in the text model alone, which is the `part` of that name here.
+    """
+
+    names: Names
+    known: bool = True
+    inner: Architecture | None = None
+    part: str = ""
+
+    @property
+    def model(self) -> Architecture:
+        return self.names.model
+
+    def parameter(self, name: str) -> str | None:
+        """The parameter that the adapter calls `name`; None if the class has none."""
+        if self.inner is not None:
+            return self._outer(name, self.inner)
+        return self.names.parameter(name)
+
+    def _outer(self, name: str, inner: Architecture) -> str | None:
+        module, _, last = name.rpartition(".")
+        if inner.head is not None and module == inner.head and self.model.head is not None:
+            found = f"{self.model.head}.{last}"
+        else:
+            root = f"{inner.prefix}."
+            bare = name.removeprefix(root) if inner.prefix and inner.has(name) else name
+            found = f"{self.part}.{bare}"
+        return found if self.model.has(found) else None
+
+
+def naming_of(adapter: Adapter, base: Checkpoint) -> Naming:
+    """The class that has all modules of `adapter`, as well as the base's config and the adapter's tell.
+
+    Of classes that lack some, the one that has most.
+    """
+    config = base.config or {}
+    wanted = [*(f"{module}.weight" for module in adapter.trained), *adapter.saved]
+    best: tuple[int, Naming] | None = None
+    for exact in (False, True):
+        for name in dict.fromkeys(_candidates(adapter, config, exact)):
+            for naming in _namings(name, config, base, exact):
+                missing = sum(naming.parameter(one) is None for one in wanted)
+                if best is None or missing < best[0]:
+                    best = missing, naming
+                if not missing:
+                    return naming
+    return best[1] if best is not None else _unknown(base)
+
+
+def _namings(name: str, config: Mapping[str, Any], base: Checkpoint, exact: bool) -> Iterator[Naming]:
+    """The class `name` of the base's own type, then its text model alone."""
+    found = _names(name, config, base, exact)
+    if found is None:
+        return
+    yield Naming(found)
+    for part, (key, _) in found.model.parts.items():
+        text = config.get(key)
+        if key != "text_config" or not isinstance(text, dict):
+            continue
+        for inner_name in dict.fromkeys(models.classes(text, exact=exact).values()):
+            inner = models.architecture(text, inner_name, exact=exact)
+            if inner is not None:
+                yield Naming(found, inner=inner, part=part)
+
+
+def _names(name: str, config: Mapping[str, Any], base: Checkpoint, exact: bool) -> Names | None:
+    key = f"names {name} {exact}"
+    if key not in base.found:
+        model = models.architecture(config, name, exact=exact)
+        base.found[key] = Names(model, base.tensors) if model is not None else None
+    found: Names | None = base.found[key]
+    return found
+
+
+def _candidates(adapter: Adapter, config: Mapping[str, Any], exact: bool) -> Iterator[str]:
+    """Names of classes, the likeliest first."""
+    trained_in = (adapter.config.get("auto_mapping") or {}).get("base_model_class")
+    if isinstance(trained_in, str):
+        yield trained_in
+    by_auto = models.classes(config, exact=exact)
+    task = _AUTO.get(str(adapter.config.get("task_type")))
+    if task is not None and task in by_auto:
+        yield by_auto[task]
+    yield from (name for name in config.get("architectures") or () if isinstance(name, str))
+    if "AutoModel" in by_auto:
+        yield by_auto["AutoModel"]
+    yield from by_auto.values()
+
+
+def _unknown(base: Checkpoint) -> Naming:
+    model = Architecture("", "", frozenset(), shapes={name: info.shape for name, info in base.tensors.items()})
+    return Naming(Names(model, base.tensors), known=False)

@@ -1,0 +1,121 @@
+"""The names in a checkpoint and the parameters of a class, held side by side."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from fossil_export.models._architecture import Architecture, Operation, Rule
+from fossil_export.models._rules import Rules, natural
+
+
+@dataclass
+class Conversion:
+    """Tensors of a file that become parameters by operations: `stored` are their names by the number of the source
+    pattern, in order; `key` is the name of the first parameter."""
+
+    rule: Rule
+    key: str
+    stored: dict[int, list[str]] = field(default_factory=dict)
+
+    @property
+    def operations(self) -> tuple[Operation, ...]:
+        return self.rule.operations
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """What the operations give, by name: one for each target pattern."""
+        targets = self.rule.targets
+        if any("*" in target for target in targets):
+            return (self.key,)
+        full = self.key.replace("*.", "0.")
+        at = full.find(targets[0])
+        if at < 0:
+            return (self.key,)
+        return tuple(full[:at] + target + full[at + len(targets[0]) :] for target in targets)
+
+
+class Names:
+    """Where each parameter of a class lies in a checkpoint that holds tensors of names `stored`.
+
+    `whole` is the stored name of each parameter that is one tensor, `converted` the conversion of each that is not;
+    `strangers` are stored names that the class does not know.
+    """
+
+    def __init__(self, model: Architecture, stored: Iterable[str]) -> None:
+        self.model = model
+        self.whole: dict[str, str] = {}
+        self.converted: dict[str, Conversion] = {}
+        self.strangers: list[str] = []
+        rules = Rules(model.rules)
+        conversions: dict[str, Conversion] = {}
+        for name in sorted(stored, key=natural) if model.rules else stored:
+            parameter, converter, source = rules.rename(name)
+            parameter = self._rooted(parameter)
+            if not model.has(parameter) and model.has(name):
+                parameter, converter = self._rooted(name), None  # it should not have been renamed
+            if converter is None:
+                if model.has(parameter):
+                    self.whole.setdefault(parameter, name)
+                else:
+                    self.strangers.append(name)
+            else:
+                made = conversions.setdefault(parameter, Conversion(converter.rule, parameter))
+                made.stored.setdefault(source, []).append(name)
+        for made in conversions.values():
+            if not any(model.has(parameter) for parameter in made.parameters):
+                self.strangers += [name for names in made.stored.values() for name in names]
+            for parameter in made.parameters:
+                self.converted[parameter] = made
+        self._used = rules.used
+
+    def __contains__(self, parameter: object) -> bool:
+        return parameter in self.whole or parameter in self.converted
+
+    def parameter(self, name: str) -> str | None:
+        """The parameter that `name` means: in the class itself, or as a file of it would spell it; None if neither."""
+        if self.model.has(name):
+            return name
+        for known in (self._rooted(name), self._rooted(self._renamed(name))):
+            if self.model.has(known):
+                return known
+        return None
+
+    def spelling(self, parameter: str) -> str | None:
+        """The name to store a parameter by that the checkpoint lacks: as transformers would save it there, if the class
+        reads that back; None if it cannot be stored by a name of its own."""
+        saved, converter, _ = Rules(self._used, back=True).rename(parameter)
+        candidates = [saved] if converter is None else []
+        root = f"{self.model.prefix}."
+        if self.model.prefix and not any(name.startswith(root) for name in self.whole.values()):
+            candidates += [name.removeprefix(root) for name in (*candidates, parameter)]
+        for name in (*candidates, parameter):
+            if self._read_as(name) == parameter:
+                return name
+        return None
+
+    def _read_as(self, name: str) -> str | None:
+        rules = Rules(self.model.rules)
+        found, converter, _ = rules.rename(name)
+        found = self._rooted(found)
+        if not self.model.has(found) and self.model.has(name):
+            return self._rooted(name)
+        return found if converter is None else None
+
+    def _renamed(self, name: str) -> str:
+        found, converter, _ = Rules(self.model.rules).rename(name)
+        return found if converter is None else name
+
+    def _rooted(self, name: str) -> str:
+        """With or without the name of the base model, as the class has it."""
+        prefix = self.model.prefix
+        if not prefix:
+            return name
+        if name.startswith(prefix):
+            bare = re.sub(f"^{prefix}.", "", name, count=1)
+            if self.model.has(bare):
+                return bare
+        rooted = f"{prefix}.{name}"
+        return rooted if self.model.has(rooted) else name
+
