@@ -21,19 +21,24 @@ _AUTO = {
 }
 # What PEFT's task types are trained in.
 
+_AROUND = ("model.language_model.", "language_model.model.", "language_model.")
+# What models of several parts call their text model, in transformers of today and before.
+
 
 @dataclass(frozen=True)
 class Naming:
     """The parameters of the class an adapter was trained in, and where the base has them.
 
     `known` says that transformers has the class; if not, each tensor of the base is a parameter of the same name.
-    With `inner` the adapter was trained in the text model alone, which is the `part` of that name here.
+    With `inner` the adapter was trained in the text model alone, which is the `part` of that name here; with `around` in
+    a model that has this one's as a part of that name.
     """
 
     names: Names
     known: bool = True
     inner: Architecture | None = None
     part: str = ""
+    around: str = ""
 
     @property
     def model(self) -> Architecture:
@@ -43,6 +48,8 @@ class Naming:
         """The parameter that the adapter calls `name`; None if the class has none."""
         if self.inner is not None:
             return self._outer(name, self.inner)
+        if self.around:
+            return self.names.parameter(name.removeprefix(self.around))
         return self.names.parameter(name)
 
     def _outer(self, name: str, inner: Architecture) -> str | None:
@@ -81,6 +88,7 @@ def _namings(name: str, config: Mapping[str, Any], base: Checkpoint, exact: bool
     if found is None:
         return
     yield Naming(found)
+    yield from (Naming(found, around=part) for part in _AROUND)
     for part, (key, _) in found.model.parts.items():
         text = config.get(key)
         if key != "text_config" or not isinstance(text, dict):

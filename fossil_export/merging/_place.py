@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fossil_export.adapters import Adapter, Trained
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._dtypes import FLOATS
@@ -37,6 +39,7 @@ def place(adapter: Adapter, base: Checkpoint, tied: bool | None = None, *, into_
     brought = _brought(adapter, base, naming)
     _refuse_untold(adapter, base, naming, brought)
     copied = part(naming, adapter, base, brought, placement)
+    _refuse_missing(adapter, base, naming, brought, copied)
     for parameter, source in copied.items():
         name = _name_for(parameter, naming, base)
         placement.copied[name] = base.tensors[naming.names.whole[source]]
@@ -67,21 +70,40 @@ def _brought(adapter: Adapter, base: Checkpoint, naming: Naming) -> Brought:
         else:
             brought.trained[parameter] = trained
     if missing:
-        raise MergeError(
-            f"{base.location}: has no weights for {listed(missing)}, which adapter {adapter.path} was trained on"
-            f"{_as(naming)}; {_remedy(naming)}"
-        )
+        raise MergeError(_no_weights(missing, adapter, base, naming))
     for name, info in adapter.saved.items():
         parameter = _parameter(name, naming, base)
         if parameter is None:
             raise MergeError(
                 f"{adapter.path}: saved tensor {info.name} has no counterpart in {base.location}{_as(naming)}; "
-                f"{_remedy(naming)}"
+                f"{_remedy(naming, base)}"
             )
         if parameter in brought.saved:
             raise MergeError(f"{adapter.path}: holds {parameter} twice, also as {info.name}; keep one")
         brought.saved[parameter] = info
     return brought
+
+
+def _refuse_missing(
+    adapter: Adapter, base: Checkpoint, naming: Naming, brought: Brought, copied: Mapping[str, str]
+) -> None:
+    """Raise MergeError for shards whose weights the class has and the base lacks."""
+    known = {name.rpartition(".")[0] for name in base.tensors}
+    missing = []
+    for parameter, trained in brought.trained.items():
+        if parameter in naming.names or parameter in copied or parameter in brought.saved:
+            continue
+        if find_matrix(parameter, base.tensors, base.config) is None and parameter.rpartition(".")[0] not in known:
+            missing.append(trained.module)
+    if missing:
+        raise MergeError(_no_weights(missing, adapter, base, naming))
+
+
+def _no_weights(modules: list[str], adapter: Adapter, base: Checkpoint, naming: Naming) -> str:
+    return (
+        f"{base.location}: has no weights for {listed(modules)}, which adapter {adapter.path} was trained on"
+        f"{_as(naming)}; {_remedy(naming, base)}"
+    )
 
 
 def _parameter(name: str, naming: Naming, base: Checkpoint) -> str | None:
@@ -98,9 +120,11 @@ def _as(naming: Naming) -> str:
     return f" (as {naming.model.name}, which transformers makes of it)" if naming.known else ""
 
 
-def _remedy(naming: Naming) -> str:
+def _remedy(naming: Naming, base: Checkpoint) -> str:
     if naming.known:
         return _REMEDY
+    if base.config is None:
+        return f"{_REMEDY} as a folder with its config.json, which tells how its tensors are named"
     return f"{_REMEDY}, or install a transformers that knows this model, if its names differ"
 
 
@@ -109,15 +133,22 @@ def _refuse_untold(adapter: Adapter, base: Checkpoint, naming: Naming, brought: 
     how, its config may leave to its code."""
     if naming.known or declared_tie(base.config) is False:
         return
+    if base.config is None:
+        reason, way = "has no config.json", "name the model's folder, with its config.json, with --base"
+    else:
+        reason = "is a model that transformers does not know"
+        way = (
+            'say it in its config.json ("tie_word_embeddings": false, with both tensors stored), or install a '
+            "transformers that knows the model"
+        )
     vocabulary = {(part or {}).get("vocab_size") for part in (base.config, (base.config or {}).get("text_config"))}
     for name in [*brought.saved, *brought.trained]:
         info = brought.saved.get(name) or base.tensors.get(name)
         rows = info.shape[0] if info is not None and info.shape else None
         if is_head(name.rpartition(".")[0]) or embedding_tensor([name]) or (rows in vocabulary and rows is not None):
             raise MergeError(
-                f"{base.location}: transformers does not know this model, so whether {name}, which came with "
-                f"{adapter.path}, is tied to another tensor is not known; say it in its config.json "
-                '("tie_word_embeddings": false, with both tensors stored), or install a transformers that knows the model'
+                f"{base.location}: {reason}, so whether {name}, which came with {adapter.path}, is tied to another "
+                f"tensor cannot be told; {way}"
             )
 
 
@@ -147,7 +178,7 @@ def _place_saved(
         if not naming.model.has(parameter):
             raise MergeError(
                 f"{adapter.path}: saved tensor {info.name} has no counterpart in {base.location}{_as(naming)}; "
-                f"{_remedy(naming)}"
+                f"{_remedy(naming, base)}"
             )
         target = _name_for(parameter, naming, base)
         placement.added.append(target)
