@@ -17,10 +17,10 @@ class Placement:
     """What one adapter changes, by the name of the tensor in the base; filled step by step while the plan is made.
 
     `saved` replaces a tensor by one of the adapter's (or by a slice of one, see `slice_of`), `pieces` replace parts of
-    a tensor by such, `copied` makes a tensor from another one of the base's, `trained` adds an update to a weight, which
-    lies in a matrix (`into`), `added` names tensors that the base does not have. `labels` is the number of outputs of a
-    classifier that came with the adapter. `undecided` names an embedding and the head saved beside it, of which only
-    their values tell whether training parted them.
+    a tensor by such, `copied` makes a tensor from another one of the base's, `trained` adds an update to a weight,
+    which lies in a matrix (`into`), `added` names tensors that the base does not have. `labels` is the number of
+    outputs of a classifier that came with the adapter. `undecided` names an embedding and the head saved beside it, of
+    which only their values tell whether training parted them.
     """
 
     saved: dict[str, TensorInfo] = field(default_factory=dict)

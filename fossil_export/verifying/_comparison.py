@@ -239,10 +239,9 @@ def _first(job: Job, start: int, marks: Array) -> int:
     """The first marked element of rows that begin at row `start` of a part: of the matrix, where that is the whole
     tensor, else of the tensor."""
     if job.change is None or job.part.last - job.part.first == element_count(job.found.shape):
-        return job.part.first + start * marks.shape[1] + int(marks.argmax())
+        return job.part.first + start * job.part.width + int(marks.argmax())
     stored = job.change.into.write(marks, start)
-    first: int = min(one.offset + int(one.values.argmax()) for one in stored if one.values.any())
-    return first
+    return min(one.offset + int(one.values.argmax()) for one in stored if one.values.any())
 
 
 def _trained(job: Job, start: int, stop: int, adapter: Adapter, files: Files) -> dict[str, Array]:
