@@ -109,7 +109,11 @@ class Adapter:
         any more, or the adapter is another one by now.
         """
         if tensor.offset is None:
-            return self.pickled[tensor.name][start:stop] if tensor.shape else self.pickled[tensor.name]
+            found = self.pickled[tensor.name]
+            if found.shape != tensor.shape:  # a part of it
+                last = tensor.first + element_count(tensor.shape)
+                found = found.reshape(-1)[tensor.first : last].reshape(tensor.shape)
+            return found[start:stop] if tensor.shape else found
         shape, offset, nbytes = tensor.shape, tensor.offset, tensor.nbytes
         if (start, stop) != (0, None):
             first, last, _ = slice(start, stop).indices(shape[0])

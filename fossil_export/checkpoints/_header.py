@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fossil_export.checkpoints._dtypes import BITS, byte_count
+from fossil_export.checkpoints._dtypes import BITS, byte_count, element_count
 from fossil_export.checkpoints._stamp import Stamp
 from fossil_export.errors import CheckpointError, FossilExportError
 
@@ -26,7 +26,7 @@ class TensorInfo:
     """Where one tensor lies.
 
     `offset` is absolute in `path`, in bytes; None when the tensor is not a byte range of a file (pickled
-    adapters), in which case the owner keeps the array.
+    adapters), in which case the owner keeps the array, and `first` is the element of it with which this begins.
     """
 
     name: str
@@ -34,10 +34,27 @@ class TensorInfo:
     shape: tuple[int, ...]
     path: Path
     offset: int | None
+    first: int = 0
 
     @property
     def nbytes(self) -> int:
         return byte_count(self.dtype, self.shape)
+
+
+def slice_of(info: TensorInfo, first: int, count: int, shape: tuple[int, ...]) -> TensorInfo:
+    """Elements [first, first + count) of a tensor, in its own order, as one of this `shape`.
+
+    It keeps the name. The dtype must be one whose elements are whole bytes. Raises CheckpointError if there are no such
+    elements, or others than `shape` wants.
+    """
+    if not 0 <= first <= first + count <= element_count(info.shape) or element_count(shape) != count:
+        raise CheckpointError(
+            f"{info.path}: {info.name} {list(info.shape)} has no part {list(shape)} at element {first}; its "
+            "config.json describes another"
+        )
+    if info.offset is None:
+        return replace(info, shape=shape, first=info.first + first)
+    return replace(info, shape=shape, offset=info.offset + first * (BITS[info.dtype] // 8))
 
 
 @dataclass(frozen=True, slots=True)

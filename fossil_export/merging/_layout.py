@@ -14,12 +14,13 @@ from fossil_export.checkpoints._dtypes import BITS, TORCH_NAME, byte_count, elem
 from fossil_export.checkpoints._header import Header, TensorInfo, encode_header
 from fossil_export.checkpoints._jsonfile import write_json
 from fossil_export.errors import MergeError
-from fossil_export.merging._change import Change, Part, parts_of
+from fossil_export.merging._change import Change, Part, Piece, parts_of
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One tensor of the merged model: `source`'s values, with `changes` to the matrices in it, as `dtype`.
+    """One tensor of the merged model: `source`'s values and those of `pieces`, with `changes` to the matrices in it, as
+    `dtype`.
 
     `owner` is the number of the adapter that `source` comes with, None for the base's; `added` says that the base has
     no tensor of that name.
@@ -31,12 +32,22 @@ class TensorPlan:
     source: TensorInfo
     owner: int | None = None
     changes: tuple[Change, ...] = ()
+    pieces: tuple[Piece, ...] = ()
     added: bool = False
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Its matrices that change, and what lies between them."""
-        return tuple(parts_of(self.shape, self.changes))
+        """Its matrices that change, its pieces, and what lies between them."""
+        return tuple(parts_of(self.shape, self.changes, self.pieces))
+
+    def origin(self, part: Part) -> tuple[TensorInfo, int | None]:
+        """The tensor that a part has its values from, and the number of the adapter that it comes with."""
+        return (self.source, self.owner) if part.piece is None else (part.piece.source, part.piece.adapter)
+
+    @property
+    def brought(self) -> tuple[TensorInfo, ...]:
+        """What adapters brought of it, whole tensors or slices of them."""
+        return ((self.source,) if self.owner is not None else ()) + tuple(piece.source for piece in self.pieces)
 
     @property
     def action(self) -> str:
@@ -45,7 +56,7 @@ class TensorPlan:
             return "merge"
         if self.added:
             return "add"
-        if self.owner is not None:
+        if self.brought:
             return "replace"
         return "copy" if self.dtype == self.source.dtype else "cast"
 
@@ -64,8 +75,15 @@ def tensor_record(tensor: TensorPlan) -> dict[str, Any]:
     }
     if tensor.source.name != tensor.name or tensor.owner is not None:
         record["source"] = {"of": "base" if tensor.owner is None else "adapter", "tensor": tensor.source.name}
+    if tensor.pieces:
+        record["pieces"] = [_piece_record(piece) for piece in tensor.pieces]
     found = [_change_record(change) for change in tensor.changes]
     return record | found[0] if len(found) == 1 else record | ({"changes": found} if found else {})
+
+
+def _piece_record(piece: Piece) -> dict[str, Any]:
+    record: dict[str, Any] = {"elements": [piece.first, piece.last], "tensor": piece.source.name}
+    return record | ({"adapter": piece.adapter} if piece.adapter else {})
 
 
 def _change_record(change: Change) -> dict[str, Any]:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 from fossil_export.adapters import Adapter, Trained
 from fossil_export.checkpoints._checkpoint import Checkpoint
-from fossil_export.checkpoints._dtypes import FLOATS
-from fossil_export.checkpoints._header import TensorInfo
-from fossil_export.checkpoints.layouts import Matrix, find_matrix
+from fossil_export.checkpoints._dtypes import FLOATS, element_count
+from fossil_export.checkpoints._header import TensorInfo, slice_of
+from fossil_export.checkpoints.layouts import Matrix, Order, find_matrix, fused_rows
 from fossil_export.errors import MergeError, listed
+from fossil_export.merging._change import Piece
 from fossil_export.merging._config import CLASSIFIERS
 from fossil_export.merging._naming import Naming, naming_of
 from fossil_export.merging._placement import Placement
@@ -202,11 +203,21 @@ def _place_pieces(
     parameter: str, info: TensorInfo, adapter: Adapter, base: Checkpoint, naming: Naming, placement: Placement
 ) -> None:
     """Put a whole trained tensor where the base has its rows: in a part of a tensor, or in several."""
-    pieces = _pieces(parameter, base, naming)
+    found = _pieces(parameter, base, naming)
     where = f"{adapter.path}: saved tensor {info.name} {list(info.shape)}"
-    if pieces.shape != info.shape:
-        raise MergeError(f"{where} does not fit {parameter} {list(pieces.shape)} of {base.location}; {_REMEDY}")
-    raise MergeError(f"{where} lies in other rows of {base.location}; not yet")
+    if found.shape != info.shape:
+        raise MergeError(f"{where} does not fit {parameter} {list(found.shape)} of {base.location}; {_REMEDY}")
+    order = Order(*found.order) if found.order is not None else None
+    width = info.shape[-1] if len(info.shape) > 1 else 1
+    at = 0
+    for run in found.runs:
+        stored, size = base.tensors[run.name], run.count * width
+        if size == element_count(stored.shape) and order is None:
+            placement.saved[run.name] = slice_of(info, at, size, stored.shape)
+        else:
+            piece = Piece(run.first * width, slice_of(info, at, size, (size,)), order)
+            placement.pieces[run.name] = (*placement.pieces.get(run.name, ()), piece)
+        at += size
 
 
 def _place_trained(
@@ -272,8 +283,15 @@ def _homeless(name: str, trained: Trained, adapter: Adapter, base: Checkpoint) -
 
 def _rows(parameter: str, trained: Trained, adapter: Adapter, base: Checkpoint, naming: Naming) -> Matrix:
     """The rows of a stored tensor that are the weight of a trained module."""
-    _pieces(parameter, base, naming)
-    raise MergeError(f"{base.location}: {parameter} lies in other rows; not yet")
+    found = _pieces(parameter, base, naming)
+    if len(found.runs) > 1 or len(found.shape) != 2:
+        names = listed(list(dict.fromkeys(run.name for run in found.runs)))
+        raise MergeError(
+            f"{base.location}: {parameter} is made of {names}, and shard {trained.label} of {adapter.path} would have to "
+            "be taken apart; save the base in the form of its class, and merge into that"
+        )
+    run = found.runs[0]
+    return fused_rows(base.tensors[run.name], run.first, run.count, Order(*found.order) if found.order else None)
 
 
 def _pieces(parameter: str, base: Checkpoint, naming: Naming) -> Pieces:

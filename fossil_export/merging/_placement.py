@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fossil_export.adapters import Adapter, Trained
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints.layouts import Matrix
 from fossil_export.errors import MergeError, listed
-from fossil_export.merging._change import Change
+from fossil_export.merging._change import Change, Piece
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,17 @@ class Pair:
 class Placement:
     """What one adapter changes, by the name of the tensor in the base; filled step by step while the plan is made.
 
-    `saved` replaces a tensor by one of the adapter's, `copied` makes a tensor from another one of the base's,
-    `trained` adds an update to a weight, which lies in a matrix (`into`), `added` names tensors that the base does not
-    have. `labels` is the number of outputs of a classifier that came with the adapter. `undecided` are pairs of tensors
-    that the base ties, of which only their values tell whether training parted them; `tied` says so once it is known.
-    `untie` are the config's fields that must be false, by their keys, and `architecture` is the class that has what was
-    added, if the base's has not.
+    `saved` replaces a tensor by one of the adapter's (or by a slice of one, see `slice_of`), `pieces` replace parts of
+    a tensor by such, `copied` makes a tensor from another one of the base's, `trained` adds an update to a weight,
+    which lies in a matrix (`into`), `added` names tensors that the base does not have. `labels` is the number of
+    outputs of a classifier that came with the adapter. `undecided` are pairs of tensors that the base ties, of which
+    only their values tell whether training parted them; `tied` says so once it is known. `untie` are the config's
+    fields that must be false, by their keys, and `architecture` is the class that has what was added, if the base's has
+    not.
     """
 
     saved: dict[str, TensorInfo] = field(default_factory=dict)
+    pieces: dict[str, tuple[Piece, ...]] = field(default_factory=dict)
     copied: dict[str, TensorInfo] = field(default_factory=dict)
     trained: dict[str, Trained] = field(default_factory=dict)
     into: dict[str, Matrix] = field(default_factory=dict)
@@ -57,12 +59,13 @@ class Places:
     """What all adapters of a plan change, by the name of the tensor in the base.
 
     `sources` are the tensors that take the place of the base's, with the number of the adapter they come with (None for
-    another one of the base's). `task_type` is that of the adapter whose classifier has `labels` outputs; `undecided` is
-    by adapter (see `Placement`).
+    another one of the base's); `pieces` take that of parts. `task_type` is that of the adapter whose classifier has
+    `labels` outputs; `undecided` is by adapter (see `Placement`).
     """
 
     changes: Mapping[str, tuple[Change, ...]]
     sources: Mapping[str, tuple[TensorInfo, int | None]]
+    pieces: Mapping[str, tuple[Piece, ...]]
     added: tuple[str, ...]
     untie: tuple[tuple[str, ...], ...]
     vocab_size: int | None
@@ -81,25 +84,33 @@ def together(adapters: Sequence[Adapter], placements: Sequence[Placement], weigh
     sources: dict[str, tuple[TensorInfo, int | None]] = {
         name: (info, None) for placement in placements for name, info in placement.copied.items()
     }
+    pieces: dict[str, tuple[Piece, ...]] = {}
     for number, (adapter, placement, weight) in enumerate(zip(adapters, placements, weights, strict=True)):
-        if placement.saved and weight != 1.0:
+        if (placement.saved or placement.pieces) and weight != 1.0:
+            whole = [*sorted(placement.saved), *(one.source.name for own in placement.pieces.values() for one in own)]
             raise MergeError(
-                f"{adapter.path}: holds whole trained tensors ({listed(sorted(placement.saved))}), which replace the "
+                f"{adapter.path}: holds whole trained tensors ({listed(whole)}), which replace the "
                 f"base's and cannot be taken {weight:g} times; leave its weight at 1"
             )
         for name, info in placement.saved.items():
             sources[name] = (info, number)
+        for name, own in placement.pieces.items():
+            pieces[name] = (*pieces.get(name, ()), *(replace(piece, adapter=number) for piece in own))
         for name, trained in placement.trained.items():
             change = Change(number, trained, placement.into[name], weight)
             tensor = name if name in placement.saved or name in placement.copied else change.into.stored[0].name
             changes[tensor] = (*changes.get(tensor, ()), change)
     _refuse_conflicts(adapters, placements)
+    for name in [*pieces, *(name for name, found in changes.items() if len(found) > 1 and name not in pieces)]:
+        owner = sources.get(name, (None, None))[1]
+        _refuse_overlaps(name, changes.get(name, ()), pieces.get(name, ()), owner, adapters)
     sizes = {placement.vocab_size for placement in placements} - {None}
     heads = [(placement.labels, one) for one, placement in zip(adapters, placements, strict=True) if placement.labels]
     labels, classifier = heads[0] if heads else (None, None)
     return Places(
         changes=changes,
         sources=sources,
+        pieces=pieces,
         added=tuple(dict.fromkeys(name for placement in placements for name in placement.added)),
         untie=tuple(dict.fromkeys(one for placement in placements for one in placement.untie)),
         vocab_size=next(iter(sizes), None),
@@ -127,3 +138,41 @@ def _refuse_conflicts(adapters: Sequence[Adapter], placements: Sequence[Placemen
                     f"{adapters[number].path}: holds {listed(both)} as a whole, which {adapters[other].path} trained "
                     "too; such adapters cannot be added up, merge one of them"
                 )
+
+
+def _refuse_overlaps(
+    name: str, changes: Sequence[Change], pieces: Sequence[Piece], owner: int | None, adapters: Sequence[Adapter]
+) -> None:
+    """Raise MergeError for parts of a tensor that meet, or that come twice.
+
+    `owner` is the adapter that brings the tensor as a whole, if one does. What is added to a piece must be of the same
+    adapter and go into all of it.
+    """
+    if owner is not None and pieces:
+        raise MergeError(_conflict(name, adapters[owner], adapters[pieces[0].adapter]))
+    spans: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
+    for piece in pieces:
+        spans.setdefault(piece.span, ([], []))[0].append(piece.adapter)
+    for change in changes:
+        spans.setdefault(change.into.span, ([], []))[1].append(change.adapter)
+    end = before = 0
+    for (first, last), (brought, added) in sorted(spans.items()):
+        own = [*brought, *added]
+        if first < end:
+            raise MergeError(_conflict(name, adapters[before], adapters[own[0]]))
+        other = next((one for one in added if one != brought[0]), None) if brought else None
+        if len(brought) > 1 or other is not None:
+            raise MergeError(_conflict(name, adapters[own[0]], adapters[own[1] if other is None else other]))
+        end, before = last, own[0]
+
+
+def _conflict(name: str, first: Adapter, second: Adapter) -> str:
+    if first is second:
+        return (
+            f"{first.path}: changes one part of {name} in two ways of which one replaces it; such an adapter cannot be "
+            "merged, train it with one of the two"
+        )
+    return (
+        f"{first.path}: changes a part of {name}, which {second.path} changes in another way; such adapters cannot be "
+        "added up, merge one of them"
+    )

@@ -199,6 +199,9 @@ def _tensor_plan(name: str, info: TensorInfo | None, places: Places, dtype: str)
     """The plan of one tensor; `info` is the base's tensor of that name, if it has one."""
     source, owner = places.sources.get(name, (info, None))
     assert source is not None, name
+    pieces = places.pieces.get(name, ())
+    for piece in pieces:
+        piece.check(source)
     own = info.dtype if info is not None else source.dtype
     target = BY_TORCH_NAME[dtype] if dtype != "auto" and own in FLOATS else own
     return TensorPlan(
@@ -208,6 +211,7 @@ def _tensor_plan(name: str, info: TensorInfo | None, places: Places, dtype: str)
         source=source,
         owner=owner,
         changes=places.changes.get(name, ()),
+        pieces=pieces,
         added=info is None,
     )
 

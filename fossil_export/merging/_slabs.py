@@ -73,11 +73,11 @@ def slabs(file: FilePlan) -> Iterator[CopySlab | RowsSlab]:
 def _copied(tensor: TensorPlan, part: Part, offset: int) -> CopySlab | None:
     """The range of a part that is taken as it is; None for one that is computed, or looked at."""
     start = tensor.source.offset
-    # A whole tensor of the adapter's is looked at too: it must be finite.
-    looked_at = tensor.owner is not None and tensor.dtype in FLOATS
+    # What the adapter brought is looked at too: it must be finite.
+    looked_at = (tensor.owner is not None and tensor.dtype in FLOATS) or part.piece is not None
     if part.changes or tensor.dtype != tensor.source.dtype or start is None or looked_at:
         return None
-    if not tensor.changes:
+    if not tensor.changes and not tensor.pieces:
         return CopySlab(tensor.source.path, start, offset, tensor.nbytes)
     before, size = part.first * itemsize(tensor.dtype), (part.last - part.first) * itemsize(tensor.dtype)
     return CopySlab(tensor.source.path, start + before, offset + before, size)

@@ -17,6 +17,7 @@ from fossil_export.checkpoints._output import ALIGNMENT, OutputFile
 from fossil_export.checkpoints._stamp import changed
 from fossil_export.checkpoints.layouts import Rows
 from fossil_export.errors import MergeError
+from fossil_export.merging._change import Part
 from fossil_export.merging._engine import Engine, Update, compute_dtype, is_finite, merge_slab
 from fossil_export.merging._layout import TensorPlan
 from fossil_export.merging._plan import MergePlan
@@ -97,31 +98,21 @@ class Worker:
         import numpy as np
 
         tensor, part = slab.tensor, slab.part
+        source, owner = tensor.origin(part)
+        rows_of = partial(self._read, owner=owner)
         written = self._buffer("written", slab.nbytes, slab.write_at)
         out = written.view(numpy_dtype(tensor.dtype)).reshape(slab.count, -1)
         if not part.changes:
-            self._cast(tensor, self._unchanged(slab), out)
+            self._cast(tensor, part, part.unchanged_rows(source, rows_of, slab.start, slab.stop), out)
             output.write(slab.write_at, written)
             return
-        self._merge(slab, part.matrix.read(partial(self._read, owner=tensor.owner), slab.start, slab.stop), out)
+        self._merge(slab, part.matrix_rows(rows_of, slab.start, slab.stop), out)
         for stored in part.matrix.write(out, slab.start):
             target = slab.offset + stored.offset * out.dtype.itemsize
             if stored.values is not out:  # what was read is not needed any more
                 written = self._buffer("read", stored.values.nbytes, target)
                 np.copyto(written.view(out.dtype).reshape(stored.values.shape), stored.values)
             output.write(target, written)
-
-    def _unchanged(self, slab: RowsSlab) -> Array | StoredArray:
-        """The rows of a part that no adapter changes, of the base or of an adapter that brought the whole tensor."""
-        info, part = slab.tensor.source, slab.part
-        first = part.first + slab.start * part.width
-        if info.offset is None:
-            assert slab.tensor.owner is not None
-            whole = self._adapters[slab.tensor.owner].array(info).reshape(-1)
-            return whole[first : first + slab.count * part.width].reshape(slab.count, -1)
-        dtype = numpy_dtype(info.dtype)
-        offset, shape = info.offset + first * dtype.itemsize, (slab.count, part.width)
-        return StoredArray(self._source(info.path), offset, shape, dtype, partial(self._buffer, "read"))
 
     def _read(self, info: TensorInfo, start: int, stop: int, *, owner: int | None) -> Array | StoredArray:
         """Rows [start, stop) of the first axis of a tensor that the base or an adapter stores."""
@@ -132,7 +123,7 @@ class Worker:
         offset = info.offset + start * (info.nbytes // max(1, info.shape[0]))
         return StoredArray(self._source(info.path), offset, shape, dtype, partial(self._buffer, "read"))
 
-    def _cast(self, tensor: TensorPlan, stored: Array | StoredArray, out: Array) -> None:
+    def _cast(self, tensor: TensorPlan, part: Part, stored: Rows, out: Array) -> None:
         """Rows as they are, in the dtype of `out`."""
         import numpy as np
 
@@ -140,8 +131,9 @@ class Worker:
         with np.errstate(over="ignore", invalid="ignore"):
             np.copyto(out, data, casting="unsafe")
         if not is_finite(out):
-            if tensor.owner is not None and not is_finite(data):
-                raise MergeError(_diverged(tensor.source))
+            source, owner = tensor.origin(part)
+            if owner is not None and not is_finite(data):
+                raise MergeError(_diverged(source))
             # A base may hold infinities of its own (masks); finite values must stay finite.
             if np.isfinite(data[~np.isfinite(out.astype(np.float64))].astype(np.float64)).any():
                 raise MergeError(_overflow(tensor))
@@ -151,7 +143,7 @@ class Worker:
         import numpy as np
 
         tensor = slab.tensor
-        dtype = compute_dtype(slab.part.matrix.dtype)
+        dtype = compute_dtype(slab.part.dtype)
         updates = []
         for change in slab.part.changes:
             trained = {role: self._trained(info, change.adapter) for role, info in change.trained.tensors.items()}
@@ -162,13 +154,15 @@ class Worker:
         with np.errstate(over="ignore", invalid="ignore"):
             sums = merge_slab(self._engine, stored, out, updates, slab.start, slab.part.rows)
         if not is_finite(out):
-            raise MergeError(self._why_not_finite(tensor, stored[:]))
+            raise MergeError(self._why_not_finite(tensor, slab.part, stored[:]))
         with self._lock:
             self._sums.setdefault(tensor.name, {}).setdefault(slab.part.first, {})[slab.start] = sums
 
-    def _why_not_finite(self, tensor: TensorPlan, data: Array) -> str:
-        source = tensor.source
+    def _why_not_finite(self, tensor: TensorPlan, part: Part, data: Array) -> str:
+        source, owner = tensor.origin(part)
         if not is_finite(data):
+            if owner is not None:
+                return _diverged(source)
             return f"{source.path}: {source.name} holds infinite or NaN values; the base is damaged, fetch it again"
         for change in tensor.changes:
             for info in change.trained.tensors.values():

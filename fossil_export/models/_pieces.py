@@ -7,7 +7,7 @@ transformers/core_model_loading.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +31,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Pieces:
-    """A parameter of `shape` whose rows lie in stored tensors: `runs`, in the order of its rows, or, if the rows of one
-    run are in another order, also `order`: row i of the parameter is row `order[i]` of that run."""
+    """A parameter of `shape` whose rows lie in stored tensors: `runs`, in the order of its rows.
+
+    With an `order` (groups, outer, inner) the rows of the only run are, as torch has it, its
+    view(groups, outer, inner, …).transpose(1, 2).
+    """
 
     shape: tuple[int, ...]
     runs: tuple[Run, ...]
-    order: tuple[int, ...] | None = None
+    order: tuple[int, int, int] | None = None
 
 
 class Unknown(Exception):
@@ -211,32 +214,37 @@ def _pieces(rows: Array, starts: Mapping[str, int], width: tuple[int, ...]) -> P
     flat = rows.reshape(-1)
     shape = (*rows.shape, *width)
     names, begins = list(starts), np.array(list(starts.values()))
-    breaks = np.flatnonzero(np.diff(flat) != 1) + 1
-    edges = [0, *breaks.tolist(), len(flat)]
+    if len(flat) == 0:
+        raise Unknown("tensors without rows")
+    order = None
+    if len(names) == 1 and (np.diff(flat) < 0).any():
+        order, flat = _order(flat), np.sort(flat)
     runs: list[Run] = []
-    if len(edges) <= 4096:
-        for start, stop in zip(edges, edges[1:], strict=False):
-            at = start
-            while at < stop:  # a run of numbers may go on into the next tensor
-                number = int(np.searchsorted(begins, flat[at], side="right")) - 1
-                end = starts[names[number + 1]] if number + 1 < len(names) else None
-                count = stop - at if end is None else min(stop - at, end - int(flat[at]))
-                runs.append(Run(names[number], int(flat[at]) - int(begins[number]), count))
-                at += count
-        if len(runs) == 1 or not _moved(flat):
-            return Pieces(shape, tuple(runs))
-    if len(names) > 1:
-        if len(edges) <= 4096:
-            return Pieces(shape, tuple(runs))
-        raise Unknown("rows in another order over several tensors")
-    first, count = int(flat.min()), len(flat)
-    if int(flat.max()) - first + 1 != count:
-        raise Unknown("rows between those of others")
-    return Pieces(shape, (Run(names[0], first - int(begins[0]), count),), tuple((flat - first).tolist()))
+    edges = [0, *(np.flatnonzero(np.diff(flat) != 1) + 1).tolist(), len(flat)]
+    for start, stop in zip(edges, edges[1:], strict=False):
+        at = start
+        while at < stop:  # a run of numbers may go on into the next tensor
+            number = int(np.searchsorted(begins, flat[at], side="right")) - 1
+            end = starts[names[number + 1]] if number + 1 < len(names) else None
+            count = stop - at if end is None else min(stop - at, end - int(flat[at]))
+            runs.append(Run(names[number], int(flat[at]) - int(begins[number]), count))
+            at += count
+    if order is not None and len(runs) > 1:
+        raise Unknown("rows in another order, between those of others")
+    return Pieces(shape, tuple(runs), order)
 
 
-def _moved(flat: Sequence[int] | Array) -> bool:
-    """Whether the rows are not in the order they are stored in."""
+def _order(rows: Array) -> tuple[int, int, int]:
+    """How rows that lie one after another are ordered. Raises Unknown."""
     import numpy as np
 
-    return bool((np.diff(flat) < 0).any())
+    numbers = rows - rows.min()
+    inner = int(numbers[1]) - int(numbers[0]) if len(numbers) > 1 else 1
+    drops = np.flatnonzero(np.diff(numbers) < 0)
+    outer = int(drops[0]) + 1 if len(drops) else len(numbers)
+    if inner > 0 and len(numbers) % (inner * outer) == 0:
+        groups = len(numbers) // (inner * outer)
+        wanted = np.arange(len(numbers)).reshape(groups, outer, inner).swapaxes(1, 2).reshape(-1)
+        if (numbers == wanted).all():
+            return groups, outer, inner
+    raise Unknown("rows in an order of their own")

@@ -173,7 +173,7 @@ def _size_with(graph: Path, adapter: Adapter, shared: bool) -> int:
 
 
 def _whole(merge: MergePlan) -> list[str]:
-    return [tensor.name for tensor in merge.tensors if tensor.owner is not None]
+    return [tensor.name for tensor in merge.tensors if tensor.brought]
 
 
 def _warnings(merge: MergePlan, mode: Mode) -> Iterator[str]:

@@ -145,11 +145,13 @@ def fingerprint(weights: Iterable[Any]) -> str:
 
 def saved_digests(plan: MergePlan) -> dict[str, str]:
     """SHA-256 of each whole tensor that comes with the adapter and stands in the graph."""
-    return {
+    whole = {
         tensor.name: _digest(plan.adapter, tensor.source)
         for tensor in plan.tensors
         if tensor.owner is not None and tensor.action != "merge"
     }
+    pieces = [(f"{tensor.name}[{one.first}]", one.source) for tensor in plan.tensors for one in tensor.pieces]
+    return whole | {name: _digest(plan.adapter, info) for name, info in pieces}
 
 
 def _digest(adapter: Adapter, info: Any) -> str:

@@ -24,7 +24,9 @@ def print_plan(plan: MergePlan, every: bool = False) -> None:
             tensor.name,
             tensor.dtype,
             "x".join(map(str, tensor.shape)),
-            " + ".join(change.trained.label for change in tensor.changes) or tensor.source.name,
+            " + ".join(change.trained.label for change in tensor.changes)
+            or " + ".join(info.name for info in tensor.brought)
+            or tensor.source.name,
         )
         for tensor in plan.tensors
         if tensor.action in ("merge", "replace", "add")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ class Sums:
 
 @dataclass(frozen=True)
 class Job:
-    """A part of a tensor to compare."""
+    """A part of a tensor to compare; `source` has the values of all parts that are no pieces."""
 
     name: str
     found: TensorInfo
@@ -61,7 +61,8 @@ class Job:
     @property
     def as_bytes(self) -> bool:
         """Whether equal bytes are asked for, of whatever dtype."""
-        return self.change is None and self.source.dtype == self.found.dtype and self.source.offset is not None
+        same = self.source.dtype == self.found.dtype and self.source.offset is not None
+        return self.change is None and self.part.piece is None and same
 
     @property
     def span(self) -> tuple[int, int]:
@@ -84,7 +85,7 @@ class Job:
         """Row ranges; what is merged together stays together."""
         if not self.found.nbytes:
             return
-        unit = self.unit if self.change is None else self.change.into.unit(self.unit)
+        unit = self.part.whole_rows(self.unit)
         width = 1 if self.as_bytes else self.part.width * (BITS[self.source.dtype] // 8)
         count = max(1, SLAB // (max(1, width) * unit)) * unit
         for start in range(0, self.rows, count):
@@ -148,25 +149,17 @@ def compare(job: Job, start: int, stop: int, adapter: Adapter, files: Files, pro
         part = _bytes(job, first + start, wanted, got)
     elif job.change is not None:
         size, matrix, rows_of = job.part.width * (BITS[job.found.dtype] // 8), job.change.into, files.rows(adapter)
-        stored = _whole(matrix.read(rows_of, start, stop))
+        stored = _whole(job.part.matrix_rows(rows_of, start, stop))
         found = _whole(matrix.moved(job.found).read(rows_of, start, stop))
         part = _values(job, start, stored, found, _trained(job, start, stop, adapter, files))
     else:
         size = job.part.width * (BITS[job.found.dtype] // 8)
-        stored, found = (_unchanged(info, job.part, start, stop, adapter, files) for info in (job.source, job.found))
+        rows_of = files.rows(adapter)
+        stored = _whole(job.part.unchanged_rows(job.source, rows_of, start, stop))
+        found = _whole(replace(job.part, piece=None).unchanged_rows(job.found, rows_of, start, stop))
         part = _values(job, start, stored, found, None)
     progress((stop - start) * size)
     return part
-
-
-def _unchanged(info: TensorInfo, part: Part, start: int, stop: int, adapter: Adapter, files: Files) -> Array:
-    """Rows of a part that no adapter changes."""
-    first, last = part.first + start * part.width, part.first + stop * part.width
-    if info.offset is None:
-        return adapter.array(info).reshape(-1)[first:last].reshape(stop - start, -1)
-    dtype = numpy_dtype(info.dtype)
-    raw = files.read(info, first * dtype.itemsize, (last - first) * dtype.itemsize)
-    return raw.view(dtype).reshape(stop - start, -1)
 
 
 def _bytes(job: Job, start: int, want: Array, found: Array) -> Sums:
@@ -202,7 +195,8 @@ def _values(job: Job, start: int, stored: Array, found: Array, trained: Mapping[
     rows = max(1, BLOCK // (found.shape[1] * job.unit)) * job.unit
     # Four arrays used over and over: allocating them for every block would cost more than the arithmetic.
     space = np.empty((4, min(rows, len(stored)), found.shape[1]))
-    worst, off, kept, update, first = 0.0, 0, 0.0, 0.0, -1
+    worst, off, kept, update = 0.0, 0, 0.0, 0.0
+    marks: Array | None = None
     for at in range(0, len(stored), rows):
         weight, got, exact, steps = space[:, : min(rows, len(stored) - at)]
         np.copyto(weight, stored[at : at + rows])
@@ -235,10 +229,19 @@ def _values(job: Job, start: int, stored: Array, found: Array, trained: Mapping[
         if furthest <= 0.5 + TOLERANCE:
             continue
         wrong = ~(error <= 0.5 + TOLERANCE)
-        if (count := int(np.count_nonzero(wrong))) and first < 0:
-            first = job.part.first + (start + at) * found.shape[1] + int(wrong.reshape(-1).argmax())
-        off += count
-    return Sums(worst, off, kept, update, first)
+        marks = np.zeros(found.shape, bool) if marks is None else marks
+        marks[at : at + len(wrong)] = wrong
+        off += int(np.count_nonzero(wrong))
+    return Sums(worst, off, kept, update, _first(job, start, marks) if marks is not None and off else -1)
+
+
+def _first(job: Job, start: int, marks: Array) -> int:
+    """The first marked element of rows that begin at row `start` of a part: of the matrix, where that is the whole
+    tensor, else of the tensor."""
+    if job.change is None or job.part.last - job.part.first == element_count(job.found.shape):
+        return job.part.first + start * job.part.width + int(marks.argmax())
+    stored = job.change.into.write(marks, start)
+    return min(one.offset + int(one.values.argmax()) for one in stored if one.values.any())
 
 
 def _trained(job: Job, start: int, stop: int, adapter: Adapter, files: Files) -> dict[str, Array]:
@@ -251,6 +254,6 @@ def _trained(job: Job, start: int, stop: int, adapter: Adapter, files: Files) ->
     arrays = {role: files.array(info, adapter) for role, info in trained.tensors.items()}
     part = EXACT[trained.method].part(arrays, start, stop)
     return {
-        role: (array if job.change.into.dtype == "F64" else array.astype(np.float32)).astype(np.float64)
+        role: (array if job.part.dtype == "F64" else array.astype(np.float32)).astype(np.float64)
         for role, array in part.items()
     }

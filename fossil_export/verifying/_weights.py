@@ -99,8 +99,8 @@ def _expected(
     own = base.tensors.get(name)
     source, owner = places.sources.get(name, (own, None))
     assert source is not None, name
-    changes = places.changes.get(name, ())
-    action = "merge" if changes else "replace" if owner is not None else "copy"
+    changes, pieces = places.changes.get(name, ()), places.pieces.get(name, ())
+    action = "merge" if changes else "replace" if owner is not None or pieces else "copy"
     found = artifact.tensors.get(name)
 
     def failed(problem: str) -> TensorCheck:
@@ -114,7 +114,9 @@ def _expected(
         return failed(f"is stored as {found.dtype}, should be {wanted}")
     if found.shape != source.shape:
         return failed(f"has shape {list(found.shape)}, should have {list(source.shape)}")
-    return tuple(Job(name, found, source, part, action) for part in parts_of(found.shape, changes))
+    for piece in pieces:
+        piece.check(source)
+    return tuple(Job(name, found, source, part, action) for part in parts_of(found.shape, changes, pieces))
 
 
 def _module(changes: Sequence[Change]) -> str | None:

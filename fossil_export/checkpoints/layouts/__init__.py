@@ -8,10 +8,12 @@ from typing import Any
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints.layouts._matrix import InOneTensor, Layout, Matrix, ReadRows, Rows, Stored
 from fossil_export.checkpoints.layouts._plain import plain
-from fossil_export.checkpoints.layouts._transposed import transposed
+from fossil_export.checkpoints.layouts._rows import Order, fused_rows
+from fossil_export.checkpoints.layouts._transposed import transposed, transposed_slice
 
 LAYOUTS: dict[str, Layout] = {"transposed": transposed, "plain": plain}
-"""Asked in this order: the first that knows a weight has it."""
+"""Asked in this order: the first that knows a weight has it. Rows of fused tensors (`fused_rows`) and slices
+(`transposed_slice`) have no name of their own; whoever places a weight makes them."""
 
 
 def find_matrix(name: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None) -> Matrix | None:
@@ -20,4 +22,16 @@ def find_matrix(name: str, tensors: Mapping[str, TensorInfo], config: Mapping[st
     return next((matrix for matrix in found if matrix is not None), None)
 
 
-__all__ = ["LAYOUTS", "InOneTensor", "Layout", "Matrix", "ReadRows", "Rows", "Stored", "find_matrix"]
+__all__ = [
+    "LAYOUTS",
+    "InOneTensor",
+    "Layout",
+    "Matrix",
+    "Order",
+    "ReadRows",
+    "Rows",
+    "Stored",
+    "find_matrix",
+    "fused_rows",
+    "transposed_slice",
+]

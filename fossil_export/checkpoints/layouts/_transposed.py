@@ -1,7 +1,8 @@
 """A tensor (in, out): what transformers' Conv1D saves, the linear layer of GPT-2 and its kin.
 
 Source: `Conv1D` in transformers/pytorch_utils.py and who uses it in transformers/models. Such a weight is merged whole:
-a row of the matrix is a column of the tensor, and the models are old and small.
+a row of the matrix is a column of the tensor, and the models are old and small. Experts may lie so too, in one tensor
+(n, in, out).
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fossil_export.checkpoints._dtypes import element_count
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints.layouts._matrix import InOneTensor, ReadRows, Rows, Stored
+from fossil_export.checkpoints.layouts._rows import flattened
+from fossil_export.errors import CheckpointError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,20 +31,39 @@ _LAYERS = ("c_attn", "c_fc", "c_proj", "q_attn")
 
 @dataclass(frozen=True)
 class Transposed(InOneTensor):
+    number: int = 0
+    """Of the matrix, among those of a tensor (n, in, out)."""
+
     @property
     def shape(self) -> tuple[int, int]:
-        inputs, outputs = self.info.shape
+        inputs, outputs = self.info.shape[-2:]
         return outputs, inputs
+
+    @property
+    def span(self) -> tuple[int, int]:
+        size = element_count(self.shape)
+        return self.number * size, (self.number + 1) * size
 
     def unit(self, rows: int) -> int:
         return self.shape[0]
 
     def read(self, rows_of: ReadRows, start: int, stop: int) -> Rows:
-        found: Rows = rows_of(self.info, 0, self.shape[1])[:].T
+        first = self.number * self.shape[1]
+        found: Rows = rows_of(flattened(self.info), first, first + self.shape[1])[:].T
         return found
 
     def write(self, rows: Array, start: int) -> Iterator[Stored]:
-        yield Stored(0, rows.T)
+        yield Stored(self.span[0], rows.T)
+
+
+def transposed_slice(info: TensorInfo, number: int) -> Transposed:
+    """Where a weight (out, in) lies that is number `number` of a tensor (n, in, out): an expert that is saved as it is
+    multiplied from the right, say. Raises CheckpointError if there is none."""
+    if len(info.shape) != 3 or not 0 <= number < info.shape[0]:
+        raise CheckpointError(
+            f"{info.path}: {info.name} {list(info.shape)} has no matrix {number}; its config.json describes another"
+        )
+    return Transposed(info, number)
 
 
 def transposed(name: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Transposed | None:

@@ -135,8 +135,8 @@ def check_saved(graph: OpenGraph) -> None:
     """Raise OnnxError unless every whole tensor that the adapter brought stands in the graph already."""
     missing = []
     for tensor in graph.merge.tensors:
-        if tensor.owner is not None:
-            values = np.asarray(graph.adapter.array(tensor.source), np.float32)
+        for info in tensor.brought:
+            values = np.asarray(graph.adapter.array(info), np.float32)
             if not any(_holds(value, values) for value in graph.model.graph.initializers.values()):
                 missing.append(tensor.name)
     if missing:
