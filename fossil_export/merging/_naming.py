@@ -84,7 +84,7 @@ def naming_of(adapter: Adapter, base: Checkpoint) -> Naming:
 
 def _namings(name: str, config: Mapping[str, Any], base: Checkpoint, exact: bool) -> Iterator[Naming]:
     """The class `name` of the base's own type, then its text model alone."""
-    found = _names(name, config, base, exact)
+    found = names_in(name, base, exact)
     if found is None:
         return
     yield Naming(found)
@@ -99,10 +99,11 @@ def _namings(name: str, config: Mapping[str, Any], base: Checkpoint, exact: bool
                 yield Naming(found, inner=inner, part=part)
 
 
-def _names(name: str, config: Mapping[str, Any], base: Checkpoint, exact: bool) -> Names | None:
+def names_in(name: str, base: Checkpoint, exact: bool) -> Names | None:
+    """Where `base` has the parameters of class `name`; None if the class is not known."""
     key = f"names {name} {exact}"
     if key not in base.found:
-        model = models.architecture(config, name, exact=exact)
+        model = models.architecture(base.config or {}, name, exact=exact)
         base.found[key] = Names(model, base.tensors) if model is not None else None
     found: Names | None = base.found[key]
     return found

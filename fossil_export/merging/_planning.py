@@ -19,6 +19,7 @@ from fossil_export.checkpoints._stamp import Stamp, stamps_of
 from fossil_export.errors import CheckpointError, MergeError, listed
 from fossil_export.merging._config import difference, edited_config
 from fossil_export.merging._layout import TensorPlan, lay_out, parse_size
+from fossil_export.merging._look import look
 from fossil_export.merging._place import place
 from fossil_export.merging._placement import Places, together
 from fossil_export.merging._plan import MergePlan
@@ -127,6 +128,13 @@ def planned(asked: MergePlan, dtype: str, tied: Sequence[bool | None]) -> MergeP
     files, index = lay_out(base, by_file, asked.max_shard_size)
 
     config_edits, config = _config(base, places, dtype)
+    held = (tensor.name for file in files for tensor, _ in file.tensors)
+    if wrong := list(look(adapters, base, held, {**(base.config or {}), **config_edits})):
+        raise MergeError(
+            f"{base.location}: the merged model would not be what was trained: {wrong[0]}"
+            f"{f', and {len(wrong) - 1} more' if wrong[1:] else ''}; save the base again with today's transformers, and "
+            "merge into that"
+        )
     keep, left = companions(base.home) if base.folder is not None else ({}, [])
     # Of several tokenizers, that of the resized vocabulary.
     first = sorted(zip(adapters, placements, strict=True), key=lambda pair: pair[1].vocab_size is None)

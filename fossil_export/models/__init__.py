@@ -8,6 +8,7 @@ from typing import Any
 from fossil_export.models import _table
 from fossil_export.models._architecture import Architecture, Operation, Rule, Tie
 from fossil_export.models._inventory import Conversion, Names
+from fossil_export.models._look import look
 from fossil_export.models._pieces import Pieces, Run, Unknown, pieces_of
 
 
@@ -48,5 +49,6 @@ __all__ = [
     "Unknown",
     "architecture",
     "classes",
+    "look",
     "pieces_of",
 ]

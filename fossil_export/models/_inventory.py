@@ -40,7 +40,7 @@ class Names:
     """Where each parameter of a class lies in a checkpoint that holds tensors of names `stored`.
 
     `whole` is the stored name of each parameter that is one tensor, `converted` the conversion of each that is not;
-    `strangers` are stored names that the class does not know.
+    `strangers` are stored names that the class does not know, `twice` those of parameters that another one is already.
     """
 
     def __init__(self, model: Architecture, stored: Iterable[str]) -> None:
@@ -48,6 +48,7 @@ class Names:
         self.whole: dict[str, str] = {}
         self.converted: dict[str, Conversion] = {}
         self.strangers: list[str] = []
+        self.twice: list[str] = []
         rules = Rules(model.rules)
         conversions: dict[str, Conversion] = {}
         for name in sorted(stored, key=natural) if model.rules else stored:
@@ -57,7 +58,8 @@ class Names:
                 parameter, converter = self._rooted(name), None  # it should not have been renamed
             if converter is None:
                 if model.has(parameter):
-                    self.whole.setdefault(parameter, name)
+                    if self.whole.setdefault(parameter, name) != name:
+                        self.twice.append(name)
                 else:
                     self.strangers.append(name)
             else:

@@ -10,8 +10,10 @@ from fossil_export.checkpoints._checkpoint import Checkpoint, identity, sha256
 from fossil_export.checkpoints._companions import is_weights
 from fossil_export.errors import listed
 from fossil_export.merging._config import difference
+from fossil_export.merging._look import look
+from fossil_export.merging._naming import naming_of
 from fossil_export.merging._plan import MergePlan
-from fossil_export.merging._ties import declared_tie, embedding_tensor, is_head
+from fossil_export.merging._ties import declared_tie, embedding_tensor
 
 
 def check_folder(
@@ -32,8 +34,9 @@ def check_folder(
         if base.config is not None:
             yield "config.json is missing from the artifact"
         return
-    yield from _ties(artifact, base, plan.config_edits.get("tie_word_embeddings") is False)
-    embedding = embedding_tensor(artifact.tensors)
+    yield from look([adapter], base, artifact.tensors, artifact.config)
+    yield from _ties(artifact.config, plan)
+    embedding = _embedding(adapter, base, artifact)
     vocabulary = _text(artifact.config).get("vocab_size")
     if embedding is not None and isinstance(vocabulary, int):
         rows = artifact.tensors[embedding].shape[0]
@@ -70,17 +73,21 @@ def check_record(base: Checkpoint, adapter: Adapter, record: Mapping[str, Any] |
             break
 
 
-def _ties(artifact: Checkpoint, base: Checkpoint, untie: bool) -> Iterator[str]:
-    head = next((name for name in artifact.tensors if name.endswith(".weight") and is_head(name[:-7])), None)
-    tied = declared_tie(artifact.config)
-    if untie and tied is not False:
-        yield "config.json ties head and embedding, but training parted them; loaders may drop the trained head"
-    elif tied is True and not untie and head is not None and declared_tie(base.config) is not True:
-        yield f"config.json ties head and embedding, but {head} is stored beside it; loaders may drop it"
-    elif untie and head is None:
-        yield "config.json parts head and embedding, but no head is stored"
-    elif not untie and declared_tie(base.config) is True and tied is False and head is None:
-        yield "config.json parts head and embedding, but no head is stored; the base's are tied"
+def _ties(config: Mapping[str, Any], plan: MergePlan) -> Iterator[str]:
+    untied = plan.config_edits.get("tie_word_embeddings") is False
+    if untied and declared_tie(config) is not False:
+        yield "config.json ties tensors that training parted; loaders may drop the trained one"
+    elif not untied and (before := declared_tie(plan.base.config)) is not None and declared_tie(config) != before:
+        yield f"config.json says tie_word_embeddings {declared_tie(config)}, and the base's says {before}"
+
+
+def _embedding(adapter: Adapter, base: Checkpoint, artifact: Checkpoint) -> str | None:
+    """The name of the input embedding among the artifact's tensors."""
+    naming = naming_of(adapter, base)
+    if not naming.known or naming.model.embedding is None:
+        return embedding_tensor(artifact.tensors)
+    name = naming.names.whole.get(f"{naming.model.embedding}.weight")
+    return name if name in artifact.tensors else None
 
 
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:

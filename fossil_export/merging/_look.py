@@ -1,0 +1,48 @@
+"""A look before the hand-over: does the class load from the merged model what it loaded from the base?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from fossil_export import models
+from fossil_export.adapters import Adapter
+from fossil_export.checkpoints._checkpoint import Checkpoint
+from fossil_export.merging._naming import naming_of, names_in
+from fossil_export.models import Names
+
+
+def look(
+    adapters: Iterable[Adapter], base: Checkpoint, stored: Iterable[str], config: Mapping[str, Any] | None
+) -> Iterator[str]:
+    """What is wrong with a model of tensors `stored` and this `config`, one line each.
+
+    It is looked at as the class that was trained and as those that the config names, if transformers has them.
+    """
+    stored = tuple(stored)
+    config = config or {}
+    same = set(stored) == base.tensors.keys() and config == (base.config or {})
+    if same or not config.get("model_type"):
+        return
+    said: set[str] = set()
+    for name, exact in dict.fromkeys(_classes(adapters, base, config)):
+        before = names_in(name, base, exact)
+        model = models.architecture(config, name, exact=exact)
+        if before is None or model is None:
+            continue
+        for line in models.look(before, Names(model, stored)):
+            if line not in said:
+                said.add(line)
+                yield line
+
+
+def _classes(
+    adapters: Iterable[Adapter], base: Checkpoint, config: Mapping[str, Any]
+) -> Iterator[tuple[str, bool]]:
+    for adapter in adapters:
+        naming = naming_of(adapter, base)
+        if naming.known:
+            yield naming.model.name, naming.model.shapes is not None
+    for name in config.get("architectures") or ():
+        if isinstance(name, str):
+            yield name, False
