@@ -44,13 +44,15 @@ class Rule:
 class Tie:
     """Parameters (by name or by pattern) `target` are `source`, if `on`.
 
-    `field` is the config's key, or path of keys, that switches it: ("text_config", "tie_word_embeddings").
+    `field` is the config's key, or path of keys, that switches it: ("text_config", "tie_word_embeddings"); () if no key
+    does. It is off only if the keys in `also` are false, too: some configs copy their text part's.
     """
 
     target: str
     source: str
     on: bool
     field: tuple[str, ...] = ("tie_word_embeddings",)
+    also: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True)
