@@ -2,6 +2,8 @@
 # make test          lint, types and the whole test suite
 # make test-floor    the tests of the Hub with the oldest client that is supported
 # make test-install  the wheel, installed beside a trainer that was there before
+# make architectures        write the table of architectures from the transformers in the environment
+# make architectures-check  say whether that transformers would make another table, and compare all classes
 #
 # The first three make the environment (.venv) first. PyTorch comes as version TORCH; where pip would take its CUDA
 # build and you want the CPU one, add pip's options: make demo TORCH_OPTIONS="--index-url …".
@@ -21,7 +23,7 @@ TRAINER = transformers==5.17.0 peft==0.21.2
 FRESH = $(abspath $(VENV)-install)
 FRESH_PIP = $(FRESH)/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test test-floor test-install lint types bench llama-cpp clean
+.PHONY: demo test test-floor test-install lint types bench llama-cpp architectures architectures-check clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python examples/demo.py
@@ -56,6 +58,13 @@ types: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/merge.py --peft 2
+
+architectures: $(VENV)/ready
+	$(VENV)/bin/python -m fossil_export.models.make_table
+
+architectures-check: $(VENV)/ready
+	$(VENV)/bin/python -m fossil_export.models.make_table --check
+	$(VENV)/bin/python benchmarks/architectures.py
 
 # The converted adapter in llama.cpp, which takes minutes to build.
 llama-cpp: $(VENV)/ready

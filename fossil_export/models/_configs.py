@@ -11,13 +11,14 @@ TIE = "tie_word_embeddings"
 Path = tuple[str, ...]
 
 # Keys that name code, kernels of the Hub, or weights to be fetched beside the model's own.
-_FOREIGN = frozenset(
+_FOREIGN = (
     "auto_map custom_pipelines use_kernels kernel_config use_pretrained_backbone quantization_config _name_or_path "
     "name_or_path attn_implementation _attn_implementation _attn_implementation_internal experts_implementation "
-    "_experts_implementation _experts_implementation_internal device_map torch_dtype dtype".split()
+    "_experts_implementation _experts_implementation_internal device_map torch_dtype dtype"
 )
+_NAMES = frozenset(_FOREIGN.split())
 _COUNTED = ("layer", "expert", "depth", "block", "stage", "head", "label", "num_", "stack", "level")
-_MOST, _FAR = 20_000, 100_000_000
+_MOST, _FAR = 100_000, 100_000_000
 _UNBOUNDED = ("theta", "token", "pixel", "base", "seed", "sample", "vocab", "size", "freq")
 _DEEPEST = 12
 
@@ -39,7 +40,7 @@ def _clean(value: Any, depth: int, key: str = "") -> Any:
     if isinstance(value, Mapping):
         if len(value) > _MOST:
             raise Strange(f"{key} has {len(value)} entries")
-        return {str(k): _clean(v, depth + 1, str(k)) for k, v in value.items() if k not in _FOREIGN}
+        return {str(k): _clean(v, depth + 1, str(k)) for k, v in value.items() if k not in _NAMES}
     if isinstance(value, (list, tuple)):
         if len(value) > _MOST:
             raise Strange(f"{key} has {len(value)} entries")
@@ -52,7 +53,7 @@ def _clean(value: Any, depth: int, key: str = "") -> Any:
 
 
 def make(content: Mapping[str, Any]) -> Any:
-    """The config of transformers for a config.json's (cleaned) content. Raises Strange, and what transformers raises."""
+    """The config of transformers for a config.json's (cleaned) content. Raises Strange, or what transformers does."""
     from transformers import CONFIG_MAPPING
 
     kind = content.get("model_type")
@@ -103,7 +104,11 @@ def switches(content: Mapping[str, Any], path: Path) -> tuple[Path, ...]:
         if given is None:  # a part by default: written out, for a key alone would make another one
             content = with_key(content, where, cleaned(part.to_dict()))
         keys += [(*where, key) for key in sorted(_ties_of(part) | _given_ties(given or {}))]
-    keys = [own, *sorted(key for key in keys if key != own and key[-1] == TIE), *sorted(k for k in keys if k[-1] != TIE)]
+    keys = [
+        own,
+        *sorted(key for key in keys if key != own and key[-1] == TIE),
+        *sorted(k for k in keys if k[-1] != TIE),
+    ]
     every = _all(content, keys, True)
     if not _ties(_all(every, keys, False), path):
         needed = list(keys)
@@ -158,7 +163,7 @@ def changes_more(content: Mapping[str, Any]) -> bool:
             seen.append(_without(make({**content, TIE: value}).to_dict()))
         except Exception:  # a class that refuses one of the two cannot compute in two ways
             return False
-    return seen[0] != seen[1]
+    return bool(seen[0] != seen[1])
 
 
 def _without(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """What a model class is, from the table made out of the pinned transformers; needs neither it nor PyTorch.
 
-The file is one JSON object with one line a model type (and `rules NAME` for a class or model type with a conversion), so
-that one line is found and read without the others. `_survey` says what a line holds.
+The file is one JSON object with one line a model type (and `rules NAME` for a class or model type with a conversion),
+so that one line is found and read without the others. `_survey` says what a line holds.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _part(node: _Node, key: str) -> _Node:
     for word in key.split("."):
         config = config.get(word) if isinstance(config, Mapping) else None
     config = config if isinstance(config, Mapping) else {}
-    given = config.get("model_type", usual)
+    given = config.get("model_type") or usual
     kind = node.kind
     if given != usual and isinstance(given, str) and (row := line(given)) is not None:
         kind = _like(node.kind, line(usual), row)
@@ -125,7 +125,9 @@ def _walk(node: _Node, depth: int) -> _Node:
     inside = []
     for name, kind, key, *less in record.get("inside", ()):
         child = replace(node, module=_join(node.module, name), kind=kind, less=_names.unpack(less[0] if less else ""))
-        inside.append(_walk(_part(child, key) if key else child, depth + 1))
+        if key.startswith("="):
+            child = replace(child, model_type=key[1:], config={})
+        inside.append(_walk(_part(child, key) if key and key[0] != "=" else child, depth + 1))
     return replace(node, record=record, inside=tuple(inside))
 
 

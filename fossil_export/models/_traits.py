@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from fossil_export.models import _configs
@@ -69,12 +69,13 @@ def places(model: Any, config: Any) -> dict[str, _configs.Path]:
     for name, part in submodels(model, again=True):
         path = known.get(id(part.config))
         if path is None:
-            path = _like(part.config, config, found.get(_above(name, found), ()))
+            path = _like(part.config, config, found.get(above(name, found), ()))
         found[name] = path
     return found
 
 
-def _above(name: str, names: Mapping[str, Any]) -> str:
+def above(name: str, names: Collection[str]) -> str:
+    """The nearest of `names` that a name lies below; "" if none does."""
     while name:
         name = name.rpartition(".")[0]
         if name in names:
@@ -82,11 +83,11 @@ def _above(name: str, names: Mapping[str, Any]) -> str:
     return ""
 
 
-def _like(part: Any, config: Any, above: _configs.Path) -> _configs.Path:
-    if type(_configs.at(config, above)) is type(part):
-        return above
+def _like(part: Any, config: Any, upper: _configs.Path) -> _configs.Path:
+    if type(_configs.at(config, upper)) is type(part):
+        return upper
     same = [path for path, other in _configs.nested(config) if type(other) is type(part)]
-    return same[0] if len(same) == 1 else above
+    return same[0] if len(same) == 1 else upper
 
 
 def parts(model: Any, config: Any, path: _configs.Path) -> dict[str, tuple[str, str]]:
@@ -96,7 +97,7 @@ def parts(model: Any, config: Any, path: _configs.Path) -> dict[str, tuple[str, 
     return {
         name: (".".join(place), type(kinds[name]).__name__)
         for name, place in found.items()
-        if name in kinds and name and place != found[_above(name, {k: v for k, v in found.items() if k != name})]
+        if name in kinds and name and place != found[above(name, found)]
     }
 
 

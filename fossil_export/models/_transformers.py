@@ -16,14 +16,14 @@ _MOST = 200_000  # parameters and modules of one model: DeepSeek-V3 has under 10
 def read(config: Mapping[str, Any], class_name: str) -> Architecture | None:
     """What class `class_name` is for the content of a config.json, as the installed transformers makes it.
 
-    None if there is no transformers (5 or later), or if it makes no such model. No code but transformers' own is run, and
-    nothing is fetched. Not for several threads at once.
+    None if there is no transformers (5 or later), or if it makes no such model. No code but transformers' own is run,
+    and nothing is fetched. Not for several threads at once.
     """
     try:
         content = _configs.cleaned(config)
         made = _configs.make(content)
         kind = model_class(class_name)
-        path = _place(made, kind)
+        path = place(made, kind)
         model = build(kind, _configs.at(made, path))
         return describe(model, made, content, path)
     except (Exception, RecursionError):  # what foreign code raises for a strange config is not ours to list
@@ -40,8 +40,8 @@ def model_class(name: str) -> Any:
     return kind
 
 
-def _place(config: Any, kind: Any) -> _configs.Path:
-    """Where in a config the one is that the class takes: a composite's text model takes its `text_config`."""
+def place(config: Any, kind: Any) -> _configs.Path:
+    """Where in a config the one is that a class takes: a composite's text model takes `text_config`. Raises Strange."""
     wanted = kind.config_class
     if wanted is None or isinstance(config, wanted):
         return ()
