@@ -84,7 +84,7 @@ def make(
         save_file(dict(stored), base / "model.safetensors", {"format": "pt"})
         (base / "config.json").write_text('{"model_type": "llama"}')
     adapter.mkdir()
-    tensors = {f"base_model.model.{name}": value for name, value in held.items()}
+    tensors = {f"base_model.model.{name}": value.clone() for name, value in held.items()}
     if pickled:
         torch.save(tensors, adapter / "adapter_model.bin")
     else:

@@ -81,7 +81,9 @@ def test_adapters_that_change_parts_of_one_tensor(tmp_path: Path) -> None:
     assert record["bias"]["pieces"] == [{"elements": [7, 11], "tensor": "base_model.model.k.bias", "adapter": 1}]
     assert len(record["qkv"]["changes"]) == 4
     whole = adapters(tmp_path / "more", first, {"v.miss_block": SHARD, "k.weight": values})
-    with pytest.raises(FossilExportError, match="a part of qkv, which .* changes in another way; such adapters cannot"):
+    with pytest.raises(
+        FossilExportError, match=r"a part of qkv, which .* changes in another way; such adapters cannot"
+    ):
         plan_merge(whole)
     with pytest.raises(FossilExportError, match=r"holds whole trained tensors \(base_model.model.k.weight\), which"):
         plan_merge(whole[1], weights=[0.5])
@@ -114,21 +116,24 @@ def test_what_cannot_be_put_together_is_refused(
 
 
 @pytest.mark.parametrize(
-    "value, message", [(torch.nan, r"adapter.*k.bias holds infinite or NaN"), (1e6, "bias: overflows float16")]
+    "held, tensor",
+    [
+        ({"k.bias": 4}, "bias"),
+        ({"k.weight": (4, 5)}, "qkv"),
+        ({"k.base_layer.weight": (4, 5), "k.miss_block": ()}, "qkv"),
+    ],
 )
-@pytest.mark.parametrize("name", ["k.bias", "k.weight"])
-def test_values_that_are_not_finite(name: str, value: float, message: str, tmp_path: Path) -> None:
+def test_values_that_are_not_finite(held: dict[str, Any], tensor: str, tmp_path: Path) -> None:
     """In a part that is brought, with a shard on it or not."""
-    values = torch.full((4, 5) if name == "k.weight" else (4,), value)
-    held = {"k.miss_block": SHARD, "k.base_layer.weight": values} if name == "k.weight" else {name: values}
-    (adapter,) = adapters(tmp_path, {"v.miss_block": SHARD} | held)
-    message = (
-        message.replace("k.bias holds", "k.base_layer.weight holds").replace("bias:", "qkv:")
-        if name == "k.weight"
-        else message
-    )
-    with pytest.raises(FossilExportError, match=message):
-        merge(adapter, tmp_path / "merged")
+    (name, shape), *shards = held.items()
+    for value, message in (
+        (torch.nan, f"adapter.*{name} holds infinite or NaN"),
+        (1e6, f"{tensor}: overflows float16"),
+    ):
+        tensors = {"v.miss_block": SHARD, name: torch.full((shape,) if isinstance(shape, int) else shape, value)}
+        (adapter,) = adapters(tmp_path / str(value), tensors | {shard: SHARD for shard, _ in shards})
+        with pytest.raises(FossilExportError, match=message):
+            merge(adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 

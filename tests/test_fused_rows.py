@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from conftest import make_base, randomise, weights
+from conftest import randomise, weights
 from fused_tools import Spot, exact, flipped, in_slabs, make, peft_layer, put
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,13 +21,11 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.core_model_loading import PermuteForRope
 
-from fossil_export import FossilExportError, load_adapter, merge, plan_merge, verify
-from fossil_export.checkpoints import TensorInfo
+from fossil_export import merge, verify
 from fossil_export.checkpoints._header import slice_of
-from fossil_export.checkpoints.layouts import Order, fused_rows, transposed_slice
+from fossil_export.checkpoints.layouts import Order, fused_rows
 from fossil_export.merging._change import Piece
 from fossil_export.merging._layout import tensor_record
-from fossil_export.merging._run import Writer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 NUMPY: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -73,10 +70,9 @@ def test_any_part_of_a_tensor(case: dict[str, Any], data: st.DataObject) -> None
     stored = torch.randn(total, width, generator=generator, dtype=torch.float64).to(DTYPES[case["dtype"]])
     target = case["dtype"] if case["cast"] == "auto" else case["cast"]
     wanted, truth = stored.double().numpy().astype(NUMPY[target]), stored.double().clone()
-    sizes = {"tile": lambda rows: (rank, rows), "mini": lambda rows: (rank, case["mini"])}
-    sizes["bat"] = lambda rows: (rows // rank, rank, rank)
-    held, spots, first = {"other.miss_block": torch.ones(sizes[variant](rank))}, {}, 0
-    spots["other.weight"] = Spot("other", 0, rank)
+    own = {"tile": (), "mini": (rank, case["mini"]), "bat": (rank, rank)}[variant]
+    sizes = {rows: own if variant == "mini" else (rows // rank, *own) if own else (rank, rows) for rows in range(99)}
+    held, spots, first = {"other.miss_block": torch.ones(sizes[rank])}, {"other.weight": Spot("other", 0, rank)}, 0
     for number, (rows, gap, order, done) in enumerate(case["parts"]):
         first += gap
         spots[f"m{number}.weight"] = Spot("whole", first, rows, order)
@@ -89,7 +85,7 @@ def test_any_part_of_a_tensor(case: dict[str, Any], data: st.DataObject) -> None
         wide = matrix.to(torch.float64 if matrix.dtype == torch.float64 else torch.float32)
         precise = matrix.double()
         if "s" in done:
-            shard = torch.randn(sizes[variant](rows), generator=generator) * 0.5
+            shard = torch.randn(sizes[rows], generator=generator) * 0.5
             held[f"m{number}.miss_block"] = shard
             wide, precise = peft_layer(variant, wide, shard), exact(variant, precise, shard)
         back = [each.reshape(here.groups, here.inner, here.outer, width).transpose(1, 2) for each in (wide, precise)]
@@ -143,7 +139,7 @@ def fused(plain: Path, folder: Path) -> Path:
 
 
 def spots_of_qkv() -> dict[str, Spot]:
-    found = {}
+    found: dict[str, Spot] = {}
     for name in [f"model.layers.{layer}.self_attn." for layer in range(2)]:
         for part, (first, count) in QKV.items():
             found |= {
