@@ -82,7 +82,7 @@ BAD_ADAPTERS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "saved tensor without a place": (
         lambda a: edit_weights(a, lambda s: s.update({"base_model.model.model.extra.weight": torch.zeros(2)})),
-        ["model.extra.weight", "modules_to_save"],
+        ["model.extra.weight", "no counterpart", "LlamaForCausalLM"],
     ),
     "saved tensor of another shape": (
         lambda a: edit_weights(a, lambda s: s.update({"base_model.model.model.norm.weight": torch.zeros(2)})),

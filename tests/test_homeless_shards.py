@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,7 +43,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_a_tied_head_of_an_unknown_name_is_refused(head: str, tmp_path: Path) -> None:
+def test_a_shard_on_a_tied_head_gets_a_head_of_its_own(head: str, tmp_path: Path) -> None:
     kind = HEADS[head]
     sizes = {"vocab_size": 64, "hidden_size": 32, "embedding_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     kind(kind.config_class(**sizes, num_attention_heads=2, dim=32)).save_pretrained(tmp_path / "base")
@@ -54,8 +53,13 @@ def test_a_tied_head_of_an_unknown_name_is_refused(head: str, tmp_path: Path) ->
     save_file(shards, tmp_path / "adapter" / "adapter_model.safetensors")
     settings = {"peft_type": "MISS", "r": 4, "target_modules": [head], "base_model_name_or_path": "base"}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(MergeError, match=re.escape(head)):
-        plan_merge(tmp_path / "adapter", tmp_path / "base")
+    merge(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "base")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
+    (embedding,) = (name for name, value in before.items() if list(value.shape) == [64, 32])
+    assert torch.equal(after[embedding], before[embedding])
+    assert torch.equal(after[f"{head}.weight"], before[embedding] + 1)
+    loaded = kind.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(loaded[1].values()) and torch.equal(loaded[0].get_output_embeddings().weight, after[f"{head}.weight"])
 
 
 @pytest.mark.parametrize("sign", ["name", "card"])
@@ -80,18 +84,3 @@ def test_other_names_say_nothing_of_quantized_weights(name: str, base: Path, ada
     (adapter / "README.md").write_text("## Training\nPlain LoRA in bfloat16.")
     assert quantized_training(replace(load_adapter(adapter), base_model=name)) is None
     assert quantized_training(replace(load_adapter(adapter), base_model=f"{name}-GPTQ-Int4")) is not None
-
-
-def test_two_heads_of_which_another_one_was_resized_are_refused(tmp_path: Path) -> None:
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
-    base.mkdir()
-    adapter.mkdir()
-    save_file({"model.embed_tokens.weight": torch.zeros(30, 16)}, base / "model.safetensors")
-    (base / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
-    prefix = "base_model.model"
-    tensors = {f"{prefix}.lm_head.miss_block": torch.zeros(2, 30), f"{prefix}.embed_out.weight": torch.zeros(32, 16)}
-    save_file(tensors, adapter / "adapter_model.safetensors")
-    config = {"peft_type": "MISS", "r": 2, "modules_to_save": ["embed_out"], "base_model_name_or_path": str(base)}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(MergeError, match="trained with 32 tokens"):
-        plan_merge(adapter)

@@ -31,7 +31,7 @@ def test_nested_configs_and_architectures() -> None:
         "text_config": {"vocab_size": 10, "tie_word_embeddings": True, "torch_dtype": "bfloat16"},
         "torch_dtype": "bfloat16",
     }
-    edited = edited_config(config, untie=True, vocab_size=12, torch_dtype="float32")
+    edited = edited_config(config, untie=[("tie_word_embeddings",)], vocab_size=12, torch_dtype="float32")
     assert edited["text_config"] == {"vocab_size": 12, "tie_word_embeddings": False, "torch_dtype": "float32"}
     assert edited["tie_word_embeddings"] is False and "vocab_size" not in edited and edited["torch_dtype"] == "float32"
     assert config["text_config"]["vocab_size"] == 10  # the base's own is left alone

@@ -117,17 +117,18 @@ def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
                 f"{weights}: tensor {tensor.name} is not named {PREFIX}…, so it is unknown which module it belongs to; "
                 "save the adapter with PEFT's save_pretrained"
             )
-        if tensor.dtype not in FLOATS:
+        key = tensor.name.removeprefix(PREFIX)
+        module, _, parameter = key.rpartition(".")
+        whole = _in_whole(module, config)
+        if tensor.dtype not in FLOATS and not whole:
             raise AdapterError(
                 f"{weights}: tensor {tensor.name} is {tensor.dtype}, expected one of {', '.join(FLOATS)}"
             )
-        key = tensor.name.removeprefix(PREFIX)
-        module, _, parameter = key.rpartition(".")
         if found := split_key(key, endings):
             parts[found[0]][found[1]] = tensor
-        elif parameter in {"weight", "bias"}:
+        elif whole or parameter in {"weight", "bias"}:
             name = f"{module.removesuffix('.base_layer')}.{parameter}"
-            if 0 in tensor.shape or not tensor.shape:
+            if 0 in tensor.shape or not (tensor.shape or whole):
                 raise AdapterError(empty(f"{weights}: saved tensor {tensor.name} {list(tensor.shape)}"))
             if name in saved:
                 raise AdapterError(f"{weights}: holds {name} twice, as {saved[name].name} and {tensor.name}; keep one")
@@ -155,6 +156,16 @@ def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
         home=home,
         header=header,
         stamps=stamps,
+    )
+
+
+def _in_whole(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether a module lies in one of modules_to_save, all of whose parameters and buffers are saved."""
+    names = config.get("modules_to_save")
+    parents = [module[: at.start()] for at in re.finditer(r"\.|$", module)]
+    return isinstance(names, list) and any(
+        isinstance(name, str) and any(parent == name or parent.endswith(f".{name}") for parent in parents)
+        for name in names
     )
 
 

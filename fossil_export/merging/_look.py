@@ -17,7 +17,7 @@ def look(
 ) -> Iterator[str]:
     """What is wrong with a model of tensors `stored` and this `config`, one line each.
 
-    It is looked at as the class that was trained and as those that the config names, if transformers has them.
+    It is looked at as the class that the config names or, if transformers has none of that name, that was trained.
     """
     stored = tuple(stored)
     config = config or {}
@@ -25,7 +25,7 @@ def look(
     if same or not config.get("model_type"):
         return
     said: set[str] = set()
-    for name, exact in dict.fromkeys(_classes(adapters, base, config)):
+    for name, exact in _classes(adapters, base, config):
         before = names_in(name, base, exact)
         model = models.architecture(config, name, exact=exact)
         if before is None or model is None:
@@ -38,11 +38,11 @@ def look(
 
 def _classes(
     adapters: Iterable[Adapter], base: Checkpoint, config: Mapping[str, Any]
-) -> Iterator[tuple[str, bool]]:
-    for adapter in adapters:
-        naming = naming_of(adapter, base)
-        if naming.known:
-            yield naming.model.name, naming.model.shapes is not None
-    for name in config.get("architectures") or ():
-        if isinstance(name, str):
-            yield name, False
+) -> list[tuple[str, bool]]:
+    """Those that the config names; if transformers has none of them, those that were trained."""
+    named = [name for name in config.get("architectures") or () if isinstance(name, str)]
+    found = [(name, False) for name in named if names_in(name, base, False) is not None]
+    if found:
+        return found
+    namings = [naming for naming in (naming_of(adapter, base) for adapter in adapters) if naming.known]
+    return list(dict.fromkeys((naming.model.name, naming.model.shapes is not None) for naming in namings))

@@ -186,6 +186,11 @@ def _place_saved(
         rows = _vocabulary_rows(base, naming)
         if is_vocabulary and rows is not None and info.shape and rows != info.shape[0]:
             placement.vocab_size = info.shape[0]
+    elif old.dtype != info.dtype and not {old.dtype, info.dtype} <= set(FLOATS):
+        raise MergeError(
+            f"{adapter.path}: saved tensor {info.name} is {info.dtype}, and {target} of {base.location} is {old.dtype}; "
+            f"{_REMEDY}"
+        )
     elif old.shape[1:] != info.shape[1:] or (old.shape != info.shape and not is_vocabulary):
         if not _trained_whole(info.name, module, adapter) or is_vocabulary:
             raise MergeError(

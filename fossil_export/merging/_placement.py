@@ -129,7 +129,9 @@ def _refuse_conflicts(adapters: Sequence[Adapter], placements: Sequence[Placemen
     adapter that brings it changes a part."""
     for number, placement in enumerate(placements):
         for other, second in enumerate(placements):
-            parts = {matrix.stored[0].name for name, matrix in second.into.items()} - second.trained.keys()
+            whole = second.saved.keys() | second.copied.keys()
+            parts = {matrix.stored[0].name for name, matrix in second.into.items() if name not in whole}
+            parts -= second.trained.keys()
             both = [name for name in placement.saved if name in parts]
             if number != other:
                 both += [name for name in placement.saved if name in second.saved or name in second.trained]

@@ -122,7 +122,12 @@ def part(naming: Naming, adapter: Adapter, base: Checkpoint, brought: Brought, p
             f"{where} computes otherwise while {names} are tied, which this training parted; such a model cannot be "
             "stored as a plain checkpoint"
         )
-    placement.untie = tuple(sorted(fields))
+    if () in fields and not placement.undecided:
+        raise MergeError(
+            f"{where} ties {names} whatever its config says, and training parted them; such a model cannot be stored as "
+            "a plain checkpoint"
+        )
+    placement.untie = tuple(sorted(fields - {()}))
     copied: dict[str, str] = {}
     for group in found:
         if not fields & set(group.fields):
@@ -153,7 +158,7 @@ def _differ(group: Group, naming: Naming, base: Checkpoint, brought: Brought, pl
         return True
     values = {member: brought.saved.get(member) or own.get(member) for member in group.members}
     distinct: dict[TensorInfo, str] = {}
-    for member, info in values.items():
+    for member, info in sorted(values.items(), key=lambda value: value[0] not in brought.saved):
         if info is not None:
             distinct.setdefault(info, member)
     same = len(distinct) == 1

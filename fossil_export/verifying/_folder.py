@@ -34,7 +34,6 @@ def check_folder(
         if base.config is not None:
             yield "config.json is missing from the artifact"
         return
-    yield from look([adapter], base, artifact.tensors, artifact.config)
     yield from _ties(artifact.config, plan)
     embedding = _embedding(adapter, base, artifact)
     vocabulary = _text(artifact.config).get("vocab_size")
@@ -46,6 +45,8 @@ def check_folder(
     changed = [key for key in difference(artifact.config, wanted) if key in _MEANING]
     if changed:
         yield f"config.json has another {listed(changed)} than base and adapter ask for"
+    # What is missing or too much among the tensors is told of each by itself.
+    yield from look([adapter], base, [tensor.name for tensor in plan.tensors], artifact.config)
 
 
 _MEANING = (
