@@ -185,7 +185,6 @@ def _deep(levels):
     ("config", "name"),
     [
         ({"model_type": "llama", "num_hidden_layers": 10**9}, "LlamaForCausalLM"),
-        ({"model_type": "llama", "num_hidden_layers": 19_000}, "LlamaForCausalLM"),
         (
             {"model_type": "llama", "num_hidden_layers": -1, "hidden_size": 0, "num_attention_heads": 0},
             "LlamaForCausalLM",
@@ -203,6 +202,14 @@ def _deep(levels):
 def test_an_absurd_config_gives_none_soon(config, name):
     assert _transformers.read(config, name) is None
     _table.read(config, name)  # which counts nothing
+
+
+def test_a_model_is_given_up_as_soon_as_it_is_too_large(monkeypatch):
+    config = {"model_type": "llama", "num_hidden_layers": 3}
+    assert _transformers.read(config, "LlamaForCausalLM") is not None
+    monkeypatch.setattr(_transformers, "_MOST", 50)
+    assert _transformers.read({**config, "num_hidden_layers": 90_000}, "LlamaForCausalLM") is None
+    assert _transformers.read({**config, "num_hidden_layers": 1}, "LlamaForCausalLM") is not None  # no count is left
 
 
 def test_no_code_of_a_folder_is_run(tmp_path: Path, monkeypatch):

@@ -9,14 +9,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 from fossil_export.models import _configs, _traits, _transformers, _variants
 from fossil_export.models._architecture import pattern_of
 
 # Parameters of a class's variants, all together: for large models fewer of these are built.
-_BUILT = 8000
+_BUILT = 3000
 
 
 @dataclass
@@ -82,8 +81,9 @@ def survey(model_type: str, into: Survey) -> None:
             into.of.setdefault(model_type, {})[name] = ".".join(path)
         else:
             whole = name == autos.get("AutoModel") or "AutoModel" not in autos
-            small = _smaller(kinds[name], model, config, content)
-            for other in islice(_variants.of(config, kinds[name], whole), max(4, _BUILT // len(model.state_dict()))):
+            variants = _variants.of(config, kinds[name], whole)[: max(4, _BUILT // (1 + len(model.state_dict())))]
+            small = _smaller(kinds[name], model, config, content) if variants else {}
+            for other in variants:
                 _add_variant(kinds[name], {**content, **small, **other}, into)
     if len(into.records) > before and _configs.changes_more(content):
         into.scales.add(model_type)
@@ -111,9 +111,9 @@ def _add_variant(kind: Any, content: Mapping[str, Any], into: Survey) -> None:
     try:
         config = _configs.make(content)
         model = _transformers.build(kind, config)
-    except Exception:  # two values that do not go together
+        _add(model, config, content, (), into, usual=False)
+    except Exception:  # values that do not go together
         return
-    _add(model, config, content, (), into, usual=False)
 
 
 def _add(
@@ -212,4 +212,7 @@ def merge(surveys: Iterable[Survey]) -> Survey:
         found.of.update(other.of)
         found.scales |= other.scales
         found.left_out.update(other.left_out)
+    found.records = {key: record for key, record in found.records.items() if record.facts}
+    for record in found.records.values():
+        record.inside = {at: one for at, one in record.inside.items() if (one[2], one[0]) in found.records}
     return found

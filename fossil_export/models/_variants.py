@@ -18,7 +18,8 @@ _COMPARED = re.compile(_FIELD + r"\s*(?:==|!=|in)\s*[\[(]?((?:\s*\"[\w.+-]+\",?)
 _SKIPPED = (
     "output_attentions output_hidden_states return_dict use_cache gradient_checkpointing tie_word_embeddings "
     "vocab_size max_position_embeddings pad_token_id hidden_size num_hidden_layers torchscript problem_type "
-    "num_attention_heads chunk_size_feed_forward initializer_range use_return_dict"
+    "num_attention_heads chunk_size_feed_forward initializer_range use_return_dict "
+    "num_labels id2label label2id classifier_dropout classifier_activation"
 )
 # Values that are taken apart in code, so that no comparison names them.
 _KNOWN = {"feed_forward_proj": ("relu", "gated-gelu")}
@@ -39,12 +40,12 @@ def of(config: Any, kind: Any, whole: bool) -> list[dict[str, Any]]:
         if len(path) > 1 or (path and not (whole and type(part).__module__.startswith(package))):
             continue
         content = {path[0]: _configs.cleaned(part.to_dict())} if path else {}
-        for likely, name, value in _values(part, source):
+        for likely, name, value in _values(part, source, whole):
             found.append((likely, len(found), _configs.with_key(content, (*path, name), value)))
     return [content for *_, content in sorted(found, key=lambda one: one[:2])]
 
 
-def _values(config: Any, source: str) -> Iterator[tuple[int, str, Any]]:
+def _values(config: Any, source: str, whole: bool) -> Iterator[tuple[int, str, Any]]:
     """Fields and other values for them, with a number that is small if they are likely to count."""
     named, tested, compared = _fields(source)
     for name, value in sorted(vars(config).items()):
@@ -56,7 +57,7 @@ def _values(config: Any, source: str) -> Iterator[tuple[int, str, Any]]:
             yield 0, name, not value
         elif isinstance(value, str):
             yield from ((1, name, other) for other in compared.get(name, ()) if other != value)
-        elif name not in tested:
+        elif name not in tested or not whole:
             continue
         elif isinstance(value, int):
             yield from ((2, name, other) for other in (None, 0) if other != value)

@@ -41,11 +41,7 @@ def survey(model_types: Iterable[str]) -> _survey.Survey:
     warnings.simplefilter("ignore")
     found = _survey.Survey()
     for model_type in model_types:
-        import time
-
-        t = time.time()
         _survey.survey(model_type, found)
-        print(f"{time.time() - t:.2f} {model_type}", flush=True)
     return found
 
 
