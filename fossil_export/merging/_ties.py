@@ -78,7 +78,7 @@ def groups(naming: Naming, brought: Brought) -> tuple[Group, ...]:
             leader[target] = first
             group = members.setdefault(first, [first])
             group += [target] if target not in group else []
-            fields.setdefault(first, set()).add(tie.field)
+            fields.setdefault(first, set()).update((tie.field, *tie.also))
     return tuple(Group(tuple(group), tuple(sorted(fields[first]))) for first, group in members.items())
 
 
