@@ -59,7 +59,9 @@ def test_a_shard_on_a_tied_head_gets_a_head_of_its_own(head: str, tmp_path: Path
     assert torch.equal(after[embedding], before[embedding])
     assert torch.equal(after[f"{head}.weight"], before[embedding] + 1)
     loaded = kind.from_pretrained(tmp_path / "merged", output_loading_info=True)
-    assert not any(loaded[1].values()) and torch.equal(loaded[0].get_output_embeddings().weight, after[f"{head}.weight"])
+    assert not any(loaded[1].values()) and torch.equal(
+        loaded[0].get_output_embeddings().weight, after[f"{head}.weight"]
+    )
 
 
 @pytest.mark.parametrize("sign", ["name", "card"])

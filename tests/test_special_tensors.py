@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LINEARS, edit_json, make_adapter, make_base, weights
+from conftest import edit_json, make_adapter, make_base, weights
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,

@@ -8,7 +8,7 @@ from typing import Any
 from fossil_export import models
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import Checkpoint
-from fossil_export.merging._naming import naming_of, names_in
+from fossil_export.merging._naming import names_in, naming_of
 from fossil_export.models import Names
 
 
@@ -36,9 +36,7 @@ def look(
                 yield line
 
 
-def _classes(
-    adapters: Iterable[Adapter], base: Checkpoint, config: Mapping[str, Any]
-) -> list[tuple[str, bool]]:
+def _classes(adapters: Iterable[Adapter], base: Checkpoint, config: Mapping[str, Any]) -> list[tuple[str, bool]]:
     """Those that the config names; if transformers has none of them, those that were trained."""
     named = [name for name in config.get("architectures") or () if isinstance(name, str)]
     found = [(name, False) for name in named if names_in(name, base, False) is not None]

@@ -259,9 +259,7 @@ def _place_trained(
     placement.into[name] = matrix
 
 
-def _checked(
-    matrix: Matrix | None, weight: TensorInfo | None, name: str, trained: Trained, base: Checkpoint
-) -> Matrix:
+def _checked(matrix: Matrix | None, weight: TensorInfo | None, name: str, trained: Trained, base: Checkpoint) -> Matrix:
     if matrix is None or 0 in matrix.shape:
         shape = list(weight.shape) if weight is not None else []
         if weight is not None and weight.dtype not in FLOATS:
@@ -369,4 +367,3 @@ def _has_added(base: Checkpoint, naming: Naming, placement: Placement) -> bool:
     """Whether a class that the base's config names has what is added."""
     named = (base.config or {}).get("architectures") or ()
     return naming.model.name in named
-

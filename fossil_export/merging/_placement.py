@@ -118,9 +118,7 @@ def together(adapters: Sequence[Adapter], placements: Sequence[Placement], weigh
         task_type=classifier.config.get("task_type") if classifier is not None else None,
         architecture=next((placement.architecture for placement in placements if placement.architecture), None),
         warnings=tuple(dict.fromkeys(line for placement in placements for line in placement.warnings)),
-        undecided=tuple(
-            placement.undecided[0].names if placement.undecided else None for placement in placements
-        ),
+        undecided=tuple(placement.undecided[0].names if placement.undecided else None for placement in placements),
     )
 
 

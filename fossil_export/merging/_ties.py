@@ -16,7 +16,7 @@ from typing import Any
 from fossil_export.adapters import Adapter, Trained
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._header import TensorInfo
-from fossil_export.errors import MergeError, listed
+from fossil_export.errors import MergeError
 from fossil_export.merging._naming import Naming
 from fossil_export.merging._placement import Pair, Placement
 from fossil_export.models import Tie
@@ -137,7 +137,9 @@ def part(naming: Naming, adapter: Adapter, base: Checkpoint, brought: Brought, p
             if member in naming.names or member in brought.saved:
                 continue
             if not stored:
-                raise MergeError(f"{where} ties {member} to {group.members[0]}, and the base has neither; fetch it again")
+                raise MergeError(
+                    f"{where} ties {member} to {group.members[0]}, and the base has neither; fetch it again"
+                )
             copied[member] = stored[0]
     return copied
 
@@ -147,7 +149,9 @@ def _differ(group: Group, naming: Naming, base: Checkpoint, brought: Brought, pl
     are not stored is taken out of `brought`."""
     stored = [member for member in group.members if member in naming.names]
     trained = [member for member in group.members if member in brought.trained]
-    own = {member: _stored(member if member in stored else stored[0], naming, base) for member in group.members if stored}
+    own = {
+        member: _stored(member if member in stored else stored[0], naming, base) for member in group.members if stored
+    }
     for member in trained:
         below, old = brought.saved.get(member), own.get(member)
         if below is not None and (old is None or below.shape != old.shape):

@@ -120,4 +120,3 @@ class Names:
                 return bare
         rooted = f"{prefix}.{name}"
         return rooted if self.model.has(rooted) else name
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,8 +15,7 @@ import numpy as np
 from fossil_export._extras import required
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import WeightRows
-from fossil_export.errors import FossilExportError, OnnxError, listed
-from fossil_export.merging._match import match_names
+from fossil_export.errors import OnnxError, listed
 from fossil_export.merging._plan import MergePlan
 from fossil_export.onnx._refusals import check_mode
 from fossil_export.onnx._signature import Signature, Slot, fingerprint, saved_digests
@@ -114,10 +114,15 @@ def write_adapter(path: Path, arrays: Mapping[str, Array], signature: Signature)
 def _names(adapter: Adapter, signature: Signature) -> dict[str, str]:
     """The adapter's name of each module of the graph that it trained."""
     known = {piece.module for slot in signature.slots for piece in slot.pieces}
-    try:
-        found = match_names(adapter.trained, known)
-    except FossilExportError as problem:
-        raise OnnxError(str(problem)) from problem
+    by_layer: dict[str, list[str]] = {}
+    for module in known:
+        by_layer.setdefault(_in_layer(module), []).append(module)
+    found: dict[str, str] = {}
+    for module in adapter.trained:
+        # Another version of transformers may have another name for what the layers are in.
+        alike = [module] if module in known else by_layer.get(_in_layer(module), [])
+        if len(alike) == 1 and alike[0] not in found.values():
+            found[module] = alike[0]
     missing = [module for module in adapter.trained if module not in found]
     if missing:
         raise OnnxError(
@@ -125,6 +130,12 @@ def _names(adapter: Adapter, signature: Signature) -> dict[str, str]:
             "adapter that trains all modules you want to swap"
         )
     return {module: name for name, module in found.items()}
+
+
+def _in_layer(module: str) -> str:
+    """A module's name from the list on that numbers the layers."""
+    match = re.search(r"[^.]+\.\d+\..+$", module)
+    return match[0] if match else module
 
 
 def _value(adapter: Adapter, renamed: Mapping[str, Any], slot: Slot, rank: int) -> Array:

@@ -8,16 +8,17 @@ Source: MissLinear.forward in peft/tuners/miss/layer.py, against which it is tes
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from fossil_export import models
 from fossil_export.adapters import Adapter, Trained
 from fossil_export.errors import MergeError, listed
-from fossil_export.merging._match import match_names
 from fossil_export.methods import METHODS
+from fossil_export.models import Names
 
 
 class TrainedLinear(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy here
@@ -51,7 +52,7 @@ def attach(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> nn.Module:
     """
     modules = dict(model.named_modules())
     trained = dict.fromkeys([*adapter.trained, *(name.rpartition(".")[0] for name in adapter.saved)])
-    names = match_names(trained, modules)
+    names = _module_names(trained, model, modules)
     missing = [module for module in trained if module not in names]
     if missing:
         raise MergeError(
@@ -70,6 +71,18 @@ def attach(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> nn.Module:
         arrays = {role: _tensor(array).to(layer.weight.device, dtype) for role, array in adapter.arrays(module).items()}
         setattr(modules[parent], last, TrainedLinear(layer, arrays, one))
     return model
+
+
+def _module_names(trained: Iterable[str], model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The model's name of each module that it has; adapters of other transformers versions have other ones."""
+    found = {module: module for module in trained if module in modules}
+    known = models.architecture(model.config.to_dict(), type(model).__name__)
+    names = Names(known, ()) if known is not None else None
+    for module in trained:
+        parameter = names.parameter(f"{module}.weight") if names is not None and module not in found else None
+        if parameter is not None and parameter.rpartition(".")[0] in modules:
+            found[module] = parameter.rpartition(".")[0]
+    return found
 
 
 def _tensor(array: Any) -> torch.Tensor:
