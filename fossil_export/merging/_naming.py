@@ -30,8 +30,8 @@ class Naming:
     """The parameters of the class an adapter was trained in, and where the base has them.
 
     `known` says that transformers has the class; if not, each tensor of the base is a parameter of the same name.
-    With `inner` the adapter was trained in the text model alone, which is the `part` of that name here; with `around` in
-    a model that has this one's as a part of that name.
+    With `inner` the adapter was trained in the text model alone, which is the `part` of that name here; with `around`
+    in a model that has this one's as a part of that name.
     """
 
     names: Names

@@ -188,8 +188,8 @@ def _place_saved(
             placement.vocab_size = info.shape[0]
     elif old.dtype != info.dtype and not {old.dtype, info.dtype} <= set(FLOATS):
         raise MergeError(
-            f"{adapter.path}: saved tensor {info.name} is {info.dtype}, and {target} of {base.location} is {old.dtype}; "
-            f"{_REMEDY}"
+            f"{adapter.path}: saved tensor {info.name} is {info.dtype}, and {target} of {base.location} is "
+            f"{old.dtype}; {_REMEDY}"
         )
     elif old.shape[1:] != info.shape[1:] or (old.shape != info.shape and not is_vocabulary):
         if not _trained_whole(info.name, module, adapter) or is_vocabulary:
@@ -290,8 +290,8 @@ def _rows(parameter: str, trained: Trained, adapter: Adapter, base: Checkpoint, 
     if len(found.runs) > 1 or len(found.shape) != 2:
         names = listed(list(dict.fromkeys(run.name for run in found.runs)))
         raise MergeError(
-            f"{base.location}: {parameter} is made of {names}, and shard {trained.label} of {adapter.path} would have to "
-            "be taken apart; save the base in the form of its class, and merge into that"
+            f"{base.location}: {parameter} is made of {names}, and shard {trained.label} of {adapter.path} would have "
+            "to be taken apart; save the base in the form of its class, and merge into that"
         )
     run = found.runs[0]
     return fused_rows(base.tensors[run.name], run.first, run.count, Order(*found.order) if found.order else None)

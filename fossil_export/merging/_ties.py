@@ -2,8 +2,8 @@
 
 PEFT trains a copy of each module of modules_to_save, and a shard beside each targeted one, whatever is tied to it: from
 then on the live model has parameters of their own. A checkpoint can say so if it stores each of them and its config
-unties them; that unties all that hang on the same field, so all of these are stored. (PEFT's own merge adds the shard of
-a targeted tied head to the embedding as well, and so does not give the model that was trained.)
+unties them; that unties all that hang on the same field, so all of these are stored. (PEFT's own merge adds the shard
+of a targeted tied head to the embedding as well, and so does not give the model that was trained.)
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ def part(naming: Naming, adapter: Adapter, base: Checkpoint, brought: Brought, p
         )
     if () in fields and not placement.undecided:
         raise MergeError(
-            f"{where} ties {names} whatever its config says, and training parted them; such a model cannot be stored as "
-            "a plain checkpoint"
+            f"{where} ties {names} whatever its config says, and training parted them; such a model cannot be stored "
+            "as a plain checkpoint"
         )
     placement.untie = tuple(sorted(fields - {()}))
     copied: dict[str, str] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from fossil_export.models._architecture import Operation
@@ -221,7 +222,7 @@ def _pieces(rows: Array, starts: Mapping[str, int], width: tuple[int, ...]) -> P
         order, flat = _order(flat), np.sort(flat)
     runs: list[Run] = []
     edges = [0, *(np.flatnonzero(np.diff(flat) != 1) + 1).tolist(), len(flat)]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         at = start
         while at < stop:  # a run of numbers may go on into the next tensor
             number = int(np.searchsorted(begins, flat[at], side="right")) - 1
