@@ -148,7 +148,7 @@ def test_labels_come_from_the_classifier_alone(tmp_path: Path) -> None:
     # A head that the class does not have (a reward model's) would be lost on load.
     save_file({**load_file(path), "base_model.model.v_head.weight": torch.ones(7, 32)}, path)
     edit_json(settings, modules_to_save=["classifier", "v_head"])
-    with pytest.raises(FossilExportError, match=r"v_head.weight has no counterpart in .* BertForSequenceClassification"):
+    with pytest.raises(FossilExportError, match=r"v_head.weight has no counterpart .*BertForSequenceCl"):
         merge(tmp_path / "adapter", tmp_path / "lost")
 
 
