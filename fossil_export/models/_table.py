@@ -71,7 +71,7 @@ def _line(key: str) -> Any:
 def line(model_type: str) -> Any:
     """A model type's line, as read; None if it has none."""
     row = _line(model_type) if not model_type.startswith("rules ") else None
-    return None if row is None else {"auto": {}, "of": {}, "parts": {}, "ties": {}, **row}
+    return None if not isinstance(row, dict) else {"auto": {}, "of": {}, "parts": {}, "ties": {}, **row}
 
 
 @dataclass(frozen=True)
@@ -169,10 +169,10 @@ def _gathered(nodes: list[_Node], what: str) -> tuple[str, ...]:
 
 
 def _module(node: _Node, what: str) -> str | None:
-    """The embedding or head: its module's name, or `@` and the model inside that knows it."""
-    name = node.own.get(what)
-    if name is None or not name.startswith("@"):
-        return None if name is None else _join(node.module, name)
+    """The embedding or head: its module's name, or `@` and the model inside that has it, as is usual for embeddings."""
+    name = node.own.get(what, "@" + node.own.get("prefix", "") if what == "embedding" else "")
+    if not name.startswith("@"):
+        return _join(node.module, name) if name else None
     module = _join(node.module, name[1:])
     return next((_module(child, what) for child in node.inside if child.module == module), None)
 

@@ -103,9 +103,9 @@ def _record(record: _survey.Record, model_type: str, found: _survey.Survey) -> d
         inside.append([*entry, _names.pack(less)] if less else entry)
     facts = record.facts
     inner = {what: {v for child in children.values() for v in child.facts[what]} for what in ("ignored", "optional")}
-    entry_ = {
+    embedding = _through(facts, "embedding", children) or ""
+    known = {
         "bare": facts["bare"],
-        "embedding": _through(facts, "embedding", children),
         "follows": facts["follows"],
         "head": _through(facts, "head", children),
         "ignored": [text for text in facts["ignored"] if text not in inner["ignored"]],
@@ -115,7 +115,9 @@ def _record(record: _survey.Record, model_type: str, found: _survey.Survey) -> d
         "prefix": facts["prefix"],
         "ties": sorted(map(list, record.ties.items())),
     }
-    return {key: value for key, value in entry_.items() if value}
+    row = {key: value for key, value in known.items() if value}
+    usual = "@" + facts["prefix"] if facts["prefix"] in children else None
+    return row if embedding == usual or not (embedding or usual) else {"embedding": embedding, **row}
 
 
 def _through(facts: dict[str, Any], what: str, children: dict[str, _survey.Record]) -> str | None:
