@@ -1,0 +1,212 @@
+"""One class after the other: the model, its adapters, the merge, the verdicts."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import shutil
+import signal
+import time
+import warnings
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from peft import MissConfig, get_peft_model
+
+from fossil_export import FossilExportError, merge
+from sweep import inputs, judging
+from sweep.building import Base, Unbuilt, line, randomise, saved, state
+from sweep.catalogue import Entry
+from sweep.kinds import KINDS, Recipe, recipes
+
+SECONDS = 30  # a case
+NOT_BUILT = "-"  # the kind of a row that says why a class is not there
+ALL_DONE = "="  # of the last row of a class that is
+NOT_COMPUTED = "the trainer does not compute with what it trained"
+
+EXACT, RIGHT, WRONG, REFUSED, CRASH = "exact", "right", "WRONG", "refused", "crash"
+IMPOSSIBLE, UNUSED, BUILT = "impossible", "unused", "built"
+RESULTS = (EXACT, RIGHT, WRONG, REFUSED, CRASH, IMPOSSIBLE, UNUSED)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of one case. `peft` is what PEFT's own merge is: right, wrong, or that it cannot."""
+
+    name: str
+    model_type: str
+    kind: str
+    result: str
+    why: str = ""
+    peft: str = ""
+    forward: bool = False
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Scene:
+    entry: Entry
+    base: Base
+    values: dict[str, torch.Tensor]
+    asked: inputs.Inputs | None
+    answers: list[torch.Tensor]
+    folder: Path
+
+
+class _TooSlow(BaseException):
+    """No `except Exception` on the way may take it."""
+
+
+def _alarm(number: int, frame: FrameType | None) -> None:
+    raise _TooSlow
+
+
+def run_class(entry: Entry, folder: Path, kinds: Collection[str], done: Collection[str]) -> Iterator[Row | str]:
+    """Rows as they come; before each, the name of its kind. `folder` is emptied in between."""
+    signal.signal(signal.SIGALRM, _alarm)
+    warnings.simplefilter("ignore")
+    yield NOT_BUILT
+    try:
+        signal.alarm(2 * SECONDS)
+        try:
+            scene = _scene(entry, folder)
+        finally:
+            signal.alarm(0)
+    except Unbuilt as problem:
+        yield Row(entry.name, entry.model_type, NOT_BUILT, IMPOSSIBLE, str(problem))
+        return
+    except _TooSlow:
+        yield Row(entry.name, entry.model_type, NOT_BUILT, IMPOSSIBLE, f"not built in {2 * SECONDS} s")
+        return
+    for kind, recipe in recipes(scene.base.model):
+        if kind not in kinds or kind in done:
+            continue
+        yield kind
+        started = time.monotonic()
+        try:
+            signal.alarm(SECONDS)
+            try:
+                row = _case(scene, kind, recipe)
+            finally:
+                signal.alarm(0)
+        except _TooSlow:
+            row = Row(entry.name, entry.model_type, kind, IMPOSSIBLE, f"not done in {SECONDS} s")
+        yield dataclasses.replace(row, seconds=round(time.monotonic() - started, 2))
+        for rest in ("adapter", "merged", "peft"):
+            shutil.rmtree(folder / rest, ignore_errors=True)
+    size = sum(parameter.numel() for parameter in scene.base.model.parameters())
+    more = f"{size} parameters, {'outputs from ' + ' '.join(scene.asked) if scene.asked else 'parameters only'}"
+    yield Row(entry.name, entry.model_type, ALL_DONE, BUILT, more, ", ".join(kinds))
+
+
+def _scene(entry: Entry, folder: Path) -> _Scene:
+    base = saved(entry.name, folder / "base")
+    double = copy.deepcopy(base.model).double().eval()
+    asked = inputs.find(double)
+    values = {name: value.clone() for name, value in state(double).items()}
+    return _Scene(entry, base, values, asked, inputs.outputs(double, asked) if asked else [], folder)
+
+
+def _case(scene: _Scene, kind: str, recipe: Recipe) -> Row:
+    def row(result: str, why: str = "", peft: str = "", forward: bool = False) -> Row:
+        return Row(scene.entry.name, scene.entry.model_type, kind, result, why, peft, forward)
+
+    try:
+        live = _trained(scene, kind, recipe)
+        live.save_pretrained(scene.folder / "adapter")
+        wanted = judging.truth(live, scene.values, scene.asked, scene.answers)
+    except Exception as problem:
+        return row(IMPOSSIBLE, f"PEFT: {line(problem)}")
+    try:
+        merge(scene.folder / "adapter", scene.folder / "merged", base=scene.base.folder)
+    except FossilExportError as problem:
+        peft = _peft(scene, live, wanted)[0]
+        unused = _unused(scene, wanted, peft)
+        return row(UNUSED, NOT_COMPUTED) if unused else row(REFUSED, _short(str(problem), scene.folder), peft)
+    except Exception as problem:
+        return row(CRASH, _short(line(problem), scene.folder), _peft(scene, live, wanted)[0])
+    ours, wrong = _looked_at(scene, scene.folder / "merged", wanted)
+    bits = {name: value.clone() for name, value in state(ours).items()} if ours is not None else {}
+    if wrong is None and ours is not None:
+        wrong = _answers(ours, wanted)
+    peft, theirs = _peft(scene, live, wanted)
+    forward = wanted.sensible
+    if _unused(scene, wanted, wrong or ""):
+        return row(UNUSED, NOT_COMPUTED)
+    if wrong is not None:
+        return row(WRONG, wrong, peft, forward)
+    if peft == "right" and any(not torch.equal(value, bits[name]) for name, value in theirs.items()):
+        return row(RIGHT, "rounded otherwise than PEFT", peft, forward)
+    return row(EXACT, "", peft, forward)
+
+
+def _unused(scene: _Scene, wanted: judging.Truth, wrong: str) -> bool:
+    """Looked at where the answers say so: they do not tell the trained model from the base, or differ at equal values."""
+    suspicious = not wanted.sensible or judging.ANSWERS_DIFFER in wrong
+    return suspicious and judging.unused(scene.base.model, wanted)
+
+
+def _trained(scene: _Scene, kind: str, recipe: Recipe) -> Any:
+    targets = recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets)
+    problem: Exception | None = None
+    for rank in (4, 3, 1):  # a layer may be as narrow as that
+        model = copy.deepcopy(scene.base.model)
+        config = MissConfig(r=rank, target_modules=targets, modules_to_save=list(recipe.saved) or None)
+        try:
+            live = get_peft_model(model, config)
+        except ValueError as reason:
+            problem = problem or reason
+            if "less than or equal to in_features" in str(reason):
+                continue
+            raise
+        randomise(live, f"{scene.entry.name} {kind}", size=0.05, trained_only=True)
+        return live.eval()
+    raise problem or ValueError("no rank")
+
+
+def _looked_at(scene: _Scene, folder: Path, wanted: judging.Truth) -> tuple[Any, str | None]:
+    """The class's own model of a folder, and what is wrong with its values."""
+    try:
+        model, report = type(scene.base.model).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    except Exception as problem:
+        return None, f"cannot be loaded: {_short(line(problem), scene.folder)}"
+    found = judging.difference(model.eval(), wanted)
+    missing = sorted(set(report["missing_keys"]) - scene.base.missing)
+    if missing:
+        found = f"{missing[0]} is not in the files" + (f"; {found}" if found else "")
+    elif found is None and report["mismatched_keys"]:
+        found = f"{sorted(report['mismatched_keys'])[0]} does not fit"
+    elif found is None and report["unexpected_keys"]:
+        found = f"{sorted(report['unexpected_keys'])[0]} is not expected"
+    return model, found
+
+
+def _answers(model: Any, wanted: judging.Truth) -> str | None:
+    try:
+        return judging.answers_differ(model, wanted)
+    except Exception as problem:
+        return f"does not run: {line(problem)}"
+
+
+def _peft(scene: _Scene, live: Any, wanted: judging.Truth) -> tuple[str, dict[str, torch.Tensor]]:
+    """What PEFT's own merge is once it is saved and loaded: its verdict and its values. `live` is used up."""
+    try:
+        live.merge_and_unload().save_pretrained(scene.folder / "peft")
+    except Exception as problem:
+        return f"cannot: {_short(line(problem), scene.folder)}", {}
+    model, wrong = _looked_at(scene, scene.folder / "peft", wanted)
+    values = {name: value.clone() for name, value in state(model).items()} if model is not None else {}
+    if wrong is None:
+        wrong = _answers(model, wanted)
+    return ("right" if wrong is None else f"wrong: {wrong}"), values
+
+
+def _short(text: str, folder: Path) -> str:
+    return " ".join(text.split()).replace(f"{folder}/", "")[:300]
+
+
+ALL_KINDS = tuple(KINDS)
