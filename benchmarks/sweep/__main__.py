@@ -43,16 +43,16 @@ def sweep(chosen: list[Entry], kinds: tuple[str, ...], jobs: int, journal: Journ
         journal.add(row)
         if row.kind in (NOT_BUILT, ALL_DONE):
             ended += 1
-            print(f"\r{ended}/{count} classes, {time.monotonic() - began:.0f} s, {row.name:60.60}", end="", file=sys.stderr)
+            if ended % 20 == 0 or ended == count:
+                print(f"{ended}/{count} classes, {time.monotonic() - began:.0f} s", file=sys.stderr)
         elif row.result in (WRONG, CRASH):
-            print(f"\r{row.name} {row.kind}: {row.result} {row.why}", file=sys.stderr)
+            print(f"{row.name}, {row.kind}: {row.result} {row.why}", file=sys.stderr)
 
     def died(task: pool.Task, kind: str, how: str) -> None:
         result = IMPOSSIBLE if kind == NOT_BUILT else CRASH
         report(Row(task.entry.name, task.entry.model_type, kind, result, how))
 
     pool.run(tasks, jobs, report, died)
-    print(file=sys.stderr)
     names = {entry.name for entry in chosen}
     wanted = {*kinds, NOT_BUILT, ALL_DONE}
     return [row for row in journal.rows.values() if row.name in names and row.kind in wanted]

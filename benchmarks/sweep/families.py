@@ -46,6 +46,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "time_series_transformer": {"prediction_length": 4},
     "autoformer": {"prediction_length": 4},
     "informer": {"prediction_length": 4},
+    "codegen": {"rotary_dim": 4},
+    "gptj": {"rotary_dim": 4},
     "esm": {"vocab_size": 160, "pad_token_id": 1, "mask_token_id": 32},
     "nemotron": {"num_key_value_heads": 4},
     "hunyuan_v1_dense": {"head_dim": 8},
@@ -54,7 +56,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
     "perceiver": {"d_latents": 64, "qk_channels": 32, "v_channels": 64, "d_model": 40},
     "zamba": {"num_hidden_layers": 6, "layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "mamba", "hybrid"]},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "qwen4_exp_text": {"num_key_value_heads": 2},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -11,8 +12,18 @@ import torch
 Inputs = dict[str, Any]
 
 
+def computing(model: Any, dtype: torch.dtype) -> Any:
+    """A copy of `model` that computes in `dtype`."""
+    made = copy.deepcopy(model).to(dtype).eval()
+    for module in made.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_experts_implementation", None) is not None:
+            config._experts_implementation = "eager"  # the others know no float64
+    return made
+
+
 def find(model: Any) -> Inputs | None:
-    """The first inputs that this model (float64) takes with a finite answer; None if there are none."""
+    """The first inputs that this model takes with a finite answer; None if there are none."""
     for inputs in _candidates(model):
         try:
             answer = outputs(model, inputs)
@@ -44,52 +55,87 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(part)
 
 
+_GROUPS: tuple[tuple[str, ...], ...] = (
+    (),
+    ("decoder_input_ids",),
+    ("input_ids",),
+    ("input_ids", "bbox"),
+    ("input_ids", "bbox", "decoder_input_ids"),
+    ("pixel_values",),
+    ("pixel_values", "input_ids"),
+    ("pixel_values", "input_ids", "attention_mask"),
+    ("pixel_values", "input_ids", "decoder_input_ids"),
+    ("pixel_values", "input_ids", "bbox"),
+    ("input_ids", "input_features"),
+    ("input_ids", "input_features", "decoder_input_ids"),
+    ("input_ids", "input_values"),
+    ("input_values", "decoder_input_ids"),
+    ("input_ids", "pixel_values_videos"),
+)
+_READINGS = 3
+
+
 def _candidates(model: Any) -> Iterator[Inputs]:
     taken = inspect.signature(model.forward).parameters
-    made = {name: value for name, value in _values(model).items() if name in taken}
-    needed = [name for name, entry in taken.items() if entry.default is entry.empty and name in made]
-    main = getattr(model, "main_input_name", None)
-    first = [name for name in dict.fromkeys([*([main] if main in made else []), *needed])]
-    for extra in ((), ("decoder_input_ids",), ("input_ids",), ("input_ids", "bbox"), ("pixel_values", "input_ids"),
-                  ("pixel_values",), ("pixel_values", "input_ids", "decoder_input_ids"), ("input_ids", "input_features"),
-                  ("input_ids", "pixel_values", "bbox"), ("input_ids", "decoder_input_ids", "input_features"),
-                  ("input_ids", "input_values"), ("decoder_input_ids", "input_values"), ("input_ids", "pixel_values_videos"),
-                  ("input_ids", "inputs_embeds"), tuple(made)):  # fmt: skip
-        names = dict.fromkeys([*first, *(name for name in extra if name in made)])
-        if names:
-            yield {name: made[name] for name in names}
+    fixed = {"use_cache": False} if "use_cache" in taken else {}
+    for reading in range(_READINGS):
+        made = {name: value for name, value in _values(model, reading).items() if name in taken}
+        needed = [name for name, entry in taken.items() if entry.default is entry.empty and name in made]
+        main = getattr(model, "main_input_name", None)
+        first = [*([main] if main in made else []), *needed]
+        tried = set()
+        for group in (*_GROUPS, tuple(made)):
+            names = tuple(dict.fromkeys([*first, *(name for name in group if name in made)]))
+            if names and names not in tried:
+                tried.add(names)
+                yield {name: made[name] for name in names} | fixed
 
 
-def _values(model: Any) -> Inputs:
+def _values(model: Any, reading: int) -> Inputs:
+    """Inputs by name. Families read some shapes otherwise: `reading` counts through them."""
     config = model.config
     text = _text(config)
+    dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float64)
     generator = torch.Generator().manual_seed(7)
 
     def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
     def tokens(*shape: int) -> torch.Tensor:
         top = min(100, int(_number(text, "vocab_size", 100)))
-        return torch.randint(min(5, top - 1), top, shape, generator=generator)
+        made = torch.randint(min(5, top - 1), top, shape, generator=generator)
+        end = vars(config).get("eos_token_id")
+        if vars(config).get("is_encoder_decoder") and isinstance(end, int):
+            made[..., -1] = end  # where some read the class from
+        return made
 
     side = _size(_in(config, "image_size"), 64)
     channels = _number_in(config, "num_channels", _number_in(config, "in_channels", 3))
     channels = channels if channels in (1, 2, 3, 4, 9) else 3
-    mel = _number_in(config, "num_mel_bins", _number_in(config, "feature_size", 80))
+    mels = [_number_in(config, name, 80) for name in ("num_mel_bins", "input_feat_per_channel", "feature_size")]
+    mels.append(_number_in(config, "feature_projection_input_dim", mels[0]))
     frames = 2 * _number_in(config, "max_source_positions", 32)
-    video = _number_in(config, "num_frames", 4)
+    patch = _size(_in(config, "patch_size"), 14)
+    cube = 3 * _size(_in(config, "temporal_patch_size"), 1) * patch * patch
+    width = _number(text, "hidden_size", 32)
+    audio = [(mels[0], frames), (frames, mels[1]), (frames, mels[3])][reading]
+    ids = (1, 3, 8) if type(model).__name__.endswith("MultipleChoice") else (2, 8)
     return {
-        "input_ids": tokens(2, 8),
-        "decoder_input_ids": tokens(2, 5),
+        "input_ids": tokens(*(ids if reading < 2 else (8, 8))),
+        "decoder_input_ids": tokens(*((2, 5) if reading < 2 else (8, 5))),
         "attention_mask": torch.ones(2, 8, dtype=torch.long),
         "bbox": torch.arange(64).reshape(2, 8, 4) % 4 + torch.tensor([0, 0, 6, 6]),
-        "pixel_values": noise(2, channels, side, side),
-        "pixel_values_videos": noise(2, video, channels, side, side),
-        "input_features": noise(2, mel, frames),
-        "input_values": noise(2, 4000),
-        "inputs_embeds": noise(2, 8, _number(text, "hidden_size", 32)),
+        "pixel_values": noise(*[(2, channels, side, side), (2, 1, channels, side, side), (16, cube)][reading]),
+        "pixel_values_videos": noise(2, _number_in(config, "num_frames", 4), channels, side, side),
+        "input_features": noise(2, *audio),
+        "input_values": noise(*[(2, 4000), (2, 1, 4000), (2, 16, mels[0])][reading]),
         "pixel_mask": torch.ones(2, side, side, dtype=torch.long),
-        "past_values": noise(2, 16, 3),
+        "past_values": noise(2, _number_in(config, "context_length", 16), _number_in(config, "num_input_channels", 3)),
+        "hidden_states": noise(16, cube),
+        "grid_thw": torch.tensor([[1, 4, 4]]),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        "query_embeds": noise(2, 4, width),
+        "inputs": noise(2, 8, _number_in(config, "d_model", width)),
     }
 
 

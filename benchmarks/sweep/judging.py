@@ -12,7 +12,7 @@ import torch
 from sweep import inputs
 
 CLOSE = 1e-6  # of a trained weight in float32: some roundings, of the sum and of what is added
-ANSWERS = 1e-4  # of the largest answer
+ANSWERS = {torch.float64: 1e-4, torch.float32: 3e-3}  # of the largest answer, by what it was computed in
 
 ANSWERS_DIFFER = "the values are right, the answers are off"
 
@@ -20,32 +20,48 @@ ANSWERS_DIFFER = "the values are right, the answers are off"
 @dataclass(frozen=True)
 class Truth:
     """What the trainer has: `values` float64 by plain name, `trained` the names of those that are not the base's,
-    and the answers to `asked`, with `sensible` whether they tell the trained model from the base."""
+    and the answers to `question`, with `sensible` whether they tell the trained model from the base."""
 
-    live: Any
     values: Mapping[str, torch.Tensor]
     trained: frozenset[str]
-    asked: inputs.Inputs | None
+    question: Question | None
     answers: list[torch.Tensor]
     sensible: bool
 
 
-def truth(live: Any, base_values: Mapping[str, torch.Tensor], asked: inputs.Inputs | None,
-          base_answers: list[torch.Tensor]) -> Truth:  # fmt: skip
+@dataclass(frozen=True)
+class Question:
+    """Inputs, what to compute in, and what the base answers."""
+
+    inputs: inputs.Inputs
+    dtype: torch.dtype
+    answers: list[torch.Tensor]
+
+    def ask(self, model: Any) -> list[torch.Tensor]:
+        return inputs.outputs(inputs.computing(model, self.dtype), self.inputs)
+
+
+def question(base: Any) -> Question | None:
+    """Float64, or float32 where a model knows no other; None where no inputs can be made."""
+    for dtype in (torch.float64, torch.float32):
+        model = inputs.computing(base, dtype)
+        asked = inputs.find(model)
+        if asked is not None:
+            return Question(asked, dtype, inputs.outputs(model, asked))
+    return None
+
+
+def truth(live: Any, base_values: Mapping[str, torch.Tensor], asked: Question | None) -> Truth:
     """Of a PEFT model, which stays as it is."""
-    double = copy.deepcopy(live).double().eval()
-    values = effective(double)
+    values = effective(copy.deepcopy(live).double())
     trained = frozenset(
         name for name, value in values.items() if name not in base_values or not torch.equal(value, base_values[name])
     )
-    answers: list[torch.Tensor] = []
-    if asked is not None:
-        try:
-            answers = inputs.outputs(double.base_model.model, asked)
-        except Exception:
-            asked = None
-    sensible = asked is not None and _far(answers, base_answers) > 10 * ANSWERS
-    return Truth(double, values, trained, asked, answers, sensible)
+    if asked is None:
+        return Truth(values, trained, None, [], False)
+    answers = asked.ask(live.base_model.model)
+    sensible = _far(answers, asked.answers) > 10 * ANSWERS[asked.dtype]
+    return Truth(values, trained, asked, answers, sensible)
 
 
 def effective(live: Any) -> dict[str, torch.Tensor]:
@@ -89,24 +105,24 @@ def difference(model: Any, wanted: Truth) -> str | None:
 
 
 def answers_differ(model: Any, wanted: Truth) -> str | None:
-    """The same for the answers. `model` becomes float64."""
-    if wanted.asked is None:
+    """The same for the answers."""
+    if wanted.question is None:
         return None
-    far = _far(inputs.outputs(model.double().eval(), wanted.asked), wanted.answers)
-    return f"{ANSWERS_DIFFER} by {far:.1e}" if far > ANSWERS else None
+    far = _far(wanted.question.ask(model), wanted.answers)
+    return f"{ANSWERS_DIFFER} by {far:.1e}" if far > ANSWERS[wanted.question.dtype] else None
 
 
 def unused(base: Any, wanted: Truth) -> bool:
     """Whether the trainer itself does not compute with the values it trained: a base with them answers otherwise."""
-    if wanted.asked is None:
+    if wanted.question is None:
         return False
-    model = copy.deepcopy(base).double().eval()
-    parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    for name, value in wanted.values.items():
-        if name in parameters and isinstance(parameters[name], torch.nn.Parameter):
-            home, _, last = name.rpartition(".")
-            setattr(model.get_submodule(home), last, torch.nn.Parameter(value, requires_grad=False))  # ties are cut
-    return _far(inputs.outputs(model, wanted.asked), wanted.answers) > ANSWERS
+    model = copy.deepcopy(base)
+    known = dict(model.named_parameters(remove_duplicate=False))
+    for name in known.keys() & wanted.values.keys():
+        home, _, last = name.rpartition(".")
+        value = torch.nn.Parameter(wanted.values[name].to(known[name].dtype), requires_grad=False)
+        setattr(model.get_submodule(home), last, value)  # ties are cut
+    return _far(wanted.question.ask(model), wanted.answers) > ANSWERS[wanted.question.dtype]
 
 
 def _far(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:

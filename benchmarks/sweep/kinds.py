@@ -27,6 +27,7 @@ class Parts:
     """Names of a model's parts: its linear layers, one of attention's, and the last words of the rest."""
 
     linears: tuple[str, ...]
+    alone: tuple[str, ...]
     attention: str | None
     embedding: str | None
     head: str | None
@@ -37,7 +38,7 @@ class Parts:
     @property
     def narrow(self) -> str | None:
         """The last word of some layer that is neither head nor classifier."""
-        return self.attention or next((_last(name) for name in self.linears if _last(name) != self.head), None)
+        return self.attention or next((_last(name) for name in self.alone if _last(name) != self.head), None)
 
 
 def parts(model: Any) -> Parts:
@@ -45,10 +46,13 @@ def parts(model: Any) -> Parts:
     linears = tuple(name for name, module in modules.items() if type(module) is torch.nn.Linear)
     embedding = _place(modules, _asked(model.get_input_embeddings))
     head = _place(modules, _asked(model.get_output_embeddings))
+    mixed = {_last(name) for name, module in modules.items() if name not in linears}
+    alone = [name for name in linears if _last(name) not in mixed]  # PEFT takes targets by their last word
     norms = [name for name, module in modules.items() if "Norm" in type(module).__name__ and any(True for _ in module.parameters())]  # fmt: skip
     return Parts(
         linears,
-        next((_last(name) for name in linears if _ATTENTION.search(name) and name != head), None),
+        tuple(alone),
+        next((_last(name) for name in alone if _ATTENTION.search(name) and name != head), None),
         embedding and _last(embedding),
         head and _last(head),
         head in linears,

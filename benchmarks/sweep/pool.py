@@ -76,9 +76,11 @@ def run(tasks: list[Task], jobs: int, report: Callable[[Any], None], died: Calla
         return _Worker(process, ours)
 
     def stop(worker: _Worker) -> None:
+        worker.pipe.close()  # one that waits for a task ends by itself
+        if worker.task is None:
+            worker.process.join(10)
         worker.process.kill()
         worker.process.join()
-        worker.pipe.close()
         workers.remove(worker)
 
     def lost(worker: _Worker, how: str) -> None:

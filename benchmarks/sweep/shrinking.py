@@ -43,6 +43,7 @@ _WIDTHS = re.compile(
     r"|time_step_rank|d_state|patch_embeds?_hidden_size|backbone_channel\w*|vq_\w*dim|hidden_units|conv_dim|tdnn_dim"
     r"|intermediate|mamba_expand_size|n_inner|\w+_multiple_of|hidden_size_per_layer_input)s?$|feed_forward_size$"
 )
+_HEAD_WIDTHS = re.compile(r"head_dim$|^d_kv$|^d_head$")
 _KEPT_WIDTHS = re.compile(r"(num_channels|^in_channels|in_chans|input_channels|num_input_channels|mlp_dim_factor)$")
 _KINDS = re.compile(r"^(layer_types|mlp_layer_types|indexer_types|layers_block_type|block_types|attn_types)$")
 _PER_LAYER = re.compile(r"^(layer_rope_theta|no_rope_layers|activation_sparsity_pattern|layers_num_\w+)$")
@@ -104,6 +105,7 @@ def _shrunk(config: Any, factor: int, small_images: bool) -> dict[str, Any]:
         if small != value:
             made[key] = small
     _divide(made, config)
+    _sections(made, config)
     if small_images:
         made |= _image(config, known)
     return made
@@ -120,8 +122,6 @@ def _value(key: str, value: Any, factor: int, layers: int) -> Any:
         return value
     if isinstance(value, (list, tuple)) and value:
         return _list(key, list(value), factor, layers)
-    if key in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
-        return _rope(value, factor)
     if not isinstance(value, int):
         return value
     return _number(key, value, factor, layers)
@@ -136,6 +136,8 @@ def _number(key: str, value: int, factor: int, layers: int) -> int:
         return min(value, 4)
     if _CHOSEN.match(key):
         return min(value, 2)
+    if key == "num_queries":
+        return min(value, 8)
     if _GROUPS.match(key):
         return min(value, 1)
     if _VOCABULARIES.match(key) and not _KEPT_VOCABULARY.match(key):
@@ -145,11 +147,13 @@ def _number(key: str, value: int, factor: int, layers: int) -> int:
     if _POSITIONAL.match(key):
         return min(value, _POSITIONS)
     if _WIDTHS.search(key) and not _KEPT_WIDTHS.search(key):
-        return _width(value, factor)
+        return _width(value, factor, key)
     return value
 
 
-def _width(value: int, factor: int) -> int:
+def _width(value: int, factor: int, key: str = "") -> int:
+    if _HEAD_WIDTHS.search(key):  # rotary embeddings cut it in halves and sections
+        return min(value, max(16, -(-value // (16 * factor)) * 16))
     if value % factor == 0:
         return value // factor
     return value if value < 2 * factor else -(-value // factor)
@@ -170,13 +174,20 @@ def _list(key: str, value: list[Any], factor: int, layers: int) -> list[Any]:
     return value
 
 
-def _rope(value: dict[str, Any], factor: int) -> dict[str, Any]:
-    made = dict(value)
-    sections = value.get("mrope_section")
-    if isinstance(sections, (list, tuple)):
-        half = max(3, sum(sections) // factor)
-        made["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
-    return made
+def _sections(made: dict[str, Any], config: Any) -> None:
+    """Rotary embeddings of several axes: their sections are half a head together."""
+
+    def now(key: str) -> Any:
+        return made.get(key, vars(config).get(key))
+
+    if {"qk_nope_head_dim", "qk_rope_head_dim", "qk_head_dim"} <= set(vars(config)):
+        made["qk_head_dim"] = now("qk_nope_head_dim") + now("qk_rope_head_dim")
+    rope = vars(config).get("rope_parameters")
+    if "mrope_section" not in getattr(config, "ignore_keys_at_rope_validation", ()) or not isinstance(rope, dict):
+        return
+    width = now("head_dim") or now("hidden_size") // now("num_attention_heads")
+    half = max(3, int(width * (rope.get("partial_rotary_factor") or 1.0)) // 2)
+    made["rope_parameters"] = rope | {"mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
 
 
 def _divide(made: dict[str, Any], config: Any) -> None:
@@ -187,11 +198,13 @@ def _divide(made: dict[str, Any], config: Any) -> None:
             continue
         for key in heads_keys:
             heads = made.get(key, vars(config).get(key))
-            if not isinstance(heads, int) or heads < 1 or width % (4 * heads) == 0:
+            if not isinstance(heads, int) or heads < 1 or width % (16 * heads) == 0:
                 continue
-            fitting = [n for n in range(1, heads + 1) if width % n == 0]
-            even = [n for n in fitting if width % (4 * n) == 0] or [n for n in fitting if width % (2 * n) == 0]
-            made[key] = max(even or fitting)
+            most = min(heads, 4)
+            made[key] = max(
+                (n for n in range(1, most + 1) if width % n == 0),
+                key=lambda n: (max(size for size in (1, 2, 4, 8, 12, 16) if width % (size * n) == 0) >= 8, n),
+            )
             shared = vars(config).get("num_key_value_heads")
             if isinstance(shared, int) and key == "num_attention_heads":
                 made["num_key_value_heads"] = max(n for n in range(1, made[key] + 1) if made[key] % n == 0 and n <= shared)
