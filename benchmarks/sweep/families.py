@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import transformers
-
 _BERT = {
     "model_type": "bert",
     "hidden_size": 48,
@@ -46,6 +44,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "time_series_transformer": {"prediction_length": 4},
     "autoformer": {"prediction_length": 4},
     "informer": {"prediction_length": 4},
+    "mamba2": {"hidden_size": 64, "expand": 2, "num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2},
+    "deepseek_v2": {"num_experts_per_tok": 2, "topk_group": 1, "n_group": 1},
+    "hunyuan_vl_text": {"head_dim": 16},
+    "hunyuan_vl": {"text_config": {"head_dim": 16}},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma3n": {"text_config": {"num_kv_shared_layers": 0}},
+    "muse_spark_audio": {"num_hidden_layers": 4},
+    "muse_spark": {"audio_config": {"num_hidden_layers": 4}},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "hiera": {"image_size": [64, 64]},
+    "blt": {"encoder_hash_byte_group_vocab": 200},
     "codegen": {"rotary_dim": 4},
     "gptj": {"rotary_dim": 4},
     "esm": {"vocab_size": 160, "pad_token_id": 1, "mask_token_id": 32},
@@ -72,6 +82,8 @@ def overrides(name: str, config: Any) -> dict[str, Any]:
     special = SPECIAL.get(config.model_type, {})
     if name.endswith("ForSequenceClassification") and getattr(config, "pad_token_id", None) is None:
         special = special | {"pad_token_id": 0}
+    if name.endswith("ForCTC") and getattr(config, "vocab_size", 0) is None:
+        special = special | {"vocab_size": 160}
     return special | PARTS.get(config.model_type, {})
 
 
@@ -82,7 +94,3 @@ def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
         before = made.get(key)
         made[key] = merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
     return made
-
-
-def version() -> str:
-    return str(transformers.__version__)

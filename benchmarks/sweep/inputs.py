@@ -17,7 +17,7 @@ def computing(model: Any, dtype: torch.dtype) -> Any:
     made = copy.deepcopy(model).to(dtype).eval()
     for module in made.modules():
         config = getattr(module, "config", None)
-        if getattr(config, "_experts_implementation", None) is not None:
+        if config is not None and getattr(config, "_experts_implementation", None) is not None:
             config._experts_implementation = "eager"  # the others know no float64
     return made
 

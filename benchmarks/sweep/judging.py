@@ -84,7 +84,7 @@ def effective(live: Any) -> dict[str, torch.Tensor]:
 def difference(model: Any, wanted: Truth) -> str | None:
     """The first value of a loaded result (float32) that is not the trainer's, in words; None if there is none."""
     ours = model.state_dict(keep_vars=True)
-    for name in [*(n for n in wanted.values if n in wanted.trained), *(n for n in wanted.values if n not in wanted.trained)]:  # fmt: skip
+    for name in sorted(wanted.values, key=lambda name: name not in wanted.trained):  # the trained ones first
         value = wanted.values[name]
         if name not in ours:
             return f"{name} is not there"

@@ -48,7 +48,11 @@ def parts(model: Any) -> Parts:
     head = _place(modules, _asked(model.get_output_embeddings))
     mixed = {_last(name) for name, module in modules.items() if name not in linears}
     alone = [name for name in linears if _last(name) not in mixed]  # PEFT takes targets by their last word
-    norms = [name for name, module in modules.items() if "Norm" in type(module).__name__ and any(True for _ in module.parameters())]  # fmt: skip
+    norms = [
+        name
+        for name, module in modules.items()
+        if "Norm" in type(module).__name__ and any(True for _ in module.parameters())
+    ]
     return Parts(
         linears,
         tuple(alone),

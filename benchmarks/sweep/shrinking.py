@@ -80,7 +80,16 @@ def _widest(config: Any) -> int:
 
 
 def _is_main(key: str) -> bool:
-    return key in ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "emb_dim", "decoder_hidden_size", "num_filters")
+    return key in (
+        "hidden_size",
+        "d_model",
+        "n_embd",
+        "dim",
+        "embed_dim",
+        "emb_dim",
+        "decoder_hidden_size",
+        "num_filters",
+    )
 
 
 def _parts(config: Any) -> dict[str, Any]:
@@ -185,6 +194,8 @@ def _sections(made: dict[str, Any], config: Any) -> None:
     rope = vars(config).get("rope_parameters")
     if "mrope_section" not in getattr(config, "ignore_keys_at_rope_validation", ()) or not isinstance(rope, dict):
         return
+    if not rope or any(isinstance(value, dict) for value in rope.values()):
+        return  # one for each kind of layer
     width = now("head_dim") or now("hidden_size") // now("num_attention_heads")
     half = max(3, int(width * (rope.get("partial_rotary_factor") or 1.0)) // 2)
     made["rope_parameters"] = rope | {"mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
@@ -207,7 +218,9 @@ def _divide(made: dict[str, Any], config: Any) -> None:
             )
             shared = vars(config).get("num_key_value_heads")
             if isinstance(shared, int) and key == "num_attention_heads":
-                made["num_key_value_heads"] = max(n for n in range(1, made[key] + 1) if made[key] % n == 0 and n <= shared)
+                made["num_key_value_heads"] = max(
+                    n for n in range(1, made[key] + 1) if made[key] % n == 0 and n <= shared
+                )
 
 
 def _image(config: Any, known: set[str]) -> dict[str, Any]:

@@ -87,8 +87,8 @@ def support(rows: list[Row]) -> str:
         "# Which models and adapters",
         "",
         "Written by `make sweep`: every class in transformers' auto mappings that can be built as a tiny random model, "
-        f"trained in each way with PEFT, merged here, loaded by its own class and compared with the live trained model: "
-        f"every value, and the answers where inputs could be made. transformers {transformers.__version__}, "
+        "trained in each way with PEFT, merged here, loaded by its own class and compared with the live trained "
+        f"model: every value, and the answers where inputs could be made. transformers {transformers.__version__}, "
         f"PEFT {peft.__version__}, float32.",
         "",
         *(f"- {line}" for line in _counts(rows, done)),
@@ -98,7 +98,8 @@ def support(rows: list[Row]) -> str:
         *(f"| {_SIGNS[result]} | {_MEANINGS[result]} |" for result in RESULTS),
         "",
         "A cell has the number of classes where there are several, and is empty where a model has no such part. "
-        "`embedding`, `head`, `norm` and `classifier` are whole modules (`modules_to_save`) beside one attention layer.",
+        "`embedding`, `head`, `norm` and `classifier` are whole modules (`modules_to_save`) beside shards on one of "
+        "attention's layers.",
         "",
         "| model type | " + " | ".join(ALL_KINDS) + " |",
         "|---|" + "---|" * len(ALL_KINDS),
@@ -149,4 +150,6 @@ def _grouped(rows: Iterable[Row]) -> list[str]:
 
 def _reason(why: str) -> str:
     text = re.sub(r"has no weights for .*?, which", "has no weights for it, which", why)
-    return re.sub(r"[\w-]+(\.[\w*-]+)+|\d[\d,.e-]*|\w+_\w+|'[^']*'|\b[A-Z]\w+(Model|Backbone|Loss|Config)\b", "…", text)[:90]
+    return re.sub(
+        r"[\w-]+(\.[\w*-]+)+|\d[\d,.e-]*|\w+_\w+|'[^']*'|\b[A-Z]\w+(Model|Backbone|Loss|Config)\b", "…", text
+    )[:90]
