@@ -2,6 +2,7 @@
 # make test          lint, types and the whole test suite
 # make test-floor    the tests of the Hub with the oldest client that is supported
 # make test-install  the wheel, installed beside a trainer that was there before
+# make sweep         every model class of transformers, merged and compared; writes docs/support.md
 #
 # The first three make the environment (.venv) first. PyTorch comes as version TORCH; where pip would take its CUDA
 # build and you want the CPU one, add pip's options: make demo TORCH_OPTIONS="--index-url …".
@@ -21,7 +22,7 @@ TRAINER = transformers==5.17.0 peft==0.21.2
 FRESH = $(abspath $(VENV)-install)
 FRESH_PIP = $(FRESH)/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test test-floor test-install lint types bench llama-cpp clean
+.PHONY: demo test test-floor test-install lint types bench sweep llama-cpp clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python examples/demo.py
@@ -56,6 +57,10 @@ types: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/merge.py --peft 2
+
+# Takes some half an hour on two cores, and goes on where it was stopped (build/sweep.jsonl).
+sweep: $(VENV)/ready
+	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks $(VENV)/bin/python -m sweep --write docs/support.md
 
 # The converted adapter in llama.cpp, which takes minutes to build.
 llama-cpp: $(VENV)/ready

@@ -145,7 +145,7 @@ def _case(scene: _Scene, kind: str, recipe: Recipe) -> Row:
 
 
 def _unused(scene: _Scene, wanted: judging.Truth, wrong: str) -> bool:
-    """Looked at where the answers say so: they do not tell the trained model from the base, or differ at equal values."""
+    """Looked at where the answers ask for it: they are the base's, or differ at equal values."""
     suspicious = not wanted.sensible or judging.ANSWERS_DIFFER in wrong
     return suspicious and judging.unused(scene.base.model, wanted)
 

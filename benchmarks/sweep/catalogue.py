@@ -49,11 +49,10 @@ def config_class(name: str) -> Any:
 def sample(chosen: list[Entry], count: int) -> list[Entry]:
     """As different as can be: the mappings take turns, and none takes a family that is there while others are left."""
     known = {entry.name: entry for entry in chosen}
-    turns = [
-        sorted({name for names in mapping.values() for name in ([names] if isinstance(names, str) else names)} & set(known),
-               key=lambda name: zlib.crc32(name.encode()))
-        for mapping in mappings().values()
-    ]  # fmt: skip
+    turns = []
+    for mapping in mappings().values():
+        there = {name for names in mapping.values() for name in ([names] if isinstance(names, str) else names)}
+        turns.append(sorted(there & set(known), key=lambda name: zlib.crc32(name.encode())))
     taken: dict[str, Entry] = {}
     families: set[str] = set()
     while len(taken) < count and any(turns):
