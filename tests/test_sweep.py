@@ -19,7 +19,48 @@ from sweep.table import summary, support
 from fossil_export import merge
 
 KNOWN = {entry.name: entry for entry in entries()}
-CLASSES = ["LlamaForCausalLM", "Phi3ForCausalLM", "FalconForTokenClassification", "BloomForCausalLM", "Gemma2ForSequenceClassification", "MixtralForCausalLM", "DeepseekV3ForCausalLM", "GptOssForCausalLM", "MambaForCausalLM", "JambaForCausalLM", "GPT2LMHeadModel", "BertForMaskedLM", "BertLMHeadModel", "ElectraForMaskedLM", "ModernBertForMaskedLM", "LukeForMaskedLM", "XLNetForQuestionAnswering", "DistilBertForSequenceClassification", "DebertaV2ForTokenClassification", "BioGptForCausalLM", "EncoderDecoderModel", "T5ForConditionalGeneration", "BartForConditionalGeneration", "MBartForSequenceClassification", "MarianMTModel", "WhisperForConditionalGeneration", "Wav2Vec2ForCTC", "ASTForAudioClassification", "HubertForSequenceClassification", "LlavaForConditionalGeneration", "Gemma3ForConditionalGeneration", "Qwen2VLForConditionalGeneration", "CLIPModel", "PI0ForConditionalGeneration", "ViTForImageClassification", "DINOv3ViTModel", "SwinForImageClassification", "SegformerForSemanticSegmentation", "MobileViTForSemanticSegmentation", "PatchTSTForPrediction"]
+CLASSES = [
+    "LlamaForCausalLM",
+    "Phi3ForCausalLM",
+    "FalconForTokenClassification",
+    "BloomForCausalLM",
+    "Gemma2ForSequenceClassification",
+    "MixtralForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "GptOssForCausalLM",
+    "MambaForCausalLM",
+    "JambaForCausalLM",
+    "GPT2LMHeadModel",
+    "BertForMaskedLM",
+    "BertLMHeadModel",
+    "ElectraForMaskedLM",
+    "ModernBertForMaskedLM",
+    "LukeForMaskedLM",
+    "XLNetForQuestionAnsweringSimple",
+    "DistilBertForSequenceClassification",
+    "DebertaV2ForTokenClassification",
+    "BioGptForCausalLM",
+    "EncoderDecoderModel",
+    "T5ForConditionalGeneration",
+    "BartForConditionalGeneration",
+    "MBartForSequenceClassification",
+    "MarianMTModel",
+    "WhisperForConditionalGeneration",
+    "Wav2Vec2ForCTC",
+    "ASTForAudioClassification",
+    "HubertForSequenceClassification",
+    "LlavaForConditionalGeneration",
+    "Gemma3ForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration",
+    "CLIPModel",
+    "PI0ForConditionalGeneration",
+    "ViTForImageClassification",
+    "DINOv3ViTModel",
+    "SwinForImageClassification",
+    "SegformerForSemanticSegmentation",
+    "MobileViTForSemanticSegmentation",
+    "PatchTSTForRegression",
+]
 LLAMA = KNOWN["LlamaForCausalLM"]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from sweep import pool
 from sweep.cases import ALL_DONE, ALL_KINDS, CRASH, IMPOSSIBLE, NOT_BUILT, WRONG, Row
-from sweep.catalogue import Entry, entries, sample
+from sweep.catalogue import Entry, entries, sample, varied
 from sweep.journal import Journal
 from sweep.table import summary, support
 
@@ -33,7 +33,7 @@ def sweep(chosen: list[Entry], kinds: tuple[str, ...], jobs: int, journal: Journ
     """The rows of these classes, those that the journal has among them."""
     tasks = [
         pool.Task(entry, kinds, frozenset(journal.done(entry.name)))
-        for entry in chosen
+        for entry in varied(chosen)
         if not journal.finished(entry.name, list(kinds))
     ]
     began, count, ended = time.monotonic(), len(tasks), 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import shutil
 import signal
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import MissConfig, get_peft_model
+from safetensors.torch import load_file
 
 from fossil_export import FossilExportError, merge
 from sweep import judging
@@ -133,7 +135,7 @@ def _case(scene: _Scene, kind: str, recipe: Recipe) -> Row:
     bits = {name: value.clone() for name, value in state(ours).items()} if ours is not None else {}
     if wrong is None and ours is not None:
         wrong = _answers(ours, wanted)
-    peft, theirs = _peft(scene, live, wanted)
+    peft, theirs = _peft(scene, live, wanted, (wrong, bits))
     forward = wanted.sensible
     if _unused(scene, wanted, wrong or ""):
         return row(UNUSED, NOT_COMPUTED)
@@ -200,17 +202,36 @@ def _answers(model: Any, wanted: judging.Truth) -> str | None:
         return f"does not run: {line(problem)}"
 
 
-def _peft(scene: _Scene, live: Any, wanted: judging.Truth) -> tuple[str, dict[str, torch.Tensor]]:
-    """What PEFT's own merge is once it is saved and loaded: its verdict and its values. `live` is used up."""
+_Verdict = tuple[str | None, dict[str, torch.Tensor]]
+
+
+def _peft(scene: _Scene, live: Any, wanted: judging.Truth, ours: _Verdict | None = None) -> tuple[str, dict[str, Any]]:
+    """What PEFT's own merge is once it is saved and loaded: its verdict and its values. `live` is used up.
+
+    The same files as `ours` need no second look.
+    """
     try:
         live.merge_and_unload().save_pretrained(scene.folder / "peft")
     except Exception as problem:
         return f"cannot: {_short(line(problem), scene.folder)}", {}
-    model, wrong = _looked_at(scene, scene.folder / "peft", wanted)
-    values = {name: value.clone() for name, value in state(model).items()} if model is not None else {}
-    if wrong is None:
-        wrong = _answers(model, wanted)
+    if ours is not None and _same(scene.folder / "merged", scene.folder / "peft"):
+        wrong, values = ours
+    else:
+        model, wrong = _looked_at(scene, scene.folder / "peft", wanted)
+        values = {name: value.clone() for name, value in state(model).items()} if model is not None else {}
+        if wrong is None:
+            wrong = _answers(model, wanted)
     return ("right" if wrong is None else f"wrong: {wrong}"), values
+
+
+def _same(one: Path, other: Path) -> bool:
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (one, other)]
+    if configs[0] != configs[1]:
+        return False
+    first, second = (
+        {n: v for file in it.glob("*.safetensors") for n, v in load_file(file).items()} for it in (one, other)
+    )
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def _short(text: str, folder: Path) -> str:

@@ -46,6 +46,16 @@ def config_class(name: str) -> Any:
     return model_class(name).config_class
 
 
+def varied(chosen: list[Entry]) -> list[Entry]:
+    """One class of each family, then the second of each, and so on; those with heads come first."""
+    turns: dict[str, int] = {}
+    placed = []
+    for entry in sorted(chosen, key=lambda each: (each.name.endswith("Model"), each.name)):
+        turns[entry.model_type] = turns.get(entry.model_type, 0) + 1
+        placed.append((turns[entry.model_type], entry.model_type, entry))
+    return [entry for _, _, entry in sorted(placed, key=lambda each: each[:2])]
+
+
 def sample(chosen: list[Entry], count: int) -> list[Entry]:
     """As different as can be: the mappings take turns, and none takes a family that is there while others are left."""
     known = {entry.name: entry for entry in chosen}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -13,8 +12,8 @@ Inputs = dict[str, Any]
 
 
 def computing(model: Any, dtype: torch.dtype) -> Any:
-    """A copy of `model` that computes in `dtype`."""
-    made = copy.deepcopy(model).to(dtype).eval()
+    """`model` itself, made to compute in `dtype`."""
+    made = model.to(dtype).eval()
     for module in made.modules():
         config = getattr(module, "config", None)
         if config is not None and getattr(config, "_experts_implementation", None) is not None:

@@ -38,13 +38,14 @@ class Question:
     answers: list[torch.Tensor]
 
     def ask(self, model: Any) -> list[torch.Tensor]:
+        """`model` computes in `dtype` from then on."""
         return inputs.outputs(inputs.computing(model, self.dtype), self.inputs)
 
 
 def question(base: Any) -> Question | None:
     """Float64, or float32 where a model knows no other; None where no inputs can be made."""
     for dtype in (torch.float64, torch.float32):
-        model = inputs.computing(base, dtype)
+        model = inputs.computing(copy.deepcopy(base), dtype)
         asked = inputs.find(model)
         if asked is not None:
             return Question(asked, dtype, inputs.outputs(model, asked))
@@ -53,13 +54,15 @@ def question(base: Any) -> Question | None:
 
 def truth(live: Any, base_values: Mapping[str, torch.Tensor], asked: Question | None) -> Truth:
     """Of a PEFT model, which stays as it is."""
-    values = effective(copy.deepcopy(live).double())
+    copied = copy.deepcopy(live)
+    single = None if asked is None or asked.dtype == torch.float64 else asked.ask(copied.base_model.model)
+    values = effective(copied.double())
     trained = frozenset(
         name for name, value in values.items() if name not in base_values or not torch.equal(value, base_values[name])
     )
     if asked is None:
         return Truth(values, trained, None, [], False)
-    answers = asked.ask(live.base_model.model)
+    answers = asked.ask(copied.base_model.model) if single is None else single
     sensible = _far(answers, asked.answers) > 10 * ANSWERS[asked.dtype]
     return Truth(values, trained, asked, answers, sensible)
 
@@ -105,7 +108,7 @@ def difference(model: Any, wanted: Truth) -> str | None:
 
 
 def answers_differ(model: Any, wanted: Truth) -> str | None:
-    """The same for the answers."""
+    """The same for the answers. `model` is used up."""
     if wanted.question is None:
         return None
     far = _far(wanted.question.ask(model), wanted.answers)
