@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,15 +136,22 @@ def test_a_trainer_that_reads_the_weight_itself_is_told(tmp_path: Path) -> None:
     assert found["linear"].result == cases.UNUSED and found["norm"].result == cases.EXACT
 
 
+class Fatal(str):
+    """A name that ends the process which unpickles it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (3,)
+
+
 def test_workers_may_die_and_the_journal_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An entry that is none kills its worker; the next class has another."""
     path, kinds = tmp_path / "journal.jsonl", ("narrow", "norm")
-    broken: Any = Entry(None, "none")  # type: ignore[arg-type]
+    broken = Entry(Fatal("ForNothing"), "a")
     found = sweep([broken, LLAMA], kinds, 1, Journal(path))
     assert [(row.name, row.result) for row in found] == [
-        (None, cases.IMPOSSIBLE),
+        ("ForNothing", cases.IMPOSSIBLE),
         *((LLAMA.name, result) for result in (cases.EXACT, cases.EXACT, cases.BUILT)),
     ]
+    assert found[0].why == "the process ended with 3"
     assert all(row.forward for row in found[1:3])
 
     def none(tasks: list[pool.Task], *rest: Any) -> None:

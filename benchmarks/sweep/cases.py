@@ -135,12 +135,15 @@ def _case(scene: _Scene, kind: str, recipe: Recipe) -> Row:
     bits = {name: value.clone() for name, value in state(ours).items()} if ours is not None else {}
     if wrong is None and ours is not None:
         wrong = _answers(ours, wanted)
-    peft, theirs = _peft(scene, live, wanted, (wrong, bits))
+    peft, theirs = _peft(scene, live, wanted, (wrong, bits) if bits else None)
     forward = wanted.sensible
     if _unused(scene, wanted, wrong or ""):
         return row(UNUSED, NOT_COMPUTED)
     if wrong is not None:
-        return row(WRONG, wrong, peft, forward)
+        doubt = peft != "right" and judging.unused(scene.base.model, wanted)
+        return row(
+            WRONG, wrong + ("; but the trainer's values do not give its answers" if doubt else ""), peft, forward
+        )
     if peft == "right" and any(not torch.equal(value, bits[name]) for name, value in theirs.items()):
         return row(RIGHT, "rounded otherwise than PEFT", peft, forward)
     return row(EXACT, "", peft, forward)

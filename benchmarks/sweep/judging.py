@@ -76,7 +76,7 @@ def effective(live: Any) -> dict[str, torch.Tensor]:
             continue
         found[name.replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")] = value.detach()
     for name, module in plain.named_modules():
-        if "default" in getattr(module, "miss_block", {}):
+        if "default" in getattr(module, "miss_block", {}) and ".original_module." not in name:
             home = name.replace(".modules_to_save.default", "")
             weight = module.get_base_layer().weight.detach().clone()
             with torch.no_grad():

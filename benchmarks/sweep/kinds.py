@@ -88,8 +88,11 @@ def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _linear(has: Parts) -> Recipe | None:
-    return Recipe(ALL) if has.linears else None
+def _linear(has: Parts, saved: tuple[str, ...] = ()) -> Recipe | None:
+    """PEFT looks for the last words of all linear layers; where others have them too, whole names do."""
+    if has.alone == has.linears:
+        return Recipe(ALL, saved) if has.linears else None
+    return Recipe(tuple(name for name in has.linears if _last(name) != has.head), saved)
 
 
 def _narrow(has: Parts) -> Recipe | None:
@@ -117,7 +120,7 @@ def _both(has: Parts) -> Recipe | None:
 
 
 def _embedding_and_shards(has: Parts) -> Recipe | None:
-    return Recipe(ALL, (has.embedding,)) if has.embedding and has.linears else None
+    return _linear(has, (has.embedding,)) if has.embedding else None
 
 
 KINDS: dict[str, Callable[[Parts], Recipe | None]] = {
