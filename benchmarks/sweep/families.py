@@ -40,7 +40,28 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 """Configs that have no default: they are made of others."""
 
+_RESNET = {
+    "model_type": "resnet",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16, 24, 32],
+    "depths": [1, 1, 1, 1],
+    "out_features": ["stage2", "stage3", "stage4"],
+}
+_OWN_BACKBONE: dict[str, Any] = {
+    "use_timm_backbone": False,
+    "use_pretrained_backbone": False,
+    "backbone": None,
+    "backbone_kwargs": None,
+    "backbone_config": _RESNET,
+}  # the default needs timm
+
 SPECIAL: dict[str, dict[str, Any]] = {
+    "detr": _OWN_BACKBONE,
+    "conditional_detr": _OWN_BACKBONE,
+    "deformable_detr": _OWN_BACKBONE,
+    "dab-detr": _OWN_BACKBONE,
+    "table-transformer": _OWN_BACKBONE,
+    "omdet-turbo": _OWN_BACKBONE,
     "time_series_transformer": {"prediction_length": 4},
     "autoformer": {"prediction_length": 4},
     "informer": {"prediction_length": 4},

@@ -1,7 +1,7 @@
 """Tiny configs by rule: all widths are divided by one factor, so that what must divide what still does.
 
 Heads keep their number where they can; layers, experts, vocabularies, positions and images become few. What the rules
-cannot know of a family is in `_families`.
+cannot know of a family is in `families`.
 """
 
 from __future__ import annotations
@@ -145,6 +145,8 @@ def _number(key: str, value: int, factor: int, layers: int) -> int:
         return min(value, 4)
     if _CHOSEN.match(key):
         return min(value, 2)
+    if key in ("chunk_size", "mamba_chunk_size"):  # sequences are padded to it
+        return min(value, 16)
     if key == "num_queries":
         return min(value, 8)
     if _GROUPS.match(key):
