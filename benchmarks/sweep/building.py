@@ -13,7 +13,7 @@ from sweep.catalogue import model_class
 from sweep.shrinking import variants
 
 LARGEST = 4_000_000  # parameters
-_EMERGENCY = 20_000_000
+_EMERGENCY = 25_000_000
 
 
 class Unbuilt(Exception):

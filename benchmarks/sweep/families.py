@@ -65,6 +65,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "time_series_transformer": {"prediction_length": 4},
     "autoformer": {"prediction_length": 4},
     "informer": {"prediction_length": 4},
+    "dbrx": {"attn_config": {"kv_n_heads": 4, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "mamba2": {"hidden_size": 64, "expand": 2, "num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2},
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_group": 1, "n_group": 1},
     "hunyuan_vl_text": {"head_dim": 16},

@@ -41,7 +41,7 @@ _WIDTHS = re.compile(
     r"|d_head|head_size|bottleneck_size|_rank|pooler_size|stem_channel|depths_width|embed_dim\w*|query_pre_attn_scalar"
     r"|coordinate_size|shape_size|d_rel|latent_size|state_size|expert_capacity|ffn_hidden\w*|units|rotary_dim"
     r"|time_step_rank|d_state|patch_embeds?_hidden_size|backbone_channel\w*|vq_\w*dim|hidden_units|conv_dim|tdnn_dim"
-    r"|intermediate|mamba_expand_size|n_inner|\w+_multiple_of|hidden_size_per_layer_input)s?$|feed_forward_size$"
+    r"|intermediate|mamba_expand_size|n_inner|\w+_multiple_of|hidden_size_per_layer_input|upsample_groups)s?$|feed_forward_size$"
 )
 _HEAD_WIDTHS = re.compile(r"head_dim$|^d_kv$|^d_head$")
 _KEPT_WIDTHS = re.compile(r"(num_channels|^in_channels|in_chans|input_channels|num_input_channels|mlp_dim_factor)$")
