@@ -25,7 +25,7 @@ from sweep.building import Base, Unbuilt, line, randomise, saved, state
 from sweep.catalogue import Entry
 from sweep.kinds import KINDS, Recipe, recipes
 
-SECONDS = 30  # a case
+SECONDS = 60  # a case, or the making of a model
 NOT_BUILT = "-"  # the kind of a row that says why a class is not there
 ALL_DONE = "="  # of the last row of a class that is
 PARAMETERS_ONLY = "parameters only"
@@ -73,7 +73,7 @@ def run_class(entry: Entry, folder: Path, kinds: Collection[str], done: Collecti
     warnings.simplefilter("ignore")
     yield NOT_BUILT
     try:
-        signal.alarm(2 * SECONDS)
+        signal.alarm(SECONDS)
         try:
             scene = _scene(entry, folder)
         finally:
@@ -82,7 +82,10 @@ def run_class(entry: Entry, folder: Path, kinds: Collection[str], done: Collecti
         yield Row(entry.name, entry.model_type, NOT_BUILT, IMPOSSIBLE, str(problem))
         return
     except _TooSlow:
-        yield Row(entry.name, entry.model_type, NOT_BUILT, IMPOSSIBLE, f"not built in {2 * SECONDS} s")
+        yield Row(entry.name, entry.model_type, NOT_BUILT, IMPOSSIBLE, f"not built in {SECONDS} s")
+        return
+    except Exception as problem:
+        yield Row(entry.name, entry.model_type, NOT_BUILT, IMPOSSIBLE, f"the sweep itself: {line(problem)}")
         return
     for kind, recipe in recipes(scene.base.model):
         if kind not in kinds or kind in done:
@@ -96,7 +99,9 @@ def run_class(entry: Entry, folder: Path, kinds: Collection[str], done: Collecti
             finally:
                 signal.alarm(0)
         except _TooSlow:
-            row = Row(entry.name, entry.model_type, kind, IMPOSSIBLE, f"not done in {SECONDS} s")
+            row = Row(entry.name, entry.model_type, kind, CRASH, f"not done in {SECONDS} s")
+        except Exception as problem:
+            row = Row(entry.name, entry.model_type, kind, CRASH, f"the sweep itself: {line(problem)}")
         yield dataclasses.replace(row, seconds=round(time.monotonic() - started, 2))
         for rest in ("adapter", "merged", "peft"):
             shutil.rmtree(folder / rest, ignore_errors=True)
@@ -137,7 +142,7 @@ def _case(scene: _Scene, kind: str, recipe: Recipe) -> Row:
         wrong = _answers(ours, wanted)
     peft, theirs = _peft(scene, live, wanted, (wrong, bits) if bits else None)
     forward = wanted.sensible
-    if _unused(scene, wanted, wrong or ""):
+    if (wrong is None or judging.ANSWERS_DIFFER in wrong) and _unused(scene, wanted, wrong or ""):
         return row(UNUSED, NOT_COMPUTED)
     if wrong is not None:
         doubt = peft != "right" and judging.unused(scene.base.model, wanted)
