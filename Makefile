@@ -4,6 +4,7 @@
 # make test-install  the wheel, installed beside a trainer that was there before
 # make architectures        write the table of architectures from the transformers in the environment
 # make architectures-check  say whether that transformers would make another table, and compare all classes
+# make sweep         every model class of transformers, merged and compared; writes docs/support.md
 #
 # The first three make the environment (.venv) first. PyTorch comes as version TORCH; where pip would take its CUDA
 # build and you want the CPU one, add pip's options: make demo TORCH_OPTIONS="--index-url …".
@@ -23,7 +24,7 @@ TRAINER = transformers==5.17.0 peft==0.21.2
 FRESH = $(abspath $(VENV)-install)
 FRESH_PIP = $(FRESH)/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test test-floor test-install lint types bench llama-cpp architectures architectures-check clean
+.PHONY: demo test test-floor test-install lint types bench sweep llama-cpp architectures architectures-check clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python examples/demo.py
@@ -65,6 +66,10 @@ architectures: $(VENV)/ready
 architectures-check: $(VENV)/ready
 	$(VENV)/bin/python -m fossil_export.models.make_table --check
 	$(VENV)/bin/python benchmarks/architectures.py
+
+# Takes some half an hour on two cores, and goes on where it was stopped (build/sweep.jsonl).
+sweep: $(VENV)/ready
+	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks $(VENV)/bin/python -m sweep --write docs/support.md
 
 # The converted adapter in llama.cpp, which takes minutes to build.
 llama-cpp: $(VENV)/ready
