@@ -77,10 +77,9 @@ def pieces_of(
     widths = {shapes[name][-1] for name in names if len(shapes[name]) > 1}
     if len(ranks) > 1 or len(widths) > 1:
         raise Unknown(f"{names[0]} and {names[-1]} have other shapes")
-    last = max(ranks) - 1 if max(ranks) > 1 else 1
     found: dict[str, Array | list[Array]] = dict(values)
     for operation in made.operations:
-        found = _APPLY.get(operation.name, _refuse)(_Step(operation, made, found, last, config, known, shapes))
+        found = _APPLY.get(operation.name, _refuse)(_Step(operation, made, found, config, known))
     parameters = made.parameters
     targets = made.rule.targets
     by_name = {
@@ -99,15 +98,13 @@ class _Step:
     operation: Operation
     made: Conversion
     values: dict[str, Array | list[Array]]
-    last: int
     config: Mapping[str, Any]
     known: Mapping[str, tuple[int, ...]] | None
-    shapes: Mapping[str, tuple[int, ...]]
 
-    @property
-    def dim(self) -> int:
+    def dim(self, rows: Array) -> int:
+        """Where it works; rows have no last dimension, which is their width."""
         dim = int(self.operation.options.get("dim", 0))
-        if dim < 0 or dim >= self.last:
+        if not 0 <= dim < rows.ndim:
             raise Unknown(f"{self.operation.name} along the last dimension")
         return dim
 
@@ -127,9 +124,10 @@ def _chunk(step: _Step) -> dict[str, Array | list[Array]]:
         raise Unknown("Chunk by a field of the config")
     (value,) = step.values.values()
     rows, targets = _one(value), step.made.rule.targets
-    if rows.shape[step.dim] % len(targets):
+    dim = step.dim(rows)
+    if rows.shape[dim] % len(targets):
         raise Unknown("Chunk into unequal parts")
-    return dict(zip(targets, np.split(rows, len(targets), axis=step.dim), strict=True))
+    return dict(zip(targets, np.split(rows, len(targets), axis=dim), strict=True))
 
 
 def _split(step: _Step) -> dict[str, Array | list[Array]]:
@@ -140,10 +138,11 @@ def _split(step: _Step) -> dict[str, Array | list[Array]]:
     sizes = [(step.known or {}).get(parameter) for parameter in step.made.parameters]
     if any(size is None for size in sizes):
         raise Unknown("Split by the sizes of its parts")
-    ends = np.cumsum([size[step.dim] for size in sizes if size is not None])
-    if ends[-1] != rows.shape[step.dim]:
+    dim = step.dim(rows)
+    ends = np.cumsum([size[dim] for size in sizes if size is not None])
+    if ends[-1] != rows.shape[dim]:
         raise Unknown("Split into parts of other sizes")
-    return dict(zip(targets, np.split(rows, ends[:-1], axis=step.dim), strict=True))
+    return dict(zip(targets, np.split(rows, ends[:-1], axis=dim), strict=True))
 
 
 def _concatenate(step: _Step) -> dict[str, Array | list[Array]]:
@@ -153,7 +152,7 @@ def _concatenate(step: _Step) -> dict[str, Array | list[Array]]:
     for source in step.made.rule.sources:
         value = step.values.get(source, [])
         parts += value if isinstance(value, list) else [value]
-    return {step.made.rule.targets[0]: np.concatenate(parts, axis=step.dim)}
+    return {step.made.rule.targets[0]: np.concatenate(parts, axis=step.dim(parts[0]))}
 
 
 def _stack(step: _Step) -> dict[str, Array | list[Array]]:
@@ -169,7 +168,8 @@ def _stack(step: _Step) -> dict[str, Array | list[Array]]:
 
 def _interleave(step: _Step) -> dict[str, Array | list[Array]]:
     (value,) = step.values.values()
-    rows, dim = _one(value), step.dim
+    rows = _one(value)
+    dim = step.dim(rows)
     halves = [2, rows.shape[dim] // 2] if step.operation.options.get("inverse") else [rows.shape[dim] // 2, 2]
     shape = [*rows.shape[:dim], *halves, *rows.shape[dim + 1 :]]
     return {step.made.rule.targets[0]: rows.reshape(shape).swapaxes(dim, dim + 1).reshape(rows.shape)}

@@ -152,7 +152,7 @@ def _architecture(root: _Node, kind: str, config: Mapping[str, Any]) -> Architec
         name=root.kind,
         model_type=kind,
         patterns=names(root),
-        prefix="" if root.own.get("bare") else prefix,
+        prefix=prefix,
         rules=tuple(_rules(everything, prefix)),
         ties=tuple(_ties(everything, kind, config)),
         parts={n.module: (".".join(n.path), n.kind) for n in everything[1:] if n.path != above[n.module].path},

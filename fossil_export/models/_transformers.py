@@ -111,7 +111,7 @@ def describe(model: Any, config: Any, content: Mapping[str, Any], path: _configs
         name=type(model).__name__,
         model_type=str(config.model_type),
         patterns=frozenset(map(pattern_of, shapes)),
-        prefix=prefix if prefix and hasattr(model, prefix) else "",
+        prefix=prefix,
         shapes=shapes,
         rules=_traits.rules(model),
         ties=_traits.ties(model, config, content),
