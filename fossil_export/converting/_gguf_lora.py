@@ -27,7 +27,7 @@ from fossil_export.converting._options import Options
 from fossil_export.converting._record import record_of
 from fossil_export.converting._widths import Shapes, layer_shapes
 from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError, listed
-from fossil_export.merging._ties import declared_tie, is_head
+from fossil_export.merging._guess import declared_tie, is_head
 from fossil_export.storage import parse_name, resolve
 from fossil_export.version import __version__
 

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from fossil_export.adapters import Adapter, Trained
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._dtypes import FLOATS, element_count
 from fossil_export.checkpoints._header import TensorInfo, slice_of
 from fossil_export.checkpoints.layouts import Matrix, Order, find_matrix, fused_rows
 from fossil_export.errors import MergeError, listed
+from fossil_export.merging._brought import REMEDY, as_class, brought_by, refuse_missing, refuse_untold, remedy
 from fossil_export.merging._change import Piece
-from fossil_export.merging._config import CLASSIFIERS
 from fossil_export.merging._naming import Naming, naming_of
 from fossil_export.merging._placement import Placement
-from fossil_export.merging._ties import Brought, declared_tie, embedding_tensor, is_head, part
+from fossil_export.merging._ties import part
+from fossil_export.merging._vocabulary import (
+    check_vocabulary,
+    is_classifier,
+    is_vocabulary,
+    trained_whole,
+    vocabulary_rows,
+)
 from fossil_export.merging._warnings import warnings_of
 from fossil_export.models import Pieces, Unknown, pieces_of
-
-_LABEL_LAYERS = ("score", "classifier", "out_proj", "qa_outputs")
-_REMEDY = "name the base model it was trained from with --base"
 
 QUANTIZED = (
     "the base is quantized, and shards are merged into float weights; name the unquantized model with --base if the "
@@ -37,10 +39,10 @@ def place(adapter: Adapter, base: Checkpoint, tied: bool | None = None, *, into_
     """
     naming = naming_of(adapter, base)
     placement = Placement(tied=tied)
-    brought = _brought(adapter, base, naming)
-    _refuse_untold(adapter, base, naming, brought)
+    brought = brought_by(adapter, base, naming)
+    refuse_untold(adapter, base, naming, brought)
     copied = part(naming, adapter, base, brought, placement)
-    _refuse_missing(adapter, base, naming, brought, copied)
+    refuse_missing(adapter, base, naming, brought, copied)
     for parameter, source in copied.items():
         name = _name_for(parameter, naming, base)
         placement.copied[name] = base.tensors[naming.names.whole[source]]
@@ -49,108 +51,11 @@ def place(adapter: Adapter, base: Checkpoint, tied: bool | None = None, *, into_
         _place_saved(parameter, info, adapter, base, naming, placement)
     for parameter, trained in brought.trained.items():
         _place_trained(parameter, trained, adapter, base, naming, placement, into_floats)
-    _check_vocabulary(adapter, base, naming, placement)
+    check_vocabulary(adapter, base, naming, placement)
     if placement.added and naming.known and not _has_added(base, naming, placement):
         placement.architecture = naming.model.name
     placement.warnings = tuple(warnings_of(adapter, base, naming, brought))
     return placement
-
-
-def _brought(adapter: Adapter, base: Checkpoint, naming: Naming) -> Brought:
-    """What the adapter brings, by parameter. Raises MergeError for what the base's model has no parameter for."""
-    brought, missing = Brought(), []
-    for module, trained in adapter.trained.items():
-        parameter = _parameter(f"{module}.weight", naming, base)
-        if parameter is None:
-            missing.append(module)
-        elif parameter in brought.trained:
-            raise MergeError(
-                f"modules {brought.trained[parameter].module} and {module} both match {parameter} in the base; "
-                "name the base they were trained on with --base"
-            )
-        else:
-            brought.trained[parameter] = trained
-    if missing:
-        raise MergeError(_no_weights(missing, adapter, base, naming))
-    for name, info in adapter.saved.items():
-        parameter = _parameter(name, naming, base)
-        if parameter is None:
-            raise MergeError(
-                f"{adapter.path}: saved tensor {info.name} has no counterpart in {base.location}{_as(naming)}; "
-                f"{_remedy(naming, base)}"
-            )
-        if parameter in brought.saved:
-            raise MergeError(f"{adapter.path}: holds {parameter} twice, also as {info.name}; keep one")
-        brought.saved[parameter] = info
-    return brought
-
-
-def _refuse_missing(
-    adapter: Adapter, base: Checkpoint, naming: Naming, brought: Brought, copied: Mapping[str, str]
-) -> None:
-    """Raise MergeError for shards whose weights the class has and the base lacks."""
-    known = {name.rpartition(".")[0] for name in base.tensors}
-    missing = []
-    for parameter, trained in brought.trained.items():
-        if parameter in naming.names or parameter in copied or parameter in brought.saved:
-            continue
-        if find_matrix(parameter, base.tensors, base.config) is None and parameter.rpartition(".")[0] not in known:
-            missing.append(trained.module)
-    if missing:
-        raise MergeError(_no_weights(missing, adapter, base, naming))
-
-
-def _no_weights(modules: list[str], adapter: Adapter, base: Checkpoint, naming: Naming) -> str:
-    return (
-        f"{base.location}: has no weights for {listed(modules)}, which adapter {adapter.path} was trained on"
-        f"{_as(naming)}; {_remedy(naming, base)}"
-    )
-
-
-def _parameter(name: str, naming: Naming, base: Checkpoint) -> str | None:
-    found = naming.parameter(name)
-    if found is not None:
-        return found
-    if name in base.tensors or find_matrix(name, base.tensors, base.config) is not None:
-        # A class of the model's own code has the names of its files.
-        return next((one for one, stored in naming.names.whole.items() if stored == name), name)
-    return None
-
-
-def _as(naming: Naming) -> str:
-    return f" (as {naming.model.name}, which transformers makes of it)" if naming.known else ""
-
-
-def _remedy(naming: Naming, base: Checkpoint) -> str:
-    if naming.known:
-        return _REMEDY
-    if base.config is None:
-        return f"{_REMEDY} as a folder with its config.json, which tells how its tensors are named"
-    return f"{_REMEDY}, or install a transformers that knows this model, if its names differ"
-
-
-def _refuse_untold(adapter: Adapter, base: Checkpoint, naming: Naming, brought: Brought) -> None:
-    """Raise MergeError for an embedding or head of a model that transformers does not know: whether they are tied, and
-    how, its config may leave to its code."""
-    if naming.known or declared_tie(base.config) is False:
-        return
-    if base.config is None:
-        reason, way = "has no config.json", "name the model's folder, with its config.json, with --base"
-    else:
-        reason = "is a model that transformers does not know"
-        way = (
-            'say it in its config.json ("tie_word_embeddings": false, with both tensors stored), or install a '
-            "transformers that knows the model"
-        )
-    vocabulary = {(part or {}).get("vocab_size") for part in (base.config, (base.config or {}).get("text_config"))}
-    for name in [*brought.saved, *brought.trained]:
-        info = brought.saved.get(name) or base.tensors.get(name)
-        rows = info.shape[0] if info is not None and info.shape else None
-        if is_head(name.rpartition(".")[0]) or embedding_tensor([name]) or (rows in vocabulary and rows is not None):
-            raise MergeError(
-                f"{base.location}: {reason}, so whether {name}, which came with {adapter.path}, is tied to another "
-                f"tensor cannot be told; {way}"
-            )
 
 
 def _name_for(parameter: str, naming: Naming, base: Checkpoint) -> str:
@@ -174,32 +79,32 @@ def _place_saved(
         return
     target = naming.names.whole.get(parameter) or (parameter if parameter in base.tensors else None)
     old = base.tensors[target] if target is not None else None
-    is_vocabulary = _is_vocabulary(parameter, naming, base)
+    of_tokens = is_vocabulary(parameter, naming, base)
     if target is None or old is None:
         if not naming.model.has(parameter):
             raise MergeError(
-                f"{adapter.path}: saved tensor {info.name} has no counterpart in {base.location}{_as(naming)}; "
-                f"{_remedy(naming, base)}"
+                f"{adapter.path}: saved tensor {info.name} has no counterpart in {base.location}{as_class(naming)}; "
+                f"{remedy(naming, base)}"
             )
         target = _name_for(parameter, naming, base)
         placement.added.append(target)
-        rows = _vocabulary_rows(base, naming)
-        if is_vocabulary and rows is not None and info.shape and rows != info.shape[0]:
+        rows = vocabulary_rows(base, naming)
+        if of_tokens and rows is not None and info.shape and rows != info.shape[0]:
             placement.vocab_size = info.shape[0]
     elif old.dtype != info.dtype and not {old.dtype, info.dtype} <= set(FLOATS):
         raise MergeError(
             f"{adapter.path}: saved tensor {info.name} is {info.dtype}, and {target} of {base.location} is "
-            f"{old.dtype}; {_REMEDY}"
+            f"{old.dtype}; {REMEDY}"
         )
-    elif old.shape[1:] != info.shape[1:] or (old.shape != info.shape and not is_vocabulary):
-        if not _trained_whole(info.name, module, adapter) or is_vocabulary:
+    elif old.shape[1:] != info.shape[1:] or (old.shape != info.shape and not of_tokens):
+        if not trained_whole(info.name, module, adapter) or of_tokens:
             raise MergeError(
                 f"{adapter.path}: saved tensor {info.name} {list(info.shape)} does not fit {target} {list(old.shape)} "
-                f"of {base.location}; {_REMEDY}"
+                f"of {base.location}; {REMEDY}"
             )
-    elif is_vocabulary and old.shape != info.shape:
+    elif of_tokens and old.shape != info.shape:
         placement.vocab_size = info.shape[0]
-    if _is_classifier(parameter, adapter) and (old is None or old.shape != info.shape):
+    if is_classifier(parameter, adapter) and (old is None or old.shape != info.shape):
         placement.labels = info.shape[0]
     placement.saved[target] = info
 
@@ -211,7 +116,7 @@ def _place_pieces(
     found = _pieces(parameter, base, naming)
     where = f"{adapter.path}: saved tensor {info.name} {list(info.shape)}"
     if found.shape != info.shape:
-        raise MergeError(f"{where} does not fit {parameter} {list(found.shape)} of {base.location}; {_REMEDY}")
+        raise MergeError(f"{where} does not fit {parameter} {list(found.shape)} of {base.location}; {REMEDY}")
     order = Order(*found.order) if found.order is not None else None
     width = info.shape[-1] if len(info.shape) > 1 else 1
     at = 0
@@ -254,7 +159,7 @@ def _place_trained(
         raise MergeError(f"{where} is stored as {others[0]}: {QUANTIZED}")
     if reason := trained.mismatch(matrix.shape):
         shapes = " and ".join(str(list(info.shape)) for info in trained.tensors.values())
-        raise MergeError(f"{where} does not fit shard {trained.label} {shapes} of {adapter.path}: {reason}; {_REMEDY}")
+        raise MergeError(f"{where} does not fit shard {trained.label} {shapes} of {adapter.path}: {reason}; {REMEDY}")
     placement.trained[name] = trained
     placement.into[name] = matrix
 
@@ -266,7 +171,7 @@ def _checked(matrix: Matrix | None, weight: TensorInfo | None, name: str, traine
             raise MergeError(f"{base.location}: {name} {shape} is stored as {weight.dtype}: {QUANTIZED}")
         raise MergeError(
             f"{base.location}: {name} {shape} is no matrix, but the adapter has a shard for it ({trained.label}); "
-            f"{_REMEDY}"
+            f"{REMEDY}"
         )
     return matrix
 
@@ -308,59 +213,6 @@ def _pieces(parameter: str, base: Checkpoint, naming: Naming) -> Pieces:
             f"({problem}); save the base in the form of its class (transformers, save_original_format=False), "
             "and merge into that"
         ) from problem
-
-
-def _is_vocabulary(parameter: str, naming: Naming, base: Checkpoint) -> bool:
-    """Whether the rows of a parameter are the tokens of the vocabulary."""
-    module = parameter.rpartition(".")[0]
-    if not naming.known:
-        return is_head(module) or parameter == embedding_tensor(base.tensors)
-    if module in (naming.model.embedding, naming.model.head):
-        return True
-    tied = {tie.target: tie.source for tie in naming.model.ties}
-    both = {*tied, *tied.values()}
-    return parameter in both
-
-
-def _vocabulary_rows(base: Checkpoint, naming: Naming) -> int | None:
-    """The rows of the base's embedding."""
-    name = naming.names.whole.get(f"{naming.model.embedding}.weight")
-    name = name or embedding_tensor(base.tensors)
-    return base.tensors[name].shape[0] if name is not None and base.tensors[name].shape else None
-
-
-def _check_vocabulary(adapter: Adapter, base: Checkpoint, naming: Naming, placement: Placement) -> None:
-    """Raise MergeError where the vocabulary was resized and only one of embedding and head came with the adapter."""
-    if placement.vocab_size is None:
-        return
-    modules = [module for module in (naming.model.embedding, naming.model.head) if module is not None]
-    names = [naming.names.whole.get(f"{module}.weight") for module in modules]
-    if not naming.known:
-        names = [name for name in base.tensors if name.endswith(".weight") and is_head(name[:-7])]
-        names.append(embedding_tensor(base.tensors))
-    for name in names:
-        if name is None:
-            continue
-        rows = placement.source(name, base.tensors.get(name)).shape[0]
-        if rows != placement.vocab_size:
-            raise MergeError(
-                f"{adapter.path}: was trained with {placement.vocab_size} tokens, but {name}, not in it, has {rows}; "
-                "save the adapter with save_pretrained(..., save_embedding_layers=True)"
-            )
-
-
-def _is_classifier(parameter: str, adapter: Adapter) -> bool:
-    """Whether a parameter is the last layer of a classification head, whose outputs are the labels."""
-    module, _, last = parameter.rpartition(".")
-    layer = module.rpartition(".")[2]
-    return last == "weight" and adapter.config.get("task_type") in CLASSIFIERS and layer in _LABEL_LAYERS
-
-
-def _trained_whole(name: str, module: str, adapter: Adapter) -> bool:
-    """Whether `module` is, or lies in, one of the config's modules_to_save."""
-    whole = adapter.config.get("modules_to_save") or ()
-    own = name.rpartition(".")[0]
-    return any(one in path.split(".") or path.endswith(one) for one in whole for path in (module, own))
 
 
 def _has_added(base: Checkpoint, naming: Naming, placement: Placement) -> bool:

@@ -9,51 +9,19 @@ of a targeted tied head to the embedding as well, and so does not give the model
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
-from fossil_export.adapters import Adapter, Trained
+from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.errors import MergeError
+from fossil_export.merging._brought import Brought
 from fossil_export.merging._naming import Naming
 from fossil_export.merging._placement import Pair, Placement
 from fossil_export.models import Tie
 
-HEADS = ("lm_head", "embed_out", "output_layer")
-EMBEDDINGS = ("embed_tokens", "shared", "wte", "word_embeddings", "embed_in", "tok_embeddings")
 _LITERAL = re.compile(r"[\w.]+")
-
-
-def is_head(module: str) -> bool:
-    """Whether a module has the name of a language model's output head."""
-    return module.rpartition(".")[2] in HEADS
-
-
-def embedding_tensor(names: Iterable[str]) -> str | None:
-    """The input embedding's weight among tensor `names`; None when there is none or it is not clear which."""
-    found = [name for name in names if name.endswith(".weight") and name.split(".")[-2] in EMBEDDINGS]
-    return found[0] if len(found) == 1 else None
-
-
-def declared_tie(config: Mapping[str, Any] | None) -> bool | None:
-    """`tie_word_embeddings` of a config or its text part; None when it leaves that to the model's default."""
-    for part in (config or {}, (config or {}).get("text_config") or {}):
-        if isinstance(part.get("tie_word_embeddings"), bool):
-            return bool(part["tie_word_embeddings"])
-    return None
-
-
-@dataclass
-class Brought:
-    """What an adapter brings, by parameter: tensors that were `saved` whole, modules that were `trained`."""
-
-    saved: dict[str, TensorInfo] = field(default_factory=dict)
-    trained: dict[str, Trained] = field(default_factory=dict)
-
-    def __contains__(self, parameter: object) -> bool:
-        return parameter in self.saved or parameter in self.trained
 
 
 @dataclass(frozen=True)
@@ -117,15 +85,15 @@ def part(naming: Naming, adapter: Adapter, base: Checkpoint, brought: Brought, p
     where = f"{base.location}: {naming.model.name}"
     names = next(f"{group.members[0]} and {group.members[1]}" for group in parted)
     # Of undecided ones this is asked again once they are known to differ.
-    if naming.model.follows_tie and not placement.undecided:
-        raise MergeError(
-            f"{where} computes otherwise while {names} are tied, which this training parted; such a model cannot be "
-            "stored as a plain checkpoint"
-        )
     if () in fields and not placement.undecided:
         raise MergeError(
             f"{where} ties {names} whatever its config says, and training parted them; such a model cannot be stored "
             "as a plain checkpoint"
+        )
+    if naming.model.follows_tie and not placement.undecided:
+        raise MergeError(
+            f"{where} computes otherwise while {names} are tied, which this training parted; such a model cannot be "
+            "stored as a plain checkpoint"
         )
     placement.untie = tuple(sorted(fields - {()}))
     copied: dict[str, str] = {}

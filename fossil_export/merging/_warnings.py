@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.errors import listed
+from fossil_export.merging._brought import Brought
 from fossil_export.merging._naming import Naming
-from fossil_export.merging._ties import Brought
 
 
 def warnings_of(adapter: Adapter, base: Checkpoint, naming: Naming, brought: Brought) -> Iterator[str]:

@@ -10,10 +10,10 @@ from fossil_export.checkpoints._checkpoint import Checkpoint, identity, sha256
 from fossil_export.checkpoints._companions import is_weights
 from fossil_export.errors import listed
 from fossil_export.merging._config import difference
+from fossil_export.merging._guess import declared_tie, embedding_tensor
 from fossil_export.merging._look import look
 from fossil_export.merging._naming import naming_of
 from fossil_export.merging._plan import MergePlan
-from fossil_export.merging._ties import declared_tie, embedding_tensor
 
 
 def check_folder(

@@ -1,0 +1,124 @@
+"""What an adapter brings, by the parameters of the class it was trained in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fossil_export.adapters import Adapter, Trained
+from fossil_export.checkpoints._checkpoint import Checkpoint
+from fossil_export.checkpoints._header import TensorInfo
+from fossil_export.checkpoints.layouts import find_matrix
+from fossil_export.errors import MergeError, listed
+from fossil_export.merging._guess import declared_tie, embedding_tensor, is_head
+from fossil_export.merging._naming import Naming
+
+REMEDY = "name the base model it was trained from with --base"
+
+
+@dataclass
+class Brought:
+    """What an adapter brings, by parameter: tensors that were `saved` whole, modules that were `trained`."""
+
+    saved: dict[str, TensorInfo] = field(default_factory=dict)
+    trained: dict[str, Trained] = field(default_factory=dict)
+
+    def __contains__(self, parameter: object) -> bool:
+        return parameter in self.saved or parameter in self.trained
+
+
+def brought_by(adapter: Adapter, base: Checkpoint, naming: Naming) -> Brought:
+    """What the adapter brings, by parameter. Raises MergeError for what the base's model has no parameter for."""
+    brought, missing = Brought(), []
+    for module, trained in adapter.trained.items():
+        parameter = _parameter(f"{module}.weight", naming, base)
+        if parameter is None:
+            missing.append(module)
+        elif parameter in brought.trained:
+            raise MergeError(
+                f"modules {brought.trained[parameter].module} and {module} both match {parameter} in the base; "
+                "name the base they were trained on with --base"
+            )
+        else:
+            brought.trained[parameter] = trained
+    if missing:
+        raise MergeError(_no_weights(missing, adapter, base, naming))
+    for name, info in adapter.saved.items():
+        parameter = _parameter(name, naming, base)
+        if parameter is None:
+            raise MergeError(
+                f"{adapter.path}: saved tensor {info.name} has no counterpart in {base.location}{as_class(naming)}; "
+                f"{remedy(naming, base)}"
+            )
+        if parameter in brought.saved:
+            raise MergeError(f"{adapter.path}: holds {parameter} twice, also as {info.name}; keep one")
+        brought.saved[parameter] = info
+    return brought
+
+
+def refuse_missing(
+    adapter: Adapter, base: Checkpoint, naming: Naming, brought: Brought, copied: Mapping[str, str]
+) -> None:
+    """Raise MergeError for shards whose weights the class has and the base lacks."""
+    known = {name.rpartition(".")[0] for name in base.tensors}
+    missing = []
+    for parameter, trained in brought.trained.items():
+        if parameter in naming.names or parameter in copied or parameter in brought.saved:
+            continue
+        if find_matrix(parameter, base.tensors, base.config) is None and parameter.rpartition(".")[0] not in known:
+            missing.append(trained.module)
+    if missing:
+        raise MergeError(_no_weights(missing, adapter, base, naming))
+
+
+def _no_weights(modules: list[str], adapter: Adapter, base: Checkpoint, naming: Naming) -> str:
+    return (
+        f"{base.location}: has no weights for {listed(modules)}, which adapter {adapter.path} was trained on"
+        f"{as_class(naming)}; {remedy(naming, base)}"
+    )
+
+
+def _parameter(name: str, naming: Naming, base: Checkpoint) -> str | None:
+    found = naming.parameter(name)
+    if found is not None:
+        return found
+    if name in base.tensors or find_matrix(name, base.tensors, base.config) is not None:
+        # A class of the model's own code has the names of its files.
+        return next((one for one, stored in naming.names.whole.items() if stored == name), name)
+    return None
+
+
+def as_class(naming: Naming) -> str:
+    return f" (as {naming.model.name}, which transformers makes of it)" if naming.known else ""
+
+
+def remedy(naming: Naming, base: Checkpoint) -> str:
+    if naming.known:
+        return REMEDY
+    if base.config is None:
+        return f"{REMEDY} as a folder with its config.json, which tells how its tensors are named"
+    return f"{REMEDY}, or install a transformers that knows this model, if its names differ"
+
+
+def refuse_untold(adapter: Adapter, base: Checkpoint, naming: Naming, brought: Brought) -> None:
+    """Raise MergeError for an embedding or head of a model that transformers does not know: whether they are tied, and
+    how, its config may leave to its code."""
+    if naming.known or declared_tie(base.config) is False:
+        return
+    if base.config is None:
+        reason, way = "has no config.json", "name the model's folder, with its config.json, with --base"
+    else:
+        reason = "is a model that transformers does not know"
+        way = (
+            'say it in its config.json ("tie_word_embeddings": false, with both tensors stored), or install a '
+            "transformers that knows the model"
+        )
+    vocabulary = {(part or {}).get("vocab_size") for part in (base.config, (base.config or {}).get("text_config"))}
+    for name in [*brought.saved, *brought.trained]:
+        info = brought.saved.get(name) or base.tensors.get(name)
+        rows = info.shape[0] if info is not None and info.shape else None
+        if is_head(name.rpartition(".")[0]) or embedding_tensor([name]) or (rows in vocabulary and rows is not None):
+            raise MergeError(
+                f"{base.location}: {reason}, so whether {name}, which came with {adapter.path}, is tied to another "
+                f"tensor cannot be told; {way}"
+            )

@@ -1,0 +1,66 @@
+"""Tensors whose rows are tokens or labels, which training may have more or fewer of."""
+
+from __future__ import annotations
+
+from fossil_export.adapters import Adapter
+from fossil_export.checkpoints._checkpoint import Checkpoint
+from fossil_export.errors import MergeError
+from fossil_export.merging._config import CLASSIFIERS
+from fossil_export.merging._guess import embedding_tensor, is_head
+from fossil_export.merging._naming import Naming
+from fossil_export.merging._placement import Placement
+
+_LABEL_LAYERS = ("score", "classifier", "out_proj", "qa_outputs")
+
+
+def is_vocabulary(parameter: str, naming: Naming, base: Checkpoint) -> bool:
+    """Whether the rows of a parameter are the tokens of the vocabulary."""
+    module = parameter.rpartition(".")[0]
+    if not naming.known:
+        return is_head(module) or parameter == embedding_tensor(base.tensors)
+    if module in (naming.model.embedding, naming.model.head):
+        return True
+    tied = {tie.target: tie.source for tie in naming.model.ties}
+    both = {*tied, *tied.values()}
+    return parameter in both
+
+
+def vocabulary_rows(base: Checkpoint, naming: Naming) -> int | None:
+    """The rows of the base's embedding."""
+    name = naming.names.whole.get(f"{naming.model.embedding}.weight")
+    name = name or embedding_tensor(base.tensors)
+    return base.tensors[name].shape[0] if name is not None and base.tensors[name].shape else None
+
+
+def check_vocabulary(adapter: Adapter, base: Checkpoint, naming: Naming, placement: Placement) -> None:
+    """Raise MergeError where the vocabulary was resized and only one of embedding and head came with the adapter."""
+    if placement.vocab_size is None:
+        return
+    modules = [module for module in (naming.model.embedding, naming.model.head) if module is not None]
+    names = [naming.names.whole.get(f"{module}.weight") for module in modules]
+    if not naming.known:
+        names = [name for name in base.tensors if name.endswith(".weight") and is_head(name[:-7])]
+        names.append(embedding_tensor(base.tensors))
+    for name in names:
+        if name is None:
+            continue
+        rows = placement.source(name, base.tensors.get(name)).shape[0]
+        if rows != placement.vocab_size:
+            raise MergeError(
+                f"{adapter.path}: was trained with {placement.vocab_size} tokens, but {name}, not in it, has {rows}; "
+                "save the adapter with save_pretrained(..., save_embedding_layers=True)"
+            )
+
+
+def is_classifier(parameter: str, adapter: Adapter) -> bool:
+    """Whether a parameter is the last layer of a classification head, whose outputs are the labels."""
+    module, _, last = parameter.rpartition(".")
+    layer = module.rpartition(".")[2]
+    return last == "weight" and adapter.config.get("task_type") in CLASSIFIERS and layer in _LABEL_LAYERS
+
+
+def trained_whole(name: str, module: str, adapter: Adapter) -> bool:
+    """Whether `module` is, or lies in, one of the config's modules_to_save."""
+    whole = adapter.config.get("modules_to_save") or ()
+    own = name.rpartition(".")[0]
+    return any(one in path.split(".") or path.endswith(one) for one in whole for path in (module, own))
