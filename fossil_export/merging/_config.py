@@ -8,6 +8,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from fossil_export.errors import MergeError
+
 CLASSIFIERS = {
     "SEQ_CLS": "ForSequenceClassification",
     "TOKEN_CLS": "ForTokenClassification",
@@ -43,7 +45,12 @@ def edited_config(
             if "tie_word_embeddings" in part:
                 part["tie_word_embeddings"] = False
     if vocab_size is not None:
-        holders = [part for part in parts if "vocab_size" in part] or [result]
+        holders = [part for part in parts if "vocab_size" in part]
+        if not holders:
+            raise MergeError(
+                f"config.json has no vocab_size, nor has its text_config, and the adapter was trained with {vocab_size} "
+                "tokens; resize the base's embeddings with transformers first, and merge into that"
+            )
         for part in holders:
             part["vocab_size"] = vocab_size
     if torch_dtype is not None:

@@ -13,15 +13,19 @@ from fossil_export.models import Names
 
 
 def look(
-    adapters: Iterable[Adapter], base: Checkpoint, stored: Iterable[str], config: Mapping[str, Any] | None
+    adapters: Iterable[Adapter],
+    base: Checkpoint,
+    stored: Mapping[str, tuple[int, ...]],
+    config: Mapping[str, Any] | None,
 ) -> Iterator[str]:
-    """What is wrong with a model of tensors `stored` and this `config`, one line each.
+    """What is wrong with a model of tensors `stored`, with their shapes, and this `config`, one line each.
 
-    It is looked at as the class that the config names or, if transformers has none of that name, that was trained.
+    It is looked at as the class that the config names or, if transformers has none of that name, that was trained. If a
+    shape is a new one, the installed transformers is asked for those that the class has.
     """
-    stored = tuple(stored)
     config = config or {}
-    same = set(stored) == base.tensors.keys() and config == (base.config or {})
+    shapes = {name: info.shape for name, info in base.tensors.items()}
+    same = stored == shapes and config == (base.config or {})
     if same or not config.get("model_type"):
         return
     said: set[str] = set()
@@ -30,10 +34,28 @@ def look(
         model = models.architecture(config, name, exact=exact)
         if before is None or model is None:
             continue
-        for line in models.look(before, Names(model, stored)):
-            if line not in said:
-                said.add(line)
-                yield line
+        after = Names(model, stored)
+        lines = [*models.look(before, after), *_shapes(name, after, stored, shapes, config)]
+        yield from (line for line in dict.fromkeys(lines) if line not in said)
+        said.update(lines)
+
+
+def _shapes(
+    name: str,
+    after: Names,
+    stored: Mapping[str, tuple[int, ...]],
+    before: Mapping[str, tuple[int, ...]],
+    config: Mapping[str, Any],
+) -> Iterator[str]:
+    """Tensors of a new shape that the class has in another one."""
+    new = {parameter: one for parameter, one in after.whole.items() if stored[one] != before.get(one)}
+    if not new:
+        return
+    exact = models.architecture(config, name, exact=True)
+    for parameter, one in new.items():
+        wanted = (exact.shapes or {}).get(parameter) if exact is not None else None
+        if wanted is not None and wanted != stored[one]:
+            yield f"{one} has shape {list(stored[one])}, and {name} of that config.json has {list(wanted)}"
 
 
 def _classes(adapters: Iterable[Adapter], base: Checkpoint, config: Mapping[str, Any]) -> list[tuple[str, bool]]:

@@ -128,7 +128,7 @@ def planned(asked: MergePlan, dtype: str, tied: Sequence[bool | None]) -> MergeP
     files, index = lay_out(base, by_file, asked.max_shard_size)
 
     config_edits, config = _config(base, places, dtype)
-    held = (tensor.name for file in files for tensor, _ in file.tensors)
+    held = {tensor.name: tensor.shape for file in files for tensor, _ in file.tensors}
     if wrong := list(look(adapters, base, held, {**(base.config or {}), **config_edits})):
         raise MergeError(
             f"{base.location}: the merged model would not be what was trained: {wrong[0]}"

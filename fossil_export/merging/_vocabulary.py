@@ -37,7 +37,8 @@ def check_vocabulary(adapter: Adapter, base: Checkpoint, naming: Naming, placeme
     if placement.vocab_size is None:
         return
     modules = [module for module in (naming.model.embedding, naming.model.head) if module is not None]
-    names = [naming.names.whole.get(f"{module}.weight") for module in modules]
+    names = [naming.names.whole.get(f"{module}.{last}") for module in modules for last in ("weight", "bias")]
+    names += [naming.names.whole.get(name) for tie in naming.model.ties for name in (tie.target, tie.source)]
     if not naming.known:
         names = [name for name in base.tensors if name.endswith(".weight") and is_head(name[:-7])]
         names.append(embedding_tensor(base.tensors))

@@ -18,6 +18,7 @@ def architecture(config: Mapping[str, Any], class_name: str, *, exact: bool = Fa
     It comes from the table that is shipped; with `exact` from the installed transformers, which takes seconds to import
     and knows the shapes, or models that are newer than the table.
     """
+    config = _typed(config)
     if exact:
         from fossil_export.models import _transformers
 
@@ -27,7 +28,7 @@ def architecture(config: Mapping[str, Any], class_name: str, *, exact: bool = Fa
 
 def classes(config: Mapping[str, Any], *, exact: bool = False) -> Mapping[str, str]:
     """The classes of the config's model type, by the auto class that makes them (`AutoModelForCausalLM`)."""
-    model_type = config.get("model_type")
+    model_type = _typed(config).get("model_type")
     if not isinstance(model_type, str):
         return {}
     if exact:
@@ -35,6 +36,15 @@ def classes(config: Mapping[str, Any], *, exact: bool = False) -> Mapping[str, s
 
         return _transformers.classes(model_type)
     return _table.classes(model_type)
+
+
+def _typed(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config with a model type, which old ones lack: that of the class they name."""
+    if "model_type" in config:
+        return config
+    named = [name for name in config.get("architectures") or () if isinstance(name, str)]
+    found = next((kind for name in named if (kind := _table.type_of(name)) is not None), None)
+    return {**config, "model_type": found} if found is not None else config
 
 
 __all__ = [

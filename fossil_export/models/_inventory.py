@@ -75,6 +75,11 @@ class Names:
     def __contains__(self, parameter: object) -> bool:
         return parameter in self.whole or parameter in self.converted
 
+    def holds(self, parameter: str) -> bool:
+        """Whether the checkpoint has a parameter, or another one that it is tied to."""
+        pairs = ((tie.target, tie.source) for tie in self.model.ties if tie.on)
+        return parameter in self or any(parameter in pair and (pair[0] in self or pair[1] in self) for pair in pairs)
+
     def parameter(self, name: str) -> str | None:
         """The parameter that `name` means: in the class itself, or as a file of it would spell it; None if neither."""
         if self.model.has(name):

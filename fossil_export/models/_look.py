@@ -16,7 +16,7 @@ def look(before: Names, after: Names) -> Iterator[str]:
     """
     name = after.model.name
     for parameter in [*before.whole, *before.converted]:
-        if parameter not in after and not _tied(parameter, after):
+        if not after.holds(parameter):
             yield f"{parameter} is missing, which {name} would make of random numbers"
     known = {*before.strangers, *before.twice}
     for stored in after.strangers:
@@ -37,11 +37,3 @@ def look(before: Names, after: Names) -> Iterator[str]:
                         f"{parameter} is missing, which config.json unties from the others; {name} would make it of "
                         "random numbers"
                     )
-
-
-def _tied(parameter: str, names: Names) -> bool:
-    """Whether another parameter that is there is the same one."""
-    for tie in names.model.ties:
-        if tie.on and parameter in (tie.target, tie.source) and (tie.target in names or tie.source in names):
-            return True
-    return False

@@ -52,6 +52,16 @@ def model_types() -> tuple[str, ...]:
     return tuple(name for name in starts if not name.startswith("rules ") and name != "made of")
 
 
+def type_of(class_name: str) -> str | None:
+    """The model type whose auto classes make a class of this name; None if there is none, or it is not clear which."""
+    wanted = json.dumps(class_name)
+    lines = [text for text in _text().splitlines() if text.startswith('"') and f":{wanted}" in text]
+    found = [kind for text in lines if class_name in classes(kind := text.split('"', 2)[1]).values()]
+    if len(found) > 1:
+        found = [kind for kind in found if class_name.lower().startswith(kind.replace("_", "").replace("-", ""))]
+    return found[0] if len(found) == 1 else None
+
+
 @cache
 def _text() -> str:
     return (files(__package__) / FILE).read_text("utf-8")

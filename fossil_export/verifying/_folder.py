@@ -46,7 +46,7 @@ def check_folder(
     if changed:
         yield f"config.json has another {listed(changed)} than base and adapter ask for"
     # What is missing or too much among the tensors is told of each by itself.
-    yield from look([adapter], base, [tensor.name for tensor in plan.tensors], artifact.config)
+    yield from look([adapter], base, {tensor.name: tensor.shape for tensor in plan.tensors}, artifact.config)
 
 
 _MEANING = (

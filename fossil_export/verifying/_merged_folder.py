@@ -9,6 +9,7 @@ from typing import Any
 
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import Checkpoint, identity
+from fossil_export.merging._naming import names_in
 from fossil_export.merging._planning import plan_merge, settled
 from fossil_export.verifying._artifacts import Progress, count_parameters
 from fossil_export.verifying._folder import check_folder
@@ -38,7 +39,14 @@ class MergedFolder:
         return None
 
     def subject(self, base: Checkpoint, adapter: Adapter, device: str) -> Subject:
-        return Subject(self.folder, lambda: open_artifact(self.folder, device))
+        problems: list[str] = []
+
+        def missing(kind: str, name: str) -> None:
+            names = names_in(kind, base, False)
+            if names is None or names.holds(name):  # what the base lacks too is not the merge's fault
+                problems.append(f"{name} is not what {kind} loads, which made random numbers of it")
+
+        return Subject(self.folder, lambda: open_artifact(self.folder, device, missing), problems=problems)
 
     def dtype(self, base: Checkpoint) -> str:
         return stored_dtype(base)

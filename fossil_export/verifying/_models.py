@@ -212,11 +212,16 @@ def open_lora(folder: Path, base: Path, described_by: Path, dtype: str, device: 
         return TorchRunner(PeftModel.from_pretrained(model, str(folder)), device)
 
 
-def open_artifact(path: Path, device: str) -> TorchRunner:
-    """The artifact, loaded as a user would: its own class, in its own dtype."""
+def open_artifact(path: Path, device: str, missing: Callable[[str, str], None]) -> TorchRunner:
+    """The artifact, loaded as a user would: its own class, in its own dtype.
+
+    `missing` is told the class and each parameter that is not in the files, or is there in another shape.
+    """
     kind, config = _class_and_config(path, path)
     with _quiet():
-        model = load_model(kind, path, config, dtype="auto")
+        model, report = load_model(kind, path, config, dtype="auto", output_loading_info=True)
+    for name in [*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])]:
+        missing(kind.__name__, name)
     return TorchRunner(model, device)
 
 
