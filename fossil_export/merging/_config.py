@@ -48,8 +48,8 @@ def edited_config(
         holders = [part for part in parts if "vocab_size" in part]
         if not holders:
             raise MergeError(
-                f"config.json has no vocab_size, nor has its text_config, and the adapter was trained with {vocab_size} "
-                "tokens; resize the base's embeddings with transformers first, and merge into that"
+                "config.json has no vocab_size, nor has its text_config, and the adapter was trained with "
+                f"{vocab_size} tokens; resize the base's embeddings with transformers first, and merge into that"
             )
         for part in holders:
             part["vocab_size"] = vocab_size

@@ -109,6 +109,11 @@ def names_in(name: str, base: Checkpoint, exact: bool) -> Names | None:
     return found
 
 
+def exact_names(name: str, base: Checkpoint) -> Names | None:
+    """The same from the installed transformers, which knows the shapes; None if it has not this class."""
+    return names_in(name, base, True)
+
+
 def _candidates(adapter: Adapter, config: Mapping[str, Any], exact: bool) -> Iterator[str]:
     """Names of classes, the likeliest first."""
     trained_in = (adapter.config.get("auto_mapping") or {}).get("base_model_class")

@@ -10,7 +10,7 @@ from fossil_export.checkpoints.layouts import Matrix, Order, find_matrix, fused_
 from fossil_export.errors import MergeError, listed
 from fossil_export.merging._brought import REMEDY, as_class, brought_by, refuse_missing, refuse_untold, remedy
 from fossil_export.merging._change import Piece
-from fossil_export.merging._naming import Naming, naming_of
+from fossil_export.merging._naming import Naming, exact_names, naming_of
 from fossil_export.merging._placement import Placement
 from fossil_export.merging._ties import part
 from fossil_export.merging._vocabulary import (
@@ -88,7 +88,7 @@ def _place_saved(
             )
         target = _name_for(parameter, naming, base)
         placement.added.append(target)
-        rows = vocabulary_rows(base, naming)
+        rows = vocabulary_rows(parameter, base, naming)
         if of_tokens and rows is not None and info.shape and rows != info.shape[0]:
             placement.vocab_size = info.shape[0]
     elif old.dtype != info.dtype and not {old.dtype, info.dtype} <= set(FLOATS):
@@ -206,7 +206,13 @@ def _pieces(parameter: str, base: Checkpoint, naming: Naming) -> Pieces:
     made = naming.names.converted[parameter]
     shapes = {name: base.tensors[name].shape for names in made.stored.values() for name in names}
     try:
-        return pieces_of(made, parameter, shapes, base.config or {}, naming.model.shapes)
+        try:
+            return pieces_of(made, parameter, shapes, base.config or {}, naming.model.shapes)
+        except Unknown:  # the shapes of its parameters may tell
+            exact = exact_names(naming.model.name, base) if naming.model.shapes is None else None
+            if exact is None:
+                raise
+            return pieces_of(exact.converted[parameter], parameter, shapes, base.config or {}, exact.model.shapes)
     except Unknown as problem:
         raise MergeError(
             f"{base.location}: {parameter} is made of {listed(list(shapes))} in a way that is not understood "

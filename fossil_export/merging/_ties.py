@@ -41,7 +41,7 @@ def groups(naming: Naming, brought: Brought) -> tuple[Group, ...]:
     for tie in naming.model.ties:
         if not tie.on:
             continue
-        for target, source in _pairs(tie, known, brought):
+        for target, source in _pairs(tie, known, brought, naming):
             first = leader.get(source, source)
             leader[target] = first
             group = members.setdefault(first, [first])
@@ -50,14 +50,17 @@ def groups(naming: Naming, brought: Brought) -> tuple[Group, ...]:
     return tuple(Group(tuple(group), tuple(sorted(fields[first]))) for first, group in members.items())
 
 
-def _pairs(tie: Tie, known: Iterable[str], brought: Brought) -> Iterator[tuple[str, str]]:
+def _pairs(tie: Tie, known: Iterable[str], brought: Brought, naming: Naming) -> Iterator[tuple[str, str]]:
     """Target and source by name. Raises MergeError for a pattern that names a parameter of the adapter."""
-    if _LITERAL.fullmatch(tie.target) and _LITERAL.fullmatch(tie.source):
-        for name in dict.fromkeys([*known, tie.target]):
-            if name == tie.target or name.startswith(f"{tie.target}."):
-                yield name, tie.source + name[len(tie.target) :]
-            elif name == tie.source or name.startswith(f"{tie.source}."):
-                yield tie.target + name[len(tie.source) :], name
+    if naming.model.has(tie.target):
+        yield tie.target, tie.source
+        return
+    if _LITERAL.fullmatch(tie.target) and _LITERAL.fullmatch(tie.source):  # modules, with all that is in them
+        for name in known:
+            for own, other in ((tie.target, tie.source), (tie.source, tie.target)):
+                if name.startswith(f"{own}."):
+                    pair = name, other + name[len(own) :]
+                    yield pair if own == tie.target else pair[::-1]
         return
     for name in known:
         if name in brought and (re.match(tie.target, name) or re.match(tie.source, name)):

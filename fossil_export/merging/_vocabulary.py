@@ -25,11 +25,15 @@ def is_vocabulary(parameter: str, naming: Naming, base: Checkpoint) -> bool:
     return parameter in both
 
 
-def vocabulary_rows(base: Checkpoint, naming: Naming) -> int | None:
-    """The rows of the base's embedding."""
-    name = naming.names.whole.get(f"{naming.model.embedding}.weight")
-    name = name or embedding_tensor(base.tensors)
-    return base.tensors[name].shape[0] if name is not None and base.tensors[name].shape else None
+def vocabulary_rows(parameter: str, base: Checkpoint, naming: Naming) -> int | None:
+    """The rows that the base has of a parameter which it does not store: those of what it is tied to, or of the input
+    embedding."""
+    pairs = [(tie.target, tie.source) for tie in naming.model.ties]
+    near = [*(one for pair in pairs if parameter in pair for one in pair), f"{naming.model.embedding}.weight"]
+    names = [naming.names.whole.get(one) for one in near]
+    if not naming.known:
+        names.append(embedding_tensor(base.tensors))
+    return next((base.tensors[name].shape[0] for name in names if name is not None and base.tensors[name].shape), None)
 
 
 def check_vocabulary(adapter: Adapter, base: Checkpoint, naming: Naming, placement: Placement) -> None:
