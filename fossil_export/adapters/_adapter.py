@@ -26,8 +26,9 @@ class Adapter:
     """A trained adapter.
 
     `trained` is by module; `saved` holds whole tensors that were trained or stored beside it, by the base model's
-    parameter name (`lm_head.weight`, `model.layers.0.self_attn.q_proj.bias`). Nothing is read into memory until
-    `array` is called; arrays of pickled adapters, which are no byte ranges, are in `pickled`.
+    parameter name (`lm_head.weight`, `model.layers.0.self_attn.q_proj.bias`); `below` is what some of these were
+    before training, in a resized vocabulary. Nothing is read into memory until `array` is called; arrays of pickled
+    adapters, which are no byte ranges, are in `pickled`.
     `name` is what records call it (its id on the Hub, else the path as given) and `revision` its commit there.
     `home` is the folder of its `files`, whose weights have this `header`; of an adapter on the Hub those are here
     once `needed` was fetched. `stamps` are those of the files that were read already.
@@ -43,6 +44,7 @@ class Adapter:
     files: tuple[Path, ...]
     home: Folder = field(repr=False)
     pickled: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict, repr=False)
+    below: Mapping[str, TensorInfo] = field(default_factory=dict, repr=False)
     name: str = ""
     revision: str | None = None
     notes: tuple[str, ...] = ()

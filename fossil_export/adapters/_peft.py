@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,13 @@ def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
     known = ", ".join(f"….{ending}" for ending in endings)
     parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     saved: dict[str, TensorInfo] = {}
+    below: dict[str, TensorInfo] = {}
+    given_names = {tensor.name for tensor in tensors}
     for tensor in tensors:
+        if copy := _copy_of(tensor.name, given_names):
+            if copy[1] == "original_module":
+                below[copy[0].removeprefix(PREFIX)] = tensor
+            continue
         if not tensor.name.startswith(PREFIX):
             raise AdapterError(
                 f"{weights}: tensor {tensor.name} is not named {PREFIX}…, so it is unknown which module it belongs to; "
@@ -151,12 +157,23 @@ def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
         config=config,
         trained=trained,
         saved=saved,
+        below=below,
         files=(folder / CONFIG, weights),
         pickled=pickled,
         home=home,
         header=header,
         stamps=stamps,
     )
+
+
+def _copy_of(name: str, names: Collection[str]) -> tuple[str, str] | None:
+    """The tensor a name means, and the wrapper in it, if PEFT wrote it beside a saved embedding whose vocabulary was
+    resized: `modules_to_save`, the same once more, or `original_module`, what lay below it before training."""
+    for wrapper in ("modules_to_save", "original_module"):
+        plain = name.replace(f".{wrapper}.", ".")
+        if plain != name and plain in names:
+            return plain, wrapper
+    return None
 
 
 def _in_whole(module: str, config: Mapping[str, Any]) -> bool:

@@ -18,10 +18,12 @@ REMEDY = "name the base model it was trained from with --base"
 
 @dataclass
 class Brought:
-    """What an adapter brings, by parameter: tensors that were `saved` whole, modules that were `trained`."""
+    """What an adapter brings, by parameter: tensors that were `saved` whole, modules that were `trained`; what lay
+    `below` those, where it is not the base's."""
 
     saved: dict[str, TensorInfo] = field(default_factory=dict)
     trained: dict[str, Trained] = field(default_factory=dict)
+    below: dict[str, TensorInfo] = field(default_factory=dict)
 
     def __contains__(self, parameter: object) -> bool:
         return parameter in self.saved or parameter in self.trained
@@ -53,6 +55,10 @@ def brought_by(adapter: Adapter, base: Checkpoint, naming: Naming) -> Brought:
         if parameter in brought.saved:
             raise MergeError(f"{adapter.path}: holds {parameter} twice, also as {info.name}; keep one")
         brought.saved[parameter] = info
+        if name in adapter.below:
+            brought.below[parameter] = adapter.below[name]
+        elif not trained_whole(info.name, parameter.rpartition(".")[0], adapter):
+            brought.below[parameter] = info  # PEFT saved the embedding as it is, since it was resized
     return brought
 
 
@@ -122,3 +128,10 @@ def refuse_untold(adapter: Adapter, base: Checkpoint, naming: Naming, brought: B
                 f"{base.location}: {reason}, so whether {name}, which came with {adapter.path}, is tied to another "
                 f"tensor cannot be told; {way}"
             )
+
+
+def trained_whole(name: str, module: str, adapter: Adapter) -> bool:
+    """Whether `module` is, or lies in, one of the config's modules_to_save."""
+    whole = adapter.config.get("modules_to_save") or ()
+    own = name.rpartition(".")[0]
+    return any(one in path.split(".") or path.endswith(one) for one in whole for path in (module, own))

@@ -8,7 +8,15 @@ from fossil_export.checkpoints._dtypes import FLOATS, element_count
 from fossil_export.checkpoints._header import TensorInfo, slice_of
 from fossil_export.checkpoints.layouts import Matrix, Order, find_matrix, fused_rows
 from fossil_export.errors import MergeError, listed
-from fossil_export.merging._brought import REMEDY, as_class, brought_by, refuse_missing, refuse_untold, remedy
+from fossil_export.merging._brought import (
+    REMEDY,
+    as_class,
+    brought_by,
+    refuse_missing,
+    refuse_untold,
+    remedy,
+    trained_whole,
+)
 from fossil_export.merging._change import Piece
 from fossil_export.merging._naming import Naming, exact_names, naming_of
 from fossil_export.merging._placement import Placement
@@ -17,7 +25,6 @@ from fossil_export.merging._vocabulary import (
     check_vocabulary,
     is_classifier,
     is_vocabulary,
-    trained_whole,
     vocabulary_rows,
 )
 from fossil_export.merging._warnings import warnings_of

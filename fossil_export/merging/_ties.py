@@ -111,7 +111,10 @@ def part(naming: Naming, adapter: Adapter, base: Checkpoint, brought: Brought, p
                 raise MergeError(
                     f"{where} ties {member} to {group.members[0]}, and the base has neither; fetch it again"
                 )
-            copied[member] = stored[0]
+            if stored[0] in brought.saved and group not in parted:
+                brought.saved[member] = brought.saved[stored[0]]
+            else:
+                copied[member] = stored[0]
     return copied
 
 
@@ -123,12 +126,13 @@ def _differ(group: Group, naming: Naming, base: Checkpoint, brought: Brought, pl
     own = {
         member: _stored(member if member in stored else stored[0], naming, base) for member in group.members if stored
     }
-    for member in trained:
-        below, old = brought.saved.get(member), own.get(member)
-        if below is not None and (old is None or below.shape != old.shape):
-            # Below a shard lies the tied tensor itself, resized, which PEFT saves by the shard's name.
-            for other in group.members:
-                brought.saved.setdefault(other, below)
+    for member in [one for one in group.members if one in brought.below]:
+        # What lies below is the tied tensor itself, which was resized.
+        below = brought.below[member]
+        for other in group.members:
+            old = own.get(other)
+            if other not in brought.saved and (old is None or old.shape != below.shape):
+                brought.saved[other] = below
     if trained:
         return True
     values = {member: brought.saved.get(member) or own.get(member) for member in group.members}

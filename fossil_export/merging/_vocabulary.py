@@ -62,10 +62,3 @@ def is_classifier(parameter: str, adapter: Adapter) -> bool:
     module, _, last = parameter.rpartition(".")
     layer = module.rpartition(".")[2]
     return last == "weight" and adapter.config.get("task_type") in CLASSIFIERS and layer in _LABEL_LAYERS
-
-
-def trained_whole(name: str, module: str, adapter: Adapter) -> bool:
-    """Whether `module` is, or lies in, one of the config's modules_to_save."""
-    whole = adapter.config.get("modules_to_save") or ()
-    own = name.rpartition(".")[0]
-    return any(one in path.split(".") or path.endswith(one) for one in whole for path in (module, own))

@@ -1,0 +1,196 @@
+"""Parameters that training parted: what is stored, what the config says, what is refused; the live model judges."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import edit_json, make_adapter, make_base, weights
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForImageClassification,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    LlamaForCausalLM,
+    ResNetConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from fossil_export import FossilExportError, merge, plan_merge, verify
+
+IDS = torch.arange(3, 15).reshape(1, -1)
+
+
+@pytest.fixture
+def bart(tmp_path: Path) -> Path:
+    config = BartConfig(
+        vocab_size=60, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=48, decoder_ffn_dim=48,
+        encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=40,
+    )  # fmt: skip
+    BartForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    config = BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=60)
+    BertForMaskedLM(config).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def agrees(folder: Path, kind: Any, live: Any) -> None:
+    """The folder is loaded whole, and answers as the live model does."""
+    loaded, report = kind.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(IDS).logits, live(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "encoder's embedding": {"target_modules": ["q_proj"], "modules_to_save": ["encoder.embed_tokens"]},
+    "shared": {"target_modules": ["q_proj"], "modules_to_save": ["shared"]},
+    "head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "shard on the head": {"target_modules": ["q_proj", "lm_head"]},
+    "decoder's and head": {"target_modules": ["v_proj"], "modules_to_save": ["decoder.embed_tokens", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_parted_model_stores_all_that_its_config_unties(what: str, bart: Path, tmp_path: Path) -> None:
+    """`tie_word_embeddings: false` unties the embeddings of encoder and decoder too, which would be random then."""
+    live = make_adapter(tmp_path / "adapter", bart, r=4, model_class=BartForConditionalGeneration, **CHANGES[what])
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    after = weights(tmp_path / "merged")
+    names = {"lm_head.weight", "model.shared.weight", "model.encoder.embed_tokens.weight"}
+    assert names | {"model.decoder.embed_tokens.weight"} <= after.keys()
+    agrees(tmp_path / "merged", BartForConditionalGeneration, live)
+    assert verify(tmp_path / "merged", level="weights").parity
+    for gone in sorted(names):
+        save_file(
+            {name: value for name, value in after.items() if name != gone}, tmp_path / "merged" / "model.safetensors"
+        )
+        assert any(gone in problem for problem in verify(tmp_path / "merged", level="weights").problems)
+
+
+def test_a_tie_put_back_in_the_config_is_found(bart: Path, tmp_path: Path) -> None:
+    make_adapter(tmp_path / "adapter", bart, r=4, model_class=BartForConditionalGeneration, **CHANGES["head"])
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    edit_json(tmp_path / "merged" / "config.json", tie_word_embeddings=True)
+    (problem, *_) = verify(tmp_path / "merged", level="weights").problems
+    assert "ties tensors that training parted" in problem
+
+
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["decoder"]}, {"modules_to_save": ["word_embeddings"]}])
+def test_the_bias_of_a_head_is_parted_with_it(settings: dict[str, Any], bert: Path, tmp_path: Path) -> None:
+    live = make_adapter(
+        tmp_path / "adapter", bert, r=4, target_modules=["query"], model_class=BertForMaskedLM, **settings
+    )
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    assert {"cls.predictions.decoder.bias", "cls.predictions.bias"} <= weights(tmp_path / "merged").keys()
+    agrees(tmp_path / "merged", BertForMaskedLM, live)
+
+
+def test_of_two_adapters_one_parts_the_embedding_and_one_the_head(bert: Path, tmp_path: Path) -> None:
+    options = {"r": 4, "target_modules": ["query"], "model_class": BertForMaskedLM}
+    make_adapter(tmp_path / "embedding", bert, **options, modules_to_save=["word_embeddings"])
+    make_adapter(tmp_path / "head", bert, **options, modules_to_save=["decoder"])
+    found = []
+    for order in (1, -1):
+        merge([tmp_path / "embedding", tmp_path / "head"][::order], tmp_path / f"merged{order}")
+        found.append(weights(tmp_path / f"merged{order}"))
+    saved = {
+        name: value
+        for folder in ("embedding", "head")
+        for name, value in load_file(tmp_path / folder / "adapter_model.safetensors").items()
+    }
+    prefix = "base_model.model."
+    for name in ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"):
+        assert torch.equal(found[0][name], saved[prefix + name]) and torch.equal(found[1][name], saved[prefix + name])
+
+
+@pytest.mark.parametrize("whole", [["word_embeddings", "decoder"], ["word_embeddings"], ["decoder"], None])
+def test_a_resized_vocabulary_with_a_bias(whole: list[str] | None, bert: Path, tmp_path: Path) -> None:
+    """PEFT writes what it saved thrice then: as it is, as a copy, and as it was before training."""
+    live = make_adapter(
+        tmp_path / "adapter", bert, r=4, target_modules=["query"], model_class=BertForMaskedLM, resize=70,
+        modules_to_save=whole,
+    )  # fmt: skip
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    after = weights(tmp_path / "merged")
+    assert not any("modules_to_save" in name or "original_module" in name for name in after)
+    agrees(tmp_path / "merged", BertForMaskedLM, live)
+
+
+def test_labels_under_another_name_are_held_against_the_class(bert: Path, tmp_path: Path) -> None:
+    """A head of five labels on a base whose config says two: told by what the class would have."""
+    options = {"r": 4, "target_modules": ["query"], "modules_to_save": ["classifier"]}
+    make_adapter(tmp_path / "adapter", bert, model_class=BertForSequenceClassification, task_type="SEQ_CLS", **options)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    state = load_file(path)
+    name = "base_model.model.classifier.{}"
+    save_file({**state, name.format("weight"): torch.ones(5, 32), name.format("bias"): torch.ones(5)}, path)
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    assert len(json.loads((tmp_path / "merged" / "config.json").read_text())["id2label"]) == 5
+    trained_in = {"base_model_class": "BertForSequenceClassification", "parent_library": "transformers"}
+    edit_json(tmp_path / "adapter" / "adapter_config.json", task_type=None, auto_mapping=trained_in)
+    with pytest.raises(
+        FossilExportError, match=r"classifier.* has shape \[5.*BertForSequenceClassification .* has \[2"
+    ):
+        merge(tmp_path / "adapter", tmp_path / "not")
+
+
+def test_an_old_config_without_a_model_type(bert: Path, tmp_path: Path) -> None:
+    live = make_adapter(
+        tmp_path / "adapter", bert, r=4, target_modules=["query", "decoder"], model_class=BertForMaskedLM
+    )
+    edit_json(bert / "config.json", model_type=...)
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    edit_json(tmp_path / "merged" / "config.json", model_type="bert")
+    agrees(tmp_path / "merged", BertForMaskedLM, live)
+
+
+def test_a_saved_batch_norm_brings_its_integers(tmp_path: Path) -> None:
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3)
+    base = tmp_path / "base"
+    AutoModelForImageClassification.from_config(config).save_pretrained(base)
+    make_adapter(
+        tmp_path / "adapter", base, r=1, target_modules=["classifier.1"], modules_to_save=["normalization"],
+        model_class=AutoModelForImageClassification,
+    )  # fmt: skip
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    state = load_file(path)
+    counts = [name for name in state if name.endswith("num_batches_tracked")]
+    assert counts
+    save_file({**state, counts[0]: torch.tensor(7)}, path)
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    assert weights(tmp_path / "merged")[counts[0].removeprefix("base_model.model.")].item() == 7
+    assert verify(tmp_path / "merged", level="weights").parity
+
+
+def test_what_a_class_ties_for_good_is_refused(tmp_path: Path) -> None:
+    size = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 30}
+    T5ForConditionalGeneration(T5Config(**size, decoder_start_token_id=0)).save_pretrained(tmp_path / "base")
+    make_adapter(
+        tmp_path / "adapter", tmp_path / "base", r=4, target_modules=["q", "lm_head"],
+        model_class=T5ForConditionalGeneration,
+    )  # fmt: skip
+    with pytest.raises(FossilExportError, match=r"ties shared.weight and .* such a model cannot be stored"):
+        merge(tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_base_without_its_head_is_told(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", tie=False, shards="1GB")
+    make_adapter(tmp_path / "adapter", base)
+    state = load_file(base / "model.safetensors")
+    save_file({name: value for name, value in state.items() if "lm_head" not in name}, base / "model.safetensors")
+    (warning,) = plan_merge(tmp_path / "adapter").warnings
+    assert "has no lm_head.weight, which LlamaForCausalLM of its config.json has and nothing ties" in warning
+    assert LlamaForCausalLM.from_pretrained(base, output_loading_info=True)[1]["missing_keys"]
