@@ -181,8 +181,7 @@ def _in_whole(module: str, config: Mapping[str, Any]) -> bool:
     names = config.get("modules_to_save")
     parents = [module[: at.start()] for at in re.finditer(r"\.|$", module)]
     return isinstance(names, list) and any(
-        isinstance(name, str) and any(parent == name or parent.endswith(f".{name}") for parent in parents)
-        for name in names
+        isinstance(name, str) and any(parent.endswith(name) for parent in parents) for name in names
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fossil_export import models
@@ -78,8 +78,14 @@ def naming_of(adapter: Adapter, base: Checkpoint) -> Naming:
                 if best is None or missing < best[0]:
                     best = missing, naming
                 if not missing:
-                    return naming
+                    return _exactly(naming, base)
     return best[1] if best is not None else _unknown(base)
+
+
+def _exactly(naming: Naming, base: Checkpoint) -> Naming:
+    """The same, with the shapes of the class, if the table has ties in it that only its parameters tell apart."""
+    exact = names_in(naming.model.name, base, True) if naming.model.unsure else None
+    return replace(naming, names=exact) if exact is not None else naming
 
 
 def _namings(name: str, config: Mapping[str, Any], base: Checkpoint, exact: bool) -> Iterator[Naming]:

@@ -21,8 +21,6 @@ from fossil_export.merging._naming import Naming
 from fossil_export.merging._placement import Pair, Placement
 from fossil_export.models import Tie
 
-_LITERAL = re.compile(r"[\w.]+")
-
 
 @dataclass(frozen=True)
 class Group:
@@ -55,7 +53,7 @@ def _pairs(tie: Tie, known: Iterable[str], brought: Brought, naming: Naming) -> 
     if naming.model.has(tie.target):
         yield tie.target, tie.source
         return
-    if _LITERAL.fullmatch(tie.target) and _LITERAL.fullmatch(tie.source):  # modules, with all that is in them
+    if tie.is_literal:
         for name in known:
             for own, other in ((tie.target, tie.source), (tie.source, tie.target)):
                 if name.startswith(f"{own}."):
@@ -98,6 +96,12 @@ def part(naming: Naming, adapter: Adapter, base: Checkpoint, brought: Brought, p
             f"{where} computes otherwise while {names} are tied, which this training parted; such a model cannot be "
             "stored as a plain checkpoint"
         )
+    for tie in naming.model.unsure:
+        if fields & {tie.field, *tie.also}:
+            raise MergeError(
+                f"{where} ties other parameters by the field that ties {names} ({tie.target}), and only transformers "
+                "knows which; install it (pip install transformers)"
+            )
     placement.untie = tuple(sorted(fields - {()}))
     copied: dict[str, str] = {}
     for group in found:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+_NAME = re.compile(r"[\w.]+")
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -54,6 +55,11 @@ class Tie:
     field: tuple[str, ...] = ("tie_word_embeddings",)
     also: tuple[tuple[str, ...], ...] = ()
 
+    @property
+    def is_literal(self) -> bool:
+        """Whether both are names, of parameters or of modules with all that is in them."""
+        return bool(_NAME.fullmatch(self.target) and _NAME.fullmatch(self.source))
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -83,6 +89,15 @@ class Architecture:
 
     def __repr__(self) -> str:
         return f"<Architecture {self.name}: {len(self.patterns)} parameters by kind, {len(self.rules)} rules>"
+
+    @property
+    def unsure(self) -> tuple[Tie, ...]:
+        """Ties that are patterns, or whose numbers belong to the default config: only `shapes` tell what they tie."""
+        if self.shapes is not None:
+            return ()
+        return tuple(
+            tie for tie in self.ties if tie.on and not (tie.is_literal and pattern_of(tie.target) == tie.target)
+        )
 
     def has(self, name: str) -> bool:
         """Whether the class has a parameter or buffer of this name (by its pattern, if shapes are not known)."""

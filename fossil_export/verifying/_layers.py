@@ -76,7 +76,8 @@ def attach(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> nn.Module:
 def _module_names(trained: Iterable[str], model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """The model's name of each module that it has; adapters of other transformers versions have other ones."""
     found = {module: module for module in trained if module in modules}
-    known = models.architecture(model.config.to_dict(), type(model).__name__)
+    config = getattr(model, "config", None)  # our own small models have none
+    known = models.architecture(config.to_dict(), type(model).__name__) if config is not None else None
     names = Names(known, ()) if known is not None else None
     for module in trained:
         parameter = names.parameter(f"{module}.weight") if names is not None and module not in found else None
