@@ -18,6 +18,8 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     ResNetConfig,
     T5Config,
     T5ForConditionalGeneration,
@@ -194,3 +196,16 @@ def test_a_base_without_its_head_is_told(tmp_path: Path) -> None:
     (warning,) = plan_merge(tmp_path / "adapter").warnings
     assert "has no lm_head.weight, which LlamaForCausalLM of its config.json has and nothing ties" in warning
     assert LlamaForCausalLM.from_pretrained(base, output_loading_info=True)[1]["missing_keys"]
+
+
+def test_shards_that_did_nothing_in_training_are_told(tmp_path: Path) -> None:
+    """Mamba computes with `dt_proj.weight` and never calls the layer, beside which PEFT puts its shard."""
+    config = MambaConfig(vocab_size=60, hidden_size=32, state_size=4, num_hidden_layers=1, intermediate_size=64)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "base")
+    live = make_adapter(tmp_path / "adapter", tmp_path / "base", r=2, target_modules=["dt_proj"])
+    plain = MambaForCausalLM.from_pretrained(tmp_path / "base").eval()
+    assert torch.equal(live(IDS).logits, plain(IDS).logits)
+    (warning,) = plan_merge(tmp_path / "adapter").warnings
+    assert "backbone.layers.0.mixer.dt_proj: this model computes with the weights of these layers and never" in warning
+    make_adapter(tmp_path / "other", tmp_path / "base", r=2, target_modules=["x_proj"])
+    assert not plan_merge(tmp_path / "other").warnings

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fossil_export import models
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.errors import listed
 from fossil_export.merging._brought import Brought
 from fossil_export.merging._naming import Naming
+from fossil_export.models._architecture import pattern_of
 
 
 def warnings_of(adapter: Adapter, base: Checkpoint, naming: Naming, brought: Brought) -> Iterator[str]:
     yield from _incomplete(adapter, base, naming, brought)
     yield from _headless(base, naming, brought)
+    yield from _bypassed(base, brought)
+
+
+def _bypassed(base: Checkpoint, brought: Brought) -> Iterator[str]:
+    """Shards that did nothing while they were trained."""
+    ends = models.bypassed(base.config or {})
+    modules = [parameter.removesuffix(".weight") for parameter in brought.trained] if ends else []
+    found = [module for module in modules if ".".join(pattern_of(module).split(".")[-2:]) in ends]
+    if found:
+        yield (
+            f"{listed(found)}: this model computes with the weights of these layers and never calls them, so their "
+            "shards did nothing in training; merged they do, and the model is not the one that was trained "
+            "(exclude_modules leaves them out)"
+        )
 
 
 def _incomplete(adapter: Adapter, base: Checkpoint, naming: Naming, brought: Brought) -> Iterator[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from importlib.resources import files
 from typing import Any
 
 from fossil_export.models import _table
@@ -38,6 +40,16 @@ def classes(config: Mapping[str, Any], *, exact: bool = False) -> Mapping[str, s
     return _table.classes(model_type)
 
 
+def bypassed(config: Mapping[str, Any]) -> frozenset[str]:
+    """Ends of the names of linear layers that the model of this config, or a part of it, computes with but never calls.
+
+    Their trainer did not see what was trained beside the call. Made by benchmarks/sweep/bypassed.py.
+    """
+    known: dict[str, list[str]] = json.loads((files(__package__) / "bypassed.json").read_text("utf-8"))
+    parts = [_typed(config), *(part for part in config.values() if isinstance(part, Mapping))]
+    return frozenset(name for part in parts for name in known.get(str(part.get("model_type")), ()))
+
+
 def _typed(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config with a model type, which old ones lack: that of the class they name."""
     if "model_type" in config:
@@ -58,6 +70,7 @@ __all__ = [
     "Tie",
     "Unknown",
     "architecture",
+    "bypassed",
     "classes",
     "look",
     "pieces_of",
