@@ -1,6 +1,6 @@
 """python -m sweep.bypassed: which linear layers a trainer does not call, though it computes with their weights.
 
-An adapter on such a layer trains nothing: PEFT puts its update beside the call. Writes, by model type, the last two parts
+An adapter there trains nothing: PEFT puts its update beside the call. Writes, by model type, the last two parts
 of these layers' names to fossil_export/models/bypassed.json.
 """
 
