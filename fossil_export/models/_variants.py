@@ -6,6 +6,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -21,12 +22,22 @@ _SKIPPED = (
     "num_attention_heads chunk_size_feed_forward initializer_range use_return_dict "
     "num_labels id2label label2id classifier_dropout classifier_activation"
 )
+# Words in the keys of lists that say which layers are another kind.
+_INDEXES = ("layer", "idx", "ind")
 # Values that are taken apart in code, so that no comparison names them.
 _KNOWN = {"feed_forward_proj": ("relu", "gated-gelu")}
 
 
-def of(config: Any, kind: Any, whole: bool) -> list[dict[str, Any]]:
-    """Contents of a config.json with one field changed each; all fields, or those that the class's own source tests.
+@dataclass(frozen=True)
+class Variant:
+    """Another value for the field of a config at a path of keys."""
+
+    path: _configs.Path
+    value: Any
+
+
+def of(config: Any, kind: Any, whole: bool) -> list[Variant]:
+    """Other values for one field of a config each; for all fields, or for those that the class's own source tests.
 
     Those that are likely to count come first.
     """
@@ -35,14 +46,13 @@ def of(config: Any, kind: Any, whole: bool) -> list[dict[str, Any]]:
     if whole:
         source += _source(sys.modules[type(config).__module__])
     package = kind.__module__.rpartition(".")[0]
-    found: list[tuple[int, int, dict[str, Any]]] = []
+    found: list[tuple[int, int, Variant]] = []
     for path, part in _configs.nested(config):
         if len(path) > 1 or (path and not (whole and type(part).__module__.startswith(package))):
             continue
-        content = {path[0]: _configs.cleaned(part.to_dict())} if path else {}
         for likely, name, value in _values(part, source, whole):
-            found.append((likely, len(found), _configs.with_key(content, (*path, name), value)))
-    return [content for *_, content in sorted(found, key=lambda one: one[:2])]
+            found.append((likely, len(found), Variant((*path, name), value)))
+    return [variant for *_, variant in sorted(found, key=lambda one: one[:2])]
 
 
 def _values(config: Any, source: str, whole: bool) -> Iterator[tuple[int, str, Any]]:
@@ -53,6 +63,8 @@ def _values(config: Any, source: str, whole: bool) -> Iterator[tuple[int, str, A
             continue
         for other in _KNOWN.get(name, ()):
             yield 0, name, other
+        if any(word in name for word in _INDEXES) and (value is None or isinstance(value, list)) and name in tested:
+            yield from ((1, name, other) for other in ([0, 1], [0], []) if other != value and _indexes(value))
         if isinstance(value, bool):
             yield 0, name, not value
         elif isinstance(value, str):
@@ -65,7 +77,19 @@ def _values(config: Any, source: str, whole: bool) -> Iterator[tuple[int, str, A
         elif value is None:
             yield from ((2, name, other) for other in (16, True, *compared.get(name, ())))
         elif isinstance(value, list) and value and isinstance(value[0], str):
-            yield from ((1, name, [other] * len(value)) for other in sorted(set(value)))
+            others = sorted({*value, *(word for word in _layer_types() if f'"{word}"' in source)})
+            yield from ((1, name, [other] * len(value)) for other in others)
+
+
+def _indexes(value: Any) -> bool:
+    return value is None or all(type(item) is int for item in value)
+
+
+@cache
+def _layer_types() -> tuple[str, ...]:
+    from transformers import configuration_utils
+
+    return tuple(sorted(configuration_utils.ALLOWED_LAYER_TYPES))
 
 
 @cache
