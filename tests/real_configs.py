@@ -214,6 +214,14 @@ FALCON = {
     "parallel_attn": True,
     "vocab_size": 65024,
 }
+FALCON_40B = {
+    **FALCON,
+    "hidden_size": 8192,
+    "new_decoder_architecture": True,
+    "num_attention_heads": 128,
+    "num_kv_heads": 8,
+    "num_hidden_layers": 60,
+}
 PYTHIA = {
     "model_type": "gpt_neox",
     "hidden_size": 2048,
@@ -297,16 +305,7 @@ CONFIGS = {
     "Mixtral-8x7B": (MIXTRAL, "MixtralForCausalLM"),
     "pythia-1b": (PYTHIA, "GPTNeoXForCausalLM"),
     "falcon-7b": (FALCON, "FalconForCausalLM"),
-    "falcon-40b": (
-        {
-            **FALCON,
-            "new_decoder_architecture": True,
-            "num_kv_heads": 8,
-            "hidden_size": 8192,
-            "num_attention_heads": 128,
-        },
-        "FalconForCausalLM",
-    ),
+    "falcon-40b": (FALCON_40B, "FalconForCausalLM"),
     "bloom-560m": ({"model_type": "bloom", "n_layer": 24, "n_head": 16, "hidden_size": 1024}, "BloomForCausalLM"),
     "opt-125m": ({"model_type": "opt"}, "OPTForCausalLM"),
     "opt-350m": (OPT_350M, "OPTForCausalLM"),

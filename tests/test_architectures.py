@@ -22,7 +22,8 @@ from fossil_export.models._architecture import pattern_of
 SAMPLE = """
 albert bart beit bert bigbird_pegasus blip-2 bloom clip cohere csm deberta-v2 deepseek_v3 dinov2
 distilbert ernie4_5_moe falcon gemma gemma2 gemma3 gemma3_text gpt2 gpt_neox gpt_oss granitemoe idefics3
-internvl jamba lfm2 lfm2_vl llama llava marian mamba maskformer mask2former mistral mistral3 mixtral modernbert mt5 nomic_bert olmo2 opt
+internvl jamba lfm2 lfm2_vl llama llava marian mamba maskformer mask2former
+mistral mistral3 mixtral modernbert mt5 nomic_bert olmo2 opt
 paligemma phi phimoe qwen2 qwen2_5_vl qwen2_vl qwen3 qwen3_5 qwen3_moe roberta segformer siglip smollm3 speecht5
 starcoder2 switch_transformers t5 t5gemma vit wav2vec2 whisper xlm-roberta
 """
