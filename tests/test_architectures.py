@@ -4,9 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -15,7 +13,7 @@ from real_configs import CONFIGS
 from torch import nn
 from transformers import BertModel, LlamaForCausalLM, conversion_mapping
 
-from fossil_export.models import _configs, _lines, _names, _table, _transformers, make_table
+from fossil_export.models import _lines, _names, _table, _transformers, make_table
 from fossil_export.models._architecture import pattern_of
 
 # All kinds of models, conversions and ties; the whole of transformers is compared by `make architectures-check`.
@@ -27,6 +25,9 @@ mistral mistral3 mixtral modernbert mt5 nomic_bert olmo2 opt
 paligemma phi phimoe qwen2 qwen2_5_vl qwen2_vl qwen3 qwen3_5 qwen3_moe roberta segformer siglip smollm3 speecht5
 starcoder2 switch_transformers t5 t5gemma vit wav2vec2 whisper xlm-roberta
 """
+
+# Made anew in a test, with the types of the models inside theirs.
+CLOSED = "bart bert clip csm gemma3 gpt2 llava qwen3_moe speecht5 t5 vit"
 
 COMPOSITES = [
     ("llava", "LlavaForConditionalGeneration", {"text_config": {"model_type": "qwen2", "tie_word_embeddings": True}}),
@@ -159,9 +160,7 @@ def with_parts(model_types):
 
 
 def test_the_table_is_the_one_that_transformers_makes():
-    sample = with_parts(
-        ["bart", "bert", "clip", "csm", "gemma3", "gpt2", "llava", "qwen3_moe", "speecht5", "t5", "vit"]
-    )
+    sample = with_parts(CLOSED.split())
     rows, _ = make_table.table(sample)
     kept = json.loads(_lines.text())
     for name in (*sample, "made of", *(name for name in {**kept, **rows} if name.startswith("rules "))):
@@ -231,108 +230,6 @@ def test_the_table_needs_neither_torch_nor_transformers():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
-
-
-STRANGE = [
-    ({}, "LlamaForCausalLM"),
-    ({"model_type": 3}, "LlamaForCausalLM"),
-    ({"model_type": ["llama"]}, "LlamaForCausalLM"),
-    ({"model_type": "no such type"}, "LlamaForCausalLM"),
-    ({"model_type": "rules llama"}, "LlamaForCausalLM"),
-    ({"model_type": "made of"}, "LlamaForCausalLM"),
-    ({"model_type": 'llama": {'}, "LlamaForCausalLM"),
-    ({"model_type": "llama"}, "BertModel"),
-    ({"model_type": "llama"}, "NoSuchModel"),
-    ({"model_type": "llama"}, "LlamaConfig"),
-    ({"model_type": "llama"}, "torch.nn.Linear"),
-    ({"model_type": "llama"}, None),
-]
-
-
-@pytest.mark.parametrize(("config", "name"), STRANGE)
-@pytest.mark.parametrize("read", [_table.read, _transformers.read])
-def test_what_is_not_known_is_none(read, config, name):
-    assert read(config, name) is None
-
-
-def _deep(levels):
-    config = {"model_type": "llama"}
-    for _ in range(levels):
-        config = {"model_type": "llava", "text_config": config}
-    return config
-
-
-@pytest.mark.parametrize(
-    ("config", "name"),
-    [
-        ({"model_type": "llama", "num_hidden_layers": 10**9}, "LlamaForCausalLM"),
-        ({"model_type": "llama", "num_hidden_layers": 19_000}, "LlamaForCausalLM"),
-        ({"model_type": "llama", "num_hidden_layers": -(10**12)}, "LlamaForCausalLM"),
-        ({"model_type": "switch_transformers", "num_experts": 99_999}, "SwitchTransformersForConditionalGeneration"),
-        (
-            {"model_type": "llama", "num_hidden_layers": -1, "hidden_size": 0, "num_attention_heads": 0},
-            "LlamaForCausalLM",
-        ),
-        ({"model_type": "llama", "num_hidden_layers": "many"}, "LlamaForCausalLM"),
-        ({"model_type": "bert", "num_labels": 10**12}, "BertForSequenceClassification"),
-        ({"model_type": "qwen3_moe", "layer_types": ["full_attention"] * 10**6}, "Qwen3MoeForCausalLM"),
-        (
-            {"model_type": "distilbert", "max_position_embeddings": 10**12, "sinusoidal_pos_embds": True},
-            "DistilBertModel",
-        ),
-        (_deep(2000), "LlavaForConditionalGeneration"),
-    ],
-)
-def test_an_absurd_config_gives_none_soon(config, name):
-    assert _transformers.read(config, name) is None
-    _table.read(config, name)  # which counts nothing
-
-
-def test_a_model_is_given_up_as_soon_as_it_is_too_large(monkeypatch):
-    config = {"model_type": "llama", "num_hidden_layers": 3}
-    assert _transformers.read(config, "LlamaForCausalLM") is not None
-    monkeypatch.setattr(_transformers, "_MOST", 50)
-    assert _transformers.read({**config, "num_hidden_layers": 1_900}, "LlamaForCausalLM") is None
-    assert _transformers.read({**config, "num_hidden_layers": 1}, "LlamaForCausalLM") is not None  # no count is left
-
-
-def test_what_other_threads_make_is_not_counted(monkeypatch):
-    monkeypatch.setattr(_transformers, "_MOST", 5)
-    with _transformers._counted(), ThreadPoolExecutor(1) as pool:
-        assert len(pool.submit(_linears, 9).result()) == 9
-        with pytest.raises(_configs.Strange):
-            _linears(9)
-
-
-def _linears(count):
-    return nn.Sequential(*(nn.Linear(1, 1) for _ in range(count)))
-
-
-def test_threads_read_what_one_reads():
-    asked = [CONFIGS[name] for name in ("gpt2", "bert-base", "Mistral-7B", "vit-base")] * 2
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda one: _transformers.read(*one), asked))
-    assert found == [_transformers.read(*one) for one in asked]
-    assert None not in found
-
-
-def test_no_code_of_a_folder_is_run(tmp_path: Path, monkeypatch):
-    flag = tmp_path / "ran"
-    (tmp_path / "modeling_llama.py").write_text(f"open({str(flag)!r}, 'w')\nclass LlamaForCausalLM: pass\n")
-    config = {
-        "model_type": "llama",
-        "auto_map": {"AutoConfig": "modeling_llama.X", "AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"},
-        "_attn_implementation": "someone/kernel",
-        "attn_implementation": "someone/kernel",
-        "_name_or_path": str(tmp_path),
-        "num_hidden_layers": 1,
-    }
-    monkeypatch.chdir(tmp_path)
-    whole = {"model_type": "llava", "text_config": config, "auto_map": {"AutoModel": "modeling_llama.X"}}
-    assert _transformers.read(config, "LlamaForCausalLM").name == "LlamaForCausalLM"
-    assert _transformers.read(whole, "LlavaForConditionalGeneration").parts["model.language_model"][1] == "LlamaModel"
-    assert not flag.exists()
-    assert _transformers.read({"model_type": "unknown", "auto_map": config["auto_map"]}, "LlamaForCausalLM") is None
 
 
 words = st.sampled_from(["a", "b", "layers", "*", "weight", "bias", "0"])

@@ -11,7 +11,7 @@ from typing import Any
 from fossil_export.models import _configs, _traits
 from fossil_export.models._architecture import Architecture, pattern_of
 
-_MOST = 60_000  # parameters, buffers and modules of one model: DeepSeek-V3 has under 10,000 of them
+_MOST = 40_000  # parameters, buffers and modules of one model: DeepSeek-V3 has under 10,000 of them
 _ONE = RLock()  # what a build switches off or counts is the whole process's
 
 
