@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 
-from fossil_export.models import _table, _transformers
+from fossil_export.models import _defaults, _table, _transformers
 from fossil_export.models._architecture import Architecture, Tie
 
 _EXPECTED = {"more names (other configs)", "unknown to both"}
@@ -46,11 +46,12 @@ def main() -> int:
     spent: Counter[str] = Counter()
     wrong = 0
     for model_type in sys.argv[1:] or _table.model_types():
+        config = _defaults.content(model_type)
         for name in sorted(set(_table.classes(model_type).values())):
             start = time.perf_counter()
-            table = _table.read({"model_type": model_type}, name)
+            table = _table.read(config, name)
             middle = time.perf_counter()
-            live = _transformers.read({"model_type": model_type}, name)
+            live = _transformers.read(config, name)
             spent["table"] += int(1e6 * (middle - start))
             spent["transformers"] += int(1e6 * (time.perf_counter() - middle))
             if live is None or table is None:

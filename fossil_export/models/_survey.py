@@ -11,16 +11,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fossil_export.models import _configs, _traits, _transformers, _variants
+from fossil_export.models import _configs, _defaults, _traits, _transformers, _variants
 from fossil_export.models._architecture import pattern_of
 
 # Parameters of a class's variants, all together: for large models fewer of these are built.
 _BUILT, _LEAST = 6000, 8
-# For a type whose default is made of another package's parts.
-_OWN = {
-    "use_timm_backbone": False,
-    "backbone_config": {"model_type": "resnet", "out_features": ["stage2", "stage3", "stage4"]},
-}
 
 
 @dataclass(frozen=True)
@@ -78,12 +73,9 @@ def model_classes(config: Any, autos: Collection[str]) -> dict[str, Any]:
 
 def survey(model_type: str, into: Survey) -> None:
     """Add what the classes of one model type are. A class that cannot be built is left out, with the reason."""
-    content: dict[str, Any] = {"model_type": model_type}
+    content = _defaults.content(model_type)
     try:
         config = _configs.make(content)
-        if getattr(getattr(config, "backbone_config", None), "model_type", None) == "timm_backbone":
-            content |= _OWN
-            config = _configs.make(content)
     except Exception as problem:
         into.left_out[model_type] = _reason(problem)
         return

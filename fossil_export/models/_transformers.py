@@ -45,11 +45,13 @@ def model_class(name: str) -> Any:
 def place(config: Any, kind: Any) -> _configs.Path:
     """Where in a config the one is that a class takes: a composite's text model takes `text_config`. Raises Strange."""
     wanted = kind.config_class
-    if wanted is None or isinstance(config, wanted) or kind.__name__ in classes(config.model_type).values():
+    if wanted is None or isinstance(config, wanted):
         return ()
     for path, part in _configs.nested(config):
         if isinstance(part, wanted):
             return path
+    if kind.__name__ in classes(config.model_type).values():  # it takes that of another model type
+        return ()
     raise _configs.Strange(f"{kind.__name__} is not made of a {type(config).__name__}")
 
 
