@@ -26,17 +26,18 @@ def differences(live: Architecture, table: Architecture) -> list[str]:
         found.append("names")
     if len(table.patterns) > len(live.patterns) and "*" in "".join(table.patterns - live.patterns):
         found.append("more names (other configs)")
-    known = all(any(_says(other, tie) for other in table.ties) for tie in live.ties)
-    if not known or not all(any(_says(tie, other) for other in live.ties) for tie in table.ties):
+    known = all(
+        any(_about(other, tie) and re.search(other.source, tie.source) for other in table.ties) for tie in live.ties
+    )
+    if not known or not all(any(_about(tie, other) for other in live.ties) for tie in table.ties):
         found.append("ties")
     return found
 
 
-def _says(tie: Tie, other: Tie) -> bool:
-    """Whether a tie of the table, whose names may be patterns, is one of transformers'."""
-    if replace(tie, target="", source="") != replace(other, target="", source=""):
-        return False
-    return all(re.search("^" + mine, its) for mine, its in ((tie.target, other.target), (tie.source, other.source)))
+def _about(tie: Tie, other: Tie) -> bool:
+    """Whether a tie of the table, whose names may be patterns, is about the parameter of one of transformers'."""
+    same = replace(tie, target="", source="") == replace(other, target="", source="")
+    return same and re.search("^" + tie.target, other.target) is not None
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any
@@ -20,7 +21,7 @@ _FOREIGN = (
 )
 _NAMES = frozenset(_FOREIGN.split())
 # The largest whole number by what its key says: of layers, of other things that are made one by one, of anything.
-_LAYERS = ("layer", "depth", "block", "stage", "stack", "level")
+_LAYERS = re.compile("(layer|depth|block|stage|stack|level)s?$")
 _COUNTED = ("expert", "head", "label", "num_")
 _DEEP, _MOST, _FAR = 2_000, 100_000, 20_000_000
 _UNCOUNTED = ("theta", "token", "pixel", "base", "seed", "sample", "vocab", "size", "freq")
@@ -58,7 +59,7 @@ def _clean(value: Any, depth: int, key: str = "") -> Any:
 def _most(key: str) -> float:
     if any(word in key for word in _UNCOUNTED):
         return math.inf if any(word in key for word in _UNBOUNDED) else _FAR
-    if any(word in key for word in _LAYERS):
+    if _LAYERS.search(key):
         return _DEEP
     return _MOST if any(word in key for word in _COUNTED) else _FAR
 

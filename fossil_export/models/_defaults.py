@@ -40,6 +40,24 @@ _NEEDED: dict[str, dict[str, Any]] = {
 }
 
 
+# Values that only together give a class its other parameters.
+_OTHER: dict[str, dict[str, Any]] = {
+    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "deberta-v2": {
+        "conv_kernel_size": 3,
+        "norm_rel_ebd": "layer_norm",
+        "pos_att_type": ["c2p", "p2c"],
+        "relative_attention": True,
+        "share_att_key": False,
+    },
+}
+
+
+def other(model_type: str) -> dict[str, Any]:
+    """Changes to the content that are no one field's."""
+    return _OTHER.get(model_type, {})
+
+
 def content(model_type: str) -> dict[str, Any]:
     """The content of the shortest config.json that makes a model of a type."""
     return {"model_type": model_type, **_NEEDED.get(model_type, {})}

@@ -37,6 +37,7 @@ class Record:
     usual: set[str] = field(default_factory=set)  # all names below it, with default configs
     inside: dict[str, Inner] = field(default_factory=dict)  # by module
     below: dict[str, set[str]] = field(default_factory=dict)  # module -> the names there, with default configs
+    whole: bool = False  # it was built by itself
     tree: dict[str, tuple[str, str]] = field(default_factory=dict)  # all modules below with a model -> class, type
     ties: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -98,8 +99,11 @@ def survey(model_type: str, into: Survey) -> None:
             config = _configs.make(content)
             if _variants.of(config, kinds[name], whole):
                 small, less, count = _smaller(kinds[name], model, config, content)
-                for other in _variants.of(less, kinds[name], whole)[: max(_LEAST, _BUILT // (1 + count))]:
-                    _add_variant(kinds[name], small, other, into)
+                variants = _variants.of(less, kinds[name], whole)[: max(_LEAST, _BUILT // (1 + count))]
+                if changes := _defaults.other(model_type):
+                    variants.append(_variants.Variant((), changes))
+                for variant in variants:
+                    _add_variant(kinds[name], small, variant, into)
     if len(into.records) > before:
         if _configs.changes_more(content):
             into.scales.add(model_type)
@@ -137,7 +141,8 @@ def _type(config: Any) -> str:
 
 
 def _add_variant(kind: Any, content: Mapping[str, Any], variant: _variants.Variant, into: Survey) -> None:
-    content = _configs.with_key(content, variant.path, variant.value)
+    path, value = variant.path, variant.value
+    content = _configs.with_key(content, path, value) if path else {**content, **value}
     try:
         config = _configs.make(content)
         model = _transformers.build(kind, config)
@@ -169,19 +174,21 @@ def _add(
             upper = above[home]
             records[upper].below.setdefault(_below(home, upper), set()).add(pattern_of(_below(name, home)))
             home = upper
+    records[""].whole |= usual
     if usual and not records[""].tree:
         records[""].tree = {name: (type(part).__name__, _type(part.config)) for name, part in models.items() if name}
     for name, part in models.items():
         if name:
             upper = above[name]
             when = None
-            if variant is not None and variant.path[: len(places[upper])] == places[upper]:
+            if variant is not None and variant.path[: len(places[upper])] == places[upper] != variant.path:
                 when = ".".join(variant.path[len(places[upper]) :]), variant.value
             entry = Inner(type(part).__name__, _key(places, name, upper, models), _type(part.config), when)
             records[upper].inside.setdefault(_below(name, upper), entry)
-        pairs = _tied(part)
-        for target, source in pairs.items():
-            records[name].ties.setdefault(target, source)
+        pairs, numbered = _tied(part)
+        if usual or not numbered:  # those with numbers are of one config
+            for target, source in pairs.items():
+                records[name].ties.setdefault(target, source)
         if pairs and usual:
             _add_switch(content, config, places[name], into)
         if "prefix" not in records[name].facts:
@@ -206,11 +213,11 @@ def _key(places: Mapping[str, _configs.Path], name: str, upper: str, models: Map
     return "=" + _type(models[name].config)
 
 
-def _tied(part: Any) -> dict[str, str]:
-    """A class's own ties: by name, or as its patterns if they have numbers in them."""
+def _tied(part: Any) -> tuple[dict[str, str], bool]:
+    """A class's own ties: by name, or as its patterns if they have numbers in them; and whether they have."""
     _, pairs = _traits.expanded(part)
     numbered = any(pattern_of(name) != name for pair in pairs.items() for name in pair)
-    return dict(part._tied_weights_keys) if numbered else pairs
+    return (dict(part._tied_weights_keys) if numbered else pairs), numbered
 
 
 def _add_switch(content: Mapping[str, Any], config: Any, path: _configs.Path, into: Survey) -> None:
@@ -268,5 +275,6 @@ def _unite(mine: Record, other: Record) -> None:
     mine.inside = {**mine.inside, **{at: inner for at, inner in other.inside.items() if at not in mine.inside}}
     mine.ties = {**other.ties, **mine.ties}
     mine.tree = mine.tree or other.tree
+    mine.whole |= other.whole
     for module, names in other.below.items():
         mine.below.setdefault(module, set()).update(names)

@@ -211,9 +211,12 @@ def _switched(kind: str, config: Mapping[str, Any], node: _Node) -> tuple[bool, 
     """Whether a node ties, and the keys that must be false so that it does not."""
     row = line(kind)
     entry = row["ties"].get(".".join(node.path))
-    if entry is None:  # deeper than the type's own parts
+    if node.path and row["parts"].get(".".join(node.path)) != node.model_type:
+        entry = None  # another type's place
+    if entry is None:
         own = (*node.path, TIE)
-        return _value(kind, config, own, line(node.model_type)["ties"].get("", [False])[0]), [own]
+        usual, *keys = line(node.model_type)["ties"].get("", [False, [TIE, False]])
+        return (_value(kind, config, own, usual), [own]) if keys else (bool(usual), [])
     usual, *keys = entry
     switches = [_spelled(kind, config, tuple(key.split("."))) for key, _ in keys]
     return (any(_value(kind, config, tuple(k.split(".")), v) for k, v in keys) if keys else bool(usual)), switches

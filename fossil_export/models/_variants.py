@@ -15,6 +15,7 @@ from fossil_export.models import _configs
 _FIELD = r"\b(?:config|self|cfg|text_config|vision_config)\.(\w+)"
 _TESTED = re.compile(r"\bif\b|\belse\b|[!=<>]=|bias\s*=|\bin\b|\bnot\b|getattr|\[")
 _COMPARED = re.compile(_FIELD + r"\s*(?:==|!=|in)\s*[\[(]?((?:\s*\"[\w.+-]+\",?)+)")
+_HELD = re.compile(r"(\"[\w.+-]+\") in " + _FIELD)
 # Not what a model is made of, or what would make it huge.
 _SKIPPED = (
     "output_attentions output_hidden_states return_dict use_cache gradient_checkpointing tie_word_embeddings "
@@ -30,7 +31,7 @@ _KNOWN = {"feed_forward_proj": ("relu", "gated-gelu")}
 
 @dataclass(frozen=True)
 class Variant:
-    """Another value for the field of a config at a path of keys."""
+    """Another value for the field of a config at a path of keys; without a path, values of several."""
 
     path: _configs.Path
     value: Any
@@ -58,6 +59,8 @@ def of(config: Any, kind: Any, whole: bool) -> list[Variant]:
 def _values(config: Any, source: str, whole: bool) -> Iterator[tuple[int, str, Any]]:
     """Fields and other values for them, with a number that is small if they are likely to count."""
     named, tested, compared = _fields(source)
+    for name in sorted(_asked(source) - vars(config).keys() - set(_SKIPPED.split())):
+        yield from ((1, name, other) for other in (*compared.get(name, ()), 3) if whole)
     for name, value in sorted(vars(config).items()):
         if name.startswith("_") or name in _SKIPPED.split() or name not in named:
             continue
@@ -72,7 +75,7 @@ def _values(config: Any, source: str, whole: bool) -> Iterator[tuple[int, str, A
         elif name not in tested or not whole:
             continue
         elif isinstance(value, int):
-            yield from ((2, name, other) for other in (None, 0) if other != value)
+            yield from ((2, name, other) for other in (None, 0 if value else 1) if other != value)
             yield 3, name, value // 2
         elif value is None:
             yield from ((2, name, other) for other in (16, True, *compared.get(name, ())))
@@ -100,9 +103,15 @@ def _fields(source: str) -> tuple[frozenset[str], frozenset[str], dict[str, tupl
         if _TESTED.search(row):
             tested |= set(re.findall(_FIELD, row)) | set(re.findall(r"getattr\(\w*config, \"(\w+)\"", row))
     compared: dict[str, tuple[str, ...]] = {}
-    for name, values in _COMPARED.findall(source):
+    for name, values in (*_COMPARED.findall(source), *((name, word) for word, name in _HELD.findall(source))):
         compared[name] = tuple(sorted({*compared.get(name, ()), *re.findall(r'"([^"]+)"', values)}))
     return named, frozenset(tested), compared
+
+
+@cache
+def _asked(source: str) -> frozenset[str]:
+    """Fields that a config may lack."""
+    return frozenset(re.findall(r"getattr\(\w*config, \"([a-z]\w+)\"", source))
 
 
 @cache

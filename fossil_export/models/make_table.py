@@ -83,9 +83,8 @@ def _rows(found: _survey.Survey) -> dict[str, Any]:
 
 
 def _known(model_type: str, name: str, found: _survey.Survey) -> bool:
-    if f"{model_type} {name}" in found.left_out:
-        return False
-    return (model_type, name) in found.records or name in found.of.get(model_type, {})
+    record = found.records.get((model_type, name))
+    return (record is not None and record.whole) or name in found.of.get(model_type, {})
 
 
 def _part_type(model_type: str, path: str) -> str | None:
