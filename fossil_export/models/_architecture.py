@@ -60,7 +60,7 @@ class Architecture:
     """A model class for one config.
 
     `shapes` are its parameters and persistent buffers by name, with their shapes; None if only their `patterns` are
-    known: names whose numbers are `*`, those of the default config and of others. `prefix` is the attribute that holds the
+    known: names whose numbers are `*`, of the default config and of others. `prefix` is the attribute that holds the
     base model, "" if it has none. `parts` are the models inside it, by module name: the config's key for each, and its
     class. `embedding` and `head` are modules; `follows_tie` says that it computes in another way if its embeddings are
     tied. `ignored` are patterns of names that it passes over in files, `optional` those it may do without.

@@ -68,7 +68,9 @@ def _rows(found: _survey.Survey) -> dict[str, Any]:
         row["auto"] = _lines.short_autos(autos) if autos else []
         row["of"] = found.of.get(model_type, {})
         for path in {**row["parts"], **dict.fromkeys(row["of"].values(), "")}:
-            row["parts"][path] = _part_type(model_type, path) or row["parts"][path]
+            usual = _part_type(model_type, path)
+            if usual and usual != model_type:  # a config may give a part its own type's name
+                row["parts"][path] = usual
         row["parts"] = dict(sorted(row["parts"].items()))
         prefixes = [record["prefix"] for record in row["classes"].values()]
         row["prefix"] = max(sorted(set(prefixes)), key=prefixes.count)
