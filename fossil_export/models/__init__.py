@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
-from fossil_export.models import _table
+from fossil_export.models import _lines, _table
 from fossil_export.models._architecture import Architecture, Operation, Rule, Tie
 from fossil_export.models._inventory import Conversion, Names
 from fossil_export.models._look import look
@@ -55,7 +55,7 @@ def _typed(config: Mapping[str, Any]) -> Mapping[str, Any]:
     if "model_type" in config:
         return config
     named = [name for name in config.get("architectures") or () if isinstance(name, str)]
-    found = next((kind for name in named if (kind := _table.type_of(name)) is not None), None)
+    found = next((kind for name in named if (kind := _lines.type_of(name)) is not None), None)
     return {**config, "model_type": found} if found is not None else config
 
 

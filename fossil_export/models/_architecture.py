@@ -66,7 +66,7 @@ class Architecture:
     """A model class for one config.
 
     `shapes` are its parameters and persistent buffers by name, with their shapes; None if only their `patterns` are
-    known: names whose numbers are `*`, made with the class's default config. `prefix` is the name by which its family
+    known: names whose numbers are `*`, of the default config and of others. `prefix` is the name by which its family
     has the base model, which need not be in this class. `parts` are the models inside it, by module name: the config's
     key for each, and its class. `embedding` and `head` are modules; `follows_tie` says that it computes in another way
     if its embeddings are tied. `ignored` are patterns of names that it passes over in files, `optional` those it may do

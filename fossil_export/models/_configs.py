@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
 TIE = "tie_word_embeddings"
+_SPELLINGS = ("tie_embedding",)
 
 Path = tuple[str, ...]
 
@@ -17,9 +20,12 @@ _FOREIGN = (
     "_experts_implementation _experts_implementation_internal device_map torch_dtype dtype"
 )
 _NAMES = frozenset(_FOREIGN.split())
-_COUNTED = ("layer", "expert", "depth", "block", "stage", "head", "label", "num_", "stack", "level")
-_MOST, _FAR = 100_000, 100_000_000
-_UNBOUNDED = ("theta", "token", "pixel", "base", "seed", "sample", "vocab", "size", "freq")
+# The largest whole number by what its key says: of layers, of other things that are made one by one, of anything.
+_LAYERS = re.compile("(layer|depth|block|stage|stack|level)s?$")
+_COUNTED = ("expert", "head", "label", "num_")
+_DEEP, _MOST, _FAR = 2_000, 100_000, 20_000_000
+_UNCOUNTED = ("theta", "token", "pixel", "base", "seed", "sample", "vocab", "size", "freq")
+_UNBOUNDED = ("theta", "base", "seed", "freq")  # no loop goes so far
 _DEEPEST = 12
 
 
@@ -45,11 +51,17 @@ def _clean(value: Any, depth: int, key: str = "") -> Any:
         if len(value) > _MOST:
             raise Strange(f"{key} has {len(value)} entries")
         return [_clean(v, depth + 1, key) for v in value]
-    if isinstance(value, int) and not isinstance(value, bool):
-        counted = any(word in key for word in _COUNTED) and not any(word in key for word in _UNBOUNDED)
-        if value > (_MOST if counted else _FAR) and "theta" not in key:
-            raise Strange(f"{key} is {value}")
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > _most(key):
+        raise Strange(f"{key} is {value}")
     return value
+
+
+def _most(key: str) -> float:
+    if any(word in key for word in _UNCOUNTED):
+        return math.inf if any(word in key for word in _UNBOUNDED) else _FAR
+    if _LAYERS.search(key):
+        return _DEEP
+    return _MOST if any(word in key for word in _COUNTED) else _FAR
 
 
 def make(content: Mapping[str, Any]) -> Any:
@@ -118,6 +130,17 @@ def switches(content: Mapping[str, Any], path: Path) -> tuple[Path, ...]:
                 needed = fewer
         return tuple(needed)
     return ()
+
+
+def spelling(content: Mapping[str, Any]) -> str | None:
+    """Another key of a config.json that means `tie_word_embeddings`, and that wins over it; None if there is none."""
+    for key in _SPELLINGS:
+        try:
+            if all(_ties({**content, TIE: not value, key: value}, ()) is value for value in (True, False)):
+                return key
+        except Exception:  # a config class may refuse what it does not know
+            continue
+    return None
 
 
 def _inside(content: Mapping[str, Any], path: Path) -> Mapping[str, Any] | None:

@@ -7,15 +7,26 @@ its class and where its config is, so that the table can put another one in its 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fossil_export.models import _configs, _traits, _transformers, _variants
+from fossil_export.models import _configs, _defaults, _traits, _transformers, _variants
 from fossil_export.models._architecture import pattern_of
 
 # Parameters of a class's variants, all together: for large models fewer of these are built.
-_BUILT = 3000
+_BUILT, _LEAST = 6000, 8
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A model inside another: its class, the key of its config in the other's, its model type; and the value that one
+    key of the other's config must have so that it is there, if it is not by default."""
+
+    kind: str
+    key: str
+    model_type: str
+    when: tuple[str, Any] | None = None
 
 
 @dataclass
@@ -24,8 +35,10 @@ class Record:
 
     names: set[str] = field(default_factory=set)
     usual: set[str] = field(default_factory=set)  # all names below it, with default configs
-    inside: dict[str, tuple[str, str, str]] = field(default_factory=dict)  # module -> class, key of config, its type
+    inside: dict[str, Inner] = field(default_factory=dict)  # by module
     below: dict[str, set[str]] = field(default_factory=dict)  # module -> the names there, with default configs
+    whole: bool = False  # it was built by itself
+    tree: dict[str, tuple[str, str]] = field(default_factory=dict)  # all modules below with a model -> class, type
     ties: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -38,6 +51,7 @@ class Survey:
     ties: dict[str, dict[str, Any]] = field(default_factory=dict)
     of: dict[str, dict[str, str]] = field(default_factory=dict)
     scales: set[str] = field(default_factory=set)
+    spelled: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
 
@@ -60,7 +74,7 @@ def model_classes(config: Any, autos: Collection[str]) -> dict[str, Any]:
 
 def survey(model_type: str, into: Survey) -> None:
     """Add what the classes of one model type are. A class that cannot be built is left out, with the reason."""
-    content = {"model_type": model_type}
+    content = _defaults.content(model_type)
     try:
         config = _configs.make(content)
     except Exception as problem:
@@ -71,6 +85,7 @@ def survey(model_type: str, into: Survey) -> None:
     before = len(into.records)
     for name in kinds:
         try:
+            config = _configs.make(content)  # anew, for some classes change it
             path = _transformers.place(config, kinds[name])
             model = _transformers.build(kinds[name], _configs.at(config, path))
             _add(model, config, content, path, into)
@@ -81,22 +96,40 @@ def survey(model_type: str, into: Survey) -> None:
             into.of.setdefault(model_type, {})[name] = ".".join(path)
         else:
             whole = name == autos.get("AutoModel") or "AutoModel" not in autos
-            variants = _variants.of(config, kinds[name], whole)[: max(4, _BUILT // (1 + len(model.state_dict())))]
-            small = _smaller(kinds[name], model, config, content) if variants else {}
-            for other in variants:
-                _add_variant(kinds[name], {**content, **small, **other}, into)
-    if len(into.records) > before and _configs.changes_more(content):
-        into.scales.add(model_type)
+            config = _configs.make(content)
+            if _variants.of(config, kinds[name], whole):
+                small, less, count = _smaller(kinds[name], model, config, content)
+                variants = _variants.of(less, kinds[name], whole)[: max(_LEAST, _BUILT // (1 + count))]
+                if changes := _defaults.other(model_type):
+                    variants.append(_variants.Variant((), changes))
+                for variant in variants:
+                    _add_variant(kinds[name], small, variant, into)
+    if len(into.records) > before:
+        if _configs.changes_more(content):
+            into.scales.add(model_type)
+        if spelled := _configs.spelling(content):
+            into.spelled[model_type] = spelled
 
 
-def _smaller(kind: Any, model: Any, config: Any, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Fewer layers, if the class has the same names then."""
-    small = {key: 4 for key, value in vars(config).items() if "layers" in key and type(value) is int and value > 4}
+def _smaller(kind: Any, model: Any, config: Any, content: Mapping[str, Any]) -> tuple[dict[str, Any], Any, int]:
+    """A content and a config with fewer layers, if the class has the same names then, and how many it has."""
+    small = dict(content)
+    for path, part in _configs.nested(config):
+        if len(path) < 2:
+            fewer = {k: 4 for k, value in vars(part).items() if "layers" in k and type(value) is int and value > 4}
+            if path:  # written out, for a key alone would make another one
+                small[path[0]] = {**_configs.cleaned(part.to_dict()), **fewer}
+            else:
+                small |= fewer
+    found = model.state_dict()
     try:
-        other = _transformers.build(kind, _configs.make({**content, **small}))
+        less = _configs.make(small)
+        other = _transformers.build(kind, less).state_dict()
     except Exception:
-        return {}
-    return small if set(map(pattern_of, other.state_dict())) == set(map(pattern_of, model.state_dict())) else {}
+        return dict(content), config, len(found)
+    if set(map(pattern_of, other)) != set(map(pattern_of, found)):
+        return dict(content), config, len(found)
+    return small, less, len(other)
 
 
 def _reason(problem: Exception) -> str:
@@ -107,18 +140,26 @@ def _type(config: Any) -> str:
     return str(config.model_type or type(config).__name__)
 
 
-def _add_variant(kind: Any, content: Mapping[str, Any], into: Survey) -> None:
+def _add_variant(kind: Any, content: Mapping[str, Any], variant: _variants.Variant, into: Survey) -> None:
+    path, value = variant.path, variant.value
+    content = _configs.with_key(content, path, value) if path else {**content, **value}
     try:
         config = _configs.make(content)
         model = _transformers.build(kind, config)
-        _add(model, config, content, (), into, usual=False)
+        _add(model, config, content, (), into, variant)
     except Exception:  # values that do not go together
         return
 
 
 def _add(
-    model: Any, config: Any, content: Mapping[str, Any], path: _configs.Path, into: Survey, usual: bool = True
+    model: Any,
+    config: Any,
+    content: Mapping[str, Any],
+    path: _configs.Path,
+    into: Survey,
+    variant: _variants.Variant | None = None,
 ) -> None:
+    usual = variant is None
     places = _traits.places(model, config)
     models = dict(_traits.submodels(model))
     above = {name: _traits.above(name, models) for name in models}
@@ -133,14 +174,21 @@ def _add(
             upper = above[home]
             records[upper].below.setdefault(_below(home, upper), set()).add(pattern_of(_below(name, home)))
             home = upper
+    records[""].whole |= usual
+    if usual and not records[""].tree:
+        records[""].tree = {name: (type(part).__name__, _type(part.config)) for name, part in models.items() if name}
     for name, part in models.items():
         if name:
             upper = above[name]
-            entry = (type(part).__name__, _key(places, name, upper, models), _type(part.config))
+            when = None
+            if variant is not None and variant.path[: len(places[upper])] == places[upper] != variant.path:
+                when = ".".join(variant.path[len(places[upper]) :]), variant.value
+            entry = Inner(type(part).__name__, _key(places, name, upper, models), _type(part.config), when)
             records[upper].inside.setdefault(_below(name, upper), entry)
-        pairs = _tied(part)
-        for target, source in pairs.items():
-            records[name].ties.setdefault(target, source)
+        pairs, numbered = _tied(part)
+        if usual or not numbered:  # those with numbers are of one config
+            for target, source in pairs.items():
+                records[name].ties.setdefault(target, source)
         if pairs and usual:
             _add_switch(content, config, places[name], into)
         if "prefix" not in records[name].facts:
@@ -165,11 +213,11 @@ def _key(places: Mapping[str, _configs.Path], name: str, upper: str, models: Map
     return "=" + _type(models[name].config)
 
 
-def _tied(part: Any) -> dict[str, str]:
-    """A class's own ties: by name, or as its patterns if they have numbers in them."""
+def _tied(part: Any) -> tuple[dict[str, str], bool]:
+    """A class's own ties: by name, or as its patterns if they have numbers in them; and whether they have."""
     _, pairs = _traits.expanded(part)
     numbered = any(pattern_of(name) != name for pair in pairs.items() for name in pair)
-    return dict(part._tied_weights_keys) if numbered else pairs
+    return (dict(part._tied_weights_keys) if numbered else pairs), numbered
 
 
 def _add_switch(content: Mapping[str, Any], config: Any, path: _configs.Path, into: Survey) -> None:
@@ -195,24 +243,38 @@ def _facts(part: Any) -> dict[str, Any]:
     }
 
 
-def merge(surveys: Iterable[Survey]) -> Survey:
-    """One survey of several, in their order; of what was seen in more than one, the first is kept."""
+def merge(surveys: Mapping[str, Survey]) -> Survey:
+    """One survey of several, which are by model type.
+
+    What a type's own survey saw of a class is kept, whatever others made of it; else what was seen first is kept.
+    """
     found = Survey()
-    for other in surveys:
-        for key, record in other.records.items():
-            mine = found.records.setdefault(key, Record())
-            mine.names |= record.names
-            mine.usual |= record.usual
-            mine.inside = {**record.inside, **mine.inside}
-            mine.ties = {**record.ties, **mine.ties}
-            mine.facts = mine.facts or record.facts
-            for module, names in record.below.items():
-                mine.below.setdefault(module, set()).update(names)
-        found.ties.update(other.ties)
-        found.of.update(other.of)
-        found.scales |= other.scales
-        found.left_out.update(other.left_out)
-    found.records = {key: record for key, record in found.records.items() if record.facts}
+    for model_type, one in sorted(surveys.items()):
+        for key, record in one.records.items():
+            if not record.facts:
+                continue
+            own = key in surveys[key[0]].records if key[0] in surveys else False
+            if key[0] == model_type or not own:
+                mine = found.records.setdefault(key, Record(facts=record.facts))
+                _unite(mine, record)
+        found.ties.update(one.ties)
+        found.of.update(one.of)
+        found.scales |= one.scales
+        found.spelled.update(one.spelled)
+        found.left_out.update(one.left_out)
     for record in found.records.values():
-        record.inside = {at: one for at, one in record.inside.items() if (one[2], one[0]) in found.records}
+        record.inside = {
+            at: inner for at, inner in record.inside.items() if (inner.model_type, inner.kind) in found.records
+        }
     return found
+
+
+def _unite(mine: Record, other: Record) -> None:
+    mine.names |= other.names
+    mine.usual |= other.usual
+    mine.inside = {**mine.inside, **{at: inner for at, inner in other.inside.items() if at not in mine.inside}}
+    mine.ties = {**other.ties, **mine.ties}
+    mine.tree = mine.tree or other.tree
+    mine.whole |= other.whole
+    for module, names in other.below.items():
+        mine.below.setdefault(module, set()).update(names)

@@ -1,24 +1,23 @@
 """What a model class is, from the table made out of the pinned transformers; needs neither it nor PyTorch.
 
-The file is one JSON object with one line a model type (and `rules NAME` for a class or model type with a conversion),
-so that one line is found and read without the others. `_survey` says what a line holds.
+The models inside a class have lines of their own, so that one of another model type is put in the place of the usual.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib.resources import files
 from typing import Any
 
-from fossil_export.models import _names
+from fossil_export.models import _lines, _names
 from fossil_export.models._architecture import Architecture, Operation, Rule, Tie, pattern_of
+from fossil_export.models._lines import classes, line, model_types
 
-FILE = "architectures.json"
 TIE = "tie_word_embeddings"
 _DEEPEST = 12
+# Patterns that transformers adds for old files, if a model has such a buffer anywhere in it.
+ADDED = (r"(^|\.)position_ids$", r"rotary_emb\.inv_freq")
+__all__ = ["classes", "line", "model_types", "names", "read"]
 
 
 def read(config: Mapping[str, Any], class_name: str) -> Architecture | None:
@@ -34,54 +33,10 @@ def read(config: Mapping[str, Any], class_name: str) -> Architecture | None:
     if path:
         root = _part(root, path)
     try:
-        nodes = _walk(root, 0)
+        root = _walk(root, _record(root).get("over", {}))
     except (KeyError, RecursionError):
         return None
-    return _architecture(nodes, kind, config)
-
-
-def classes(model_type: str) -> dict[str, str]:
-    """The class that each auto class of transformers makes for a model type; {} for one that is not in the table."""
-    row = line(model_type)
-    return dict(row["auto"]) if row else {}
-
-
-def model_types() -> tuple[str, ...]:
-    """The model types of the table."""
-    starts = (text.split('"', 2)[1] for text in _text().splitlines() if text.startswith('"'))
-    return tuple(name for name in starts if not name.startswith("rules ") and name != "made of")
-
-
-def type_of(class_name: str) -> str | None:
-    """The model type whose auto classes make a class of this name; None if there is none, or it is not clear which."""
-    wanted = json.dumps(class_name)
-    lines = [text for text in _text().splitlines() if text.startswith('"') and f":{wanted}" in text]
-    found = [kind for text in lines if class_name in classes(kind := text.split('"', 2)[1]).values()]
-    if len(found) > 1:
-        found = [kind for kind in found if class_name.lower().startswith(kind.replace("_", "").replace("-", ""))]
-    return found[0] if len(found) == 1 else None
-
-
-@cache
-def _text() -> str:
-    return (files(__package__) / FILE).read_text("utf-8")
-
-
-@cache
-def _line(key: str) -> Any:
-    text = _text()
-    start = f"\n{json.dumps(key)}: "
-    at = text.find(start)
-    if at < 0:
-        return None
-    end = text.index("\n", at + 1)
-    return json.loads(text[at + len(start) : end].rstrip(","))
-
-
-def line(model_type: str) -> Any:
-    """A model type's line, as read; None if it has none."""
-    row = _line(model_type) if not model_type.startswith("rules ") else None
-    return None if not isinstance(row, dict) else {"auto": {}, "of": {}, "parts": {}, "ties": {}, **row}
+    return _architecture(root, kind, config)
 
 
 @dataclass(frozen=True)
@@ -102,6 +57,14 @@ class _Node:
         assert self.record is not None
         return self.record
 
+    @property
+    def prefix(self) -> str:
+        return str(self.own.get("prefix", line(self.model_type)["prefix"]))
+
+    def below(self, module: str) -> str:
+        """A module's name below this one's."""
+        return module[len(self.module) + 1 :] if self.module else module
+
 
 def _part(node: _Node, key: str) -> _Node:
     """The same class for the config at `key` inside the node's; of another model type, that type's like class."""
@@ -113,40 +76,77 @@ def _part(node: _Node, key: str) -> _Node:
     given = config.get("model_type") or usual
     kind = node.kind
     if given != usual and isinstance(given, str) and (row := line(given)) is not None:
-        kind = _like(node.kind, line(usual), row)
+        kind = kind if kind in row["classes"] else _like(kind, classes(usual), classes(given))
     else:
         given = usual
     return replace(node, kind=kind, model_type=given, config=config, path=(*node.path, *key.split(".")))
 
 
-def _like(kind: str, usual: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """The class of another model type that the same auto class makes."""
-    if kind in other["classes"]:
-        return kind
-    autos = [auto for auto, name in usual["auto"].items() if name == kind] or ["AutoModel"]
-    return str(next(other["auto"][auto] for auto in autos if auto in other["auto"]))
+def _like(kind: str, usual: Mapping[str, str], other: Mapping[str, str]) -> str:
+    """The class of another model type that the same auto class makes. Raises KeyError if there is none."""
+    autos = [auto for auto, name in usual.items() if name == kind]
+    if "AutoModelForCausalLM" in autos:  # BLIP-2 takes either
+        autos.append("AutoModelForSeq2SeqLM")
+    for auto in autos or ["AutoBackbone" if kind.endswith("Backbone") else "AutoModel"]:
+        if auto in other:
+            return other[auto]
+    raise KeyError(kind)
 
 
-def _walk(node: _Node, depth: int) -> _Node:
-    """The node with its class's record and the models inside it. Raises KeyError if one is not in the table."""
+def _record(node: _Node) -> Mapping[str, Any]:
+    row = line(node.model_type)
+    if row is None:
+        raise KeyError(node.model_type)
+    record = row["classes"][node.kind]
+    assert isinstance(record, dict)
+    return record
+
+
+def _walk(node: _Node, over: Mapping[str, str], depth: int = 0) -> _Node:
+    """The node with its class's record and the models inside it. Raises KeyError if one is not in the table.
+
+    `over` are the classes that models have by module name if they are not the usual ones, "" for one that is not there.
+    """
     if depth > _DEEPEST:
         raise KeyError(node.kind)
-    record = line(node.model_type)["classes"][node.kind]
+    record = _record(node)
     inside = []
-    for name, kind, key, *less in record.get("inside", ()):
-        child = replace(node, module=_join(node.module, name), kind=kind, less=_names.unpack(less[0] if less else ""))
+    for name, kind, key, less, when in (_entry(*entry) for entry in record.get("inside", ())):
+        module = _join(node.module, name)
+        if (when and not _holds(node.config, *when)) or not (kind := over.get(module, kind)):
+            continue
+        child = replace(node, module=module, kind=kind, less=_names.unpack("" if module in over else less))
         if key.startswith("="):
             child = replace(child, model_type=key[1:], config={})
-        inside.append(_walk(_part(child, key) if key and key[0] != "=" else child, depth + 1))
+        inside.append(_walk(_part(child, key) if key and key[0] != "=" else child, over, depth + 1))
     return replace(node, record=record, inside=tuple(inside))
+
+
+def _entry(name: str, kind: str, key: str = "", less: str = "", when: Any = ()) -> tuple[str, str, str, str, Any]:
+    return name, kind, key, less, when
+
+
+def _holds(config: Any, key: str, value: Any) -> bool:
+    """Whether a config's key has a value, or one that is as true."""
+    for word in key.split("."):
+        if not isinstance(config, Mapping) or word not in config:
+            return False
+        config = config[word]
+    return bool(config == value if isinstance(value, str) else bool(config) == bool(value))
+
+
+def has(record: Mapping[str, Any], attribute: str) -> bool:
+    """Whether a class's own names or the models in it begin with an attribute."""
+    modules = [entry[0] for entry in record.get("inside", ())]
+    return attribute in {name.split(".")[0] for name in (*modules, *_names.unpack(record.get("names", "")))}
 
 
 def names(node: _Node) -> frozenset[str]:
     """The names below a node's module, numbers as `*`."""
     found = set(_names.unpack(node.own.get("names", "")))
     for child in node.inside:
-        inner = child.module[len(node.module) + 1 :] if node.module else child.module
-        found |= {f"{pattern_of(inner)}.{name}" for name in names(child)}
+        inner = pattern_of(node.below(child.module))
+        found |= {f"{inner}.{name}" for name in names(child)}
     return frozenset(found - node.less)
 
 
@@ -156,7 +156,7 @@ def _all(node: _Node) -> list[_Node]:
 
 def _architecture(root: _Node, kind: str, config: Mapping[str, Any]) -> Architecture:
     everything = _all(root)
-    prefix = root.own.get("prefix", "")
+    prefix = root.prefix
     above = {child.module: node for node in everything for child in node.inside}
     return Architecture(
         name=root.kind,
@@ -169,18 +169,23 @@ def _architecture(root: _Node, kind: str, config: Mapping[str, Any]) -> Architec
         embedding=_module(root, "embedding"),
         head=_module(root, "head"),
         follows_tie=any(node.own.get("follows") for node in everything) or bool(line(kind).get("scales")),
-        ignored=_gathered(everything, "ignored"),
-        optional=_gathered(everything, "optional"),
+        ignored=tuple(sorted(_gathered(root, "ignored"))),
+        optional=tuple(sorted(_gathered(root, "optional"))),
     )
 
 
-def _gathered(nodes: list[_Node], what: str) -> tuple[str, ...]:
-    return tuple(sorted({text for node in nodes for text in node.own.get(what, ())}))
+def _gathered(node: _Node, what: str) -> set[str]:
+    """A model's patterns with those of the models that are its attributes: others are not seen by transformers."""
+    found = set(node.own.get(what, ()))
+    for child in node.inside:
+        inner = _gathered(child, what)
+        found |= inner.intersection(ADDED) if "." in node.below(child.module) else inner
+    return found
 
 
 def _module(node: _Node, what: str) -> str | None:
     """The embedding or head: its module's name, or `@` and the model inside that has it, as is usual for embeddings."""
-    name = node.own.get(what, "@" + node.own.get("prefix", "") if what == "embedding" else "")
+    name = node.own.get(what, "@" + node.prefix if what == "embedding" else "")
     if not name.startswith("@"):
         return _join(node.module, name) if name else None
     module = _join(node.module, name[1:])
@@ -206,12 +211,21 @@ def _switched(kind: str, config: Mapping[str, Any], node: _Node) -> tuple[bool, 
     """Whether a node ties, and the keys that must be false so that it does not."""
     row = line(kind)
     entry = row["ties"].get(".".join(node.path))
-    if entry is None:  # deeper than the type's own parts
+    if node.path and row["parts"].get(".".join(node.path)) != node.model_type:
+        entry = None  # another type's place
+    if entry is None:
         own = (*node.path, TIE)
-        return _value(kind, config, own, line(node.model_type)["ties"].get("", [False])[0]), [own]
+        usual, *keys = line(node.model_type)["ties"].get("", [False, [TIE, False]])
+        return (_value(kind, config, own, usual), [own]) if keys else (bool(usual), [])
     usual, *keys = entry
-    switches = [tuple(key.split(".")) for key, _ in keys]
+    switches = [_spelled(kind, config, tuple(key.split("."))) for key, _ in keys]
     return (any(_value(kind, config, tuple(k.split(".")), v) for k, v in keys) if keys else bool(usual)), switches
+
+
+def _spelled(kind: str, config: Mapping[str, Any], path: tuple[str, ...]) -> tuple[str, ...]:
+    """A switch by the key that the config has for it."""
+    other = line(kind).get("spelled")
+    return (other,) if path == (TIE,) and other in config else path
 
 
 def _value(kind: str, config: Mapping[str, Any], path: tuple[str, ...], usual: bool) -> bool:
@@ -221,8 +235,9 @@ def _value(kind: str, config: Mapping[str, Any], path: tuple[str, ...], usual: b
         at = at.get(word) if isinstance(at, Mapping) else None
     if not isinstance(at, Mapping):
         return usual
-    if key == TIE and str(at.get("model_type", kind)).startswith("lfm2") and "tie_embedding" in at:
-        return bool(at["tie_embedding"])
+    part = line(str(at.get("model_type") or line(kind)["parts"].get(".".join(above), kind)))
+    if key == TIE and part is not None and part.get("spelled") in at:
+        return bool(at[part["spelled"]])
     if isinstance(at.get(key), bool):
         return bool(at[key])
     part, given = line(kind)["parts"].get(".".join(above)), at.get("model_type")
@@ -259,13 +274,11 @@ def _rules(nodes: list[_Node], root: str) -> list[Rule]:
 
 
 def _conversion(name: str) -> list[Rule] | None:
-    rules = _line(f"rules {name}")
-    if isinstance(rules, str):
-        rules = _line(f"rules {rules}")
+    rules = _lines.conversion(name)
     return None if rules is None else [_rule(*rule) for rule in rules]
 
 
-def _rule(kind: str, sources: Any, targets: Any, back: Any, operations: Any = (), offset: int = 0) -> Rule:
+def _rule(kind: str, sources: Any, targets: Any, back: Any, operations: Any, offset: int) -> Rule:
     steps = tuple(Operation(name, options) for name, options in operations)
     return Rule(kind, tuple(sources), tuple(targets), (tuple(back[0]), tuple(back[1])), steps, offset)
 

@@ -86,7 +86,8 @@ def above(name: str, names: Collection[str]) -> str:
 def _like(part: Any, config: Any, upper: _configs.Path) -> _configs.Path:
     if type(_configs.at(config, upper)) is type(part):
         return upper
-    same = [path for path, other in _configs.nested(config) if type(other) is type(part)]
+    below = ((path, other) for path, other in _configs.nested(config) if path[: len(upper)] == upper)
+    same = [path for path, other in below if type(other) is type(part)]
     return same[0] if len(same) == 1 else upper
 
 

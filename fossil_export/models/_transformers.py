@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from threading import RLock, get_ident
 from typing import Any
 
 from fossil_export.models import _configs, _traits
 from fossil_export.models._architecture import Architecture, pattern_of
 
-_MOST = 200_000  # parameters and modules of one model: DeepSeek-V3 has under 10,000 of them
+_MOST = 40_000  # parameters, buffers and modules of one model: DeepSeek-V3 has under 10,000 of them
+_ONE = RLock()  # what a build switches off or counts is the whole process's
 
 
 def read(config: Mapping[str, Any], class_name: str) -> Architecture | None:
     """What class `class_name` is for the content of a config.json, as the installed transformers makes it.
 
     None if there is no transformers (5 or later), or if it makes no such model. No code but transformers' own is run,
-    and nothing is fetched. Not for several threads at once.
+    and nothing is fetched. Several threads take turns.
     """
     try:
         content = _configs.cleaned(config)
@@ -48,6 +50,8 @@ def place(config: Any, kind: Any) -> _configs.Path:
     for path, part in _configs.nested(config):
         if isinstance(part, wanted):
             return path
+    if kind.__name__ in classes(config.model_type).values():  # it takes that of another model type
+        return ()
     raise _configs.Strange(f"{kind.__name__} is not made of a {type(config).__name__}")
 
 
@@ -57,6 +61,7 @@ def build(kind: Any, config: Any) -> Any:
     from transformers import initialization
 
     with ExitStack() as stack:
+        stack.enter_context(_ONE)
         stack.enter_context(torch.device("meta"))
         stack.enter_context(initialization.no_init_weights())
         stack.enter_context(_no_kernels())
@@ -84,16 +89,17 @@ def _counted() -> Iterator[None]:
     """Raise Strange as soon as a model becomes absurdly large."""
     from torch.nn.modules import module
 
-    seen = 0
+    seen, mine = 0, get_ident()
 
     def one(*_: Any) -> None:
         nonlocal seen
-        seen += 1
+        seen += get_ident() == mine
         if seen > _MOST:
-            raise _configs.Strange(f"more than {_MOST} parameters and modules")
+            raise _configs.Strange(f"more than {_MOST} parameters, buffers and modules")
 
     hooks = (
         module.register_module_parameter_registration_hook(one),
+        module.register_module_buffer_registration_hook(one),
         module.register_module_module_registration_hook(one),
     )
     try:

@@ -15,9 +15,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fossil_export.models import _names, _survey, _table, _traits
+from fossil_export.models import _lines, _names, _survey, _table, _traits
+from fossil_export.models._architecture import pattern_of
 
-HERE = Path(__file__).with_name(_table.FILE)
+HERE = Path(__file__).with_name(_lines.FILE)
 
 
 def table(model_types: Iterable[str] | None = None, workers: int = 1) -> tuple[dict[str, Any], dict[str, str]]:
@@ -25,24 +26,25 @@ def table(model_types: Iterable[str] | None = None, workers: int = 1) -> tuple[d
     from transformers import CONFIG_MAPPING
 
     wanted = sorted(CONFIG_MAPPING.keys() if model_types is None else model_types)
-    chunks = [wanted[start::32] for start in range(32)]
     if workers > 1:
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            surveys = pool.map(survey, chunks, chunksize=1)
+            surveys = pool.map(survey, wanted, chunksize=4)
     else:
-        surveys = list(map(survey, chunks))
-    found = _survey.merge(surveys)
+        surveys = list(map(survey, wanted))
+    found = _survey.merge(dict(zip(wanted, surveys, strict=True)))
     return {"made of": _made_of(), **_rows(found), **rules()}, dict(sorted(found.left_out.items()))
 
 
-def survey(model_types: Iterable[str]) -> _survey.Survey:
-    """What the classes of these model types are."""
+def survey(model_type: str) -> _survey.Survey:
+    """What the classes of a model type are."""
     logging.disable(logging.ERROR)
     warnings.simplefilter("ignore")
     found = _survey.Survey()
-    for model_type in model_types:
-        _survey.survey(model_type, found)
+    _survey.survey(model_type, found)
     return found
+
+
+_KEYS = ("auto", "classes", "of", "parts", "prefix", "scales", "spelled", "ties")
 
 
 def _made_of() -> str:
@@ -59,27 +61,43 @@ def _rows(found: _survey.Survey) -> dict[str, Any]:
         row = rows.setdefault(model_type, {"classes": {}, "parts": {}})
         row["classes"][name] = _record(record, model_type, found)
         row["parts"].update(
-            {key: kind for _, key, kind in sorted(record.inside.values()) if key and not key.startswith("=")}
+            {one.key: one.model_type for one in record.inside.values() if one.key and not one.key.startswith("=")}
         )
     for model_type, row in rows.items():
-        row["auto"] = {auto: name for auto, name in classes(model_type).items() if _known(model_type, name, found)}
+        autos = {auto: name for auto, name in classes(model_type).items() if _known(model_type, name, found)}
+        row["auto"] = _lines.short_autos(autos) if autos else []
         row["of"] = found.of.get(model_type, {})
-        for path in row["of"].values():
-            row["parts"].setdefault(path, _part_type(model_type, path))
+        for path in {**row["parts"], **dict.fromkeys(row["of"].values(), "")}:
+            usual = _part_type(model_type, path)
+            if usual and usual != model_type:  # a config may give a part its own type's name
+                row["parts"][path] = usual
+        row["parts"] = dict(sorted(row["parts"].items()))
+        prefixes = [record["prefix"] for record in row["classes"].values()]
+        row["prefix"] = max(sorted(set(prefixes)), key=prefixes.count)
+        for record in row["classes"].values():
+            if record["prefix"] == row["prefix"]:
+                del record["prefix"]
         row["ties"] = found.ties.get(model_type) or _usual(model_type)
         row["scales"] = model_type in found.scales
-        rows[model_type] = {key: row[key] for key in ("auto", "classes", "of", "parts", "scales", "ties") if row[key]}
+        row["spelled"] = found.spelled.get(model_type)
+        rows[model_type] = {key: row[key] for key in _KEYS if row[key]}
     return dict(sorted(rows.items()))
 
 
 def _known(model_type: str, name: str, found: _survey.Survey) -> bool:
-    return (model_type, name) in found.records or name in found.of.get(model_type, {})
+    record = found.records.get((model_type, name))
+    return (record is not None and record.whole) or name in found.of.get(model_type, {})
 
 
-def _part_type(model_type: str, path: str) -> str:
+def _part_type(model_type: str, path: str) -> str | None:
+    """The model type of a part that the config does not give; None if there is none by default."""
     from fossil_export.models import _configs
 
-    return str(_configs.at(_configs.make({"model_type": model_type}), tuple(path.split("."))).model_type)
+    try:
+        part = _configs.at(_configs.make({"model_type": model_type}), tuple(path.split(".")))
+        return str(part.model_type or type(part).__name__)
+    except Exception:  # a type of parts only
+        return None
 
 
 def _usual(model_type: str) -> dict[str, Any]:
@@ -94,30 +112,67 @@ def _usual(model_type: str) -> dict[str, Any]:
 
 
 def _record(record: _survey.Record, model_type: str, found: _survey.Survey) -> dict[str, Any]:
-    inside: list[list[str]] = []
+    inside: list[list[Any]] = []
     children = {}
-    for module, (name, key, kind) in record.inside.items():
-        children[module] = found.records[kind, name]
-        entry = [module, name, key]
-        less = children[module].usual - record.below.get(module, set()) if not key and module in record.below else ()
-        inside.append([*entry, _names.pack(less)] if less else entry)
+    names = set(record.names)
+    for module, one in record.inside.items():
+        child = children[module] = found.records[one.model_type, one.kind]
+        seen = record.below.get(module, set())
+        names |= {f"{pattern_of(module)}.{name}" for name in seen - child.usual - child.names}
+        less = _names.pack(child.usual - seen) if seen and not one.key else ""
+        entry = [module, one.kind, one.key, less, list(one.when) if one.when else ""]
+        while not entry[-1]:
+            entry.pop()
+        inside.append(entry)
     facts = record.facts
-    inner = {what: {v for child in children.values() for v in child.facts[what]} for what in ("ignored", "optional")}
-    embedding = _through(facts, "embedding", children) or ""
     known = {
-        "bare": facts["bare"],
         "follows": facts["follows"],
         "head": _through(facts, "head", children),
-        "ignored": [text for text in facts["ignored"] if text not in inner["ignored"]],
+        "ignored": _own(facts["ignored"], "ignored", children),
         "inside": inside,
-        "names": _names.pack(record.names),
-        "optional": [text for text in facts["optional"] if text not in inner["optional"]],
-        "prefix": facts["prefix"],
+        "names": _names.pack(names),
+        "optional": _own(facts["optional"], "optional", children),
+        "over": _over(record, found),
         "ties": sorted(map(list, record.ties.items())),
     }
     row = {key: value for key, value in known.items() if value}
-    usual = "@" + facts["prefix"] if facts["prefix"] in children else None
-    return row if embedding == usual or not (embedding or usual) else {"embedding": embedding, **row}
+    row["prefix"] = facts["prefix"]
+    if facts["bare"] is _table.has(row, facts["prefix"]):
+        row["bare"] = facts["bare"]
+    embedding = _through(facts, "embedding", children) or ""
+    usual = "@" + facts["prefix"] if facts["prefix"] in children else ""
+    return row if embedding == usual else {"embedding": embedding, **row}
+
+
+def _own(patterns: Iterable[str], what: str, children: dict[str, _survey.Record]) -> list[str]:
+    """The patterns that are not those of the models inside, as `_table` gathers them."""
+    inner: set[str] = set()
+    for module, child in children.items():
+        inner |= set(child.facts[what]) if "." not in module else set(child.facts[what]).intersection(_table.ADDED)
+    return [text for text in patterns if text not in inner]
+
+
+def _over(record: _survey.Record, found: _survey.Survey) -> dict[str, str]:
+    """The classes of models deeper inside that are others here than usual, "" for one that is not there."""
+    usual = _usually(record, found, "")
+    differ = {}
+    for module, (kind, model_type) in usual.items():
+        actual = record.tree.get(module, ("", ""))[0]
+        upper = _traits.above(module, usual)
+        there = not upper or upper in record.tree
+        if record.tree and there and actual != kind and (not actual or (model_type, actual) in found.records):
+            differ[module] = actual
+    return differ
+
+
+def _usually(record: _survey.Record, found: _survey.Survey, module: str) -> dict[str, tuple[str, str]]:
+    seen = {}
+    for name, one in record.inside.items():
+        if one.when is None and module.count(".") < 20:
+            below = f"{module}.{name}" if module else name
+            seen[below] = one.kind, one.model_type
+            seen |= _usually(found.records[one.model_type, one.kind], found, below)
+    return seen
 
 
 def _through(facts: dict[str, Any], what: str, children: dict[str, _survey.Record]) -> str | None:
@@ -140,14 +195,23 @@ def rules() -> dict[str, Any]:
         transforms = conversion_mapping.get_checkpoint_conversion_mapping(name)
         row = [_rule(_traits.rule(transform)) for transform in transforms]
         other = first.setdefault(json.dumps(row), name)
-        known[f"rules {name}"] = row if other == name else other
+        known[f"rules {name}"] = [_shared(rule, f"{name} {i}", first) for i, rule in enumerate(row)]
+        if other != name:
+            known[f"rules {name}"] = other
     return known
 
 
 def _rule(rule: Any) -> list[Any]:
-    row = [rule.kind, rule.sources, rule.targets, rule.back, [[o.name, dict(o.options)] for o in rule.operations]]
-    row = [*row, rule.offset] if rule.offset else row if rule.operations else row[:-1]
-    return list(json.loads(json.dumps(row)))
+    steps = [[step.name, dict(step.options)] for step in rule.operations]
+    plain = [rule.kind, rule.sources, rule.targets, rule.back, steps, rule.offset]
+    return _lines.short(json.loads(json.dumps(plain)))
+
+
+def _shared(rule: list[Any], name: str, first: dict[str, str]) -> Any:
+    """A rule, or where it stands already if that is shorter."""
+    text = json.dumps(rule)
+    other = first.setdefault(text, name)
+    return other if other != name and len(other) < len(text) - 10 else rule
 
 
 def text(rows: dict[str, Any]) -> str:
