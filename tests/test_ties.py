@@ -146,7 +146,9 @@ def test_labels_under_another_name_are_held_against_the_class(bert: Path, tmp_pa
     assert len(json.loads((tmp_path / "merged" / "config.json").read_text())["id2label"]) == 5
     trained_in = {"base_model_class": "BertForSequenceClassification", "parent_library": "transformers"}
     edit_json(tmp_path / "adapter" / "adapter_config.json", task_type=None, auto_mapping=trained_in)
+    edit_json(bert / "config.json", num_labels=3)
     merge(tmp_path / "adapter", tmp_path / "untold")
+    assert BertForSequenceClassification.from_pretrained(tmp_path / "untold").num_labels == 5
     assert len(json.loads((tmp_path / "untold" / "config.json").read_text())["id2label"]) == 5
     save_file({**state, name.format("weight"): torch.ones(5, 32), name.format("bias"): torch.ones(4)}, path)
     with pytest.raises(
