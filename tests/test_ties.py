@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import edit_json, make_adapter, make_base, weights
+from conftest import edit_json, make_adapter, make_base, randomise, weights
+from peft import MissConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageClassification,
@@ -20,9 +21,14 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MarianConfig,
+    MarianMTModel,
     ResNetConfig,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
 )
 
 from fossil_export import FossilExportError, merge, plan_merge, verify
@@ -131,7 +137,7 @@ def test_a_resized_vocabulary_with_a_bias(whole: list[str] | None, bert: Path, t
 
 
 def test_labels_under_another_name_are_held_against_the_class(bert: Path, tmp_path: Path) -> None:
-    """A head of five labels on a base whose config says two: told by what the class would have."""
+    """A head of five labels on a base whose config says two: told by the task, or by what the class would have."""
     options = {"r": 4, "target_modules": ["query"], "modules_to_save": ["classifier"]}
     make_adapter(tmp_path / "adapter", bert, model_class=BertForSequenceClassification, task_type="SEQ_CLS", **options)
     path = tmp_path / "adapter" / "adapter_model.safetensors"
@@ -142,8 +148,13 @@ def test_labels_under_another_name_are_held_against_the_class(bert: Path, tmp_pa
     assert len(json.loads((tmp_path / "merged" / "config.json").read_text())["id2label"]) == 5
     trained_in = {"base_model_class": "BertForSequenceClassification", "parent_library": "transformers"}
     edit_json(tmp_path / "adapter" / "adapter_config.json", task_type=None, auto_mapping=trained_in)
+    edit_json(bert / "config.json", num_labels=3)
+    merge(tmp_path / "adapter", tmp_path / "untold")
+    assert BertForSequenceClassification.from_pretrained(tmp_path / "untold").num_labels == 5
+    assert len(json.loads((tmp_path / "untold" / "config.json").read_text())["id2label"]) == 5
+    save_file({**state, name.format("weight"): torch.ones(5, 32), name.format("bias"): torch.ones(4)}, path)
     with pytest.raises(
-        FossilExportError, match=r"classifier.* has shape \[5.*BertForSequenceClassification .* has \[2"
+        FossilExportError, match=r"classifier.* has shape \[4.*BertForSequenceClassification .* has \[5"
     ):
         merge(tmp_path / "adapter", tmp_path / "not")
 
@@ -209,3 +220,97 @@ def test_shards_that_did_nothing_in_training_are_told(tmp_path: Path) -> None:
     assert "backbone.layers.0.mixer.dt_proj: this model computes with the weights of these layers and never" in warning
     make_adapter(tmp_path / "other", tmp_path / "base", r=2, target_modules=["x_proj"])
     assert not plan_merge(tmp_path / "other").warnings
+
+
+@pytest.mark.parametrize("whole", [None, ["shared"], ["shared", "lm_head"]])
+def test_a_resized_vocabulary_whose_bias_peft_does_not_save(
+    whole: list[str] | None, bart: Path, tmp_path: Path
+) -> None:
+    """`final_logits_bias` is a buffer: the merged model could not be loaded."""
+    make_adapter(
+        tmp_path / "adapter", bart, r=4, target_modules=["q_proj"], model_class=BartForConditionalGeneration, resize=70,
+        modules_to_save=whole,
+    )  # fmt: skip
+    with pytest.raises(FossilExportError, match=r"final_logits_bias, .* has 60; .*resize_token_embeddings\(70\)"):
+        merge(tmp_path / "adapter", tmp_path / "merged")
+    larger = BartForConditionalGeneration.from_pretrained(bart)
+    larger.resize_token_embeddings(70, mean_resizing=False)
+    larger.save_pretrained(tmp_path / "larger")
+    merge(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "larger")
+    _, report = BartForConditionalGeneration.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(report.values()), report
+
+
+@pytest.mark.parametrize("named", [..., None, []])
+def test_a_config_that_names_no_class(named: Any, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    edit_json(base / "config.json", architectures=named)
+    live = make_adapter(tmp_path / "adapter", base, task_type="CAUSAL_LM", modules_to_save=["lm_head"])
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    agrees(tmp_path / "merged", LlamaForCausalLM, live)
+
+
+def test_labels_of_a_class_without_a_task_type(tmp_path: Path) -> None:
+    """Images are classified without a task_type in PEFT; the number of labels is what the class's config would say."""
+    config = ViTConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "base")
+    live = ViTForImageClassification.from_pretrained(tmp_path / "base", num_labels=5)
+    live = get_peft_model(live, MissConfig(r=4, target_modules=["q_proj"], modules_to_save=["classifier"]))
+    randomise(live)
+    live.eval().save_pretrained(tmp_path / "adapter")
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    made = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert made["architectures"] == ["ViTForImageClassification"] and len(made["id2label"]) == 5
+    loaded, report = ViTForImageClassification.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(report.values()), report
+    pixels = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(pixels).logits, live(pixels).logits, rtol=1e-4, atol=1e-4)
+    assert verify(tmp_path / "merged", level="weights").parity
+
+
+def test_what_was_random_in_training_and_is_lost_is_told(bert: Path, tmp_path: Path) -> None:
+    """A masked language model has no pooler, the classifier over it trained with a random one, and PEFT did not save
+    that."""
+    options = {"r": 4, "target_modules": ["query"], "task_type": "SEQ_CLS"}
+    for whole, lost in ((["classifier"], True), (["classifier", "pooler"], False)):
+        make_adapter(
+            tmp_path / "adapter", bert, model_class=BertForSequenceClassification, modules_to_save=whole, **options
+        )
+        warnings = plan_merge(tmp_path / "adapter").warnings
+        assert any("bert.pooler.dense.weight" in line and "random" in line for line in warnings) is lost
+
+
+def test_a_head_of_which_neither_base_nor_adapter_has_all(bert: Path, tmp_path: Path) -> None:
+    BertForMaskedLM.from_pretrained(bert).bert.save_pretrained(tmp_path / "inner")
+    make_adapter(
+        tmp_path / "adapter", tmp_path / "inner", r=4, target_modules=["query"], model_class=BertForMaskedLM,
+        modules_to_save=["word_embeddings"],
+    )  # fmt: skip
+    with pytest.raises(FossilExportError, match=r"cls.predictions.bias and cls.predictions.decoder.bias, and neither"):
+        merge(tmp_path / "adapter", tmp_path / "merged")
+
+
+@pytest.mark.parametrize("whole", ["lm_head", "encoder.embed_tokens", "decoder.embed_tokens"])
+@pytest.mark.parametrize("size", [50, 60])
+def test_a_class_that_ties_others_where_its_config_has_two_vocabularies(whole: str, size: int, tmp_path: Path) -> None:
+    config = MarianConfig(
+        vocab_size=60, decoder_vocab_size=size, share_encoder_decoder_embeddings=False, d_model=32, encoder_layers=1,
+        decoder_layers=1, encoder_ffn_dim=48, decoder_ffn_dim=48, encoder_attention_heads=4,
+        decoder_attention_heads=4, max_position_embeddings=40, pad_token_id=1, decoder_start_token_id=1,
+    )  # fmt: skip
+    MarianMTModel(config).save_pretrained(tmp_path / "base")
+    live = make_adapter(
+        tmp_path / "adapter", tmp_path / "base", r=4, target_modules=["q_proj"], modules_to_save=[whole],
+        model_class=MarianMTModel,
+    )  # fmt: skip
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    assert "model.shared.weight" not in weights(tmp_path / "merged")
+    loaded, report = MarianMTModel.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(report.values()), report
+    with torch.no_grad():
+        ours, theirs = (model(IDS, decoder_input_ids=IDS).logits for model in (loaded.eval(), live))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert verify(tmp_path / "merged", level="weights").parity

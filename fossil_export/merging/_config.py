@@ -70,6 +70,8 @@ def edited_config(
         ]
         if names:
             result["architectures"] = names
+    if labels is not None and "num_labels" in result:
+        result["num_labels"] = labels  # it would go before what follows
     if labels is not None and task_type != "QUESTION_ANS" and len(result.get("id2label") or {}) != labels:
         result["id2label"] = {str(index): f"LABEL_{index}" for index in range(labels)}
         result["label2id"] = {f"LABEL_{index}": index for index in range(labels)}

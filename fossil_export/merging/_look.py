@@ -8,7 +8,7 @@ from typing import Any
 from fossil_export import models
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import Checkpoint
-from fossil_export.merging._naming import names_in, naming_of
+from fossil_export.merging._naming import denies_ties, names_in, naming_of
 from fossil_export.models import Names
 
 
@@ -35,7 +35,7 @@ def look(
         if before is None or model is None:
             continue
         after = Names(model, stored)
-        lines = [*models.look(before, after), *_shapes(name, after, stored, shapes, config)]
+        lines = [*models.look(before, after), *_shapes(name, after, stored, shapes, config, base.config or {})]
         yield from (line for line in dict.fromkeys(lines) if line not in said)
         said.update(lines)
 
@@ -46,14 +46,20 @@ def _shapes(
     stored: Mapping[str, tuple[int, ...]],
     before: Mapping[str, tuple[int, ...]],
     config: Mapping[str, Any],
+    base_config: Mapping[str, Any],
 ) -> Iterator[str]:
-    """Tensors of a new shape that the class has in another one."""
-    new = {parameter: one for parameter, one in after.whole.items() if stored[one] != before.get(one)}
-    if not new:
+    """Tensors of a new shape that the class has in another one, and those of the old one that it now has in another."""
+    if all(stored[one] == before.get(one) for one in after.whole.values()):
         return
     exact = models.architecture(config, name, exact=True)
-    for parameter, one in new.items():
-        wanted = (exact.shapes or {}).get(parameter) if exact is not None else None
+    if exact is None:
+        return
+    old = models.architecture(base_config, name, exact=True)
+    for parameter, one in after.whole.items():
+        wanted = (exact.shapes or {}).get(parameter)
+        is_old = stored[one] == before.get(one)
+        if is_old and (old is None or (old.shapes or {}).get(parameter) != stored[one]):
+            continue  # what did not fit before is not this merge's fault
         if wanted is not None and wanted != stored[one]:
             yield f"{one} has shape {list(stored[one])}, and {name} of that config.json has {list(wanted)}"
 
@@ -61,7 +67,8 @@ def _shapes(
 def _classes(adapters: Iterable[Adapter], base: Checkpoint, config: Mapping[str, Any]) -> list[tuple[str, bool]]:
     """Those that the config names; if transformers has none of them, those that were trained."""
     named = [name for name in config.get("architectures") or () if isinstance(name, str)]
-    found = [(name, False) for name in named if names_in(name, base, False) is not None]
+    known = [(name, names) for name in named if (names := names_in(name, base, False)) is not None]
+    found = [(name, denies_ties(names, base) and names_in(name, base, True) is not None) for name, names in known]
     if found:
         return found
     namings = [naming for naming in (naming_of(adapter, base) for adapter in adapters) if naming.known]

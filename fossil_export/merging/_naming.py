@@ -83,9 +83,26 @@ def naming_of(adapter: Adapter, base: Checkpoint) -> Naming:
 
 
 def _exactly(naming: Naming, base: Checkpoint) -> Naming:
-    """The same, with the shapes of the class, if the table has ties in it that only its parameters tell apart."""
-    exact = names_in(naming.model.name, base, True) if naming.model.unsure else None
+    """The same, with the shapes of the class, if the table has ties in it that only its parameters tell apart, or that
+    the base's tensors deny."""
+    unsure = naming.model.unsure or denies_ties(naming.names, base)
+    exact = names_in(naming.model.name, base, True) if unsure else None
     return replace(naming, names=exact) if exact is not None else naming
+
+
+def denies_ties(names: Names, base: Checkpoint) -> bool:
+    """Whether `base` speaks against the ties of a class: tied parameters are stored in several shapes, or several of
+    them without the one that they follow. Some configs (Marian's, of two vocabularies) tie others than the table has.
+    """
+    groups: dict[str, list[str]] = {}
+    for tie in names.model.ties:
+        if tie.on:
+            groups.setdefault(tie.source, [tie.source]).append(tie.target)
+    for source, members in groups.items():
+        stored = [names.whole[member] for member in members if member in names.whole]
+        if len({base.tensors[name].shape for name in stored}) > 1 or (source not in names and len(stored) > 1):
+            return True
+    return False
 
 
 def _namings(name: str, config: Mapping[str, Any], base: Checkpoint, exact: bool) -> Iterator[Naming]:

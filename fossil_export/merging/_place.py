@@ -111,7 +111,11 @@ def _place_saved(
             )
     elif of_tokens and old.shape != info.shape:
         placement.vocab_size = info.shape[0]
-    if is_classifier(parameter, adapter) and (old is None or old.shape != info.shape):
+    if (
+        (old is None or old.shape != info.shape)
+        and not of_tokens
+        and is_classifier(parameter, info, adapter, base, naming)
+    ):
         placement.labels = info.shape[0]
     placement.saved[target] = info
 

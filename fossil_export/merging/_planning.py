@@ -132,8 +132,8 @@ def planned(asked: MergePlan, dtype: str, tied: Sequence[bool | None]) -> MergeP
     if wrong := list(look(adapters, base, held, {**(base.config or {}), **config_edits})):
         raise MergeError(
             f"{base.location}: the merged model would not be what was trained: {wrong[0]}"
-            f"{f', and {len(wrong) - 1} more' if wrong[1:] else ''}; save the base again with today's transformers, "
-            "and merge into that"
+            f"{f', and {len(wrong) - 1} more' if wrong[1:] else ''}; save the base again with today's transformers "
+            "and the config that was trained with, and merge into that"
         )
     keep, left = companions(base.home) if base.folder is not None else ({}, [])
     # Of several tokenizers, that of the resized vocabulary.

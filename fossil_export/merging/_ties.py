@@ -113,7 +113,8 @@ def part(naming: Naming, adapter: Adapter, base: Checkpoint, brought: Brought, p
                 continue
             if not stored:
                 raise MergeError(
-                    f"{where} ties {member} to {group.members[0]}, and the base has neither; fetch it again"
+                    f"{where} ties {group.members[0]} and {group.members[1]}, and neither the base nor the adapter has "
+                    "one of them; name a base that was saved as this class, or train again with them in modules_to_save"
                 )
             if stored[0] in brought.saved and group not in parted:
                 brought.saved[member] = brought.saved[stored[0]]

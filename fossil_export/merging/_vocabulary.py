@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from fossil_export import models
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import Checkpoint
+from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.errors import MergeError
-from fossil_export.merging._config import CLASSIFIERS
+from fossil_export.merging._brought import trained_whole
+from fossil_export.merging._config import CLASSIFIERS, edited_config
 from fossil_export.merging._guess import embedding_tensor, is_head
 from fossil_export.merging._naming import Naming
 from fossil_export.merging._placement import Placement
 
-_LABEL_LAYERS = ("score", "classifier", "out_proj", "qa_outputs")
+_LABEL_LAYERS = ("score", "classifier", "out_proj", "qa_outputs", "logits_proj", "linear_out")
 
 
 def is_vocabulary(parameter: str, naming: Naming, base: Checkpoint) -> bool:
@@ -46,7 +49,14 @@ def check_vocabulary(adapter: Adapter, base: Checkpoint, naming: Naming, placeme
     if not naming.known:
         names = [name for name in base.tensors if name.endswith(".weight") and is_head(name[:-7])]
         names.append(embedding_tensor(base.tensors))
-    for name in names:
+    for parameter, stored in naming.names.whole.items():
+        if _is_bias_of_tokens(parameter) and base.tensors[stored].shape[-1:] != (placement.vocab_size,):
+            raise MergeError(
+                f"{adapter.path}: was trained with {placement.vocab_size} tokens, but {stored}, not in it, has "
+                f"{base.tensors[stored].shape[-1]}; resize the base's embeddings with transformers first "
+                f"(resize_token_embeddings({placement.vocab_size})), save it, and merge into that"
+            )
+    for name in [*names, *placement.copied]:
         if name is None:
             continue
         rows = placement.source(name, base.tensors.get(name)).shape[0]
@@ -57,8 +67,27 @@ def check_vocabulary(adapter: Adapter, base: Checkpoint, naming: Naming, placeme
             )
 
 
-def is_classifier(parameter: str, adapter: Adapter) -> bool:
-    """Whether a parameter is the last layer of a classification head, whose outputs are the labels."""
+def _is_bias_of_tokens(parameter: str) -> bool:
+    """BART's family adds it to the logits. It is a buffer, which PEFT never saves."""
+    return parameter.rpartition(".")[2] == "final_logits_bias"
+
+
+def is_classifier(parameter: str, info: TensorInfo, adapter: Adapter, base: Checkpoint, naming: Naming) -> bool:
+    """Whether a parameter is the last layer of a classification head, whose outputs are the labels: by the task and the
+    layer's name or, where these do not tell, by what the installed transformers makes of a config with so many labels.
+    """
     module, _, last = parameter.rpartition(".")
-    layer = module.rpartition(".")[2]
-    return last == "weight" and adapter.config.get("task_type") in CLASSIFIERS and layer in _LABEL_LAYERS
+    if last != "weight" or not info.shape:
+        return False
+    classifies = adapter.config.get("task_type") in CLASSIFIERS or naming.model.name.endswith("Classification")
+    if classifies and module.rpartition(".")[2] in _LABEL_LAYERS:
+        return True
+    if not naming.known or not trained_whole(info.name, module, adapter):
+        return False
+    config, name = base.config or {}, naming.model.name
+    now, then = (
+        models.architecture(one, name, exact=True)
+        for one in (config, edited_config(config, task_type=adapter.config.get("task_type"), labels=info.shape[0]))
+    )
+    shapes = [(found.shapes or {}).get(parameter) for found in (now, then) if found is not None]
+    return len(shapes) == 2 and shapes[0] != info.shape == shapes[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from fossil_export import models
@@ -9,7 +10,7 @@ from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.errors import listed
 from fossil_export.merging._brought import Brought
-from fossil_export.merging._naming import Naming
+from fossil_export.merging._naming import Naming, exact_names
 from fossil_export.models._architecture import pattern_of
 
 
@@ -17,6 +18,7 @@ def warnings_of(adapter: Adapter, base: Checkpoint, naming: Naming, brought: Bro
     yield from _incomplete(adapter, base, naming, brought)
     yield from _headless(base, naming, brought)
     yield from _bypassed(base, brought)
+    yield from _untold(base, naming, brought)
 
 
 def _bypassed(base: Checkpoint, brought: Brought) -> Iterator[str]:
@@ -57,7 +59,7 @@ def _incomplete(adapter: Adapter, base: Checkpoint, naming: Naming, brought: Bro
 
 def _headless(base: Checkpoint, naming: Naming, brought: Brought) -> Iterator[str]:
     """A head that the config's class has and the base lacks: loading makes random numbers of it."""
-    if not naming.known or naming.model.head is None or naming.model.name not in (base.config or {})["architectures"]:
+    if not naming.known or naming.model.head is None or not _is_named(naming, base):
         return
     weight = f"{naming.model.head}.weight"
     tied = any(tie.on and weight in (tie.target, tie.source) for tie in naming.model.ties)
@@ -66,6 +68,33 @@ def _headless(base: Checkpoint, naming: Naming, brought: Brought) -> Iterator[st
             f"{base.location}: has no {weight}, which {naming.model.name} of its config.json has and nothing ties; "
             "whoever loads the model gets random numbers there"
         )
+
+
+def _untold(base: Checkpoint, naming: Naming, brought: Brought) -> Iterator[str]:
+    """Parameters of a class that the config does not name, which neither the base nor the adapter has: the trainer made
+    random numbers of them, and PEFT did not save these."""
+    if not naming.known or _is_named(naming, base) or all(one in naming.names for one in brought.saved):
+        return
+    exact = exact_names(naming.model.name, base)
+    if exact is None:
+        return
+    given = [*brought.saved, *exact.whole, *exact.converted]
+    tied = {one for tie in exact.model.ties if tie.on for one in (tie.target, tie.source)}
+    lost = [
+        parameter
+        for parameter in exact.model.shapes or ()
+        if parameter not in given and parameter not in tied
+        if not any(re.search(pattern, parameter) for pattern in exact.model.optional)
+    ]
+    if lost:
+        yield (
+            f"{base.location}: has no {listed(lost)}, nor has the adapter, so that {naming.model.name} was trained "
+            "with random numbers there, which are lost; train again with that in modules_to_save"
+        )
+
+
+def _is_named(naming: Naming, base: Checkpoint) -> bool:
+    return naming.model.name in ((base.config or {}).get("architectures") or ())
 
 
 def _up_to_number(module: str) -> str:
