@@ -41,7 +41,8 @@ def _incomplete(adapter: Adapter, base: Checkpoint, naming: Naming, brought: Bro
 
 def _headless(base: Checkpoint, naming: Naming, brought: Brought) -> Iterator[str]:
     """A head that the config's class has and the base lacks: loading makes random numbers of it."""
-    if not naming.known or naming.model.head is None or naming.model.name not in (base.config or {})["architectures"]:
+    named = (base.config or {}).get("architectures") or ()
+    if not naming.known or naming.model.head is None or naming.model.name not in named:
         return
     weight = f"{naming.model.head}.weight"
     tied = any(tie.on and weight in (tie.target, tie.source) for tie in naming.model.ties)

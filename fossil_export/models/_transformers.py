@@ -138,9 +138,14 @@ def _mappings() -> Mapping[str, Mapping[str, Any]]:
 
 
 def classes(model_type: str) -> dict[str, str]:
-    """The class that each auto class of transformers makes for a model type: {"AutoModel": "LlamaModel", …}."""
+    """The class that each auto class of transformers makes for a model type: {"AutoModel": "LlamaModel", …}; {} if
+    there is no transformers that works."""
+    try:
+        mappings = _mappings()
+    except Exception:  # a broken installation raises whatever its parts raise
+        return {}
     found = {}
-    for auto, names in _mappings().items():
+    for auto, names in mappings.items():
         name = names.get(model_type)
         if name:
             found[auto] = name if isinstance(name, str) else str(name[0])
