@@ -47,8 +47,16 @@ def _shapes(
     before: Mapping[str, tuple[int, ...]],
     config: Mapping[str, Any],
 ) -> Iterator[str]:
-    """Tensors of a new shape that the class has in another one."""
+    """Tensors of a new shape that the class has in another one.
+
+    A tensor that is new beside one of the base's to which the class ties it has that one's shape: nobody need be asked.
+    """
     new = {parameter: one for parameter, one in after.whole.items() if stored[one] != before.get(one)}
+    old = {parameter: stored[one] for parameter, one in after.whole.items() if parameter not in new}
+    for tie in after.model.ties:
+        for parameter, other in ((tie.target, tie.source), (tie.source, tie.target)):
+            if parameter in new and new[parameter] not in before and old.get(other) == stored[new[parameter]]:
+                del new[parameter]
     if not new:
         return
     exact = models.architecture(config, name, exact=True)

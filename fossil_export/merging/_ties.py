@@ -112,9 +112,8 @@ def part(naming: Naming, adapter: Adapter, base: Checkpoint, brought: Brought, p
             if member in naming.names or member in brought.saved:
                 continue
             if not stored:
-                raise MergeError(
-                    f"{where} ties {member} to {group.members[0]}, and the base has neither; fetch it again"
-                )
+                names = f"{group.members[1]} to {group.members[0]}"
+                raise MergeError(f"{where} ties {names}, and the base has neither; fetch it again")
             if stored[0] in brought.saved and group not in parted:
                 brought.saved[member] = brought.saved[stored[0]]
             else:
