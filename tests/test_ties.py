@@ -194,3 +194,16 @@ def test_a_base_without_its_head_is_told(tmp_path: Path) -> None:
     (warning,) = plan_merge(tmp_path / "adapter").warnings
     assert "has no lm_head.weight, which LlamaForCausalLM of its config.json has and nothing ties" in warning
     assert LlamaForCausalLM.from_pretrained(base, output_loading_info=True)[1]["missing_keys"]
+
+
+def test_a_base_that_has_neither_of_two_tied_tensors_names_both(bert: Path, tmp_path: Path) -> None:
+    make_adapter(
+        tmp_path / "adapter", bert, r=4, model_class=BertForMaskedLM, target_modules=["query"],
+        modules_to_save=["word_embeddings"],
+    )  # fmt: skip
+    stored = {name: value for name, value in weights(bert).items() if name != "cls.predictions.bias"}
+    save_file(stored, bert / "model.safetensors")
+    with pytest.raises(
+        FossilExportError, match=r"ties cls\.predictions\.decoder\.bias to cls\.predictions\.bias, and the"
+    ):
+        plan_merge(tmp_path / "adapter")
