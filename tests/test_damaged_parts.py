@@ -1,4 +1,4 @@
-"""Bases whose tensors together make one parameter of the model, and of which some are missing or not as they should be."""
+"""Bases whose tensors make one parameter together, and of which some are missing or not as they should be."""
 
 from __future__ import annotations
 
