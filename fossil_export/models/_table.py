@@ -31,10 +31,8 @@ def read(config: Mapping[str, Any], class_name: str) -> Architecture | None:
         return None
     path = row["of"].get(class_name, "") if class_name not in row["classes"] else ""
     root = _Node("", class_name, kind, config, ())
-    if path:
-        root = _part(root, path)
     try:
-        nodes = _walk(root, 0)
+        nodes = _walk(_part(root, path) if path else root, 0)
     except (KeyError, RecursionError):
         return None
     return _architecture(nodes, kind, config)
@@ -120,11 +118,14 @@ def _part(node: _Node, key: str) -> _Node:
 
 
 def _like(kind: str, usual: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """The class of another model type that the same auto class makes."""
+    """The class of another model type that the same auto class makes. Raises KeyError if none does."""
     if kind in other["classes"]:
         return kind
     autos = [auto for auto, name in usual["auto"].items() if name == kind] or ["AutoModel"]
-    return str(next(other["auto"][auto] for auto in autos if auto in other["auto"]))
+    found = next((other["auto"][auto] for auto in autos if auto in other["auto"]), None)
+    if found is None:
+        raise KeyError(kind)
+    return str(found)
 
 
 def _walk(node: _Node, depth: int) -> _Node:
