@@ -250,3 +250,8 @@ def test_packed_names_come_back(names):
 
 def test_numbers_are_stars():
     assert pattern_of("layers.3.experts.12.w1.weight") == "layers.*.experts.*.w1.weight"
+
+
+def test_a_part_of_a_kind_that_has_no_such_class_is_no_crash():
+    config = {"model_type": "blip-2", "text_config": {"model_type": "vit"}}
+    assert _table.read(config, "Blip2ForConditionalGeneration") is None

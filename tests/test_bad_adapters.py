@@ -109,6 +109,7 @@ BAD_ADAPTERS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "odd config values": (lambda a: edit_json(a / CONFIG, peft_type=[]), [CONFIG, "peft_type"]),
     "odd modules_to_save": (lambda a: edit_json(a / CONFIG, modules_to_save=True), [CONFIG, "modules_to_save"]),
+    "odd auto_mapping": (lambda a: edit_json(a / CONFIG, auto_mapping="BertModel"), [CONFIG, "auto_mapping"]),
     "odd base name": (lambda a: edit_json(a / CONFIG, base_model_name_or_path=5), [CONFIG, "base_model_name_or_path"]),
     "huge pattern": (lambda a: edit_json(a / CONFIG, target_modules="a{99999999999999999}"), [CONFIG, "expression"]),
     "no shards": (lambda a: edit_weights(a, lambda s: s.clear()), [WEIGHTS, "no shards"]),

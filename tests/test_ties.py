@@ -314,3 +314,16 @@ def test_a_class_that_ties_others_where_its_config_has_two_vocabularies(whole: s
         ours, theirs = (model(IDS, decoder_input_ids=IDS).logits for model in (loaded.eval(), live))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert verify(tmp_path / "merged", level="weights").parity
+
+
+def test_a_base_that_has_neither_of_two_tied_tensors_names_both(bert: Path, tmp_path: Path) -> None:
+    make_adapter(
+        tmp_path / "adapter", bert, r=4, model_class=BertForMaskedLM, target_modules=["query"],
+        modules_to_save=["word_embeddings"],
+    )  # fmt: skip
+    stored = {name: value for name, value in weights(bert).items() if name != "cls.predictions.bias"}
+    save_file(stored, bert / "model.safetensors")
+    with pytest.raises(
+        FossilExportError, match=r"ties cls\.predictions\.bias and cls\.predictions\.decoder\.bias, and neither"
+    ):
+        plan_merge(tmp_path / "adapter")

@@ -50,6 +50,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "revision": (str,),
     "task_type": (str,),
     "modules_to_save": (list,),
+    "auto_mapping": (dict,),
     "target_modules": (list, str),
 }
 

@@ -48,17 +48,29 @@ def _shapes(
     config: Mapping[str, Any],
     base_config: Mapping[str, Any],
 ) -> Iterator[str]:
-    """Tensors of a new shape that the class has in another one, and those of the old one that it now has in another."""
-    if all(stored[one] == before.get(one) for one in after.whole.values()):
+    """Tensors of a new shape that the class has in another one, and those of the old one that it now has in another.
+
+    A tensor that is new beside one of the base's to which the class ties it has that one's shape; nobody need be asked,
+    unless the config has widths of its own for the whole and its text part.
+    """
+    new = {parameter: one for parameter, one in after.whole.items() if stored[one] != before.get(one)}
+    old = {parameter: stored[one] for parameter, one in after.whole.items() if parameter not in new}
+    text = config.get("text_config")
+    widths = {part["hidden_size"] for part in (config, text) if isinstance(part, Mapping) and "hidden_size" in part}
+    for tie in after.model.ties if len(widths) < 2 else ():
+        for parameter, other in ((tie.target, tie.source), (tie.source, tie.target)):
+            if parameter in new and new[parameter] not in before and old.get(other) == stored[new[parameter]]:
+                del new[parameter]
+    if not new:
         return
     exact = models.architecture(config, name, exact=True)
     if exact is None:
         return
-    old = models.architecture(base_config, name, exact=True)
+    unmerged = models.architecture(base_config, name, exact=True)
     for parameter, one in after.whole.items():
         wanted = (exact.shapes or {}).get(parameter)
         is_old = stored[one] == before.get(one)
-        if is_old and (old is None or (old.shapes or {}).get(parameter) != stored[one]):
+        if is_old and (unmerged is None or (unmerged.shapes or {}).get(parameter) != stored[one]):
             continue  # what did not fit before is not this merge's fault
         if wanted is not None and wanted != stored[one]:
             yield f"{one} has shape {list(stored[one])}, and {name} of that config.json has {list(wanted)}"

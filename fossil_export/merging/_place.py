@@ -133,6 +133,10 @@ def _place_pieces(
     at = 0
     for run in found.runs:
         stored, size = base.tensors[run.name], run.count * width
+        if stored.dtype != info.dtype and not {stored.dtype, info.dtype} <= set(FLOATS):
+            raise MergeError(
+                f"{where} is {info.dtype}, and {run.name} of {base.location}, a part of it, is {stored.dtype}; {REMEDY}"
+            )
         if size == element_count(stored.shape) and order is None:
             placement.saved[run.name] = slice_of(info, at, size, stored.shape)
         else:

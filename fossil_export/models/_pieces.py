@@ -79,7 +79,10 @@ def pieces_of(
         raise Unknown(f"{names[0]} and {names[-1]} have other shapes")
     found: dict[str, Array | list[Array]] = dict(values)
     for operation in made.operations:
-        found = _APPLY.get(operation.name, _refuse)(_Step(operation, made, found, config, known))
+        try:
+            found = _APPLY.get(operation.name, _refuse)(_Step(operation, made, found, config, known))
+        except (IndexError, TypeError, ValueError) as problem:  # NumPy's, for what does not go together
+            raise Unknown(f"{operation.name}, for which tensors are missing or have other shapes") from problem
     parameters = made.parameters
     targets = made.rule.targets
     by_name = {

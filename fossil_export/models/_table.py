@@ -30,9 +30,8 @@ def read(config: Mapping[str, Any], class_name: str) -> Architecture | None:
         return None
     path = row["of"].get(class_name, "") if class_name not in row["classes"] else ""
     root = _Node("", class_name, kind, config, ())
-    if path:
-        root = _part(root, path)
     try:
+        root = _part(root, path) if path else root
         root = _walk(root, _record(root).get("over", {}))
     except (KeyError, RecursionError):
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -23,13 +25,30 @@ def read(config: Mapping[str, Any], class_name: str) -> Architecture | None:
     """
     try:
         content = _configs.cleaned(config)
-        made = _configs.make(content)
-        kind = model_class(class_name)
-        path = place(made, kind)
-        model = build(kind, _configs.at(made, path))
-        return describe(model, made, content, path)
+        with _quiet():
+            made = _configs.make(content)
+            kind = model_class(class_name)
+            path = place(made, kind)
+            model = build(kind, _configs.at(made, path))
+            return describe(model, made, content, path)
     except (Exception, RecursionError):  # what foreign code raises for a strange config is not ours to list
         return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what transformers logs of a strange config, or of PyTorch that is missing: its answer says it."""
+    importlib.import_module("torch")
+    from transformers import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def model_class(name: str) -> Any:
@@ -144,9 +163,15 @@ def _mappings() -> Mapping[str, Mapping[str, Any]]:
 
 
 def classes(model_type: str) -> dict[str, str]:
-    """The class that each auto class of transformers makes for a model type: {"AutoModel": "LlamaModel", …}."""
+    """The class that each auto class of transformers makes for a model type: {"AutoModel": "LlamaModel", …}; {} if
+    there is no transformers that works."""
+    try:
+        with _quiet():
+            mappings = _mappings()
+    except Exception:  # a broken installation raises whatever its parts raise
+        return {}
     found = {}
-    for auto, names in _mappings().items():
+    for auto, names in mappings.items():
         name = names.get(model_type)
         if name:
             found[auto] = name if isinstance(name, str) else str(name[0])

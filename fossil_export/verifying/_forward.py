@@ -126,6 +126,8 @@ def check_forward(
         if name in trainer_modules and name in artifact_modules
     )
     problem, first = _judge(trainer, found, modules, subject.noise)
+    # A graph of a masked model has logits, too, but its trainer does not generate.
+    pairs = list(zip(trained, continued, strict=True)) if trained and continued else []
     return ForwardCheck(
         prompts=len(prompts),
         truth_dtype=truth_dtype,
@@ -133,8 +135,8 @@ def check_forward(
         device=device,
         trainer=trainer,
         artifact=found,
-        same_continuations=sum(one == other for one, other in zip(trained, continued, strict=True)),
-        continuations=len(trained),
+        same_continuations=sum(one == other for one, other in pairs),
+        continuations=len(pairs),
         modules=modules,
         first_outside=first,
         problem=problem,

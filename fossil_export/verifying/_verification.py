@@ -136,7 +136,8 @@ def _verified(
         except Exception as problem:  # whatever a model's own code raises on weights that are not its
             what = f"cannot be run: {next(iter(str(problem).splitlines()), type(problem).__name__)}"
             if not problems:
-                raise CheckpointError(f"{folder}: {what}") from problem
+                alone = "" if found.incomparable() else "; its tensors alone are checked with --level weights"
+                raise CheckpointError(f"{folder}: {what}{alone}") from problem
             problems.append(f"the artifact {what}")  # what is wrong with its weights may be why
     return Verification(
         origin=origin,
