@@ -73,6 +73,7 @@ def test_embedding_that_shares_a_cast_with_the_head(mode: str, tmp_path: Path) -
     case = make_case(tmp_path, outputs={"lm_head": 16}, depth=1)
     file = case.base / "model.safetensors"
     save_file({name: value.half() for name, value in load_file(file).items()}, file)
+    (case.base / "config.json").write_text('{"tie_word_embeddings": false}')
     stored = load_file(file)["layers.0.lm_head.weight"]
     nodes = [
         helper.make_node("Cast", ["tied"], ["wide"], "/Cast", to=TensorProto.FLOAT),
