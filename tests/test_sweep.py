@@ -45,7 +45,7 @@ CLASSES = [
     "T5ForConditionalGeneration",
     "BartForConditionalGeneration",
     "MBartForSequenceClassification",
-    "MarianMTModel",
+    "BlenderbotForConditionalGeneration",
     "WhisperForConditionalGeneration",
     "Wav2Vec2ForCTC",
     "ASTForAudioClassification",

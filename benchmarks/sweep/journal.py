@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import peft
@@ -41,7 +40,7 @@ class Journal:
     def add(self, row: Row) -> None:
         self.rows[row.name, row.kind] = row
         with self.path.open("a") as file:
-            file.write(json.dumps({"version": self.version} | asdict(row)) + "\n")
+            file.write(json.dumps({"version": self.version} | vars(row)) + "\n")
 
     def done(self, name: str) -> set[str]:
         return {kind for other, kind in self.rows if other == name}
