@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -32,6 +32,10 @@ from transformers import (
 )
 
 from fossil_export import FossilExportError, merge, plan_merge, verify
+from fossil_export.checkpoints._checkpoint import Checkpoint
+from fossil_export.merging._naming import Naming
+from fossil_export.merging._vocabulary import is_vocabulary
+from fossil_export.models import Architecture, Names, Tie
 
 IDS = torch.arange(3, 15).reshape(1, -1)
 
@@ -167,6 +171,29 @@ def test_an_old_config_without_a_model_type(bert: Path, tmp_path: Path) -> None:
     merge(tmp_path / "adapter", tmp_path / "merged")
     edit_json(tmp_path / "merged" / "config.json", model_type="bert")
     agrees(tmp_path / "merged", BertForMaskedLM, live)
+
+
+@pytest.mark.parametrize("tie", [1, 0, "true", [True]])
+@pytest.mark.parametrize("part", [None, "text_config"])
+def test_a_tie_that_is_neither_true_nor_false_is_refused(tie: Any, part: str | None, tmp_path: Path) -> None:
+    """Loaders do not agree on what 1 is: some tie, and the trained embedding would become the head too."""
+    base = make_base(tmp_path / "base", tie=True)
+    make_adapter(tmp_path / "adapter", base, modules_to_save=["embed_tokens"])
+    said = {"tie_word_embeddings": tie}
+    edit_json(base / "config.json", **(said if part is None else {part: said}))
+    with pytest.raises(FossilExportError, match=r"tie_word_embeddings is .* not true or false"):
+        plan_merge(tmp_path / "adapter")
+
+
+def test_what_is_tied_beside_embeddings_is_no_vocabulary() -> None:
+    """Zamba2 ties whole layers; a tensor of theirs in another shape is not a resized vocabulary."""
+    pairs = (("lm_head.weight", "model.embed_tokens.weight"), ("model.two.weight", "model.one.weight"))
+    ties = tuple(Tie(target, source, True) for target, source in pairs)
+    model = Architecture("Zamba2", "zamba2", frozenset(), ties=ties, embedding="model.embed_tokens", head="lm_head")
+    naming = Naming(Names(model, ()))
+    base = cast(Checkpoint, None)  # asked only of models that are not known
+    found = [is_vocabulary(name, naming, base) for name in ("lm_head.weight", "model.one.weight", "model.two.weight")]
+    assert found == [True, False, False]
 
 
 def test_a_saved_batch_norm_brings_its_integers(tmp_path: Path) -> None:

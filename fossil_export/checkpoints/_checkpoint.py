@@ -181,6 +181,10 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     for name, kind in (("text_config", dict), ("architectures", list), ("id2label", dict)):
         if config.get(name) is not None and not isinstance(config[name], kind):
             raise CheckpointError(f"{path}: {name} is {config[name]!r}, not a {kind.__name__}; fetch it again")
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        # Loaders do not agree on what 1 or "true" is.
+        if not isinstance(tie := part.get("tie_word_embeddings", False), (bool, type(None))):
+            raise CheckpointError(f"{path}: tie_word_embeddings is {tie!r}, not true or false; mend it")
 
 
 def _indexed_files(home: Folder, index_path: Path, index: Mapping[str, Any]) -> list[str]:

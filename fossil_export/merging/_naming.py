@@ -44,6 +44,10 @@ class Naming:
     def model(self) -> Architecture:
         return self.names.model
 
+    def is_named_by(self, config: Mapping[str, Any] | None) -> bool:
+        """Whether a config names this class as its own."""
+        return self.known and self.model.name in ((config or {}).get("architectures") or ())
+
     def parameter(self, name: str) -> str | None:
         """The parameter that the adapter calls `name`; None if the class has none."""
         if self.inner is not None:

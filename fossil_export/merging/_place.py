@@ -59,7 +59,7 @@ def place(adapter: Adapter, base: Checkpoint, tied: bool | None = None, *, into_
     for parameter, trained in brought.trained.items():
         _place_trained(parameter, trained, adapter, base, naming, placement, into_floats)
     check_vocabulary(adapter, base, naming, placement)
-    if placement.added and naming.known and not _has_added(base, naming, placement):
+    if placement.added and naming.known and not naming.is_named_by(base.config):
         placement.architecture = naming.model.name
     placement.warnings = tuple(warnings_of(adapter, base, naming, brought))
     return placement
@@ -225,7 +225,7 @@ def _pieces(parameter: str, base: Checkpoint, naming: Naming) -> Pieces:
             return pieces_of(made, parameter, shapes, base.config or {}, naming.model.shapes)
         except Unknown:  # the shapes of its parameters may tell
             exact = exact_names(naming.model.name, base) if naming.model.shapes is None else None
-            if exact is None:
+            if exact is None or parameter not in exact.converted:
                 raise
             return pieces_of(exact.converted[parameter], parameter, shapes, base.config or {}, exact.model.shapes)
     except Unknown as problem:
@@ -234,9 +234,3 @@ def _pieces(parameter: str, base: Checkpoint, naming: Naming) -> Pieces:
             f"({problem}); save the base in the form of its class (transformers, save_original_format=False), "
             "and merge into that"
         ) from problem
-
-
-def _has_added(base: Checkpoint, naming: Naming, placement: Placement) -> bool:
-    """Whether a class that the base's config names has what is added."""
-    named = (base.config or {}).get("architectures") or ()
-    return naming.model.name in named

@@ -21,11 +21,12 @@ def is_vocabulary(parameter: str, naming: Naming, base: Checkpoint) -> bool:
     module = parameter.rpartition(".")[0]
     if not naming.known:
         return is_head(module) or parameter == embedding_tensor(base.tensors)
-    if module in (naming.model.embedding, naming.model.head):
+    own = (naming.model.embedding, naming.model.head)
+    if module in own:
         return True
-    tied = {tie.target: tie.source for tie in naming.model.ties}
-    both = {*tied, *tied.values()}
-    return parameter in both
+    # Detection models and Zamba tie other things too.
+    pairs = ((tie.target, tie.source) for tie in naming.model.ties)
+    return any(parameter in pair and any(one.rpartition(".")[0] in own for one in pair) for pair in pairs)
 
 
 def vocabulary_rows(parameter: str, base: Checkpoint, naming: Naming) -> int | None:

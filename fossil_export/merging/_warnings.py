@@ -59,7 +59,7 @@ def _incomplete(adapter: Adapter, base: Checkpoint, naming: Naming, brought: Bro
 
 def _headless(base: Checkpoint, naming: Naming, brought: Brought) -> Iterator[str]:
     """A head that the config's class has and the base lacks: loading makes random numbers of it."""
-    if not naming.known or naming.model.head is None or not _is_named(naming, base):
+    if not naming.known or naming.model.head is None or not naming.is_named_by(base.config):
         return
     weight = f"{naming.model.head}.weight"
     tied = any(tie.on and weight in (tie.target, tie.source) for tie in naming.model.ties)
@@ -73,7 +73,7 @@ def _headless(base: Checkpoint, naming: Naming, brought: Brought) -> Iterator[st
 def _untold(base: Checkpoint, naming: Naming, brought: Brought) -> Iterator[str]:
     """Parameters of a class that the config does not name, which neither the base nor the adapter has: the trainer made
     random numbers of them, and PEFT did not save these."""
-    if not naming.known or _is_named(naming, base) or all(one in naming.names for one in brought.saved):
+    if not naming.known or naming.is_named_by(base.config) or all(one in naming.names for one in brought.saved):
         return
     exact = exact_names(naming.model.name, base)
     if exact is None:
@@ -91,10 +91,6 @@ def _untold(base: Checkpoint, naming: Naming, brought: Brought) -> Iterator[str]
             f"{base.location}: has no {listed(lost)}, nor has the adapter, so that {naming.model.name} was trained "
             "with random numbers there, which are lost; train again with that in modules_to_save"
         )
-
-
-def _is_named(naming: Naming, base: Checkpoint) -> bool:
-    return naming.model.name in ((base.config or {}).get("architectures") or ())
 
 
 def _up_to_number(module: str) -> str:
