@@ -91,17 +91,20 @@ def make_adapter(
     model_class: Any = AutoModelForCausalLM,
     autocast: bool = True,
     resize: int | None = None,
+    kind: Any = MissConfig,
     **config: Any,
 ) -> PeftModel:
-    """An adapter that PEFT makes and saves; returns PEFT's model, unmerged, which is the oracle."""
+    """An adapter of a `kind`, which is a class of PEFT's configs, that PEFT makes and saves; returns PEFT's model,
+    unmerged, which is the oracle."""
     model = model_class.from_pretrained(base, dtype=dtype or "auto")
     if resize is not None:
         model.resize_token_embeddings(resize, mean_resizing=False)
     config.setdefault("target_modules", LINEARS)
-    config.setdefault("r", 8)
+    if "r" in kind.__dataclass_fields__:
+        config.setdefault("r", 8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        peft_model = get_peft_model(model, MissConfig(**config), autocast_adapter_dtype=autocast)
+        peft_model = get_peft_model(model, kind(**config), autocast_adapter_dtype=autocast)
         change(peft_model)
         peft_model.save_pretrained(folder)
     return peft_model.eval()

@@ -52,7 +52,7 @@ BAD_ADAPTERS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "config not JSON": (lambda a: (a / CONFIG).write_text("{r: 8"), [CONFIG, "not valid JSON"]),
     "config a list": (lambda a: (a / CONFIG).write_text("[]"), [CONFIG, "not a JSON object"]),
     "config unreadable bytes": (lambda a: (a / CONFIG).write_bytes(b"\xff\xfe{"), [CONFIG]),
-    "another method": (lambda a: edit_json(a / CONFIG, peft_type="LORA"), [CONFIG, "'LORA'", "MISS or BONE"]),
+    "another method": (lambda a: edit_json(a / CONFIG, peft_type="IDEFICS"), [CONFIG, "'IDEFICS'", "MISS, BONE, LORA"]),
     "r not a number": (lambda a: edit_json(a / CONFIG, r="8"), [CONFIG, "r is '8'"]),
     "init_weights unknown": (lambda a: edit_json(a / CONFIG, init_weights="odd"), [CONFIG, "'odd'"]),
     "field unknown": (lambda a: edit_json(a / CONFIG, use_dora=True), [CONFIG, "use_dora"]),

@@ -19,33 +19,29 @@ from fossil_export.adapters import Adapter
 from fossil_export.checkpoints import TensorInfo
 from fossil_export.converting import CONVERTERS, Converter
 from fossil_export.errors import AdapterError
-from fossil_export.methods import METHODS, POSITIVE, Arrays, Field, LowRank, Numbers, Shapes
+from fossil_export.methods import METHODS, POSITIVE, Arrays, Base, Field, LowRank, Numbers, Shapes
 from fossil_export.verifying.reference import EXACT
 
 MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_proj": (48, 96)}
 RANK, SCALE = 3, 0.5
 
 
-class Toy:
+class Toy(Base):
     """W' = W + s · P Q, with P (out, r) and Q (r, in): two tensors and a number, as LoRA has them."""
 
     def __init__(self) -> None:
         self.PEFT = {"TOY": {"toy.p": "P", "toy.q": "Q"}}
-        self.STATE_DICT: Mapping[str, str] = {}
         self.FIELDS = {
             "r": POSITIVE,
             "toy_scale": Field("a number", lambda value: isinstance(value, (int, float)), 1.0),
         }
 
-    def read(self, config: Mapping[str, Any], shapes: Shapes, where: str) -> Numbers | None:
+    def read(self, config: Mapping[str, Any], module: str, shapes: Shapes, where: str) -> Numbers | None:
         if shapes.keys() != {"P", "Q"}:
             raise AdapterError(f"{where}: one half is missing; save the adapter again")
         if not shapes["P"][1] == shapes["Q"][0] == config["r"]:
             raise AdapterError(f"{where} and r={config['r']} of the config do not go together; save the adapter again")
         return {"r": config["r"], "scale": config.get("toy_scale", self.FIELDS["toy_scale"].default)}
-
-    def block_rows(self, shapes: Shapes) -> int:
-        return 1
 
     def mismatch(self, shapes: Shapes, numbers: Numbers, weight: tuple[int, int]) -> str | None:
         found = (shapes["P"][0], shapes["Q"][1])
@@ -56,9 +52,6 @@ class Toy:
 
     def update(self, weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> Any:
         return arrays["P"][start : start + len(weight)] @ arrays["Q"] * numbers["scale"]
-
-    def add(self, weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> None:
-        weight += self.update(weight, arrays, numbers, start)
 
     def form_rank(self, shapes: Shapes) -> int | None:
         return shapes["Q"][0]

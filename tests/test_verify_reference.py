@@ -76,10 +76,10 @@ def test_reconstruction_is_the_definition(variant: str) -> None:
 def test_an_unknown_variant_is_never_checked_by_another_ones_formula(base: Path, adapter: Path, tmp_path: Path) -> None:
     merge(adapter, tmp_path / "merged")
     loaded = load_adapter(adapter)
-    trained = {module: replace(one, method="lora") for module, one in loaded.trained.items()}
-    with pytest.raises(KeyError, match="lora"):
+    trained = {module: replace(one, method="new") for module, one in loaded.trained.items()}
+    with pytest.raises(KeyError, match="new"):
         verify(tmp_path / "merged", adapter=replace(loaded, trained=trained), level="weights")
-    with pytest.raises(KeyError, match="lora"):
-        EXACT["lora"]
-    with pytest.raises(KeyError, match="lora"):
-        TrainedLinear(torch.nn.Linear(8, 8), {"D": torch.zeros(4, 8)}, Trained("a", "lora", {}))
+    with pytest.raises(KeyError, match="new"):
+        EXACT["new"]
+    with pytest.raises(KeyError, match="new"):
+        TrainedLinear(torch.nn.Linear(8, 8), {"D": torch.zeros(4, 8)}, Trained("a", "new", {}))

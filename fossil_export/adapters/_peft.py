@@ -1,7 +1,7 @@
-"""Adapter folders that PEFT writes: `MISS` (PEFT 0.16 on) and `BONE` (PEFT 0.14 to 0.18).
+"""Adapter folders that PEFT writes, of every `peft_type` that a method knows.
 
-Sources: peft/tuners/miss/{config,layer}.py, peft/tuners/bone/ up to 0.18, and
-peft/utils/save_and_load.py for what else lies in the file.
+Sources: peft/tuners/*/{config,layer}.py (peft/tuners/bone/ up to 0.18), and peft/utils/save_and_load.py for what else
+lies in the file.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from fossil_export.adapters._pickled import read_pickled
 from fossil_export.adapters._rwkv import is_state_dict, load_state_dict
 from fossil_export.adapters._trained import (
     Trained,
+    by_module,
     empty,
     fields_of,
     formats,
     methods_of,
     refuse_mixtures,
+    shared_of,
     split_key,
-    trained_module,
+    trained_in,
 )
 from fossil_export.checkpoints._dtypes import FLOATS
 from fossil_export.checkpoints._folder import Folder
@@ -110,6 +112,8 @@ def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
     methods = methods_of(config["peft_type"])
     endings = dict.fromkeys(ending for roles in methods.values() for ending in roles)
     known = ", ".join(f"….{ending}" for ending in endings)
+    common = shared_of(config["peft_type"])
+    shared: dict[str, dict[str, TensorInfo]] = {name: {} for name in common}
     parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     saved: dict[str, TensorInfo] = {}
     below: dict[str, TensorInfo] = {}
@@ -118,6 +122,10 @@ def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
         if copy := _copy_of(tensor.name, given_names):
             if copy[1] == "original_module":
                 below[copy[0].removeprefix(PREFIX)] = tensor
+            continue
+        if users := [name for name, keys in common.items() if tensor.name in keys]:
+            for name in users:
+                shared[name][common[name][tensor.name]] = tensor
             continue
         if not tensor.name.startswith(PREFIX):
             raise AdapterError(
@@ -147,7 +155,9 @@ def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
             )
     if not parts:
         raise AdapterError(f"{weights}: holds no shards ({known}); was the adapter saved before training?")
-    trained = {module: trained_module(weights, module, own, methods, config) for module, own in parts.items()}
+    trained = by_module(
+        one for module, own in parts.items() for one in trained_in(weights, module, own, methods, config, shared)
+    )
     refuse_mixtures(trained, weights)
     _check_targets(folder / CONFIG, config, trained)
     return Adapter(
@@ -195,14 +205,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str) or peft_type not in formats():
         raise AdapterError(
-            f"{path}: peft_type is {peft_type!r}, not a FOSSIL adapter ({' or '.join(formats())}); "
+            f"{path}: peft_type is {peft_type!r}, not one that fossil-export knows ({', '.join(formats())}); "
             "merge it with the tool of that method"
         )
     fields = fields_of(peft_type)
     for name, field in fields.items():
         value = config.get(name, field.default)
         if not field.holds(value):
-            raise AdapterError(f"{path}: {name} is {value!r}, expected {field.expected}")
+            raise AdapterError(f"{path}: {name} is {value!r}, {field.why or f'expected {field.expected}'}")
     for name, kinds in _TYPES.items():
         value = config.get(name)
         if value is not None and not isinstance(value, kinds):
@@ -240,16 +250,17 @@ def _check_targets(path: Path, config: Mapping[str, Any], trained: Mapping[str, 
     Source: check_target_module_exists in peft/tuners/tuners_utils.py.
     """
     targets = config.get("target_modules")
+    owners = dict.fromkeys(one.owner for one in trained.values())
     if isinstance(targets, list):
         strays = [
-            name for name in trained if not any(name == target or name.endswith(f".{target}") for target in targets)
+            name for name in owners if not any(name == target or name.endswith(f".{target}") for target in targets)
         ]
     elif isinstance(targets, str) and targets != "all-linear":
         try:
             pattern = re.compile(targets)
         except (re.error, OverflowError, RecursionError) as problem:
             raise AdapterError(f"{path}: target_modules is not a valid regular expression: {problem}") from problem
-        strays = [name for name in trained if not pattern.fullmatch(name)]
+        strays = [name for name in owners if not pattern.fullmatch(name)]
     else:
         return
     if strays:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fossil_export.adapters._adapter import Adapter
 from fossil_export.adapters._pickled import read_pickled
-from fossil_export.adapters._trained import methods_of_state_dicts, split_key, trained_module
+from fossil_export.adapters._trained import by_module, methods_of_state_dicts, split_key, trained_in
 from fossil_export.checkpoints._dtypes import FLOATS
 from fossil_export.checkpoints._folder import Folder
 from fossil_export.checkpoints._header import TensorInfo
@@ -45,7 +45,7 @@ def load_state_dict(path: Path, home: Folder) -> Adapter:
                 f"{path}: tensor {tensor.name} {list(tensor.shape)} is {tensor.dtype} or empty, no shard"
             )
         found[module][ending] = tensor
-    trained = {module: trained_module(path, module, own, methods, {}) for module, own in found.items()}
+    trained = by_module(one for module, own in found.items() for one in trained_in(path, module, own, methods, {}))
     if strangers:
         known_endings = ", ".join(f"….{ending}" for ending in endings)
         raise AdapterError(

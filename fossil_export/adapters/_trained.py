@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,31 @@ from fossil_export.methods import METHODS, Field, Numbers, Shapes
 class Trained:
     """The trained tensors of one module, by the role they have in its method.
 
-    `module` is the name the model had when it was trained (`model.layers.0.self_attn.q_proj`); `method` is one of
-    `METHODS`; `numbers` are what the config says of it, the rank as "r".
+    `module` is the name the model had when it was trained (`model.layers.0.self_attn.q_proj`), and for another
+    parameter than its weight that of the parameter; `method` is one of `METHODS`; `numbers` are what the config says of
+    it, the rank as "r".
     """
 
     module: str
     method: str
     tensors: Mapping[str, TensorInfo]
     numbers: Numbers = field(default_factory=dict)
+
+    @property
+    def parameter(self) -> str:
+        """The name of the parameter that changes."""
+        own = METHODS[self.method].PARAMETER
+        return f"{self.module}.weight" if own == "weight" else self.module
+
+    @property
+    def owner(self) -> str:
+        """The module whose parameter that is."""
+        return self.parameter.rpartition(".")[0]
+
+    @property
+    def dimensions(self) -> int:
+        """How many the parameter has."""
+        return METHODS[self.method].dimensions(self.shapes)
 
     @property
     def rank(self) -> int:
@@ -75,32 +92,45 @@ def split_key(key: str, endings: Iterable[str]) -> tuple[str, str] | None:
     return (key[: -len(max(found, key=len)) - 1], max(found, key=len)) if found else None
 
 
-def trained_module(
+def trained_in(
     file: Path,
     module: str,
     tensors: Mapping[str, TensorInfo],
     methods: Mapping[str, Mapping[str, str]],
     config: Mapping[str, Any],
-) -> Trained:
-    """What `tensors`, by ending, are for `module`: of the first of `methods` (roles by ending) that takes them.
+    shared: Mapping[str, Mapping[str, TensorInfo]] | None = None,
+) -> Iterator[Trained]:
+    """What `tensors`, by ending, are for `module`: each goes to the first of `methods` (roles by ending) that takes it.
 
-    Raises AdapterError, which names the `file`.
+    `shared` are tensors of all modules, by method and role. Raises AdapterError, which names the `file`.
     """
     for info in tensors.values():
         if 0 in info.shape:
             raise AdapterError(empty(f"{file}: shard {info.name} {list(info.shape)}"))
-    where = f"{file}: shard " + " and ".join(f"{info.name} {list(info.shape)}" for info in tensors.values())
+    left = dict(tensors)
     for name, endings in methods.items():
-        if not tensors.keys() <= endings.keys():
+        own = {ending: info for ending, info in left.items() if ending in endings}
+        if not own:
             continue
-        roles = {endings[ending]: info for ending, info in tensors.items()}
-        if len(roles) < len(tensors):
-            names = " and ".join(info.name for info in tensors.values())
+        roles = {endings[ending]: info for ending, info in own.items()}
+        if len(roles) < len(own):
+            names = " and ".join(info.name for info in own.values())
             raise AdapterError(f"{file}: holds {module} twice, as {names}; keep one")
-        numbers = METHODS[name].read(config, {role: info.shape for role, info in roles.items()}, where)
+        roles |= (shared or {}).get(name, {})
+        shapes = {role: info.shape for role, info in roles.items()}
+        numbers = METHODS[name].read(config, module, shapes, _where(file, own.values()))
         if numbers is not None:
-            return Trained(module, name, roles, numbers)
-    raise AdapterError(f"{where}: belongs to none of the methods that it may be of ({', '.join(methods)})")
+            parameter = METHODS[name].PARAMETER
+            yield Trained(module if parameter == "weight" else f"{module}.{parameter}", name, roles, numbers)
+            left = {ending: info for ending, info in left.items() if ending not in own}
+    if left:
+        raise AdapterError(
+            f"{_where(file, left.values())}: belongs to none of the methods that it may be of ({', '.join(methods)})"
+        )
+
+
+def _where(file: Path, tensors: Iterable[TensorInfo]) -> str:
+    return f"{file}: shard " + " and ".join(f"{info.name} {list(info.shape)}" for info in tensors)
 
 
 def empty(where: str) -> str:
@@ -109,7 +139,22 @@ def empty(where: str) -> str:
 
 
 def refuse_mixtures(trained: Mapping[str, Trained], file: Path) -> None:
-    """Raise AdapterError for modules of several methods, which no trainer saves together."""
-    found = sorted({one.method for one in trained.values()})
-    if len(found) > 1:
-        raise AdapterError(f"{file}: mixes {' and '.join(found)} shards; one adapter has one variant")
+    """Raise AdapterError for modules of several methods whose tensors have the same names: no trainer saves them
+    together."""
+    found = {one.method for one in trained.values()}
+    by_keys: dict[str, set[str]] = {}
+    for name in found:
+        by_keys.setdefault(repr([sorted(keys) for keys in METHODS[name].PEFT.values()]), set()).add(name)
+    for names in by_keys.values():
+        if len(names) > 1:
+            raise AdapterError(f"{file}: mixes {' and '.join(sorted(names))} shards; one adapter has one variant")
+
+
+def by_module(all_of_it: Iterable[Trained]) -> dict[str, Trained]:
+    return {one.module: one for one in all_of_it}
+
+
+def shared_of(peft_type: str) -> dict[str, dict[str, str]]:
+    """Keys of tensors that all modules of a `peft_type` share: by method the role of each."""
+    found = {name: dict(method.SHARED.get(peft_type, {})) for name, method in METHODS.items()}
+    return {name: keys for name, keys in found.items() if keys}

@@ -33,7 +33,7 @@ def brought_by(adapter: Adapter, base: Checkpoint, naming: Naming) -> Brought:
     """What the adapter brings, by parameter. Raises MergeError for what the base's model has no parameter for."""
     brought, missing = Brought(), []
     for module, trained in adapter.trained.items():
-        parameter = _parameter(f"{module}.weight", naming, base)
+        parameter = _parameter(trained.parameter, naming, base)
         if parameter is None:
             missing.append(module)
         elif parameter in brought.trained:

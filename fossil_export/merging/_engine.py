@@ -148,15 +148,27 @@ class Update:
     numbers: Numbers
     weight: float = 1.0
 
+    @property
+    def _numbers(self) -> Numbers:
+        """With the weight in the scale, if there is one, as PEFT has it (`set_scale`)."""
+        if "scale" not in self.numbers:
+            return self.numbers
+        return {**self.numbers, "scale": self.numbers["scale"] * self.weight}
+
+    @property
+    def _factor(self) -> float:
+        """What the update must still be multiplied by."""
+        return 1.0 if "scale" in self.numbers else self.weight
+
     def of(self, weight: Any, start: int) -> Any:
         """For rows that begin at row `start` of the slab."""
-        found = self.method.update(weight, self.arrays, self.numbers, start)
-        return found if self.weight == 1.0 else found * self.weight
+        found = self.method.update(weight, self.arrays, self._numbers, start)
+        return found if self._factor == 1.0 else found * self._factor
 
     def add(self, weight: Any, start: int) -> None:
         """The same, to the rows themselves."""
-        if self.weight == 1.0:
-            self.method.add(weight, self.arrays, self.numbers, start)
+        if self._factor == 1.0:
+            self.method.add(weight, self.arrays, self._numbers, start)
         else:
             weight += self.of(weight, start)
 

@@ -73,7 +73,7 @@ def naming_of(adapter: Adapter, base: Checkpoint) -> Naming:
     Of classes that lack some, the one that has most.
     """
     config = base.config or {}
-    wanted = [*(f"{module}.weight" for module in adapter.trained), *adapter.saved]
+    wanted = [*(one.parameter for one in adapter.trained.values()), *adapter.saved]
     best: tuple[int, Naming] | None = None
     for exact in (False, True):
         for name in dict.fromkeys(_candidates(adapter, config, exact)):

@@ -180,7 +180,7 @@ def _place_trained(
 
 
 def _checked(matrix: Matrix | None, weight: TensorInfo | None, name: str, trained: Trained, base: Checkpoint) -> Matrix:
-    if matrix is None or 0 in matrix.shape:
+    if matrix is None or 0 in matrix.shape or (weight is not None and len(weight.shape) != trained.dimensions):
         shape = list(weight.shape) if weight is not None else []
         if weight is not None and weight.dtype not in FLOATS:
             raise MergeError(f"{base.location}: {name} {shape} is stored as {weight.dtype}: {QUANTIZED}")

@@ -10,6 +10,7 @@ from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints.layouts import Matrix
 from fossil_export.errors import MergeError, listed
 from fossil_export.merging._change import Change, Piece
+from fossil_export.methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,12 @@ def together(adapters: Sequence[Adapter], placements: Sequence[Placement], weigh
                 f"{adapter.path}: holds whole trained tensors ({listed(whole)}), which replace the "
                 f"base's and cannot be taken {weight:g} times; leave its weight at 1"
             )
+        by_weight = [one for one in placement.trained.values() if METHODS[one.method].COMBINES != "sum"]
+        if by_weight and weight != 1.0:
+            raise MergeError(
+                f"{adapter.path}: its updates ({by_weight[0].method}) depend on the weights, and cannot be taken "
+                f"{weight:g} times; leave its weight at 1"
+            )
         for name, info in placement.saved.items():
             sources[name] = (info, number)
         for name, own in placement.pieces.items():
@@ -101,6 +108,7 @@ def together(adapters: Sequence[Adapter], placements: Sequence[Placement], weigh
             tensor = name if name in placement.saved or name in placement.copied else change.into.stored[0].name
             changes[tensor] = (*changes.get(tensor, ()), change)
     _refuse_conflicts(adapters, placements)
+    _refuse_lone(adapters, changes)
     for name in [*pieces, *(name for name, found in changes.items() if len(found) > 1 and name not in pieces)]:
         owner = sources.get(name, (None, None))[1]
         _refuse_overlaps(name, changes.get(name, ()), pieces.get(name, ()), owner, adapters)
@@ -137,6 +145,19 @@ def _refuse_conflicts(adapters: Sequence[Adapter], placements: Sequence[Placemen
                 raise MergeError(
                     f"{adapters[number].path}: holds {listed(both)} as a whole, which {adapters[other].path} trained "
                     "too; such adapters cannot be added up, merge one of them"
+                )
+
+
+def _refuse_lone(adapters: Sequence[Adapter], changes: Mapping[str, Sequence[Change]]) -> None:
+    """Raise MergeError for an update that cannot be combined, of a weight that another adapter changes too."""
+    for name, found in changes.items():
+        for one in found:
+            others = [other for other in found if other.adapter != one.adapter and other.into.span == one.into.span]
+            if others and one.method.COMBINES == "alone":
+                raise MergeError(
+                    f"{adapters[one.adapter].path}: its update of {name} ({one.trained.method}) is for the base's own "
+                    f"weight, which {adapters[others[0].adapter].path} changes too; such adapters cannot be added up, "
+                    "merge one of them"
                 )
 
 

@@ -9,10 +9,21 @@ from __future__ import annotations
 from fossil_export.methods import _bat as bat
 from fossil_export.methods import _mini as mini
 from fossil_export.methods import _tile as tile
+from fossil_export.methods._base import Base
+from fossil_export.methods._lora import Lora
+from fossil_export.methods._lora_bias import LoraBias
+from fossil_export.methods._lora_embedding import LoraEmbedding
 from fossil_export.methods._low_rank import LowRank, Tiling
 from fossil_export.methods._method import POSITIVE, Arrays, Field, Method, Numbers, Shapes
 
-METHODS: dict[str, Method] = {"tile": tile, "mini": mini, "bat": bat}
+METHODS: dict[str, Method] = {
+    "tile": tile,
+    "mini": mini,
+    "bat": bat,
+    "lora": Lora(),
+    "lora_embedding": LoraEmbedding(),
+    "lora_bias": LoraBias(),
+}
 """By the name that records and tables give them. Those that share endings are asked in this order."""
 
-__all__ = ["METHODS", "POSITIVE", "Arrays", "Field", "LowRank", "Method", "Numbers", "Shapes", "Tiling"]
+__all__ = ["METHODS", "POSITIVE", "Arrays", "Base", "Field", "LowRank", "Method", "Numbers", "Shapes", "Tiling"]

@@ -14,14 +14,17 @@ from typing import Any
 from fossil_export.errors import AdapterError
 from fossil_export.methods import _fossil as fossil
 from fossil_export.methods._fossil import init_of, peft_keys, ranked, state_dict_keys
-from fossil_export.methods._method import Arrays, Numbers, Shapes
+from fossil_export.methods._method import Arrays, Combination, Numbers, Shapes
 
 FIELDS = fossil.FIELDS
+SHARED = fossil.SHARED
+PARAMETER = fossil.PARAMETER
+COMBINES: Combination = "order"
 PEFT = peft_keys("B")
 STATE_DICT = state_dict_keys("B")
 
 
-def read(config: Mapping[str, Any], shapes: Shapes, where: str) -> Numbers | None:
+def read(config: Mapping[str, Any], module: str, shapes: Shapes, where: str) -> Numbers | None:
     if len(shapes["B"]) != 3:
         return None
     init = init_of(config)
@@ -32,6 +35,10 @@ def read(config: Mapping[str, Any], shapes: Shapes, where: str) -> Numbers | Non
     if shapes["B"][1] != shapes["B"][2]:
         raise AdapterError(f"{where} should be (out/r, r, r), but its last two sizes differ")
     return ranked(shapes["B"][1], config, where)
+
+
+def dimensions(shapes: Shapes) -> int:
+    return 2
 
 
 def block_rows(shapes: Shapes) -> int:

@@ -23,6 +23,9 @@ FIELDS: Mapping[str, Field] = {
     "miss_dropout": Field(),
 }
 
+SHARED: Mapping[str, Mapping[str, str]] = {}
+PARAMETER = "weight"
+
 
 def peft_keys(role: str) -> Mapping[str, Mapping[str, str]]:
     """Endings of PEFT's keys for a variant whose tensor has this role."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from fossil_export.methods._low_rank import LowRank
 
@@ -14,18 +14,29 @@ Shapes = Mapping[str, tuple[int, ...]]
 Arrays = Mapping[str, Any]
 """The same tensors' values: NumPy arrays, PyTorch tensors, or what gives NumPy arrays if it is sliced."""
 
-Numbers = Mapping[str, float]
-"""What a module's config says in numbers: "r", and whatever else the method needs."""
+Numbers = Mapping[str, Any]
+"""What the config says of a module: "r", its rank, "scale", by which a linear update is multiplied, and whatever else
+the method needs."""
+
+Combination = Literal["sum", "order", "alone"]
+"""How an update goes together with others of the same weight. "sum": it does not depend on the weight, and may be
+scaled. "order": it does, and sees what those before it gave. "alone": it cannot be combined."""
 
 
 @dataclass(frozen=True)
 class Field:
     """A field of adapter_config.json that a method understands: which values `holds` takes, in words `expected`, and
-    `default`, PEFT's own, for a config without it."""
+    `default`, PEFT's own, for a config without it. `why` says why other values cannot be merged."""
 
     expected: str = "anything"
     holds: Callable[[Any], bool] = lambda value: True
     default: Any = None
+    why: str = ""
+
+
+def unset(why: str) -> Field:
+    """A field that must not be set; `why` says what its setting does."""
+    return Field("nothing", lambda value: value in (None, False, {}, []), None, why)
 
 
 POSITIVE = Field(
@@ -40,22 +51,42 @@ class Method(Protocol):
     or PyTorch's, and the code uses only what both understand, so that one formula serves CPU and GPU.
     """
 
-    PEFT: Mapping[str, Mapping[str, str]]
-    """How PEFT's keys end after the module's name, and the role of the tensor, by `peft_type`:
-    {"MISS": {"miss_block": "D"}}. Methods may share endings; `read` tells them apart."""
+    @property
+    def PEFT(self) -> Mapping[str, Mapping[str, str]]:
+        """How PEFT's keys end after the module's name, and the role of the tensor, by `peft_type`:
+        {"MISS": {"miss_block": "D"}}. Methods may share endings; `read` tells them apart."""
 
-    STATE_DICT: Mapping[str, str]
-    """The same for state dicts of other trainers, which have no config."""
+    @property
+    def STATE_DICT(self) -> Mapping[str, str]:
+        """The same for state dicts of other trainers, which have no config."""
 
-    FIELDS: Mapping[str, Field]
-    """Fields of the config that are this method's own. One that no method of a `peft_type` knows stops the reading."""
+    @property
+    def SHARED(self) -> Mapping[str, Mapping[str, str]]:
+        """Keys of tensors that all modules share, and their roles, by `peft_type`:
+        {"VERA": {"base_model.vera_A": "A"}}."""
 
-    def read(self, config: Mapping[str, Any], shapes: Shapes, where: str) -> Numbers | None:
-        """The numbers of a module with tensors of these shapes; None if it is another method's.
+    @property
+    def PARAMETER(self) -> str:
+        """The parameter of the module that changes, "weight" but for few."""
+
+    @property
+    def COMBINES(self) -> Combination:
+        """See `Combination`."""
+
+    @property
+    def FIELDS(self) -> Mapping[str, Field]:
+        """Fields of the config that are this method's own. One that no method of a `peft_type` knows stops the
+        reading."""
+
+    def read(self, config: Mapping[str, Any], module: str, shapes: Shapes, where: str) -> Numbers | None:
+        """The numbers of `module`, with tensors of these shapes; None if it is another method's.
 
         `config` is empty for a state dict. Raises AdapterError, in a line that begins with `where`, for tensors that
         the config contradicts.
         """
+
+    def dimensions(self, shapes: Shapes) -> int:
+        """How many dimensions the parameter has: 2; 1 for a bias, more for a convolution."""
 
     def block_rows(self, shapes: Shapes) -> int:
         """Rows of the weight that must be merged together; slabs are cut at multiples of it."""
@@ -71,7 +102,7 @@ class Method(Protocol):
         """ΔW (n, in) for the rows `weight`, which stay as they are."""
 
     def add(self, weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> None:
-        """Add ΔW to the rows `weight` in place: the same bits as `weight += update(...)`."""
+        """Make W' of the rows `weight` in place, in the trainer's own order of operations."""
 
     def form_rank(self, shapes: Shapes) -> int | None:
         """The rank of the form that `low_rank` gives; None if it gives none."""

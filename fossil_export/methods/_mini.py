@@ -15,18 +15,22 @@ from fossil_export.methods import _fossil as fossil
 from fossil_export.methods import _tile as tile
 from fossil_export.methods._fossil import init_of, peft_keys, ranked
 from fossil_export.methods._low_rank import LowRank, Tiling
-from fossil_export.methods._method import Arrays, Numbers, Shapes
+from fossil_export.methods._method import Arrays, Combination, Numbers, Shapes
 from fossil_export.methods._tile import add_tiled, repeated, tiled
 
 FIELDS = fossil.FIELDS
+SHARED = fossil.SHARED
+PARAMETER = fossil.PARAMETER
+COMBINES: Combination = "sum"
 PEFT = peft_keys("D")
 STATE_DICT: Mapping[str, str] = {}
 
 block_rows = tile.block_rows
+dimensions = tile.dimensions
 form_rank = tile.form_rank
 
 
-def read(config: Mapping[str, Any], shapes: Shapes, where: str) -> Numbers | None:
+def read(config: Mapping[str, Any], module: str, shapes: Shapes, where: str) -> Numbers | None:
     if len(shapes["D"]) != 2 or init_of(config) != "mini":
         return None
     rank, found = shapes["D"]

@@ -15,9 +15,12 @@ from fossil_export.errors import AdapterError
 from fossil_export.methods import _fossil as fossil
 from fossil_export.methods._fossil import init_of, peft_keys, ranked, state_dict_keys
 from fossil_export.methods._low_rank import LowRank, Tiling
-from fossil_export.methods._method import Arrays, Numbers, Shapes
+from fossil_export.methods._method import Arrays, Combination, Numbers, Shapes
 
 FIELDS = fossil.FIELDS
+SHARED = fossil.SHARED
+PARAMETER = fossil.PARAMETER
+COMBINES: Combination = "sum"
 PEFT = peft_keys("D")
 STATE_DICT = state_dict_keys("D")
 
@@ -25,7 +28,7 @@ _SPAN = 512
 # Columns added at a time: a small r alone would leave the inner loop too short to be worth starting.
 
 
-def read(config: Mapping[str, Any], shapes: Shapes, where: str) -> Numbers | None:
+def read(config: Mapping[str, Any], module: str, shapes: Shapes, where: str) -> Numbers | None:
     dimensions = len(shapes["D"])
     if dimensions not in (2, 3):
         raise AdapterError(f"{where} has {dimensions} dimensions, expected 2 (tile, mini) or 3 (bat)")
@@ -36,6 +39,10 @@ def read(config: Mapping[str, Any], shapes: Shapes, where: str) -> Numbers | Non
             f"{where} is 2-dimensional, a tile shard, but the config says init_weights='bat'; mend the config"
         )
     return ranked(shapes["D"][0], config, where)
+
+
+def dimensions(shapes: Shapes) -> int:
+    return 2
 
 
 def block_rows(shapes: Shapes) -> int:

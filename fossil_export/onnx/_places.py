@@ -106,7 +106,9 @@ def open_graph(merge: MergePlan, mode: Mode, path: Path) -> OpenGraph:
     siblings = {
         name.removesuffix(".weight"): matrix.shape[0]
         for name in merge.base.tensors
-        if name.endswith(".weight") and (matrix := find_matrix(name, merge.base.tensors, merge.base.config)) is not None
+        if name.endswith(".weight")
+        and len(merge.base.tensors[name].shape) == 2
+        and (matrix := find_matrix(name, merge.base.tensors, merge.base.config)) is not None
     }
     found = find_places(wanted, sites, siblings, str(path))
     readers = _readers(found, sites)

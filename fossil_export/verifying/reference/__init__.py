@@ -7,11 +7,21 @@ names of the variants: arXiv 2409.15371 and FOSSIL's entry in PEFT (peft/tuners/
 from __future__ import annotations
 
 from fossil_export.verifying.reference import _bat as bat
+from fossil_export.verifying.reference import _lora as lora
+from fossil_export.verifying.reference import _lora_bias as lora_bias
+from fossil_export.verifying.reference import _lora_embedding as lora_embedding
 from fossil_export.verifying.reference import _mini as mini
 from fossil_export.verifying.reference import _tile as tile
 from fossil_export.verifying.reference._exact import Exact
 
-EXACT: dict[str, Exact] = {"tile": tile, "mini": mini, "bat": bat}
+EXACT: dict[str, Exact] = {
+    "tile": tile,
+    "mini": mini,
+    "bat": bat,
+    "lora": lora,
+    "lora_embedding": lora_embedding,
+    "lora_bias": lora_bias,
+}
 """By method. One that is not here cannot be checked: a KeyError, never another one's formula."""
 
 __all__ = ["EXACT", "Exact"]

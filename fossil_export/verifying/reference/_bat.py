@@ -27,7 +27,7 @@ def part(arrays: Arrays, start: int, stop: int) -> Arrays:
     return {"B": blocks[start // rank : stop // rank]}
 
 
-def rebuild(weight: Array, part: Arrays, numbers: Mapping[str, float], exact: Array) -> Array:
+def rebuild(weight: Array, part: Arrays, numbers: Mapping[str, Any], exact: Array) -> Array:
     import numpy as np
 
     blocks = part["B"]
@@ -45,9 +45,9 @@ def rebuild(weight: Array, part: Arrays, numbers: Mapping[str, float], exact: Ar
     return size
 
 
-def up(part: Arrays, numbers: Mapping[str, float]) -> None:
+def up(part: Arrays, numbers: Mapping[str, Any]) -> None:
     return None
 
 
-def down(arrays: Arrays, numbers: Mapping[str, float], inputs: int) -> None:
+def down(arrays: Arrays, numbers: Mapping[str, Any], inputs: int) -> None:
     return None

@@ -25,14 +25,14 @@ class Exact(Protocol):
     def part(self, arrays: Arrays, start: int, stop: int) -> Arrays:
         """What rows [start, stop) need of the tensors."""
 
-    def rebuild(self, weight: Array, part: Arrays, numbers: Mapping[str, float], exact: Array) -> Array | None:
+    def rebuild(self, weight: Array, part: Arrays, numbers: Mapping[str, Any], exact: Array) -> Array | None:
         """Write the exact W' for rows of W (n, in) and their part of the tensors into `exact` (n, in).
 
         Returns a bound (n, in) on float32's error in it, None where the float32 sum has a single rounding.
         """
 
-    def up(self, part: Arrays, numbers: Mapping[str, float]) -> Array | None:
+    def up(self, part: Arrays, numbers: Mapping[str, Any]) -> Array | None:
         """Rows (n, r) of B, if the update is B A whatever the weight is; None if it depends on the weight."""
 
-    def down(self, arrays: Arrays, numbers: Mapping[str, float], inputs: int) -> Array | None:
+    def down(self, arrays: Arrays, numbers: Mapping[str, Any], inputs: int) -> Array | None:
         """That A (r, in)."""

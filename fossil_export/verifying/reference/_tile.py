@@ -22,7 +22,7 @@ def part(arrays: Arrays, start: int, stop: int) -> Arrays:
     return {"D": arrays["D"][:, start:stop]}
 
 
-def rebuild(weight: Array, part: Arrays, numbers: Mapping[str, float], exact: Array) -> None:
+def rebuild(weight: Array, part: Arrays, numbers: Mapping[str, Any], exact: Array) -> None:
     import numpy as np
 
     shard = part["D"]
@@ -30,12 +30,12 @@ def rebuild(weight: Array, part: Arrays, numbers: Mapping[str, float], exact: Ar
     exact += weight
 
 
-def up(part: Arrays, numbers: Mapping[str, float]) -> Array:
+def up(part: Arrays, numbers: Mapping[str, Any]) -> Array:
     found: Array = part["D"].T
     return found
 
 
-def down(arrays: Arrays, numbers: Mapping[str, float], inputs: int) -> Array:
+def down(arrays: Arrays, numbers: Mapping[str, Any], inputs: int) -> Array:
     import numpy as np
 
     rank = int(numbers["r"])

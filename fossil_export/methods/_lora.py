@@ -1,0 +1,144 @@
+"""LoRA: a product of two thin matrices.
+
+    W' = W + s · B A        A (r, in), B (out, r), s = alpha / r, with rsLoRA alpha / √r
+
+Of a convolution A is (r, in, *kernel) and B (out, r, 1, …), and the weight (out, in, *kernel) is taken as a matrix
+(out, in · kernel). Source: arXiv 2106.09685, section 4.1; for rsLoRA arXiv 2312.03732; `get_delta_weight` in
+peft/tuners/lora/layer.py, whose order of operations this is: the product first, then s, then the sum, in float32.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fossil_export.errors import AdapterError
+from fossil_export.methods._base import Base, needs
+from fossil_export.methods._low_rank import LowRank
+from fossil_export.methods._method import POSITIVE, Arrays, Field, Numbers, Shapes, unset
+
+_TOKENS = "the update depends on the tokens, so that no weight holds it; serve the adapter beside the model"
+_BASE = "training began from changed weights, which nothing tells again; convert it with PEFT where it was trained"
+_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+# Starts that leave the base's weights as they are.
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool) or value is None
+
+
+PATTERN = Field(
+    "a map of modules to numbers",
+    lambda value: value is None or (isinstance(value, dict) and all(map(_is_number, value.values()))),
+)
+SWITCH = Field("true or false", _is_bool, False)
+
+FIELDS: Mapping[str, Field] = {
+    "r": POSITIVE,
+    "lora_alpha": Field("a number", _is_number, 8),
+    "lora_dropout": Field(),
+    "fan_in_fan_out": SWITCH,
+    "use_rslora": SWITCH,
+    "lora_bias": SWITCH,
+    "rank_pattern": PATTERN,
+    "alpha_pattern": PATTERN,
+    "init_lora_weights": Field(
+        f"one of {', '.join(map(str, _INITS))}", lambda value: value in _INITS, default=True, why=_BASE
+    ),
+    # What only says how training began or ran.
+    "eva_config": Field(),
+    "runtime_config": Field(),
+    "megatron_config": Field(),
+    "megatron_core": Field(),
+    "qalora_group_size": Field(),
+    "velora_config": Field(),
+    "ensure_weight_tying": Field(),
+    "loftq_config": Field(),
+    "corda_config": Field(),
+    "lora_ga_config": Field(),
+    "alora_invocation_tokens": unset(_TOKENS),
+    "arrow_config": unset(_TOKENS),
+    "use_qalora": unset("its inputs are pooled, which only a GPTQ layer of PEFT can do"),
+    "monteclora_config": unset("its update is drawn anew in each pass; take the mean with PEFT"),
+}
+
+
+class Lora(Base):
+    PEFT = {"LORA": {"lora_A.weight": "A", "lora_B.weight": "B"}}
+    FIELDS = FIELDS
+
+    def read(self, config: Mapping[str, Any], module: str, shapes: Shapes, where: str) -> Numbers | None:
+        if lacking := needs(shapes, "A", "B"):
+            raise AdapterError(f"{where}: its lora_{lacking} is missing; save the adapter again")
+        down, up = shapes["A"], shapes["B"]
+        flat = all(size == 1 for size in up[2:])
+        if len(down) < 2 or len(down) != len(up) or up[1] != down[0] or not flat:
+            raise AdapterError(f"{where}: the two do not go together; save the adapter again")
+        return scaled(config, module, down[0], where)
+
+    def dimensions(self, shapes: Shapes) -> int:
+        return len(shapes["A"])
+
+    def mismatch(self, shapes: Shapes, numbers: Numbers, weight: tuple[int, int]) -> str | None:
+        return unlike((shapes["B"][0], math.prod(shapes["A"][1:])), weight)
+
+    def part(self, arrays: Arrays, start: int, stop: int) -> Arrays:
+        return {"A": arrays["A"][:], "B": arrays["B"][start:stop]}
+
+    def update(self, weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> Any:
+        up = arrays["B"][start : start + len(weight)]
+        return product(up.reshape(len(up), -1), arrays["A"].reshape(up.shape[1], -1), numbers["scale"])
+
+    def form_rank(self, shapes: Shapes) -> int | None:
+        return shapes["A"][0] if len(shapes["A"]) == 2 else None
+
+    def low_rank(self, arrays: Arrays, numbers: Numbers, outputs: int) -> LowRank | None:
+        if len(arrays["A"].shape) != 2:
+            return None
+        return LowRank(arrays["B"] * numbers["scale"], arrays["A"])
+
+
+def scaled(config: Mapping[str, Any], module: str, rank: int, where: str) -> Numbers:
+    """The rank and the scale of a module; raises AdapterError if the config says another rank.
+
+    Source: `_create_and_replace` in peft/tuners/lora/model.py.
+    """
+    said = of_pattern(config.get("rank_pattern"), module, config["r"])
+    if said != rank:
+        raise AdapterError(f"{where} has rank {rank}, but the config says r={said}")
+    alpha = of_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", FIELDS["lora_alpha"].default))
+    return {"r": rank, "scale": alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank}
+
+
+def of_pattern(pattern: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
+    """The value of the first key that matches a module's name or its end (`get_pattern_key` in peft/utils/other.py)."""
+    for key, value in (pattern or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({key})$", module):
+                return value
+        except (re.error, OverflowError, RecursionError) as problem:
+            raise AdapterError(f"{key!r}, in a pattern of the config, is no regular expression: {problem}") from problem
+    return otherwise
+
+
+def unlike(found: tuple[int, ...], weight: tuple[int, ...]) -> str | None:
+    """Why tensors that are made for a weight of the shape `found` do not fit one of another shape."""
+    if found[0] != weight[0]:
+        return f"it is made for {found[0]} outputs, the weight has {weight[0]}"
+    return f"it is made for {found[1]} inputs, the weight has {weight[1]}" if found[1] != weight[1] else None
+
+
+def product(up: Any, down: Any, scale: float) -> Any:
+    """s · B A (out, in), the product first."""
+    if math.frexp(scale)[0] == 0.5:
+        # A power of two: multiplying B by it gives the same bits and takes no pass over the product.
+        return (up if scale == 1 else up * scale) @ down
+    found = up @ down
+    found *= scale
+    return found
