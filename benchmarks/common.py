@@ -30,7 +30,7 @@ process = os.fork()
 if process == 0:
     os.execvp(sys.argv[1], sys.argv[1:])
 _, status, usage = os.wait4(process, 0)
-print(usage.ru_maxrss)
+print(usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
 sys.exit(os.waitstatus_to_exitcode(status))
 """
 
@@ -74,6 +74,12 @@ def turns(runs: Mapping[str, int], shuffle: bool = False) -> Iterator[tuple[int,
 
 def measure(command: Sequence[str], sync: bool = False, env: Mapping[str, str] | None = None) -> tuple[float, int]:
     """Wall seconds and peak resident bytes of a whole process, with a `sync` after it if asked."""
+    wall, peak, _ = spent(command, sync, env)
+    return wall, peak
+
+
+def spent(command: Sequence[str], sync: bool = False, env: Mapping[str, str] | None = None) -> tuple[float, int, float]:
+    """The same, and the seconds of its CPU time."""
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, *command], env=env, capture_output=True, text=True)
     if sync:
@@ -81,7 +87,8 @@ def measure(command: Sequence[str], sync: bool = False, env: Mapping[str, str] |
     seconds = time.perf_counter() - started
     if done.returncode:
         raise SystemExit(f"{command[0]} failed:\n{done.stderr}")
-    return seconds, int(done.stdout.split()[-1]) * 1024
+    cpu, peak = done.stdout.split()[-2:]
+    return seconds, int(peak) * 1024, float(cpu)
 
 
 def medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:

@@ -103,31 +103,38 @@ def make_base(folder: Path, gigabytes: float) -> int:
     return layers
 
 
-def make_adapter(folder: Path, base: Path, layers: int, targets: list[str]) -> None:
-    """A tile adapter with random float32 shards, as PEFT saves it."""
+def make_adapter(folder: Path, base: Path, layers: int, targets: list[str], lora: int | None = None) -> None:
+    """A tile adapter with random float32 shards, as PEFT saves it, or a LoRA of a rank."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(1)
     shards = [
-        (f"base_model.model.model.layers.{layer}.{name}.miss_block", (RANK, shape[0]))
+        (f"base_model.model.model.layers.{layer}.{name}.{ending}", shape)
         for layer in range(layers)
-        for name, shape in LINEARS.items()
+        for name, (outputs, inputs) in LINEARS.items()
+        for ending, shape in _tensors(outputs, inputs, lora)
         if name.rpartition(".")[2] in targets
     ]
     with (folder / "adapter_model.safetensors").open("wb") as stream:
         stream.write(encode_header([(name, "F32", shape) for name, shape in shards], {"format": "pt"}))
         for _, shape in shards:
             stream.write((rng.standard_normal(shape, np.float32) * 1e-3).tobytes())
+    method = {"peft_type": "MISS", "r": RANK, "init_weights": True, "mini_r": 1}
+    if lora is not None:
+        method = {"peft_type": "LORA", "r": lora, "lora_alpha": 2 * lora, "lora_dropout": 0.0, "fan_in_fan_out": False}
     config = {
-        "peft_type": "MISS",
-        "r": RANK,
-        "init_weights": True,
-        "mini_r": 1,
+        **method,
         "target_modules": targets,
         "base_model_name_or_path": str(base),
         "task_type": "CAUSAL_LM",
         "bias": "none",
     }
     (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def _tensors(outputs: int, inputs: int, lora: int | None) -> list[tuple[str, tuple[int, int]]]:
+    if lora is None:
+        return [("miss_block", (RANK, outputs))]
+    return [("lora_A.weight", (lora, inputs)), ("lora_B.weight", (outputs, lora))]
 
 
 def peft_merge(save: str, base: str, adapter: str, target: str) -> list[str]:

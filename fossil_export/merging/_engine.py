@@ -34,8 +34,8 @@ class Engine(Protocol):
     block: int
     """Elements worked on at a time: what stays in the processor's cache, or fills a GPU."""
 
-    def widen(self, rows: Array, dtype: str) -> Any:
-        """`rows` as an array of `dtype` ("F32" or "F64"), row by row in memory, that may be changed."""
+    def widen(self, rows: Array, dtype: str, copy: bool = True) -> Any:
+        """`rows` as an array of `dtype` ("F32" or "F64"), row by row in memory, that may be changed if it is a copy."""
 
     def round(self, wide: Any, out: Array) -> None:
         """Round `wide` to the dtype of the NumPy view `out` and store it there."""
@@ -50,8 +50,8 @@ class Engine(Protocol):
 class NumpyEngine:
     block = 1 << 19
 
-    def widen(self, rows: Array, dtype: str) -> Array:
-        return rows.astype(numpy_dtype(dtype), order="C")
+    def widen(self, rows: Array, dtype: str, copy: bool = True) -> Array:
+        return rows.astype(numpy_dtype(dtype), order="C", copy=copy)
 
     def round(self, wide: Array, out: Array) -> None:
         import numpy as np
@@ -93,10 +93,10 @@ class TorchEngine:
         self._torch.set_num_threads(self._threads)
         self._torch.backends.cuda.matmul.allow_tf32 = self._tf32
 
-    def widen(self, rows: Array, dtype: str) -> Any:
+    def widen(self, rows: Array, dtype: str, copy: bool = True) -> Any:
         torch = self._torch
         wide = torch.float64 if dtype == "F64" else torch.float32
-        return self._tensor(rows).to(device=self._device, dtype=wide, copy=True, memory_format=torch.contiguous_format)
+        return self._tensor(rows).to(device=self._device, dtype=wide, copy=copy, memory_format=torch.contiguous_format)
 
     def round(self, wide: Any, out: Array) -> None:
         import numpy as np

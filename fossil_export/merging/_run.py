@@ -65,10 +65,6 @@ class Writer:
         self._plan = plan
         self._progress = progress
         self._engine = choose_engine(device, plan.tensors)
-        # Slabs of one weight follow each other: what as many weights need as there are threads is ever in use.
-        parts = (part for tensor in plan.tensors if tensor.changes for part in tensor.parts)
-        needed = max((sum(len(change.trained.tensors) for change in part.changes) for part in parts), default=1)
-        self._kept = (THREADS + 1) * needed
 
     def __enter__(self) -> Writer:
         return self
@@ -95,7 +91,7 @@ class Writer:
         wanted: Iterable[CopySlab | RowsSlab],
         moved: Mapping[Path, Path],
     ) -> dict[str, Survival]:
-        worker = Worker(self._plan, self._engine, moved, self._kept)
+        worker = Worker(self._plan, self._engine, moved)
         try:
             with one_blas_thread(), ThreadPoolExecutor(THREADS) as pool:
                 _write_file(file, output, wanted, worker, pool, self._progress)

@@ -6,7 +6,7 @@ import errno
 import mmap
 import threading
 from collections.abc import Mapping
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from fossil_export.checkpoints.layouts import Rows
 from fossil_export.errors import MergeError
 from fossil_export.merging._change import Part
 from fossil_export.merging._engine import Engine, Update, compute_dtype, is_finite, merge_slab
+from fossil_export.merging._kept import SMALL, Kept, Large
 from fossil_export.merging._layout import TensorPlan
 from fossil_export.merging._plan import MergePlan
 from fossil_export.merging._slabs import SLAB, CopySlab, RowsSlab
@@ -29,17 +30,14 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-SMALL = 4 << 20
-"""Bytes up to which a trained tensor is kept while its weight is merged; reading it by rows would cost more calls."""
-
 
 class Worker:
     """What the threads share: open sources, buffers of each thread, the sums so far.
 
-    `moved` says where files lie that the plan has elsewhere; `kept` is how many small trained tensors stay in memory.
+    `moved` says where files lie that the plan has elsewhere.
     """
 
-    def __init__(self, plan: MergePlan, engine: Engine, moved: Mapping[Path, Path], kept: int) -> None:
+    def __init__(self, plan: MergePlan, engine: Engine, moved: Mapping[Path, Path]) -> None:
         self._adapters = plan.adapters
         self._engine = engine
         self._moved = moved
@@ -49,7 +47,7 @@ class Worker:
         self._sums: dict[str, dict[int, dict[int, Survival]]] = {}
         self._lock = threading.Lock()
         self._local = threading.local()
-        self._small = lru_cache(maxsize=kept)(lambda info: self._stored(info)[:])
+        self._kept = Kept()
 
     def check(self) -> None:
         """Raise CheckpointError where a source was written to since it was opened."""
@@ -146,10 +144,11 @@ class Worker:
         dtype = compute_dtype(slab.part.dtype)
         updates = []
         for change in slab.part.changes:
-            trained = {role: self._trained(info, change.adapter) for role, info in change.trained.tensors.items()}
+            tensors = change.trained.tensors
+            trained = {role: self._trained(info, change.adapter, dtype) for role, info in tensors.items()}
             # Only what these rows need is widened: whole tensors of a high rank take more than the slabs do.
             part = change.method.part(trained, slab.start, slab.stop)
-            wide = {role: self._engine.widen(array, dtype) for role, array in part.items()}
+            wide = {role: self._widened(array, dtype) for role, array in part.items()}
             updates.append(Update(change.method, wide, change.trained.numbers, change.weight))
         with np.errstate(over="ignore", invalid="ignore"):
             sums = merge_slab(self._engine, stored, out, updates, slab.start, slab.part.rows)
@@ -170,11 +169,22 @@ class Worker:
                     return _diverged(info)
         return _overflow(tensor)
 
-    def _trained(self, info: TensorInfo, adapter: int) -> Any:
-        """The trained values as they are stored: small ones in memory, of large ones what is sliced is read."""
+    def _trained(self, info: TensorInfo, adapter: int, dtype: str) -> Any:
+        """The trained values: small ones in memory, as `dtype`; of large ones what is sliced is read."""
         if info.offset is None:
             return self._adapters[adapter].array(info)
-        return self._small(info) if info.nbytes <= SMALL else self._stored(info)
+        stored = self._stored(info)
+
+        def whole() -> Any:
+            return self._widened(stored[:], dtype)
+
+        if info.nbytes <= SMALL:
+            return self._kept.get((info, dtype), whole)
+        return Large(stored, lambda: self._kept.get((info, dtype), whole))
+
+    def _widened(self, array: Any, dtype: str) -> Any:
+        """What the methods compute with, and do not write to."""
+        return self._engine.widen(array, dtype, copy=False) if hasattr(array, "flags") else array
 
     def _stored(self, info: TensorInfo) -> StoredArray:
         assert info.offset is not None
