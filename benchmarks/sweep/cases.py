@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from peft import MissConfig, get_peft_model
+from peft import get_peft_model
 from safetensors.torch import load_file
 
 from fossil_export import FossilExportError, merge
@@ -161,13 +161,11 @@ def _unused(scene: _Scene, wanted: judging.Truth, wrong: str) -> bool:
 
 
 def _trained(scene: _Scene, kind: str, recipe: Recipe) -> Any:
-    targets = recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets)
     problem: Exception | None = None
     for rank in (4, 3, 1):  # a layer may be as narrow as that
         model = copy.deepcopy(scene.base.model)
-        config = MissConfig(r=rank, target_modules=targets, modules_to_save=list(recipe.saved) or None)
         try:
-            live = get_peft_model(model, config)
+            live = get_peft_model(model, recipe.config(rank))
         except ValueError as reason:
             problem = problem or reason
             if "less than or equal to in_features" in str(reason):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from sweep import inputs
 
@@ -71,16 +72,20 @@ def effective(live: Any) -> dict[str, torch.Tensor]:
     """What each parameter and buffer of the plain model must be, by its plain name, in the dtype of `live`."""
     plain = live.base_model.model
     found: dict[str, torch.Tensor] = {}
+    layers = {name: module for name, module in plain.named_modules() if isinstance(module, BaseTunerLayer)}
     for name, value in plain.state_dict(keep_vars=True).items():
-        if ".original_module." in name or ".miss_block." in name:
+        beside = any(name.startswith(f"{layer}.") and not name.startswith(f"{layer}.base_layer.") for layer in layers)
+        if ".original_module." in name or beside:
             continue
         found[name.replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")] = value.detach()
-    for name, module in plain.named_modules():
-        if "default" in getattr(module, "miss_block", {}) and ".original_module." not in name:
+    for name, module in layers.items():
+        if ".original_module." not in name:
             home = name.replace(".modules_to_save.default", "")
-            weight = module.get_base_layer().weight.detach().clone()
+            alone = copy.deepcopy(module)  # a tied weight stays as it is
             with torch.no_grad():
-                found[f"{home}.weight"] = module.get_delta_weight_miss("default", weight).detach()
+                alone.merge(adapter_names=["default"])
+            for own, parameter in alone.get_base_layer().named_parameters(recurse=False):
+                found[f"{home}.{own}"] = parameter.detach()
     return found
 
 

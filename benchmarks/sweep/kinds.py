@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from peft import LoraConfig, MissConfig, PeftConfig
 
 ALL = "all-linear"
+_CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d)
 _ATTENTION = re.compile(r"att|query|q_proj|self_?a", re.IGNORECASE)
 _CLASSES = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|Prediction|XVector)$")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Arguments of PEFT's MissConfig."""
+    """Arguments of one of PEFT's configs, `kind`."""
 
     targets: str | tuple[str, ...]
     saved: tuple[str, ...] = ()
+    kind: type[PeftConfig] = MissConfig
+    more: tuple[tuple[str, Any], ...] = ()
+
+    def config(self, rank: int) -> PeftConfig:
+        targets = self.targets if isinstance(self.targets, str) else list(self.targets)
+        return self.kind(r=rank, target_modules=targets, modules_to_save=list(self.saved) or None, **dict(self.more))
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Names of a model's parts: its linear layers, one of attention's, and the last words of the rest."""
+    """Names of a model's parts: its linear layers, its convolutions, one of attention's layers, and the last words of
+    the rest."""
 
     linears: tuple[str, ...]
+    convolutions: tuple[str, ...]
     alone: tuple[str, ...]
     attention: str | None
     embedding: str | None
@@ -55,6 +65,7 @@ def parts(model: Any) -> Parts:
     ]
     return Parts(
         linears,
+        tuple(name for name, module in modules.items() if isinstance(module, _CONVOLUTIONS) and module.groups == 1),
         tuple(alone),
         next((_last(name) for name in alone if _ATTENTION.search(name) and name != head), None),
         embedding and _last(embedding),
@@ -123,6 +134,22 @@ def _embedding_and_shards(has: Parts) -> Recipe | None:
     return _linear(has, (has.embedding,)) if has.embedding else None
 
 
+def _as_lora(make: Callable[[Parts], Recipe | None], **more: Any) -> Callable[[Parts], Recipe | None]:
+    def recipe(has: Parts) -> Recipe | None:
+        found = make(has)
+        return found and replace(found, kind=LoraConfig, more=tuple(more.items()))
+
+    return recipe
+
+
+def _embedding_too(has: Parts) -> Recipe | None:
+    return Recipe((has.narrow, has.embedding)) if has.narrow and has.embedding else None
+
+
+def _convolutions(has: Parts) -> Recipe | None:
+    return Recipe(has.convolutions) if has.convolutions else None
+
+
 KINDS: dict[str, Callable[[Parts], Recipe | None]] = {
     "linear": _linear,
     "narrow": _narrow,
@@ -133,6 +160,12 @@ KINDS: dict[str, Callable[[Parts], Recipe | None]] = {
     "shard on head": _shard_on_head,
     "embedding and head": _both,
     "embedding and shards": _embedding_and_shards,
+    "LoRA linear": _as_lora(_linear, lora_alpha=7),
+    "LoRA and biases": _as_lora(_narrow, bias="all", use_rslora=True),
+    "LoRA embedding": _as_lora(_embedding_too),
+    "LoRA head": _as_lora(_shard_on_head),
+    "LoRA convolution": _as_lora(_convolutions),
+    "DoRA": _as_lora(_narrow, use_dora=True),
 }
 """By the name in the table; None where a model has no such part."""
 
