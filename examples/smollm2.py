@@ -42,9 +42,14 @@ def base_model() -> Path:
 
 
 def adapter(variant: str = "tile", rank: int = 64, steps: int = 20) -> Path:
-    """An adapter that PEFT trained here on `SENTENCES`: all seven linears, "tile", "mini" or "bat"."""
+    """An adapter that PEFT trained here on `SENTENCES`: all seven linears; MiSS's "tile", "mini" or "bat", or "lora"."""
     name = f"adapter-{variant}-r{rank}-s{steps}"
     return once(name, lambda folder: _train(folder, variant, rank, steps, SENTENCES))
+
+
+def gguf() -> Path:
+    """The base as it came: a GGUF file of 4 bits a weight."""
+    return _gguf_folder() / GGUF
 
 
 def other_adapter(rank: int = 32, steps: int = 20) -> Path:
@@ -102,7 +107,7 @@ def _make_base(folder: Path) -> None:
 
 def _train(folder: Path, variant: str, rank: int, steps: int, sentences: tuple[str, ...]) -> None:
     import torch
-    from peft import MissConfig, get_peft_model
+    from peft import LoraConfig, MissConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(0)
@@ -113,10 +118,11 @@ def _train(folder: Path, variant: str, rank: int, steps: int, sentences: tuple[s
         "tile": {},
         "mini": {"init_weights": "mini", "mini_r": rank},
         "bat": {"init_weights": "bat"},
+        "lora": {"lora_alpha": 2 * rank},
     }
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    config = MissConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM", **options[variant])
-    model = get_peft_model(model, config)
+    kind = LoraConfig if variant == "lora" else MissConfig
+    model = get_peft_model(model, kind(r=rank, target_modules=targets, task_type="CAUSAL_LM", **options[variant]))
     batch = tokenizer(list(sentences), return_tensors="pt", padding=True)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-3)
