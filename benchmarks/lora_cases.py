@@ -4,7 +4,7 @@
 
 A tiny random model is trained at random in every way that PEFT's LoRA has; a merge is right if its folder, loaded by
 its own class, gives the logits of the unmerged model (float64). Where no weights can be the trained model, a refusal is
-right. Prints a table; exits with 1 if fossil-export is wrong anywhere. axolotl need not be installed (see lora.py).
+right. Prints a table; exits with 1 if fossil-export is wrong anywhere. axolotl need not be installed (see merge_lora.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import common
-import lora
+import merge_lora
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -245,7 +245,9 @@ def by_peft(case: Case, folder: Path) -> str | None:
 def by_axolotl(source: str) -> Callable[[Case, Path], str | None]:
     def run(case: Case, folder: Path) -> str | None:
         places = [str(folder / name) for name in ("base", "adapter", "output")]
-        done = subprocess.run([sys.executable, "-c", lora.AXOLOTL, source, *places], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", merge_lora.AXOLOTL, source, *places], capture_output=True, text=True
+        )
         return done.stderr.strip().splitlines()[-1] if done.returncode else None
 
     return run

@@ -1,6 +1,6 @@
 """LoRA merged by fossil-export, by PEFT and by axolotl's streaming merge: wall and CPU time, peak memory, in one run.
 
-    python benchmarks/lora.py --size 6.4 --runs 4 --peft 2 --axolotl 2 --axolotl-source ../axolotl/src
+    python benchmarks/merge_lora.py --size 6.4 --runs 4 --peft 2 --axolotl 2 --axolotl-source ../axolotl/src
 
 makes the base of merge.py, all-linear LoRAs of rank 8, 64 and 256 and the tile adapter of rank 64, and runs the
 contestants in turn, each as a whole process, with a `sync` after those that make none. axolotl need not be installed:
