@@ -4,7 +4,7 @@
 
 A tiny random model is trained at random in every way that PEFT's LoRA has; a merge is right if its folder, loaded by
 its own class, gives the logits of the unmerged model (float64). Where no weights can be the trained model, a refusal is
-right. Prints a table; exits with 1 if fossil-export is wrong anywhere. axolotl need not be installed (see merge_lora.py).
+right. Prints a table; exits with 1 if fossil-export is wrong anywhere. axolotl need not be installed (merge_lora.py).
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def base_model() -> Path:
 
 
 def adapter(variant: str = "tile", rank: int = 64, steps: int = 20) -> Path:
-    """An adapter that PEFT trained here on `SENTENCES`: all seven linears; MiSS's "tile", "mini" or "bat", or "lora"."""
+    """An adapter that PEFT trained here on `SENTENCES`, all seven linears: MiSS's "tile", "mini", "bat", or "lora"."""
     name = f"adapter-{variant}-r{rank}-s{steps}"
     return once(name, lambda folder: _train(folder, variant, rank, steps, SENTENCES))
 
