@@ -4,7 +4,7 @@
 # make test-install  the wheel, installed beside a trainer that was there before
 # make architectures        write the table of architectures from the transformers in the environment
 # make architectures-check  say whether that transformers would make another table, and compare all classes
-# make sweep         every model class of transformers, merged and compared; writes docs/support.md
+# make sweep         every model class of transformers, merged and compared; writes docs/support*.md
 #
 # The first three make the environment (.venv) first. PyTorch comes as version TORCH; where pip would take its CUDA
 # build and you want the CPU one, add pip's options: make demo TORCH_OPTIONS="--index-url …".
@@ -67,9 +67,10 @@ architectures-check: $(VENV)/ready
 	$(VENV)/bin/python -m fossil_export.models.make_table --check
 	$(VENV)/bin/python benchmarks/architectures.py
 
-# Takes some half an hour on two cores, and goes on where it was stopped (build/sweep.jsonl).
+# Takes less than an hour on two cores, and goes on where it was stopped (build/sweep.jsonl).
 sweep: $(VENV)/ready
-	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks $(VENV)/bin/python -m sweep --write docs/support.md
+	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks $(VENV)/bin/python -m sweep --family miss --write docs/support.md
+	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks $(VENV)/bin/python -m sweep --family lora --write docs/support-lora.md
 
 # The converted adapter in llama.cpp, which takes minutes to build.
 llama-cpp: $(VENV)/ready

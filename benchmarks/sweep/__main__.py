@@ -25,7 +25,7 @@ def main() -> int:
     rows = sweep(chosen, tuple(options.kinds), options.jobs, journal)
     print(summary(rows))
     if options.write:
-        options.write.write_text(support(rows))
+        options.write.write_text(support(rows, options.kinds))
     return int(any(row.result in (WRONG, CRASH) for row in rows))
 
 
@@ -65,8 +65,12 @@ def _options() -> Any:
     parser.add_argument("--sample", type=int, metavar="N", help="so many classes, as different as can be")
     parser.add_argument("--jobs", type=int, default=2, help="worker processes (2)")
     parser.add_argument("--journal", type=Path, default=Path("build/sweep.jsonl"), help="rows as they come")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="the table, docs/support.md")
-    return parser.parse_args()
+    parser.add_argument("--write", type=Path, metavar="FILE", help="the table")
+    parser.add_argument("--family", choices=("miss", "lora"), help="all kinds of adapters of a method, not --kinds")
+    options = parser.parse_args()
+    if options.family:
+        options.kinds = [kind for kind in ALL_KINDS if ("LoRA" in kind or "DoRA" in kind) == (options.family == "lora")]
+    return options
 
 
 if __name__ == "__main__":

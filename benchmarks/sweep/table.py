@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import peft
 import transformers
@@ -80,9 +80,10 @@ def _share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "none"
 
 
-def support(rows: list[Row]) -> str:
-    """docs/support.md."""
+def support(rows: list[Row], kinds: Sequence[str] = ALL_KINDS) -> str:
+    """docs/support.md, or docs/support-lora.md, of these kinds of adapters."""
     done = cases(rows)
+    columns = [kind for kind in ALL_KINDS if kind in kinds]
     text = [
         "# Which models and adapters",
         "",
@@ -99,11 +100,11 @@ def support(rows: list[Row]) -> str:
         "",
         "A cell has the number of classes where there are several, and is empty where a model has no such part. "
         "`embedding`, `head`, `norm` and `classifier` are whole modules (`modules_to_save`) beside shards on one of "
-        "attention's layers.",
+        "attention's layers. A kind without another name is MiSS (tile).",
         "",
-        "| model type | " + " | ".join(ALL_KINDS) + " |",
-        "|---|" + "---|" * len(ALL_KINDS),
-        *_table(done),
+        "| model type | " + " | ".join(columns) + " |",
+        "|---|" + "---|" * len(columns),
+        *_table(done, columns),
         "",
         "## Refused, by the line",
         "",
@@ -122,12 +123,12 @@ def support(rows: list[Row]) -> str:
     return "\n".join(text)
 
 
-def _table(done: list[Row]) -> Iterable[str]:
+def _table(done: list[Row], columns: Sequence[str]) -> Iterable[str]:
     cells: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     for row in done:
         cells[row.model_type][row.kind][row.result] += 1
     for model_type, kinds in sorted(cells.items()):
-        yield f"| {model_type} | " + " | ".join(_cell(kinds[kind]) for kind in ALL_KINDS) + " |"
+        yield f"| {model_type} | " + " | ".join(_cell(kinds[kind]) for kind in columns) + " |"
 
 
 def _cell(counts: Counter[str]) -> str:
