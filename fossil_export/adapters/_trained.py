@@ -9,7 +9,7 @@ from typing import Any
 
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.errors import AdapterError
-from fossil_export.methods import METHODS, Field, Numbers, Shapes
+from fossil_export.methods import METHODS, ROWS, Field, Numbers, Shapes
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ class Trained:
     def dimensions(self) -> int:
         """How many the parameter has."""
         return METHODS[self.method].dimensions(self.shapes)
+
+    @property
+    def is_rows(self) -> bool:
+        """Whether its tensor has rows that take the place of the parameter's."""
+        return self.method in ROWS
 
     @property
     def rank(self) -> int:

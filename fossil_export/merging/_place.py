@@ -20,6 +20,7 @@ from fossil_export.merging._brought import (
 from fossil_export.merging._change import Piece
 from fossil_export.merging._naming import Naming, exact_names, naming_of
 from fossil_export.merging._placement import Placement
+from fossil_export.merging._rows import place_rows
 from fossil_export.merging._ties import part
 from fossil_export.merging._vocabulary import (
     check_vocabulary,
@@ -58,6 +59,7 @@ def place(adapter: Adapter, base: Checkpoint, tied: bool | None = None, *, into_
         _place_saved(parameter, info, adapter, base, naming, placement)
     for parameter, trained in brought.trained.items():
         _place_trained(parameter, trained, adapter, base, naming, placement, into_floats)
+    place_rows(adapter, base, naming, brought, placement)
     check_vocabulary(adapter, base, naming, placement)
     if placement.added and naming.known and not naming.is_named_by(base.config):
         placement.architecture = naming.model.name
