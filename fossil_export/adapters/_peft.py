@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export.adapters._adapter import Adapter
+from fossil_export.adapters._parameters import take_parameters
 from fossil_export.adapters._pickled import read_pickled
 from fossil_export.adapters._rwkv import is_state_dict, load_state_dict
 from fossil_export.adapters._targets import check_targets
@@ -158,7 +159,8 @@ def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
             )
     if not parts:
         raise AdapterError(f"{weights}: holds no shards ({known}); was the adapter saved before training?")
-    found_all = [
+    found_all = list(take_parameters(weights, folder / CONFIG, parts, config))
+    found_all += [
         one for module, own in parts.items() for one in trained_in(weights, module, own, methods, config, shared)
     ]
     trained = by_module(found_all)

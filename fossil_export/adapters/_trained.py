@@ -18,13 +18,14 @@ class Trained:
 
     `module` is the name the model had when it was trained (`model.layers.0.self_attn.q_proj`), and for another
     parameter than its weight that of the parameter; `method` is one of `METHODS`; `numbers` are what the config says of
-    it, the rank as "r".
+    it, the rank as "r". `columns` says, by role, which columns of a matrix are meant, if not all are.
     """
 
     module: str
     method: str
     tensors: Mapping[str, TensorInfo]
     numbers: Numbers = field(default_factory=dict)
+    columns: Mapping[str, slice] = field(default_factory=dict)
 
     @property
     def parameter(self) -> str:
@@ -54,7 +55,16 @@ class Trained:
 
     @property
     def shapes(self) -> Shapes:
-        return {role: info.shape for role, info in self.tensors.items()}
+        return {
+            role: (*info.shape[:-1], len(range(*self.columns[role].indices(info.shape[-1]))))
+            if role in self.columns
+            else info.shape
+            for role, info in self.tensors.items()
+        }
+
+    def meant(self, role: str, array: Any) -> Any:
+        """What is meant of the `array` of a role, which need give no more than rows when it is sliced."""
+        return Columns(array, self.columns[role]) if role in self.columns else array
 
     @property
     def label(self) -> str:
@@ -69,6 +79,17 @@ class Trained:
     def mismatch(self, weight: tuple[int, int]) -> str | None:
         """Why it cannot belong to a weight of that shape (out, in); None if it can."""
         return METHODS[self.method].mismatch(self.shapes, self.numbers, weight)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Some columns of a matrix, read with its rows."""
+
+    whole: Any
+    some: slice
+
+    def __getitem__(self, rows: slice) -> Any:
+        return self.whole[rows][:, self.some]
 
 
 def formats() -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from fossil_export.methods._base import Base
 from fossil_export.methods._lora import Lora
 from fossil_export.methods._lora_bias import LoraBias
 from fossil_export.methods._lora_embedding import LoraEmbedding
+from fossil_export.methods._lora_parameter import LoraParameter
 from fossil_export.methods._low_rank import LowRank, Tiling
 from fossil_export.methods._method import POSITIVE, Arrays, Field, Method, Numbers, Shapes
 from fossil_export.methods._tokens import ROWS, LoraTokens, TrainableTokens
@@ -24,6 +25,7 @@ METHODS: dict[str, Method] = {
     "lora": Lora(),
     "lora_embedding": LoraEmbedding(),
     "lora_bias": LoraBias(),
+    "lora_parameter": LoraParameter(),
     "lora_tokens": LoraTokens(),
     "trainable_tokens": TrainableTokens(),
 }

@@ -22,6 +22,7 @@ EXACT: dict[str, Exact] = {
     "lora": lora,
     "lora_embedding": lora_embedding,
     "lora_bias": lora_bias,
+    "lora_parameter": tokens,
     "lora_tokens": tokens,
     "trainable_tokens": tokens,
 }
