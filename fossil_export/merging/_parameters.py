@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from fossil_export.adapters import Adapter, Trained
+from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._header import TensorInfo, slice_of
 from fossil_export.checkpoints.layouts import Matrix, fused_rows, transposed_slice
 from fossil_export.errors import MergeError
 from fossil_export.merging._brought import REMEDY
 from fossil_export.merging._naming import Naming
+from fossil_export.models._inventory import Conversion
 
 TRANSPOSED = ("aria", "aria_text", "gpt_oss", "openai_privacy_filter")
 """Types of models whose experts are (experts, in, out): `is_transposed` in transformers/models."""
@@ -27,12 +29,36 @@ Runs = list[tuple[TensorInfo, int, int]]
 """Stored tensor, first row of it, number of rows: the rows of a parameter (…, width), in order."""
 
 
+def stored_experts(
+    made: Conversion | None, trained: Trained, base: Checkpoint
+) -> tuple[tuple[int, ...], Runs] | None:
+    """The shape and the runs of a parameter (experts, out, in) that transformers makes of one stored tensor, which may
+    be (experts, in, out); None if it makes it in another way.
+
+    Some classes look at the shape first, which the LoRA has too (`Transpose` in transformers/core_model_loading.py).
+    """
+    if made is None:
+        return None
+    names = [name for own in made.stored.values() for name in own]
+    options = made.operations[0].options if [one.name for one in made.operations] == ["Transpose"] else {}
+    if len(names) != 1 or sorted((options.get("dim0", 0), options.get("dim1", 1))) != [1, 2]:
+        return None
+    info = base.tensors[names[0]]
+    made_for = (trained.tensors["B"].shape[0], trained.tensors["A"].shape[1])
+    if len(info.shape) != 3:
+        return None
+    if options.get("check_dims") and info.shape[1:] == made_for:
+        return info.shape, [(info, 0, info.shape[0] * info.shape[1])]
+    return (info.shape[0], info.shape[2], info.shape[1]), [(info, 0, 0)]
+
+
 def matrices(
     trained: Trained, shape: tuple[int, ...], runs: Runs, adapter: Adapter, naming: Naming, where: str
 ) -> Iterator[tuple[str, Trained, Matrix]]:
     """The matrices of a parameter of this `shape`, each with a suffix for its name and the LoRA that changes it.
 
-    `where` names the parameter, for messages. Raises MergeError if the LoRA is not made for it.
+    Runs without rows are of a tensor that is stored with its experts transposed. `where` names the parameter, for
+    messages. Raises MergeError if the LoRA is not made for it.
     """
     down, up = trained.tensors["A"], trained.tensors["B"]
     module = trained.module.rpartition(".")[0]
@@ -64,14 +90,15 @@ def matrices(
         numbers = {"r": rank, "scale": trained.numbers["scale"]}
         return replace(trained, method="lora", tensors=own, numbers=numbers, columns=columns)
 
-    if not plain:
-        if len(runs) != 1 or runs[0][0].shape != shape:
+    flipped = not any(count for _, _, count in runs)
+    if flipped or not plain:
+        if len(runs) != 1 or flipped is not plain or (not flipped and runs[0][0].shape != shape):
             raise MergeError(
                 f"{where}: its experts lie transposed, and in parts; save the base again with today's transformers "
                 "(save_original_format=False), and merge into that"
             )
         for expert in range(experts):
-            yield f"[{expert}]", of_expert(expert, 0, width), transposed_slice(runs[0][0], expert)
+            yield f"[{expert}]", of_expert(expert, 0, up.shape[0]), transposed_slice(runs[0][0], expert)
         return
     at = 0
     for info, start, count in runs:

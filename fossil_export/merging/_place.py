@@ -19,7 +19,7 @@ from fossil_export.merging._brought import (
 )
 from fossil_export.merging._change import Piece
 from fossil_export.merging._naming import Naming, exact_names, naming_of
-from fossil_export.merging._parameters import matrices
+from fossil_export.merging._parameters import matrices, stored_experts
 from fossil_export.merging._placement import Placement
 from fossil_export.merging._rows import place_rows
 from fossil_export.merging._ties import part
@@ -189,8 +189,11 @@ def _place_parameter(
     parameter: str, trained: Trained, adapter: Adapter, base: Checkpoint, naming: Naming, placement: Placement
 ) -> None:
     """Where the matrices of a parameter lie, each with its part of what was trained."""
-    if parameter in naming.names.converted:
-        name, found = parameter, _pieces(parameter, base, naming)
+    name, stored = parameter, stored_experts(naming.names.converted.get(parameter), trained, base)
+    if stored is not None:
+        shape, runs = stored
+    elif parameter in naming.names.converted:
+        found = _pieces(parameter, base, naming)
         shape, runs = found.shape, [(base.tensors[run.name], run.first, run.count) for run in found.runs]
         if found.order is not None:
             raise MergeError(
