@@ -29,9 +29,7 @@ Runs = list[tuple[TensorInfo, int, int]]
 """Stored tensor, first row of it, number of rows: the rows of a parameter (…, width), in order."""
 
 
-def stored_experts(
-    made: Conversion | None, trained: Trained, base: Checkpoint
-) -> tuple[tuple[int, ...], Runs] | None:
+def stored_experts(made: Conversion | None, trained: Trained, base: Checkpoint) -> tuple[tuple[int, ...], Runs] | None:
     """The shape and the runs of a parameter (experts, out, in) that transformers makes of one stored tensor, which may
     be (experts, in, out); None if it makes it in another way.
 
@@ -65,8 +63,8 @@ def matrices(
     for other in trained.numbers["others"]:
         if naming.parameter(f"{module}.{other}") is not None:
             raise MergeError(
-                f"{adapter.path}: target_parameters has {other} too, which {module} has and the adapter lacks, so which "
-                f"parameter {trained.label} is of cannot be told; train it with its parameters named in full"
+                f"{adapter.path}: target_parameters has {other} too, which {module} has and the adapter lacks, so "
+                f"which parameter {trained.label} is of cannot be told; train it with its parameters named in full"
             )
     experts = shape[0] if len(shape) == 3 else 1
     rows, width = shape[-2:] if len(shape) in (2, 3) else (0, 0)

@@ -21,6 +21,7 @@ from fossil_export.merging._change import Piece
 from fossil_export.merging._naming import Naming, exact_names, naming_of
 from fossil_export.merging._parameters import matrices, stored_experts
 from fossil_export.merging._placement import Placement
+from fossil_export.merging._replication import refuse_replicated
 from fossil_export.merging._rows import place_rows
 from fossil_export.merging._ties import part
 from fossil_export.merging._vocabulary import (
@@ -46,6 +47,7 @@ def place(adapter: Adapter, base: Checkpoint, tied: bool | None = None, *, into_
     adapter are equal (`ties.are_equal`); without it they are taken as parted, and `Placement.undecided` names them. The
     base's weights must be floats, unless nothing will be added to them (`into_floats` is False).
     """
+    refuse_replicated(adapter, base)
     naming = naming_of(adapter, base)
     placement = Placement(tied=tied)
     brought = brought_by(adapter, base, naming)

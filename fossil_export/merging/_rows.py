@@ -65,7 +65,11 @@ def refuse_unfollowed(groups: Iterable[Tied], naming: Naming, adapter: Adapter, 
     tied = {member for group in groups if embedding in group.members for member in group.members}
     for parameter, one in brought.rows.items():
         path = adapter.files[0]
-        if one.method == "trainable_tokens" and parameter not in tied and not is_targeted(path, adapter.config, one.owner):
+        if (
+            one.method == "trainable_tokens"
+            and parameter not in tied
+            and not is_targeted(path, adapter.config, one.owner)
+        ):
             raise MergeError(
                 f"{path}: target_modules does not cover {one.owner}, which {naming.model.name or 'the base'} does not "
                 "tie to its embedding, and for which there are rows; the files do not belong together"

@@ -35,7 +35,9 @@ def groups(naming: Naming, brought: Brought) -> tuple[Group, ...]:
     """What is tied in the trained class under the base's config."""
     members: dict[str, list[str]] = {}
     fields: dict[str, set[tuple[str, ...]]] = {}
-    known = list(dict.fromkeys([*naming.names.whole, *naming.names.converted, *brought.saved, *brought.trained, *brought.rows]))
+    known = list(
+        dict.fromkeys([*naming.names.whole, *naming.names.converted, *brought.saved, *brought.trained, *brought.rows])
+    )
     leader: dict[str, str] = {}
     for tie in naming.model.ties:
         if not tie.on:

@@ -22,10 +22,18 @@ def _are_names(value: Any) -> bool:
     return value is None or (isinstance(value, list) and all(isinstance(one, str) and one for one in value))
 
 
+def _are_pairs(value: Any) -> bool:
+    whole = isinstance(value, list) and all(isinstance(one, list) and len(one) == 2 for one in value)
+    return value is None or (whole and all(type(number) is int for one in value for number in one))
+
+
 class LoraParameter(Base):
     PEFT: Mapping[str, Mapping[str, str]] = {"LORA": {}}
     """Its keys are those of LoRA; which module's they are the config says (`_parameters` in adapters)."""
-    FIELDS = {"target_parameters": Field("a list of names", _are_names)}
+    FIELDS = {
+        "target_parameters": Field("a list of names", _are_names),
+        "layer_replication": Field("a list of pairs of layer numbers", _are_pairs),  # see merging/_replication.py
+    }
     PARAMETER = ""
 
     def read(self, config: Mapping[str, Any], module: str, shapes: Shapes, where: str) -> Numbers | None:
