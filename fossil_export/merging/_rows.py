@@ -29,6 +29,9 @@ class Tied(Protocol):
     @property
     def members(self) -> tuple[str, ...]: ...
 
+    @property
+    def fields(self) -> tuple[tuple[str, ...], ...]: ...
+
 
 def follow(
     group: Tied, naming: Naming, adapter: Adapter, base: Checkpoint, brought: Brought, placement: Placement
@@ -39,7 +42,15 @@ def follow(
     """
     embedding = f"{naming.model.embedding}.weight"
     rows = brought.rows.get(embedding)
-    if rows is None or embedding not in group.members or (base.config or {}).get("tie_word_embeddings", True) is False:
+    if rows is None or embedding not in group.members:
+        return
+    on = (base.config or {}).get("tie_word_embeddings")
+    if on is None and group.fields != (("tie_word_embeddings",),):
+        raise MergeError(
+            f"{base.location}: its config.json has no tie_word_embeddings of its own, so whether what is tied to "
+            f"{embedding} was trained with it ({rows.label}) cannot be told; write it there"
+        )
+    if on is False:
         return
     one_parameter = rows.method == "trainable_tokens"
     own = [member for member in group.members if member in brought.rows and member != embedding]
@@ -63,13 +74,11 @@ def refuse_unfollowed(groups: Iterable[Tied], naming: Naming, adapter: Adapter, 
     """Raise MergeError for rows of a module that is neither targeted nor tied to the input embedding."""
     embedding = f"{naming.model.embedding}.weight"
     tied = {member for group in groups if embedding in group.members for member in group.members}
+    path, config = adapter.files[0], adapter.config
     for parameter, one in brought.rows.items():
-        path = adapter.files[0]
-        if (
-            one.method == "trainable_tokens"
-            and parameter not in tied
-            and not is_targeted(path, adapter.config, one.owner)
-        ):
+        if one.method != "trainable_tokens" or parameter in tied:
+            continue
+        if not is_targeted(path, config, one.owner):
             raise MergeError(
                 f"{path}: target_modules does not cover {one.owner}, which {naming.model.name or 'the base'} does not "
                 "tie to its embedding, and for which there are rows; the files do not belong together"

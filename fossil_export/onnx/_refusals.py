@@ -21,8 +21,8 @@ def check_mode(adapter: Adapter, mode: str, precision: str | None = None) -> Non
         )
     if adapter.config.get("layer_replication"):
         raise OnnxError(
-            f"{adapter.path}: was trained on repeated layers (layer_replication), which a graph of the base lacks; merge "
-            "it, and export the merged model (optimum-cli export onnx)"
+            f"{adapter.path}: was trained on repeated layers (layer_replication), which a graph of the base lacks; "
+            "merge it, and export the merged model (optimum-cli export onnx)"
         )
     if MODES[mode].low_rank and any(trained.form_rank is None for trained in adapter.trained.values()):
         raise OnnxError(
