@@ -3,8 +3,8 @@
     W'[e] = W[e] + s · B[:, e::E] A[e · r : (e + 1) · r]        A (r · E, in), B (out, r · E), W (E, out, in)
 
 The columns of B go round the experts, and the rows of A do not. If the experts lie transposed, (E, in, out), so does
-the update. Whoever places them makes a plain LoRA of every expert (`_parameters` in merging), so this one has no formula
-of its own. Source: `ParamWrapper` in peft/tuners/lora/layer.py.
+the update. Whoever places them makes a plain LoRA of every expert (`_parameters` in merging), so this one has no
+formula of its own. Source: `ParamWrapper` in peft/tuners/lora/layer.py.
 """
 
 from __future__ import annotations
