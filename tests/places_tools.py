@@ -100,4 +100,8 @@ def edit_weights(folder: Path, change: Any) -> None:
     (file,) = folder.glob("*.safetensors")
     tensors = load_file(file)
     change(tensors)
-    save_file({name: value.contiguous() for name, value in tensors.items()}, file, {"format": "pt"})
+    save_file(
+        {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()},
+        file,
+        {"format": "pt"},
+    )

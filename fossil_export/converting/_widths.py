@@ -47,8 +47,8 @@ def _by_config(adapter: Adapter, config: Mapping[str, Any], path: Path) -> Shape
     """By the names that Llama and its kin give their layers."""
     if adapter.config.get("layer_replication"):
         raise MergeError(
-            f"{adapter.path}: was trained on repeated layers (layer_replication), which only a merge makes; merge it, and "
-            "go on with the merged model"
+            f"{adapter.path}: was trained on repeated layers (layer_replication), which only a merge makes; merge it, "
+            "and go on with the merged model"
         )
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     kind = text.get("model_type")
