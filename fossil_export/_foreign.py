@@ -65,6 +65,8 @@ def model_class(config: Any, default: str) -> Any:
 
 def load_model(kind: Any, folder: Path, config: Any, **options: Any) -> Any:
     """The weights of `folder` as a model of class `kind`; `config` is one of `read_config`."""
+    if hasattr(kind, "set_experts_implementation"):
+        options["experts_implementation"] = "eager"  # grouped products take no float64
     return kind.from_pretrained(folder, config=config, trust_remote_code=False, **options)
 
 

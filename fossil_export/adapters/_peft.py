@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export.adapters._adapter import Adapter
+from fossil_export.adapters._parameters import take_parameters
 from fossil_export.adapters._pickled import read_pickled
 from fossil_export.adapters._rwkv import is_state_dict, load_state_dict
+from fossil_export.adapters._targets import check_targets
 from fossil_export.adapters._trained import (
-    Trained,
     by_module,
     empty,
     fields_of,
@@ -54,6 +55,9 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "modules_to_save": (list,),
     "auto_mapping": (dict,),
     "target_modules": (list, str),
+    "exclude_modules": (list, str),
+    "layers_to_transform": (list, int),
+    "layers_pattern": (list, str),
 }
 
 
@@ -142,7 +146,7 @@ def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
         if found := split_key(key, endings):
             parts[found[0]][found[1]] = tensor
         elif whole or parameter in {"weight", "bias"}:
-            name = f"{module.removesuffix('.base_layer')}.{parameter}"
+            name = f"{module.removesuffix('.base_layer').removesuffix('.token_adapter')}.{parameter}"
             if 0 in tensor.shape or not (tensor.shape or whole):
                 raise AdapterError(empty(f"{weights}: saved tensor {tensor.name} {list(tensor.shape)}"))
             if name in saved:
@@ -155,11 +159,16 @@ def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
             )
     if not parts:
         raise AdapterError(f"{weights}: holds no shards ({known}); was the adapter saved before training?")
-    trained = by_module(
+    found_all = list(take_parameters(weights, folder / CONFIG, parts, config))
+    found_all += [
         one for module, own in parts.items() for one in trained_in(weights, module, own, methods, config, shared)
-    )
+    ]
+    trained = by_module(found_all)
+    if len(trained) < len(found_all):
+        twice = next(one for one in found_all if trained[one.module] is not one)
+        raise AdapterError(f"{weights}: trained {twice.module} in two ways ({twice.label}), of which one replaces it")
     refuse_mixtures(trained, weights)
-    _check_targets(folder / CONFIG, config, trained)
+    check_targets(folder / CONFIG, config, trained.values())
     return Adapter(
         path=given,
         peft_type=config["peft_type"],
@@ -242,29 +251,3 @@ def find_weights(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise AdapterError(f"{folder}: holds neither {' nor '.join(WEIGHTS)}; copy the adapter's weights into it")
-
-
-def _check_targets(path: Path, config: Mapping[str, Any], trained: Mapping[str, Trained]) -> None:
-    """Every trained module must be one that the config targets.
-
-    Source: check_target_module_exists in peft/tuners/tuners_utils.py.
-    """
-    targets = config.get("target_modules")
-    owners = dict.fromkeys(one.owner for one in trained.values())
-    if isinstance(targets, list):
-        strays = [
-            name for name in owners if not any(name == target or name.endswith(f".{target}") for target in targets)
-        ]
-    elif isinstance(targets, str) and targets != "all-linear":
-        try:
-            pattern = re.compile(targets)
-        except (re.error, OverflowError, RecursionError) as problem:
-            raise AdapterError(f"{path}: target_modules is not a valid regular expression: {problem}") from problem
-        strays = [name for name in owners if not pattern.fullmatch(name)]
-    else:
-        return
-    if strays:
-        raise AdapterError(
-            f"{path}: target_modules does not cover {listed(strays)}, for which there are shards; "
-            "the files do not belong together"
-        )

@@ -9,7 +9,7 @@ from typing import Any
 
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.errors import AdapterError
-from fossil_export.methods import METHODS, Field, Numbers, Shapes
+from fossil_export.methods import METHODS, ROWS, Field, Numbers, Shapes
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,14 @@ class Trained:
 
     `module` is the name the model had when it was trained (`model.layers.0.self_attn.q_proj`), and for another
     parameter than its weight that of the parameter; `method` is one of `METHODS`; `numbers` are what the config says of
-    it, the rank as "r".
+    it, the rank as "r". `columns` says, by role, which columns of a matrix are meant, if not all are.
     """
 
     module: str
     method: str
     tensors: Mapping[str, TensorInfo]
     numbers: Numbers = field(default_factory=dict)
+    columns: Mapping[str, slice] = field(default_factory=dict)
 
     @property
     def parameter(self) -> str:
@@ -43,13 +44,27 @@ class Trained:
         return METHODS[self.method].dimensions(self.shapes)
 
     @property
+    def is_rows(self) -> bool:
+        """Whether its tensor has rows that take the place of the parameter's."""
+        return self.method in ROWS
+
+    @property
     def rank(self) -> int:
         """r; 0 for a method that has none."""
         return int(self.numbers.get("r", 0))
 
     @property
     def shapes(self) -> Shapes:
-        return {role: info.shape for role, info in self.tensors.items()}
+        return {
+            role: (*info.shape[:-1], len(range(*self.columns[role].indices(info.shape[-1]))))
+            if role in self.columns
+            else info.shape
+            for role, info in self.tensors.items()
+        }
+
+    def meant(self, role: str, array: Any) -> Any:
+        """What is meant of the `array` of a role, which need give no more than rows when it is sliced."""
+        return Columns(array, self.columns[role]) if role in self.columns else array
 
     @property
     def label(self) -> str:
@@ -64,6 +79,17 @@ class Trained:
     def mismatch(self, weight: tuple[int, int]) -> str | None:
         """Why it cannot belong to a weight of that shape (out, in); None if it can."""
         return METHODS[self.method].mismatch(self.shapes, self.numbers, weight)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Some columns of a matrix, read with its rows."""
+
+    whole: Any
+    some: slice
+
+    def __getitem__(self, rows: slice) -> Any:
+        return self.whole[rows][:, self.some]
 
 
 def formats() -> tuple[str, ...]:

@@ -62,7 +62,7 @@ class Header:
     """One safetensors file: `encoded` is what stands before the tensors, `size` the whole file in bytes.
 
     `stamp` tells the file that was read from a later one at the same path; None for a header that came alone, by a
-    range of a file on the Hub.
+    range of a file on the Hub. The tensors of one that is `derived` are not those that `encoded` tells of.
     """
 
     path: Path
@@ -71,6 +71,7 @@ class Header:
     tensors: tuple[TensorInfo, ...]
     metadata: Mapping[str, str]
     stamp: Stamp | None = None
+    derived: bool = False
 
 
 def read_header(path: Path, error: type[FossilExportError] = CheckpointError) -> Header:

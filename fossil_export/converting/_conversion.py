@@ -13,8 +13,9 @@ from fossil_export.checkpoints._single_file import staged_file
 from fossil_export.checkpoints._staging import check_destination, staged_folder
 from fossil_export.converting._converters import CONVERTERS, OPTIONS, Converter, Format, Outtype, takers
 from fossil_export.converting._options import Options
-from fossil_export.errors import CheckpointError, FossilExportError, OutputError
+from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, OutputError, listed
 from fossil_export.merging._planning import find_base
+from fossil_export.methods import ROWS
 from fossil_export.storage import expanded, fetch, is_path
 
 
@@ -122,6 +123,11 @@ def convert(
     _refuse_options(converter, special)
     if not isinstance(adapter, Adapter):
         adapter = load_adapter(adapter)
+    if placed := [one for one in adapter.trained.values() if one.method in ("lora_parameter", *ROWS)]:
+        raise AdapterError(
+            f"{adapter.path}: has {placed[0].method} modules ({listed([one.module for one in placed])}), which {to} "
+            "has no place for; merge it, and go on with the merged model"
+        )
     found = _base(adapter, converter, base, base_config)
     options = replace(found, graph=graph, rank=rank, energy=energy, outtype=outtype or found.outtype)
     fetch(adapter.needed)

@@ -45,6 +45,11 @@ def layer_shapes(adapter: Adapter, options: Options) -> tuple[Shapes, frozenset[
 
 def _by_config(adapter: Adapter, config: Mapping[str, Any], path: Path) -> Shapes:
     """By the names that Llama and its kin give their layers."""
+    if adapter.config.get("layer_replication"):
+        raise MergeError(
+            f"{adapter.path}: was trained on repeated layers (layer_replication), which only a merge makes; merge it, "
+            "and go on with the merged model"
+        )
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     kind = text.get("model_type")
     if kind not in _PLAIN or any("experts" in module or "vision" in module for module in adapter.trained):

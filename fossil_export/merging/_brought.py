@@ -18,15 +18,16 @@ REMEDY = "name the base model it was trained from with --base"
 
 @dataclass
 class Brought:
-    """What an adapter brings, by parameter: tensors that were `saved` whole, modules that were `trained`; what lay
-    `below` those, where it is not the base's."""
+    """What an adapter brings, by parameter: tensors that were `saved` whole, modules that were `trained`, `rows` of
+    tokens; what lay `below` those, where it is not the base's."""
 
     saved: dict[str, TensorInfo] = field(default_factory=dict)
     trained: dict[str, Trained] = field(default_factory=dict)
+    rows: dict[str, Trained] = field(default_factory=dict)
     below: dict[str, TensorInfo] = field(default_factory=dict)
 
     def __contains__(self, parameter: object) -> bool:
-        return parameter in self.saved or parameter in self.trained
+        return parameter in self.saved or parameter in self.trained or parameter in self.rows
 
 
 def brought_by(adapter: Adapter, base: Checkpoint, naming: Naming) -> Brought:
@@ -36,11 +37,13 @@ def brought_by(adapter: Adapter, base: Checkpoint, naming: Naming) -> Brought:
         parameter = _parameter(trained.parameter, naming, base)
         if parameter is None:
             missing.append(module)
-        elif parameter in brought.trained:
+        elif other := brought.trained.get(parameter) or brought.rows.get(parameter):
             raise MergeError(
-                f"modules {brought.trained[parameter].module} and {module} both match {parameter} in the base; "
+                f"modules {other.module} and {module} both match {parameter} in the base; "
                 "name the base they were trained on with --base"
             )
+        elif trained.is_rows:
+            brought.rows[parameter] = trained
         else:
             brought.trained[parameter] = trained
     if missing:
@@ -68,7 +71,9 @@ def refuse_missing(
     """Raise MergeError for shards whose weights the class has and the base lacks."""
     known = {name.rpartition(".")[0] for name in base.tensors}
     missing = []
-    for parameter, trained in brought.trained.items():
+    followed = {id(trained) for parameter, trained in brought.rows.items() if parameter in naming.names}
+    alone = [pair for pair in brought.rows.items() if id(pair[1]) not in followed]
+    for parameter, trained in [*brought.trained.items(), *alone]:
         if parameter in naming.names or parameter in copied or parameter in brought.saved:
             continue
         if find_matrix(parameter, base.tensors, base.config) is None and parameter.rpartition(".")[0] not in known:
@@ -120,7 +125,7 @@ def refuse_untold(adapter: Adapter, base: Checkpoint, naming: Naming, brought: B
             "transformers that knows the model"
         )
     vocabulary = {(part or {}).get("vocab_size") for part in (base.config, (base.config or {}).get("text_config"))}
-    for name in [*brought.saved, *brought.trained]:
+    for name in [*brought.saved, *brought.trained, *brought.rows]:
         info = brought.saved.get(name) or base.tensors.get(name)
         rows = info.shape[0] if info is not None and info.shape else None
         if is_head(name.rpartition(".")[0]) or embedding_tensor([name]) or (rows in vocabulary and rows is not None):

@@ -34,13 +34,15 @@ class Piece:
     """Elements of a tensor, from `first` on, have the values of `source`, a whole tensor of the plan's adapter number
     `adapter`, or a slice of one (`slice_of`).
 
-    With an `order` these are rows as the matrix has them, to be stored in that order.
+    With an `order` these are rows as the matrix has them, to be stored in that order. What lies `above` another whole
+    tensor of the same adapter goes before that.
     """
 
     first: int
     source: TensorInfo
     order: Order | None = None
     adapter: int = 0
+    above: bool = False
 
     @property
     def last(self) -> int:

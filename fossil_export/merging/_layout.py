@@ -160,6 +160,8 @@ def _file(name: str, tensors: list[TensorPlan], header: Header | None, metadata:
 
 
 def _unchanged(tensors: Iterable[TensorPlan], header: Header) -> bool:
+    if header.derived:
+        return False
     return [(t.name, t.dtype, t.shape) for t in tensors] == [(t.name, t.dtype, t.shape) for t in header.tensors]
 
 

@@ -19,7 +19,10 @@ from fossil_export.merging._brought import (
 )
 from fossil_export.merging._change import Piece
 from fossil_export.merging._naming import Naming, exact_names, naming_of
+from fossil_export.merging._parameters import matrices, stored_experts
 from fossil_export.merging._placement import Placement
+from fossil_export.merging._replication import refuse_replicated
+from fossil_export.merging._rows import place_rows
 from fossil_export.merging._ties import part
 from fossil_export.merging._vocabulary import (
     check_vocabulary,
@@ -44,6 +47,7 @@ def place(adapter: Adapter, base: Checkpoint, tied: bool | None = None, *, into_
     adapter are equal (`ties.are_equal`); without it they are taken as parted, and `Placement.undecided` names them. The
     base's weights must be floats, unless nothing will be added to them (`into_floats` is False).
     """
+    refuse_replicated(adapter, base)
     naming = naming_of(adapter, base)
     placement = Placement(tied=tied)
     brought = brought_by(adapter, base, naming)
@@ -58,6 +62,7 @@ def place(adapter: Adapter, base: Checkpoint, tied: bool | None = None, *, into_
         _place_saved(parameter, info, adapter, base, naming, placement)
     for parameter, trained in brought.trained.items():
         _place_trained(parameter, trained, adapter, base, naming, placement, into_floats)
+    place_rows(adapter, base, naming, brought, placement)
     check_vocabulary(adapter, base, naming, placement)
     if placement.added and naming.known and not naming.is_named_by(base.config):
         placement.architecture = naming.model.name
@@ -155,6 +160,9 @@ def _place_trained(
     into_floats: bool,
 ) -> None:
     """Where the weight lies that a shard changes. Raises MergeError for one that it does not fit."""
+    if trained.method == "lora_parameter":
+        _place_parameter(parameter, trained, adapter, base, naming, placement)
+        return
     if parameter in naming.names.converted:
         name, matrix = parameter, _rows(parameter, trained, adapter, base, naming)
     else:
@@ -177,6 +185,40 @@ def _place_trained(
         raise MergeError(f"{where} does not fit shard {trained.label} {shapes} of {adapter.path}: {reason}; {REMEDY}")
     placement.trained[name] = trained
     placement.into[name] = matrix
+
+
+def _place_parameter(
+    parameter: str, trained: Trained, adapter: Adapter, base: Checkpoint, naming: Naming, placement: Placement
+) -> None:
+    """Where the matrices of a parameter lie, each with its part of what was trained."""
+    name, stored = parameter, stored_experts(naming.names.converted.get(parameter), trained, base)
+    if stored is not None:
+        shape, runs = stored
+    elif parameter in naming.names.converted:
+        found = _pieces(parameter, base, naming)
+        shape, runs = found.shape, [(base.tensors[run.name], run.first, run.count) for run in found.runs]
+        if found.order is not None:
+            raise MergeError(
+                f"{base.location}: the rows of {parameter} lie in another order, and {trained.label} of {adapter.path} "
+                "changes it as a whole; save the base in the form of its class, and merge into that"
+            )
+    else:
+        name = naming.names.whole.get(parameter, parameter)
+        spelled = naming.names.spelling(parameter) or name
+        brought = placement.saved.get(spelled) or placement.copied.get(spelled)
+        name = name if name in base.tensors and brought is None else spelled
+        info = brought or base.tensors.get(name)
+        if info is None:
+            raise MergeError(_homeless(name, trained, adapter, base))
+        shape, runs = info.shape, [(info, 0, element_count(info.shape[:-1]))]
+    where = f"{base.location}: {name}"
+    if others := [info.dtype for info, _, _ in runs if info.dtype not in FLOATS]:
+        raise MergeError(f"{where} {list(shape)} is stored as {others[0]}: {QUANTIZED}")
+    for suffix, one, matrix in matrices(trained, shape, runs, adapter, naming, where):
+        if suffix and (name in placement.saved or name in placement.copied):
+            raise MergeError(f"{where} comes with {adapter.path}, which changes its matrices too; merge it with PEFT")
+        placement.trained[name + suffix] = one
+        placement.into[name + suffix] = matrix
 
 
 def _checked(matrix: Matrix | None, weight: TensorInfo | None, name: str, trained: Trained, base: Checkpoint) -> Matrix:

@@ -152,8 +152,10 @@ def _refuse_lone(adapters: Sequence[Adapter], changes: Mapping[str, Sequence[Cha
     """Raise MergeError for an update that cannot be combined, of a weight that another adapter changes too."""
     for name, found in changes.items():
         for one in found:
+            if one.method.COMBINES != "alone":
+                continue
             others = [other for other in found if other.adapter != one.adapter and other.into.span == one.into.span]
-            if others and one.method.COMBINES == "alone":
+            if others:
                 raise MergeError(
                     f"{adapters[one.adapter].path}: its update of {name} ({one.trained.method}) is for the base's own "
                     f"weight, which {adapters[others[0].adapter].path} changes too; such adapters cannot be added up, "
@@ -169,8 +171,9 @@ def _refuse_overlaps(
     `owner` is the adapter that brings the tensor as a whole, if one does. What is added to a piece must be of the same
     adapter and go into all of it.
     """
-    if owner is not None and pieces:
-        raise MergeError(_conflict(name, adapters[owner], adapters[pieces[0].adapter]))
+    for piece in pieces if owner is not None else ():
+        if not piece.above or piece.adapter != owner:
+            raise MergeError(_conflict(name, adapters[owner or 0], adapters[piece.adapter]))
     spans: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
     for piece in pieces:
         spans.setdefault(piece.span, ([], []))[0].append(piece.adapter)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from fossil_export.merging._look import look
 from fossil_export.merging._place import place
 from fossil_export.merging._placement import Places, together
 from fossil_export.merging._plan import MergePlan
+from fossil_export.merging._replication import replicated
 from fossil_export.merging._ties import are_equal
 from fossil_export.storage import Origin, find_origin, is_path, pinned
 
@@ -104,7 +105,8 @@ def settled(plan: MergePlan) -> MergePlan:
     """The plan with nothing undecided: heads that are still the embedding stay tied to it. Reads both of them."""
     if not any(plan.undecided):
         return plan
-    tied = [are_equal(adapter, plan.base, place(adapter, plan.base)) for adapter in plan.adapters]
+    base = replicated(plan.adapters, plan.base)
+    tied = [are_equal(adapter, base, place(adapter, base)) for adapter in plan.adapters]
     return planned(plan, plan.dtype, tied)
 
 
@@ -115,7 +117,7 @@ def with_dtype(plan: MergePlan, dtype: str) -> MergePlan:
 
 def planned(asked: MergePlan, dtype: str, tied: Sequence[bool | None]) -> MergePlan:
     """The whole plan for what was `asked`; `tied` is by adapter, as `place` has it."""
-    base, adapters = asked.base, asked.adapters
+    base, adapters = replicated(asked.adapters, asked.base), asked.adapters
     placements = [place(adapter, base, equal) for adapter, equal in zip(adapters, tied, strict=True)]
     places = together(adapters, placements, asked.weights)
     by_file: dict[str, list[TensorPlan]] = {}
@@ -125,9 +127,11 @@ def planned(asked: MergePlan, dtype: str, tied: Sequence[bool | None]) -> MergeP
             tensors.append(_tensor_plan(info.name, info, places, dtype))
     for name in places.added:
         by_file[base.files[-1].path.name].append(_tensor_plan(name, None, places, dtype))
+    if any(header.derived for header in base.files):  # a file may have held nothing but layers that are left out
+        by_file = {name: tensors for name, tensors in by_file.items() if tensors}
     files, index = lay_out(base, by_file, asked.max_shard_size)
 
-    config_edits, config = _config(base, places, dtype)
+    config_edits, config = _config(base, asked.base.config or {}, places, dtype)
     held = {tensor.name: tensor.shape for file in files for tensor, _ in file.tensors}
     if wrong := list(look(adapters, base, held, {**(base.config or {}), **config_edits})):
         raise MergeError(
@@ -224,7 +228,10 @@ def _tensor_plan(name: str, info: TensorInfo | None, places: Places, dtype: str)
     )
 
 
-def _config(base: Checkpoint, places: Places, dtype: str) -> tuple[dict[str, Any], bytes | None]:
+def _config(
+    base: Checkpoint, before: Mapping[str, Any], places: Places, dtype: str
+) -> tuple[dict[str, Any], bytes | None]:
+    """The edits of the config, which was another one `before` if the base's layers are repeated ones."""
     if base.config is None:
         needed = [
             what
@@ -247,5 +254,5 @@ def _config(base: Checkpoint, places: Places, dtype: str) -> tuple[dict[str, Any
         labels=places.labels,
         architecture=places.architecture,
     )
-    edits = difference(base.config, edited)
+    edits = difference(before, edited)
     return edits, write_json(edited) if edits else None

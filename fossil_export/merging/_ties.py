@@ -19,6 +19,7 @@ from fossil_export.errors import MergeError
 from fossil_export.merging._brought import Brought
 from fossil_export.merging._naming import Naming
 from fossil_export.merging._placement import Pair, Placement
+from fossil_export.merging._rows import follow, refuse_unfollowed, rows_differ
 from fossil_export.models import Tie
 
 
@@ -34,7 +35,9 @@ def groups(naming: Naming, brought: Brought) -> tuple[Group, ...]:
     """What is tied in the trained class under the base's config."""
     members: dict[str, list[str]] = {}
     fields: dict[str, set[tuple[str, ...]]] = {}
-    known = list(dict.fromkeys([*naming.names.whole, *naming.names.converted, *brought.saved, *brought.trained]))
+    known = list(
+        dict.fromkeys([*naming.names.whole, *naming.names.converted, *brought.saved, *brought.trained, *brought.rows])
+    )
     leader: dict[str, str] = {}
     for tie in naming.model.ties:
         if not tie.on:
@@ -77,7 +80,9 @@ def part(naming: Naming, adapter: Adapter, base: Checkpoint, brought: Brought, p
     """
     found = groups(naming, brought)
     parted: list[Group] = []
+    refuse_unfollowed(found, naming, adapter, brought)
     for group in found:
+        follow(group, naming, adapter, base, brought, placement)
         if any(member in brought for member in group.members) and _differ(group, naming, base, brought, placement):
             parted.append(group)
     fields = {one for group in parted for one in group.fields}
@@ -138,7 +143,7 @@ def _differ(group: Group, naming: Naming, base: Checkpoint, brought: Brought, pl
             old = own.get(other)
             if other not in brought.saved and (old is None or old.shape != below.shape):
                 brought.saved[other] = below
-    if trained:
+    if trained or rows_differ(group, brought):
         return True
     values = {member: brought.saved.get(member) or own.get(member) for member in group.members}
     distinct: dict[TensorInfo, str] = {}

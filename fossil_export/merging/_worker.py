@@ -145,7 +145,10 @@ class Worker:
         updates = []
         for change in slab.part.changes:
             tensors = change.trained.tensors
-            trained = {role: self._trained(info, change.adapter, dtype) for role, info in tensors.items()}
+            trained = {
+                role: change.trained.meant(role, self._trained(info, change.adapter, dtype))
+                for role, info in tensors.items()
+            }
             # Only what these rows need is widened: whole tensors of a high rank take more than the slabs do.
             part = change.method.part(trained, slab.start, slab.stop)
             wide = {role: self._widened(array, dtype) for role, array in part.items()}

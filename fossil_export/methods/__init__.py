@@ -13,8 +13,10 @@ from fossil_export.methods._base import Base
 from fossil_export.methods._lora import Lora
 from fossil_export.methods._lora_bias import LoraBias
 from fossil_export.methods._lora_embedding import LoraEmbedding
+from fossil_export.methods._lora_parameter import LoraParameter
 from fossil_export.methods._low_rank import LowRank, Tiling
 from fossil_export.methods._method import POSITIVE, Arrays, Field, Method, Numbers, Shapes
+from fossil_export.methods._tokens import ROWS, LoraTokens, TrainableTokens
 
 METHODS: dict[str, Method] = {
     "tile": tile,
@@ -23,7 +25,10 @@ METHODS: dict[str, Method] = {
     "lora": Lora(),
     "lora_embedding": LoraEmbedding(),
     "lora_bias": LoraBias(),
+    "lora_parameter": LoraParameter(),
+    "lora_tokens": LoraTokens(),
+    "trainable_tokens": TrainableTokens(),
 }
 """By the name that records and tables give them. Those that share endings are asked in this order."""
 
-__all__ = ["METHODS", "POSITIVE", "Arrays", "Base", "Field", "LowRank", "Method", "Numbers", "Shapes", "Tiling"]
+__all__ = ["METHODS", "POSITIVE", "ROWS", "Arrays", "Base", "Field", "LowRank", "Method", "Numbers", "Shapes", "Tiling"]

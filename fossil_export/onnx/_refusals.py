@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fossil_export.adapters import Adapter
 from fossil_export.errors import OnnxError
+from fossil_export.methods import ROWS
 from fossil_export.onnx._trained import is_tiled
 from fossil_export.onnx.builders import PRECISIONS
 from fossil_export.onnx.modes import MODES
@@ -13,6 +14,16 @@ def check_mode(adapter: Adapter, mode: str, precision: str | None = None) -> Non
     """Raise OnnxError for an adapter that this mode does not take."""
     if mode not in MODES:
         raise OnnxError(f"mode is {mode!r}, expected {', '.join(MODES)}")
+    if parts := [one.method for one in adapter.trained.values() if one.method in ("lora_parameter", *ROWS)]:
+        raise OnnxError(
+            f"{adapter.path}: has {parts[0]} modules, which are not found in graphs; merge it, and export the merged "
+            "model (optimum-cli export onnx)"
+        )
+    if adapter.config.get("layer_replication"):
+        raise OnnxError(
+            f"{adapter.path}: was trained on repeated layers (layer_replication), which a graph of the base lacks; "
+            "merge it, and export the merged model (optimum-cli export onnx)"
+        )
     if MODES[mode].low_rank and any(trained.form_rank is None for trained in adapter.trained.values()):
         raise OnnxError(
             f"{adapter.path}: is a {adapter.variant} adapter, whose update depends on the weight it changes and is no "

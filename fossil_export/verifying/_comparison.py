@@ -251,7 +251,7 @@ def _trained(job: Job, start: int, stop: int, adapter: Adapter, files: Files) ->
 
     assert job.change is not None
     trained = job.change.trained
-    arrays = {role: files.array(info, adapter) for role, info in trained.tensors.items()}
+    arrays = {role: trained.meant(role, files.array(info, adapter)) for role, info in trained.tensors.items()}
     part = EXACT[trained.method].part(arrays, start, stop)
     return {
         role: (array if job.part.dtype == "F64" else array.astype(np.float32)).astype(np.float64)

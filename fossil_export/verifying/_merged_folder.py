@@ -11,6 +11,7 @@ from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import Checkpoint, identity
 from fossil_export.merging._naming import names_in
 from fossil_export.merging._planning import plan_merge, settled
+from fossil_export.merging._replication import replicated
 from fossil_export.verifying._artifacts import Progress, count_parameters
 from fossil_export.verifying._folder import check_folder
 from fossil_export.verifying._forward import Subject
@@ -31,6 +32,7 @@ class MergedFolder:
     ) -> tuple[tuple[TensorCheck, ...] | None, list[str]]:
         dtype = (record or {}).get("dtype", "auto")
         plan = settled(plan_merge(adapter, base.location, dtype=dtype))
+        base = replicated([adapter], base)
         problems = list(check_folder(self.checkpoint, base, adapter, record, plan))
         tensors = check_weights(self.checkpoint, base, adapter, dtype, progress)
         return tensors, problems + [f"{check.name} {check.problem}" for check in tensors if check.problem]

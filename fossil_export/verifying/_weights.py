@@ -22,6 +22,7 @@ from fossil_export.checkpoints._dtypes import BY_TORCH_NAME, FLOATS, element_cou
 from fossil_export.merging._change import Change, parts_of
 from fossil_export.merging._place import place
 from fossil_export.merging._placement import Places, together
+from fossil_export.merging._replication import replicated
 from fossil_export.merging._ties import are_equal
 from fossil_export.verifying._comparison import Files, Job, Sums, compare
 
@@ -65,6 +66,7 @@ def check_weights(
     `dtype` is what the merge was asked for ("auto": each tensor keeps its own). Reads every byte once, in
     little memory. Raises MergeError where the adapter does not belong to the base.
     """
+    base = replicated([adapter], base)
     places = _places(adapter, base)
     names = [*base.tensors, *places.added]
     tensors = [_expected(name, artifact, base, places, dtype) for name in names]

@@ -1,0 +1,83 @@
+"""Which modules and parameters a config of PEFT targets.
+
+Source: `check_target_module_exists` and `_inject_parameters` in peft/tuners/tuners_utils.py, `match_target_against_key`
+in peft/utils/other.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fossil_export.adapters._trained import Trained
+from fossil_export.errors import AdapterError, listed
+from fossil_export.methods import METHODS
+
+ALL_LINEAR = "all-linear"
+"""What PEFT writes out as the names that it stands for."""
+
+
+def check_targets(path: Path, config: Mapping[str, Any], trained: Iterable[Trained]) -> None:
+    """Raise AdapterError, which names the config at `path`, for a trained module that it does not target."""
+    tied = config.get("ensure_weight_tying") and any(one.method == "lora_embedding" for one in trained)
+    names: dict[str, bool] = {}
+    for one in trained:
+        # Rows of tokens of a LoRA are asked for by another field, and so are parameters.
+        if one.method != "lora_tokens" and METHODS[one.method].PARAMETER:
+            names.setdefault(one.owner, is_targeted(path, config, one.owner))
+    strays = [name for name, targeted in names.items() if not targeted]
+    if all(one.method == "trainable_tokens" for one in trained) and any(names.values()):
+        strays = []  # what follows a targeted embedding is saved with it; `_ties` looks at these
+    # So is what is tied to an embedding that LoRA changes.
+    if strays and not tied:
+        raise AdapterError(
+            f"{path}: target_modules does not cover {listed(strays)}, for which there are shards; "
+            "the files do not belong together"
+        )
+
+
+def is_targeted(path: Path, config: Mapping[str, Any], module: str) -> bool:
+    """Whether a config targets a module."""
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+    if isinstance(excluded, str) and excluded:
+        if _matches(path, "exclude_modules", excluded, module):
+            return False
+    elif excluded and ends_with(module, excluded):
+        return False
+    if isinstance(targets, str):
+        return targets.lower() == ALL_LINEAR or _matches(path, "target_modules", targets, module)
+    if not isinstance(targets, list):
+        return not config.get("target_parameters")
+    return module in targets or (ends_with(module, targets) and _in_layers(path, config, module))
+
+
+def _in_layers(path: Path, config: Mapping[str, Any], module: str) -> bool:
+    """Whether a module lies in one of the layers that alone are transformed."""
+    layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern")
+    if layers is None or layers == []:
+        return True
+    patterns = [patterns] if isinstance(patterns, str) and patterns else patterns or [r"[^.]*"]
+    for pattern in patterns:
+        beginning = r".*?\." if pattern == r"[^.]*" else r"(?:^|.*?\.)"
+        found = _regex(path, "layers_pattern", rf"{beginning}{pattern}\.(\d+)\.").match(module)
+        if found is not None:
+            return int(found[found.re.groups]) in (layers if isinstance(layers, list) else [layers])
+    return False
+
+
+def ends_with(name: str, ends: Iterable[Any]) -> bool:
+    """Whether a dotted name is one of these, or ends with one."""
+    return any(name == end or name.endswith(f".{end}") for end in ends)
+
+
+def _matches(path: Path, field: str, pattern: str, name: str) -> bool:
+    return _regex(path, field, pattern).fullmatch(name) is not None
+
+
+def _regex(path: Path, field: str, pattern: Any) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError, TypeError) as problem:
+        raise AdapterError(f"{path}: {field} is not a valid regular expression: {problem}") from problem

@@ -1,0 +1,162 @@
+"""A tensor is merged only if the config targets its module, as PEFT matches modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import edit_json, make_adapter, make_base, weights
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from places_tools import edit_weights
+
+from fossil_export import load_adapter, merge
+from fossil_export.adapters._targets import is_targeted
+from fossil_export.errors import AdapterError, FossilExportError, MergeError
+
+NAMES = [
+    "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.12.self_attn.v_proj",
+    "model.layers.1.mlp.experts.0.down_proj", "model.encoder.layer.3.proj", "transformer.h.2.attn.c_attn", "lm_head",
+    "model.embed_tokens", "blocks.1.q_proj", "layers.2.q_proj",
+]  # fmt: skip
+TARGETS = [
+    ["q_proj"], ["q_proj", "v_proj", "lm_head"], ["layers.1.self_attn.q_proj"], ["proj"], [], ["down_proj", "c_attn"],
+    r".*layers\.1\..*", r"q_proj", r".*\.(q|v)_proj", ["model.layers.0.self_attn.q_proj", "v_proj"],
+]  # fmt: skip
+EXCLUDED = [None, [], ["lm_head"], ["layers.1.self_attn.q_proj", "v_proj"], r".*\.0\..*", ""]
+LAYERS = [None, [], [1], [0, 12], 1, [2, 3]]
+PATTERNS = [None, [], "layers", ["h", "layer"], "", ["encoder.layer"], "blocks"]
+
+
+@given(*(st.sampled_from(given) for given in (NAMES, TARGETS, EXCLUDED, LAYERS, PATTERNS)))
+def test_modules_are_matched_as_peft_matches_them(
+    name: str, targets: Any, excluded: Any, layers: Any, patterns: Any
+) -> None:
+    config: dict[str, Any] = {"target_modules": targets, "exclude_modules": excluded}
+    if not isinstance(targets, str):
+        config |= {"layers_to_transform": layers} | ({"layers_pattern": patterns} if layers else {})
+    wanted = bool(check_target_module_exists(LoraConfig(**config), name))
+    assert is_targeted(Path("config"), config, name) is wanted
+
+
+def lora(folder: Path, base: Path, **config: Any) -> Path:
+    make_adapter(folder, base, kind=LoraConfig, **config)
+    return folder / "adapter_config.json"
+
+
+@pytest.mark.parametrize(
+    "config, edits",
+    [
+        ({"target_modules": ["q_proj", "v_proj"]}, {"exclude_modules": ["v_proj"]}),
+        ({"target_modules": ["q_proj"]}, {"exclude_modules": r".*layers\.1\..*"}),
+        ({"target_modules": ["q_proj"]}, {"layers_to_transform": [0]}),
+        ({"target_modules": ["q_proj"]}, {"layers_to_transform": 1, "layers_pattern": "layers"}),
+        ({"target_modules": ["q_proj"]}, {"layers_to_transform": [0, 1], "layers_pattern": ["blocks"]}),
+        ({"target_modules": ["q_proj"]}, {"target_modules": []}),
+        ({"target_modules": ["q_proj"]}, {"target_modules": "q_proj"}),
+        ({"target_modules": ["q_proj"]}, {"target_modules": None, "target_parameters": ["k_proj.weight"]}),
+    ],
+)
+def test_a_module_that_the_config_leaves_out_is_refused(
+    config: dict[str, Any], edits: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    path = lora(tmp_path / "lora", base, **config)
+    load_adapter(tmp_path / "lora")
+    edit_json(path, **edits)
+    with pytest.raises(AdapterError, match=r"target_modules does not cover .*_proj"):
+        load_adapter(tmp_path / "lora")
+
+
+@pytest.mark.parametrize(
+    "edits, why",
+    [
+        ({"target_modules": "("}, "target_modules is not a valid regular expression"),
+        ({"exclude_modules": "("}, "exclude_modules is not a valid regular expression"),
+        ({"layers_to_transform": [0], "layers_pattern": "("}, "layers_pattern is not a valid regular expression"),
+        ({"layers_to_transform": "all"}, "layers_to_transform is 'all'"),
+        ({"exclude_modules": 3}, "exclude_modules is 3"),
+    ],
+)
+def test_fields_that_peft_never_writes_are_refused(edits: dict[str, Any], why: str, base: Path, tmp_path: Path) -> None:
+    edit_json(lora(tmp_path / "lora", base, target_modules=["q_proj"]), **edits)
+    with pytest.raises(AdapterError, match=why):
+        load_adapter(tmp_path / "lora")
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "ALL-LINEAR", None])
+def test_configs_that_leave_the_modules_to_peft_are_taken(targets: Any, base: Path, tmp_path: Path) -> None:
+    path = lora(tmp_path / "lora", base, target_modules=["q_proj", "up_proj"])
+    before = merge(tmp_path / "lora", tmp_path / "one").survival
+    edit_json(path, target_modules=targets)
+    assert merge(tmp_path / "lora", tmp_path / "two").survival.keys() == before.keys()
+
+
+def only(part: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[dict[str, torch.Tensor]], None]:
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [one for one in tensors if part in one]:
+            value = change(tensors.pop(name))
+            if value is not None:
+                tensors[name] = value
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "edit, why",
+    [
+        (only("layers.0.self_attn.q_proj.lora_A", lambda value: None), "lora_A is missing"),
+        (only("layers.1.self_attn.q_proj.lora_B", lambda value: None), "lora_B is missing"),
+        (only("layers.0.self_attn.q_proj.lora_B", lambda value: value * float("nan")), "training diverged"),
+        (only("layers.0.self_attn.q_proj.lora_A", lambda value: value / 0), "training diverged"),
+        (
+            only("layers.0.self_attn.q_proj.lora_A", lambda value: value[:, :40]),
+            "made for 40 inputs, the weight has 48",
+        ),
+        (only("layers.0.self_attn.q_proj.lora_B", lambda value: value[:40]), "made for 40 outputs, the weight has 48"),
+        (only("layers.0.self_attn.q_proj.lora_A", lambda value: value[:4]), "do not go together"),
+        (only("layers.0.self_attn.q_proj.lora_A", lambda value: value[:0]), "is empty"),
+        (only("layers.0.self_attn.q_proj.lora_B", lambda value: value.to(torch.int8)), "is I8"),
+    ],
+)
+def test_a_damaged_adapter_is_refused_in_one_line(edit: Any, why: str, base: Path, tmp_path: Path) -> None:
+    lora(tmp_path / "lora", base, target_modules=["q_proj"])
+    edit_weights(tmp_path / "lora", edit)
+    with pytest.raises(FossilExportError, match=why) as problem:
+        merge(tmp_path / "lora", tmp_path / "merged")
+    assert "\n" not in str(problem.value) and not (tmp_path / "merged").exists()
+
+
+def test_another_base_is_refused(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    lora(tmp_path / "lora", base, target_modules=["q_proj"])
+
+    def more(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.replace("layers.1.", "layers.7.")] = tensors[name]
+
+    edit_weights(tmp_path / "lora", more)
+    with pytest.raises(MergeError, match=r"has no weights for model\.layers\.7\.self_attn\.q_proj"):
+        merge(tmp_path / "lora", tmp_path / "merged")
+
+
+def test_a_quantized_base_is_refused(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", shards="1GB")
+    lora(tmp_path / "lora", base, target_modules=["q_proj"])
+    name = "model.layers.0.self_attn.q_proj"
+
+    def quantize(tensors: dict[str, torch.Tensor]) -> None:
+        weight = tensors.pop(f"{name}.weight")
+        tensors[f"{name}.qweight"] = weight.to(torch.int32)
+        tensors[f"{name}.scales"] = weight[:1].half()
+
+    edit_weights(base, quantize)
+    with pytest.raises(MergeError, match="quantized"):
+        merge(tmp_path / "lora", tmp_path / "merged")
+    edit_weights(base, lambda tensors: tensors.update({f"{name}.weight": weights(base)[f"{name}.qweight"].char()}))
+    with pytest.raises(MergeError, match="quantized"):
+        merge(tmp_path / "lora", tmp_path / "merged")
