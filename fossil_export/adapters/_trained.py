@@ -61,9 +61,10 @@ class Trained:
         """The rank of its low-rank form (`Method.low_rank`), None if its update depends on the weight."""
         return METHODS[self.method].form_rank(self.shapes)
 
-    def mismatch(self, weight: tuple[int, int]) -> str | None:
-        """Why it cannot belong to a weight of that shape (out, in); None if it can."""
-        return METHODS[self.method].mismatch(self.shapes, self.numbers, weight)
+    def mismatch(self, weight: tuple[int, int], more: Numbers | None = None) -> str | None:
+        """Why it cannot belong to a weight of that shape (out, in), of which `more` numbers may be known; None if it
+        can."""
+        return METHODS[self.method].mismatch(self.shapes, {**self.numbers, **(more or {})}, weight)
 
 
 def formats() -> tuple[str, ...]:

@@ -10,16 +10,23 @@ from fossil_export.methods import _bat as bat
 from fossil_export.methods import _mini as mini
 from fossil_export.methods import _tile as tile
 from fossil_export.methods._base import Base
+from fossil_export.methods._dora import Dora, DoraEmbedding
 from fossil_export.methods._lora import Lora
 from fossil_export.methods._lora_bias import LoraBias
 from fossil_export.methods._lora_embedding import LoraEmbedding
 from fossil_export.methods._low_rank import LowRank, Tiling
 from fossil_export.methods._method import POSITIVE, Arrays, Field, Method, Numbers, Shapes
+from fossil_export.methods._starts import Kasa, Olora, Pissa
 
 METHODS: dict[str, Method] = {
     "tile": tile,
     "mini": mini,
     "bat": bat,
+    "pissa": Pissa(),
+    "olora": Olora(),
+    "kasa": Kasa(),
+    "dora": Dora(),
+    "dora_embedding": DoraEmbedding(),
     "lora": Lora(),
     "lora_embedding": LoraEmbedding(),
     "lora_bias": LoraBias(),

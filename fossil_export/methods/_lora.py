@@ -20,9 +20,15 @@ from fossil_export.methods._low_rank import LowRank
 from fossil_export.methods._method import POSITIVE, Arrays, Field, Numbers, Shapes, unset
 
 _TOKENS = "the update depends on the tokens, so that no weight holds it; serve the adapter beside the model"
-_BASE = "training began from changed weights, which nothing tells again; convert it with PEFT where it was trained"
-_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
-# Starts that leave the base's weights as they are.
+_BASE = (
+    "training began from changed weights, which nothing tells again (they are random, or came from data or a "
+    "quantization); convert the adapter with PEFT where it was trained "
+    "(save_pretrained with path_initial_model_for_weight_conversion), or for loftq merge into the base that it made"
+)
+_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica", "pissa", "olora")
+# Starts that leave the base's weights as they are, and two that are made again (methods/_starts.py).
+
+LOST = "{where}: the config says use_dora, but the lora_magnitude_vector is missing; save the adapter again"
 
 
 def _is_number(value: Any) -> bool:
@@ -46,6 +52,8 @@ FIELDS: Mapping[str, Field] = {
     "fan_in_fan_out": SWITCH,
     "use_rslora": SWITCH,
     "lora_bias": SWITCH,
+    "use_dora": SWITCH,
+    "kasa_config": Field(),
     "rank_pattern": PATTERN,
     "alpha_pattern": PATTERN,
     "init_lora_weights": Field(
@@ -76,6 +84,8 @@ class Lora(Base):
     def read(self, config: Mapping[str, Any], module: str, shapes: Shapes, where: str) -> Numbers | None:
         if lacking := needs(shapes, "A", "B"):
             raise AdapterError(f"{where}: its lora_{lacking} is missing; save the adapter again")
+        if "m" not in shapes and config.get("use_dora"):
+            raise AdapterError(LOST.format(where=where))
         down, up = shapes["A"], shapes["B"]
         flat = all(size == 1 for size in up[2:])
         if len(down) < 2 or len(down) != len(up) or up[1] != down[0] or not flat:

@@ -12,12 +12,19 @@ from fossil_export.verifying.reference import _lora_bias as lora_bias
 from fossil_export.verifying.reference import _lora_embedding as lora_embedding
 from fossil_export.verifying.reference import _mini as mini
 from fossil_export.verifying.reference import _tile as tile
+from fossil_export.verifying.reference._dora import Dora, DoraEmbedding
 from fossil_export.verifying.reference._exact import Exact
+from fossil_export.verifying.reference._starts import Kasa, Olora, Pissa
 
 EXACT: dict[str, Exact] = {
     "tile": tile,
     "mini": mini,
     "bat": bat,
+    "pissa": Pissa(),
+    "olora": Olora(),
+    "kasa": Kasa(),
+    "dora": Dora(),
+    "dora_embedding": DoraEmbedding(),
     "lora": lora,
     "lora_embedding": lora_embedding,
     "lora_bias": lora_bias,

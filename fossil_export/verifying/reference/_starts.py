@@ -1,0 +1,110 @@
+"""LoRA that began from another weight: W' = R + s · B A (or R + s · B diag(d) A, or DoRA of R), R made of W by its own
+decomposition, in float64, and rounded to the dtype that W is stored in.
+
+What the trainer computed in float32 may lie on the other side of a rounding. How far float32 is off depends on how close the
+singular values lie, which no useful bound in advance tells; so the same is done in float32 by NumPy, and four times the
+worst difference is allowed before R is rounded. Where both ends round to one number, nothing is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fossil_export.checkpoints._dtypes import numpy_dtype
+from fossil_export.checkpoints._header import TensorInfo
+from fossil_export.verifying.reference import _lora as lora
+from fossil_export.verifying.reference._dora import lengthened
+from fossil_export.verifying.reference._exact import Arrays
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+_SANE = 2.0**-8
+# Of the largest weight: a float32 result further off is no guide to what float32 costs.
+
+
+class Started:
+    """`begun(weight, rank, scale)` is R before it is rounded, in the dtype of `weight`."""
+
+    def begun(self, weight: Array, rank: int, scale: float) -> Array:
+        raise NotImplementedError
+
+    def unit(self, tensors: Mapping[str, TensorInfo]) -> int:
+        return tensors["B"].shape[0]
+
+    def part(self, arrays: Arrays, start: int, stop: int) -> Arrays:
+        found = {**lora.part(arrays, start, stop)}
+        if "m" in arrays:
+            lengths = arrays["m"]
+            found["m"] = lengths[start:stop] if len(lengths.shape) == 1 else lengths[:, start:stop]
+        if "d" in arrays:
+            found["d"] = arrays["d"][:]
+        return found
+
+    def rebuild(self, weight: Array, part: Arrays, numbers: Mapping[str, Any], exact: Array) -> Array:
+        start, slack = weight, None
+        if not numbers["brought"]:
+            start, slack = self._rounded(weight, numbers)
+        own = part if "d" not in part else {**part, "B": part["B"] * part["d"]}
+        bound = lora.rebuild(start, own, numbers, exact)
+        if "d" in part:
+            bound *= 1 + 2 / (len(part["A"]) + 2)  # one more rounding of each product
+        if slack is not None:
+            bound += slack
+        return bound if "m" not in part else lengthened(exact, bound, part["m"].reshape(-1, 1), 1)
+
+    def _rounded(self, weight: Array, numbers: Mapping[str, Any]) -> tuple[Array, Array]:
+        """The middle of what R may round to, and how far to either side it may lie."""
+        import numpy as np
+
+        rank, scale, dtype = int(numbers["r"]), float(numbers["scale"]), numpy_dtype(numbers["dtype"])
+        narrow = self.begun(weight.astype(np.float32), rank, scale).astype(np.float64)
+        wide = self.begun(weight, rank, scale)
+        off = float(np.abs(narrow - wide).max())
+        off = 4 * off if off <= _SANE * float(np.abs(weight).max()) else 0.0
+        with np.errstate(over="ignore"):
+            low, high = ((wide + side).astype(np.float32).astype(dtype).astype(np.float64) for side in (-off, off))
+        return (low + high) / 2, (high - low) / 2
+
+    def up(self, part: Arrays, numbers: Mapping[str, Any]) -> None:
+        return None
+
+    def down(self, arrays: Arrays, numbers: Mapping[str, Any], inputs: int) -> None:
+        return None
+
+
+class Pissa(Started):
+    """R is W without the r largest singular values."""
+
+    def begun(self, weight: Array, rank: int, scale: float) -> Array:
+        import numpy as np
+
+        left, values, right = np.linalg.svd(weight, full_matrices=False)
+        found: Array = weight - (left[:, :rank] * values[:rank]) @ right[:rank]
+        return found
+
+
+class Olora(Started):
+    """R is W less s times what the first r columns of Q make of the first r rows of R, W = Q R."""
+
+    def begun(self, weight: Array, rank: int, scale: float) -> Array:
+        import numpy as np
+
+        columns, rows = np.linalg.qr(weight)
+        found: Array = weight - (columns[:, :rank] * weight.dtype.type(scale)) @ rows[:rank]
+        return found
+
+
+class Kasa(Started):
+    """R is W without the r smallest singular values."""
+
+    def begun(self, weight: Array, rank: int, scale: float) -> Array:
+        import numpy as np
+
+        left, values, right = np.linalg.svd(weight, full_matrices=False)
+        kept = len(values) - rank
+        found: Array = (left[:, :kept] * values[:kept]) @ right[:kept]
+        return found
