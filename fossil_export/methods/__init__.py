@@ -16,7 +16,7 @@ from fossil_export.methods._lora_bias import LoraBias
 from fossil_export.methods._lora_embedding import LoraEmbedding
 from fossil_export.methods._low_rank import LowRank, Tiling
 from fossil_export.methods._method import POSITIVE, Arrays, Field, Method, Numbers, Shapes
-from fossil_export.methods._starts import Kasa, Olora, Pissa
+from fossil_export.methods._starts import Kasa, Olora, Pissa, Started
 
 METHODS: dict[str, Method] = {
     "tile": tile,
@@ -33,4 +33,11 @@ METHODS: dict[str, Method] = {
 }
 """By the name that records and tables give them. Those that share endings are asked in this order."""
 
-__all__ = ["METHODS", "POSITIVE", "Arrays", "Base", "Field", "LowRank", "Method", "Numbers", "Shapes", "Tiling"]
+
+
+def starts_elsewhere(name: str) -> bool:
+    """Whether training by the method of this name began from another weight than the base's, made of that as stored."""
+    return isinstance(METHODS[name], Started)
+
+
+__all__ = ["METHODS", "POSITIVE", "Arrays", "Base", "Field", "LowRank", "Method", "Numbers", "Shapes", "Tiling", "starts_elsewhere"]

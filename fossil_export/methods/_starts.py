@@ -30,7 +30,7 @@ _CLOSE = 2.0**-18
 # Singular values that are no further apart, relative to themselves: which of their vectors are taken is float32's noise.
 
 
-class _Started(Base):
+class Started(Base):
     """What they share. The whole weight goes at once. Besides those of `read`, `numbers` needs "dtype", "brought" and
     "transposed" (`Part.numbers`)."""
 
@@ -104,7 +104,7 @@ class _Started(Base):
             )
 
 
-class Pissa(_Started):
+class Pissa(Started):
     PEFT = {"LORA": {"lora_A.weight": "A", "lora_B.weight": "B", **MAGNITUDE}}
     NAME = "pissa"
 
@@ -142,7 +142,7 @@ class Olora(Pissa):
         return weight - scale * up.contiguous() @ down
 
 
-class Kasa(_Started):
+class Kasa(Started):
     PEFT = {"LORA": {"lora_A.weight": "A", "lora_B.weight": "B", "lora_diag": "d"}}
     NAME = "kasa"
 

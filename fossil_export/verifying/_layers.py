@@ -17,7 +17,7 @@ from torch import nn
 from fossil_export import models
 from fossil_export.adapters import Adapter, Trained
 from fossil_export.errors import MergeError, listed
-from fossil_export.methods import METHODS
+from fossil_export.methods import METHODS, starts_elsewhere
 from fossil_export.models import Names
 
 
@@ -33,7 +33,8 @@ class TrainedLinear(nn.Module):  # type: ignore[misc]  # torch is not followed b
         super().__init__()
         self.base_layer = base_layer
         self.trained = nn.ParameterDict({role: nn.Parameter(array, False) for role, array in arrays.items()})
-        self._method = METHODS[trained.method]
+        self._name, self._method = trained.method, METHODS[trained.method]
+        self._made: torch.Tensor | None = None  # what a decomposition made, which is dear
         self._numbers = {
             **trained.numbers,
             "dtype": _STORED.get(base_layer.weight.dtype),
@@ -51,7 +52,10 @@ class TrainedLinear(nn.Module):  # type: ignore[misc]  # torch is not followed b
             return (layer(x) + form.branch(x.to(wide))).to(x.dtype)
         weight = weight.to(wide)
         bias = None if layer.bias is None else layer.bias.to(wide)
-        changed = weight + self._method.update(weight, arrays, self._numbers, 0)
+        changed = self._made
+        if changed is None:
+            changed = weight + self._method.update(weight, arrays, self._numbers, 0)
+            self._made = changed if starts_elsewhere(self._name) else None
         result: torch.Tensor = nn.functional.linear(x.to(wide), changed, bias)
         return result.to(x.dtype)
 

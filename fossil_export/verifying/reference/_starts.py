@@ -2,8 +2,9 @@
 decomposition, in float64, and rounded to the dtype that W is stored in.
 
 What the trainer computed in float32 may lie on the other side of a rounding. How far float32 is off depends on how close the
-singular values lie, which no useful bound in advance tells; so the same is done in float32 by NumPy, and four times the
-worst difference is allowed before R is rounded. Where both ends round to one number, nothing is.
+singular values lie, which no useful bound in advance tells; so the same is done in float32 (by PyTorch: NumPy decomposes
+in float64 whatever it is given), and four times the worst difference is allowed before R is rounded. Where both ends round
+to one number, nothing is.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from fossil_export._extras import required
 from fossil_export.checkpoints._dtypes import numpy_dtype
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.verifying.reference import _lora as lora
@@ -27,9 +29,9 @@ _SANE = 2.0**-8
 
 
 class Started:
-    """`begun(weight, rank, scale)` is R before it is rounded, in the dtype of `weight`."""
+    """`begun(linalg, weight, rank, scale)` is R before it is rounded, by NumPy's `linalg` or PyTorch's."""
 
-    def begun(self, weight: Array, rank: int, scale: float) -> Array:
+    def begun(self, linalg: Any, weight: Any, rank: int, scale: float) -> Any:
         raise NotImplementedError
 
     def unit(self, tensors: Mapping[str, TensorInfo]) -> int:
@@ -61,8 +63,9 @@ class Started:
         import numpy as np
 
         rank, scale, dtype = int(numbers["r"]), float(numbers["scale"]), numpy_dtype(numbers["dtype"])
-        narrow = self.begun(weight.astype(np.float32), rank, scale).astype(np.float64)
-        wide = self.begun(weight, rank, scale)
+        torch = required("torch", "torch", "checking where training began")
+        wide = self.begun(np.linalg, weight, rank, scale)
+        narrow = self.begun(torch.linalg, torch.from_numpy(weight.astype(np.float32)), rank, scale).numpy()
         off = float(np.abs(narrow - wide).max())
         off = 4 * off if off <= _SANE * float(np.abs(weight).max()) else 0.0
         with np.errstate(over="ignore"):
@@ -79,32 +82,23 @@ class Started:
 class Pissa(Started):
     """R is W without the r largest singular values."""
 
-    def begun(self, weight: Array, rank: int, scale: float) -> Array:
-        import numpy as np
-
-        left, values, right = np.linalg.svd(weight, full_matrices=False)
-        found: Array = weight - (left[:, :rank] * values[:rank]) @ right[:rank]
-        return found
+    def begun(self, linalg: Any, weight: Any, rank: int, scale: float) -> Any:
+        left, values, right = linalg.svd(weight, full_matrices=False)
+        return weight - (left[:, :rank] * values[:rank]) @ right[:rank]
 
 
 class Olora(Started):
     """R is W less s times what the first r columns of Q make of the first r rows of R, W = Q R."""
 
-    def begun(self, weight: Array, rank: int, scale: float) -> Array:
-        import numpy as np
-
-        columns, rows = np.linalg.qr(weight)
-        found: Array = weight - (columns[:, :rank] * weight.dtype.type(scale)) @ rows[:rank]
-        return found
+    def begun(self, linalg: Any, weight: Any, rank: int, scale: float) -> Any:
+        columns, rows = linalg.qr(weight)
+        return weight - (columns[:, :rank] @ rows[:rank]) * scale
 
 
 class Kasa(Started):
     """R is W without the r smallest singular values."""
 
-    def begun(self, weight: Array, rank: int, scale: float) -> Array:
-        import numpy as np
-
-        left, values, right = np.linalg.svd(weight, full_matrices=False)
+    def begun(self, linalg: Any, weight: Any, rank: int, scale: float) -> Any:
+        left, values, right = linalg.svd(weight, full_matrices=False)
         kept = len(values) - rank
-        found: Array = (left[:, :kept] * values[:kept]) @ right[:kept]
-        return found
+        return (left[:, :kept] * values[:kept]) @ right[:kept]
