@@ -10,6 +10,7 @@ from fossil_export.methods import _bat as bat
 from fossil_export.methods import _mini as mini
 from fossil_export.methods import _tile as tile
 from fossil_export.methods._base import Base
+from fossil_export.methods._bdlora import BdLora
 from fossil_export.methods._dora import Dora, DoraEmbedding
 from fossil_export.methods._lora import Lora
 from fossil_export.methods._lora_bias import LoraBias
@@ -25,6 +26,7 @@ METHODS: dict[str, Method] = {
     "pissa": Pissa(),
     "olora": Olora(),
     "kasa": Kasa(),
+    "bdlora": BdLora(),
     "dora": Dora(),
     "dora_embedding": DoraEmbedding(),
     "lora": Lora(),

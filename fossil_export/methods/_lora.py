@@ -39,6 +39,16 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, bool) or value is None
 
 
+def _is_blocks(value: Any) -> bool:
+    """PEFT's BdLoraConfig, as it is saved."""
+    if not value:
+        return True
+    if not isinstance(value, dict) or not POSITIVE.holds(value.get("nblocks", 1)):
+        return False
+    sides = (value.get(f"target_modules_bd_{side}") or [] for side in ("a", "b"))
+    return all(isinstance(side, list) and all(isinstance(part, str) for part in side) for side in sides)
+
+
 PATTERN = Field(
     "a map of modules to numbers",
     lambda value: value is None or (isinstance(value, dict) and all(map(_is_number, value.values()))),
@@ -54,6 +64,7 @@ FIELDS: Mapping[str, Field] = {
     "lora_bias": SWITCH,
     "use_dora": SWITCH,
     "kasa_config": Field(),
+    "use_bdlora": Field("nothing, or what PEFT saves of a BdLoraConfig", _is_blocks),
     "rank_pattern": PATTERN,
     "alpha_pattern": PATTERN,
     "init_lora_weights": Field(

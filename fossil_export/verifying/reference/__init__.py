@@ -7,6 +7,7 @@ names of the variants: arXiv 2409.15371 and FOSSIL's entry in PEFT (peft/tuners/
 from __future__ import annotations
 
 from fossil_export.verifying.reference import _bat as bat
+from fossil_export.verifying.reference import _bdlora as bdlora
 from fossil_export.verifying.reference import _lora as lora
 from fossil_export.verifying.reference import _lora_bias as lora_bias
 from fossil_export.verifying.reference import _lora_embedding as lora_embedding
@@ -23,6 +24,7 @@ EXACT: dict[str, Exact] = {
     "pissa": Pissa(),
     "olora": Olora(),
     "kasa": Kasa(),
+    "bdlora": bdlora,
     "dora": Dora(),
     "dora_embedding": DoraEmbedding(),
     "lora": lora,

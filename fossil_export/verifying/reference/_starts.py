@@ -47,6 +47,8 @@ class Started:
         return found
 
     def rebuild(self, weight: Array, part: Arrays, numbers: Mapping[str, Any], exact: Array) -> Array:
+        import numpy as np
+
         start, slack = weight, None
         if not numbers["brought"]:
             start, slack = self._rounded(weight, numbers)
@@ -56,7 +58,13 @@ class Started:
             bound *= 1 + 2 / (len(part["A"]) + 2)  # one more rounding of each product
         if slack is not None:
             bound += slack
-        return bound if "m" not in part else lengthened(exact, bound, part["m"].reshape(-1, 1), 1)
+        if "m" in part:
+            bound = lengthened(exact, bound, part["m"].reshape(-1, 1), 1)
+        # Beyond a power of two the steps are wider. What rounds from there lies as far off as that power at most, which is
+        # within the bound on the other side.
+        wider = np.frexp(np.abs(exact) + bound)[1] > np.frexp(exact)[1]
+        bound[wider] *= 3
+        return bound
 
     def _rounded(self, weight: Array, numbers: Mapping[str, Any]) -> tuple[Array, Array]:
         """The middle of what R may round to, and how far to either side it may lie."""
