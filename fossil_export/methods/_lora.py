@@ -31,7 +31,7 @@ _INITS = (True, False, "gaussian", "eva", "orthogonal", "mica", "pissa", "olora"
 LOST = "{where}: the config says use_dora, but the lora_magnitude_vector is missing; save the adapter again"
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -51,13 +51,13 @@ def _is_blocks(value: Any) -> bool:
 
 PATTERN = Field(
     "a map of modules to numbers",
-    lambda value: value is None or (isinstance(value, dict) and all(map(_is_number, value.values()))),
+    lambda value: value is None or (isinstance(value, dict) and all(map(is_number, value.values()))),
 )
 SWITCH = Field("true or false", _is_bool, False)
 
 FIELDS: Mapping[str, Field] = {
     "r": POSITIVE,
-    "lora_alpha": Field("a number", _is_number, 8),
+    "lora_alpha": Field("a number", is_number, 8),
     "lora_dropout": Field(),
     "fan_in_fan_out": SWITCH,
     "use_rslora": SWITCH,
@@ -89,12 +89,17 @@ FIELDS: Mapping[str, Field] = {
 
 
 class Lora(Base):
-    PEFT = {"LORA": {"lora_A.weight": "A", "lora_B.weight": "B"}}
+    # VeLoRA's tensor ("v") is for gradients alone: what the model computes is a plain LoRA.
+    PEFT: Mapping[str, Mapping[str, str]] = {
+        "LORA": {"lora_A.weight": "A", "lora_B.weight": "B", "lora_velora_embed": "v"}
+    }
     FIELDS = FIELDS
 
     def read(self, config: Mapping[str, Any], module: str, shapes: Shapes, where: str) -> Numbers | None:
         if lacking := needs(shapes, "A", "B"):
             raise AdapterError(f"{where}: its lora_{lacking} is missing; save the adapter again")
+        if "v" in shapes and not config.get("velora_config"):
+            raise AdapterError(f"{where}: has what VeLoRA saves, but the config has no velora_config; mend the config")
         if "m" not in shapes and config.get("use_dora"):
             raise AdapterError(LOST.format(where=where))
         down, up = shapes["A"], shapes["B"]

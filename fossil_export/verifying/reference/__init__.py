@@ -6,6 +6,7 @@ names of the variants: arXiv 2409.15371 and FOSSIL's entry in PEFT (peft/tuners/
 
 from __future__ import annotations
 
+from fossil_export.verifying.reference import _adalora as adalora
 from fossil_export.verifying.reference import _bat as bat
 from fossil_export.verifying.reference import _bdlora as bdlora
 from fossil_export.verifying.reference import _lora as lora
@@ -30,6 +31,7 @@ EXACT: dict[str, Exact] = {
     "lora": lora,
     "lora_embedding": lora_embedding,
     "lora_bias": lora_bias,
+    "adalora": adalora,
 }
 """By method. One that is not here cannot be checked: a KeyError, never another one's formula."""
 
