@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from verify_tools import flip, tamper
 
 from fossil_export import convert, load_adapter, merge, verify
-from fossil_export.errors import AdapterError, MergeError
+from fossil_export.errors import AdapterError
 from fossil_export.merging._engine import NumpyEngine, TorchEngine, Update, merge_slab
 from fossil_export.methods import METHODS
 from fossil_export.verifying.reference import EXACT
@@ -78,9 +78,16 @@ def test_what_training_dropped_is_dropped(tmp_path: Path, base: Path) -> None:
     merged = answers(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
     assert float((merged - answers(trained)).norm() / merged.norm()) < 1e-6
     assert verify(tmp_path / "merged", level="weights").parity
-    found = convert(tmp_path / "adapter", tmp_path / "lora", to="lora")
-    assert found.details["exact"]
+    with pytest.raises(AdapterError, match="different ranks"):
+        convert(tmp_path / "adapter", tmp_path / "lora", to="lora")
+
+
+def test_its_lora_is_exact(tmp_path: Path, base: Path) -> None:
+    make_adapter(tmp_path / "adapter", base, target_modules=["q_proj"], **SETTINGS)
+    assert convert(tmp_path / "adapter", tmp_path / "lora", to="lora").details["exact"]
+    merge(tmp_path / "adapter", tmp_path / "merged")
     merge(tmp_path / "lora", tmp_path / "other")
+    ours = weights(tmp_path / "merged")
     for key, value in weights(tmp_path / "other").items():
         torch.testing.assert_close(value, ours[key], rtol=1e-5, atol=1e-7)
 
@@ -127,7 +134,9 @@ def test_any_shape_rank_and_dtype_is_the_live_layer(case: tuple[torch.dtype, tup
         assert (np.abs(out - exact) <= bound + np.abs(exact) * 2.0**-24).all()
     form = METHODS["adalora"].low_rank({r: v.numpy() for r, v in arrays.items()}, numbers, shape[0])
     assert form is not None
-    np.testing.assert_allclose(weight.double().numpy() + form.up @ form.down_matrix(shape[1]), want, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        weight.double().numpy() + form.up @ form.down_matrix(shape[1]), want, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_one_wrong_bit_is_found(tmp_path: Path) -> None:
@@ -185,7 +194,11 @@ def test_a_module_without_values_that_no_pattern_emptied_is_refused(tmp_path: Pa
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     state = load_file(path)
     name = f"base_model.model.{Q0}"
-    state |= {f"{name}.lora_A": torch.zeros(0, 48), f"{name}.lora_B": torch.zeros(48, 0), f"{name}.lora_E": torch.zeros(0, 1)}
+    state |= {
+        f"{name}.lora_A": torch.zeros(0, 48),
+        f"{name}.lora_B": torch.zeros(48, 0),
+        f"{name}.lora_E": torch.zeros(0, 1),
+    }
     save_file(state, path)
     with pytest.raises(AdapterError, match="has rank 0, but the config says 6"):
         load_adapter(tmp_path / "adapter")
@@ -193,14 +206,11 @@ def test_a_module_without_values_that_no_pattern_emptied_is_refused(tmp_path: Pa
 
 def test_two_of_them_are_added_up_as_peft_adds_them(tmp_path: Path, base: Path) -> None:
     make_adapter(tmp_path / "one", base, target_modules=["q_proj"], **SETTINGS)
-    make_adapter(tmp_path / "two", base, lambda m: (randomise(m), randomise(m))[0], target_modules=["q_proj"], **SETTINGS)
+    make_adapter(
+        tmp_path / "two", base, lambda m: (randomise(m), randomise(m))[0], target_modules=["q_proj"], **SETTINGS
+    )
     merge([tmp_path / "one", tmp_path / "two"], tmp_path / "merged", weights=[0.5, 2.0])
     before = weights(base)
     for name, value in weights(tmp_path / "merged").items():
         parts = [peft_merged(base, tmp_path / which, torch.float32)[name] - before[name] for which in ("one", "two")]
         torch.testing.assert_close(value, before[name] + 0.5 * parts[0] + 2 * parts[1], rtol=1e-5, atol=1e-6)
-
-
-def test_a_convolution_is_refused(tmp_path: Path) -> None:
-    assert METHODS["adalora"].dimensions({"A": (6, 27), "B": (8, 6), "E": (6, 1)}) == 2
-    assert MergeError is not None

@@ -95,7 +95,9 @@ def layers(draw: st.DrawFn) -> tuple[str, torch.dtype, tuple[int, ...], int, int
 
 @settings(max_examples=60, deadline=None)
 @given(layers())
-def test_any_shape_rank_and_dtype_is_the_live_layer(case: tuple[str, torch.dtype, tuple[int, ...], int, int, int]) -> None:
+def test_any_shape_rank_and_dtype_is_the_live_layer(
+    case: tuple[str, torch.dtype, tuple[int, ...], int, int, int],
+) -> None:
     kind, dtype, shape, rank, alpha, seed = case
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=generator).to(dtype)

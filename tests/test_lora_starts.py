@@ -80,6 +80,11 @@ def test_the_merged_model_answers_as_the_live_trained_one(start: str, tmp_path: 
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").double().eval()
     assert apart(answers(merged), answers(unmerged(base, tmp_path / "adapter"))) < 1e-6
     assert apart(answers(merged), answers(trained.double())) < 1e-6
+
+
+def test_the_forward_level_begins_where_training_began(tmp_path: Path, base: Path) -> None:
+    make_adapter(tmp_path / "adapter", base, kind=LoraConfig, target_modules=["q_proj", "up_proj"], **STARTS["pissa"])
+    merge(tmp_path / "adapter", tmp_path / "merged")
     found = verify(tmp_path / "merged")
     assert found.parity and found.forward is not None and found.forward.artifact.relative_error < 1e-5
 
@@ -89,7 +94,14 @@ def layers(draw: st.DrawFn) -> tuple[str, str, tuple[int, int], int, int, int]:
     start = draw(st.sampled_from(list(STARTS)))
     shape = (draw(st.integers(2, 40)), draw(st.integers(2, 40)))
     rank = draw(st.integers(1, min(shape) - (start == "kasa")))
-    return start, draw(st.sampled_from(list(DTYPES))), shape, rank, draw(st.integers(1, 20)), draw(st.integers(0, 2**31))
+    return (
+        start,
+        draw(st.sampled_from(list(DTYPES))),
+        shape,
+        rank,
+        draw(st.integers(1, 20)),
+        draw(st.integers(0, 2**31)),
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -187,7 +199,9 @@ def test_a_head_that_peft_saves_beside_it_has_begun_already(start: str, tmp_path
 
 
 def test_an_embedding_is_targeted_without_such_a_start(tmp_path: Path, base: Path) -> None:
-    make_adapter(tmp_path / "adapter", base, kind=LoraConfig, target_modules=["embed_tokens", "q_proj"], **STARTS["pissa"])
+    make_adapter(
+        tmp_path / "adapter", base, kind=LoraConfig, target_modules=["embed_tokens", "q_proj"], **STARTS["pissa"]
+    )
     assert load_adapter(tmp_path / "adapter").variant.split("+") == ["lora_embedding", "pissa"]
     merge(tmp_path / "adapter", tmp_path / "merged")
     theirs = peft_merged(base, tmp_path / "adapter", torch.float32)
@@ -263,7 +277,9 @@ def test_starts_that_leave_the_base_alone_are_plain_loras(start: Any, tmp_path: 
     assert all(torch.equal(value, theirs[key]) for key, value in weights(tmp_path / "merged").items())
 
 
-@pytest.mark.parametrize("more", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 5}}])
+@pytest.mark.parametrize(
+    "more", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 5}}]
+)
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_what_peft_converted_is_a_plain_lora_of_the_base(
     start: str, more: dict[str, Any], tmp_path: Path, base: Path
@@ -305,5 +321,3 @@ def test_halves_and_contradictions_are_refused(
         save_file({name: value for name, value in load_file(path).items() if change not in name}, path)
     with pytest.raises(AdapterError, match=why):
         load_adapter(tmp_path / "adapter")
-
-

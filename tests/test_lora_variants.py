@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QV, edit_json, make_adapter, make_base, peft_merged, weights
-from peft import LoraConfig, PeftModel
+from conftest import QV, edit_json, make_adapter, make_base, peft_merged, randomise, weights
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import BdLoraConfig, VeloraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -44,7 +44,9 @@ def test_block_diagonal_factors_are_spread(dtype: torch.dtype, tmp_path: Path) -
     apart = (answers(merged) - answers(live)).norm() / answers(live).norm()
     assert float(apart) < (1e-6 if dtype == torch.float32 else 2e-2)
     assert verify(tmp_path / "merged", level="weights").parity
-    tamper(tmp_path / "merged", "model.layers.1.self_attn.o_proj.weight", lambda old: flip(old.bfloat16()).to(old.dtype))
+    tamper(
+        tmp_path / "merged", "model.layers.1.self_attn.o_proj.weight", lambda old: flip(old.bfloat16()).to(old.dtype)
+    )
     assert len(verify(tmp_path / "merged", level="weights").problems) == 1
 
 
@@ -99,9 +101,50 @@ def test_what_velora_saves_belongs_to_velora(tmp_path: Path, base: Path) -> None
 def test_monteclora_is_live_what_its_factors_are(tmp_path: Path, base: Path) -> None:
     from peft.tuners.lora.config import MontecloraConfig
 
-    make_adapter(tmp_path / "adapter", base, kind=LoraConfig, monteclora_config=MontecloraConfig(), target_modules=QV)
-    print(*load_file(tmp_path / "adapter" / "adapter_model.safetensors"), sep="\n")
+    settings: dict[str, Any] = {"monteclora_config": MontecloraConfig(), "target_modules": QV}
+    trained = make_adapter(tmp_path / "adapter", base, kind=LoraConfig, **settings)
+    assert any("sampler" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    theirs = peft_merged(base, tmp_path / "adapter", torch.float32)
+    assert all(torch.equal(value, theirs[key]) for key, value in weights(tmp_path / "merged").items())
+    merged = answers(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    assert float((merged - answers(trained)).norm() / merged.norm()) < 1e-6
+    assert verify(tmp_path / "merged", level="weights").parity
+    edit_json(tmp_path / "adapter" / "adapter_config.json", monteclora_config=None)
     with pytest.raises(AdapterError, match="monteclora_config"):
+        load_adapter(tmp_path / "adapter")
+
+
+def test_lora_in_a_multihead_attention_is_refused_because_peft_adds_a_part_of_it_twice(tmp_path: Path) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.attention(x, x, x)[0]
+            return found
+
+    torch.manual_seed(0)
+    model = Model().double().eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    peft_model = get_peft_model(model, LoraConfig(r=4, target_modules=["attention"]))
+    randomise(peft_model)
+    peft_model.eval().save_pretrained(tmp_path / "adapter")
+    inputs = torch.randn(1, 5, 16, dtype=torch.float64)
+    live = peft_model(inputs)
+    state = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+
+    def update(module: str) -> torch.Tensor:
+        up, down = (state[f"base_model.model.{module}.lora_{half}.weight"].double() for half in "BA")
+        return up @ down * 2
+
+    before["attention.in_proj_weight"] += update("attention")
+    before["attention.out_proj.weight"] += 2 * update("attention.base_layer.out_proj")
+    plain = Model().double().eval()
+    plain.load_state_dict(before)
+    torch.testing.assert_close(plain(inputs), live, rtol=1e-9, atol=1e-9)
+    with pytest.raises(AdapterError, match="MultiheadAttention.*out_proj twice.*merge_and_unload"):
         load_adapter(tmp_path / "adapter")
 
 

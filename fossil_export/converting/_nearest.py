@@ -111,7 +111,9 @@ class _Updates:
 
     def __init__(self, adapter: Adapter, options: Options) -> None:
         if options.base_config is not None:
-            raise MergeError(f"the update of a {adapter.variant} adapter depends on the base's weights; name the model with --base")
+            raise MergeError(
+                f"the update of a {adapter.variant} adapter depends on the base's weights; name the model with --base"
+            )
         self._adapter = adapter
         plan = plan_merge(adapter, options.base)
         fetch(*plan.needed)

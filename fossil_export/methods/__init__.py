@@ -38,10 +38,21 @@ METHODS: dict[str, Method] = {
 """By the name that records and tables give them. Those that share endings are asked in this order."""
 
 
-
 def starts_elsewhere(name: str) -> bool:
     """Whether training by the method of this name began from another weight than the base's, made of that as stored."""
     return isinstance(METHODS[name], Started)
 
 
-__all__ = ["METHODS", "POSITIVE", "Arrays", "Base", "Field", "LowRank", "Method", "Numbers", "Shapes", "Tiling", "starts_elsewhere"]
+__all__ = [
+    "METHODS",
+    "POSITIVE",
+    "Arrays",
+    "Base",
+    "Field",
+    "LowRank",
+    "Method",
+    "Numbers",
+    "Shapes",
+    "Tiling",
+    "starts_elsewhere",
+]

@@ -64,7 +64,9 @@ class AdaLora(Base):
         first = config.get("init_r", self.FIELDS["init_r"].default)
         kept = (config.get("rank_pattern") or {}).get(f"{module}.lora_E")
         if kept is not None and len(kept) != first:
-            raise AdapterError(f"{where}: rank_pattern has {len(kept)} values for it, but the config says init_r={first}")
+            raise AdapterError(
+                f"{where}: rank_pattern has {len(kept)} values for it, but the config says init_r={first}"
+            )
         rank = first if kept is None else sum(kept)
         if rank != down[0]:
             raise AdapterError(f"{where} has rank {down[0]}, but the config says {rank}")

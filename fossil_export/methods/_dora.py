@@ -84,7 +84,9 @@ class DoraEmbedding(lora_embedding.LoraEmbedding):
 
     def add(self, weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> None:
         if len(weight) != arrays["A"].shape[1]:
-            raise MergeError("the lengths of an embedding's columns need all of its rows at once; merge the whole model")
+            raise MergeError(
+                "the lengths of an embedding's columns need all of its rows at once; merge the whole model"
+            )
         weight += super().update(weight, arrays, numbers, start)
         weight *= (arrays["m"] / lengths(weight.T))[None, :]
 
@@ -92,7 +94,9 @@ class DoraEmbedding(lora_embedding.LoraEmbedding):
 def refuse_strangers(config: Mapping[str, Any], shapes: Shapes, outputs: int, where: str) -> None:
     """Raise AdapterError if the config does not say DoRA, or the lengths are not one an output."""
     if not config.get("use_dora"):
-        raise AdapterError(f"{where}: has a lora_magnitude_vector, but the config does not say use_dora; mend the config")
+        raise AdapterError(
+            f"{where}: has a lora_magnitude_vector, but the config does not say use_dora; mend the config"
+        )
     if math.prod(shapes["m"]) != outputs or max(shapes["m"]) != outputs:
         raise AdapterError(f"{where}: its magnitudes are not one for each of {outputs} outputs; save the adapter again")
 

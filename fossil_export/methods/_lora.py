@@ -84,22 +84,34 @@ FIELDS: Mapping[str, Field] = {
     "alora_invocation_tokens": unset(_TOKENS),
     "arrow_config": unset(_TOKENS),
     "use_qalora": unset("its inputs are pooled, which only a GPTQ layer of PEFT can do"),
-    "monteclora_config": unset("its update is drawn anew in each pass; take the mean with PEFT"),
+    "monteclora_config": Field(),
 }
 
 
+_SAMPLER = ("expert_weights", "expert_weights_prior", "gaussian_var_prior", "std_prior")
+_TRAINING = {"lora_velora_embed": "velora", **{f"lora_monteclora_sampler.{name}": name for name in _SAMPLER}}
+# Tensors of VeLoRA, which changes gradients alone, and of MonteCLoRA, whose noise is for training alone: what both compute
+# after training is a plain LoRA (`VeloraLinearVariant`, `MontecloraLinearVariant` in peft/tuners/lora/variants.py).
+_TRAINED_BY = {"velora_config": {"velora"}, "monteclora_config": set(_SAMPLER)}
+
+
 class Lora(Base):
-    # VeLoRA's tensor ("v") is for gradients alone: what the model computes is a plain LoRA.
-    PEFT: Mapping[str, Mapping[str, str]] = {
-        "LORA": {"lora_A.weight": "A", "lora_B.weight": "B", "lora_velora_embed": "v"}
-    }
+    PEFT: Mapping[str, Mapping[str, str]] = {"LORA": {"lora_A.weight": "A", "lora_B.weight": "B", **_TRAINING}}
     FIELDS = FIELDS
 
     def read(self, config: Mapping[str, Any], module: str, shapes: Shapes, where: str) -> Numbers | None:
         if lacking := needs(shapes, "A", "B"):
             raise AdapterError(f"{where}: its lora_{lacking} is missing; save the adapter again")
-        if "v" in shapes and not config.get("velora_config"):
-            raise AdapterError(f"{where}: has what VeLoRA saves, but the config has no velora_config; mend the config")
+        for field, roles in _TRAINED_BY.items():
+            if roles & shapes.keys() and not config.get(field):
+                raise AdapterError(
+                    f"{where}: has what is saved with {field}, which the config does not have; mend the config"
+                )
+        if ".base_layer." in f".{module}.":
+            raise AdapterError(
+                f"{where}: lies in an nn.MultiheadAttention, where PEFT adds each update in a way of its own (that of "
+                "out_proj twice), which fossil-export does not do; merge it with PEFT's merge_and_unload"
+            )
         if "m" not in shapes and config.get("use_dora"):
             raise AdapterError(LOST.format(where=where))
         down, up = shapes["A"], shapes["B"]

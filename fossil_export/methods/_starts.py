@@ -74,8 +74,10 @@ class Started(Base):
 
     def add(self, weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> None:
         if "dtype" not in numbers or len(weight) != arrays["B"].shape[0]:
-            raise MergeError(f"a weight from which training with {self.NAME} began is made again as a whole, in the dtype "
-                             "that it is stored in; merge the model, and go on from that")
+            raise MergeError(
+                f"a weight from which training with {self.NAME} began is made again as a whole, in the dtype "
+                "that it is stored in; merge the model, and go on from that"
+            )
         if not numbers.get("brought"):
             weight[:] = self._began(weight, numbers)
         weight += lora.product(self._up(arrays), arrays["A"], numbers["scale"])
@@ -113,7 +115,9 @@ class Pissa(Started):
             return None
         numbers = self._read(config, module, shapes, where)
         if others := [name for name in _OTHERS if config.get(name)]:
-            raise AdapterError(f"{where}: the config has both {self.NAME} and {others[0]}, which is not understood together")
+            raise AdapterError(
+                f"{where}: the config has both {self.NAME} and {others[0]}, which is not understood together"
+            )
         if numbers is not None and "m" in shapes:
             refuse_strangers(config, shapes, shapes["B"][0], where)
         elif numbers is not None and config.get("use_dora"):
@@ -152,7 +156,9 @@ class Kasa(Started):
                 raise AdapterError(f"{where}: has a lora_diag, but the config has no kasa_config; mend the config")
             return None
         if config.get("use_dora") or config.get("init_lora_weights") in ("pissa", "olora"):
-            raise AdapterError(f"{where}: the config has kasa_config and another start, which is not understood together")
+            raise AdapterError(
+                f"{where}: the config has kasa_config and another start, which is not understood together"
+            )
         numbers = self._read(config, module, shapes, where)
         if numbers is not None and shapes.get("d") != (numbers["r"],):
             raise AdapterError(f"{where}: its lora_diag is missing, or has not one value for each rank; save it again")
