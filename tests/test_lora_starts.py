@@ -1,5 +1,5 @@
-"""LoRA that began from another weight than the base's is what the live trained model is: PEFT makes that weight again on
-each load, and so does the merge."""
+"""LoRA that began from another weight than the base's is what the live trained model is: PEFT makes that weight again
+on each load, and so does the merge."""
 
 from __future__ import annotations
 

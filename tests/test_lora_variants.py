@@ -144,7 +144,7 @@ def test_lora_in_a_multihead_attention_is_refused_because_peft_adds_a_part_of_it
     plain = Model().double().eval()
     plain.load_state_dict(before)
     torch.testing.assert_close(plain(inputs), live, rtol=1e-9, atol=1e-9)
-    with pytest.raises(AdapterError, match="MultiheadAttention.*out_proj twice.*merge_and_unload"):
+    with pytest.raises(AdapterError, match=r"MultiheadAttention.*out_proj twice.*merge_and_unload"):
         load_adapter(tmp_path / "adapter")
 
 

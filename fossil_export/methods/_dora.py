@@ -2,10 +2,10 @@
 
     W'[o] = m[o] / |V[o]| · V[o]        V = W + s · B A        m (out), A (r, in), B (out, r)
 
-Of an embedding (tokens, dims) the columns have lengths, over all tokens: m (dims). Of a convolution m is (1, out, 1, …).
-Source: arXiv 2402.09353, section 4; `get_weight_norm` in peft/tuners/lora/dora.py and `merge_unsafe` in
-peft/tuners/lora/variants.py, whose order this is: the sum, its lengths and the quotient in float32, then the product. The
-squares are added up in float64, so that both engines give the same; PEFT's own sums in float32 are a few steps off.
+Of an embedding (tokens, dims) the columns have lengths, over all tokens: m (dims). Of a convolution m is (1, out, 1,
+…). Source: arXiv 2402.09353, section 4; `get_weight_norm` in peft/tuners/lora/dora.py and `merge_unsafe` in
+peft/tuners/lora/variants.py, whose order this is: the sum, its lengths and the quotient in float32, then the product.
+The squares are added up in float64, so that both engines give the same; PEFT's own sums in float32 are a few steps off.
 """
 
 from __future__ import annotations

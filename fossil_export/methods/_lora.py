@@ -90,8 +90,9 @@ FIELDS: Mapping[str, Field] = {
 
 _SAMPLER = ("expert_weights", "expert_weights_prior", "gaussian_var_prior", "std_prior")
 _TRAINING = {"lora_velora_embed": "velora", **{f"lora_monteclora_sampler.{name}": name for name in _SAMPLER}}
-# Tensors of VeLoRA, which changes gradients alone, and of MonteCLoRA, whose noise is for training alone: what both compute
-# after training is a plain LoRA (`VeloraLinearVariant`, `MontecloraLinearVariant` in peft/tuners/lora/variants.py).
+# Tensors of VeLoRA, which changes gradients alone, and of MonteCLoRA, whose noise is for training alone: what both
+# compute after training is a plain LoRA (`VeloraLinearVariant`, `MontecloraLinearVariant` in
+# peft/tuners/lora/variants.py).
 _TRAINED_BY = {"velora_config": {"velora"}, "monteclora_config": set(_SAMPLER)}
 
 

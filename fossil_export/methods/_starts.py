@@ -2,13 +2,13 @@
 
     W' = R + s · B A        R = round(W - s · B₀ A₀), in the dtype that W is stored in; with m as DoRA of R
 
-PiSSA: B₀ A₀ is the part of W with the r largest singular values, over s. OLoRA: the first r columns of Q, and rows of R,
-of W = Q R. KaSA: R is W without its r smallest singular values, and W' = R + s · B diag(d) A.
+PiSSA: B₀ A₀ is the part of W with the r largest singular values, over s. OLoRA: the first r columns of Q, and rows of
+R, of W = Q R. KaSA: R is W without its r smallest singular values, and W' = R + s · B diag(d) A.
 
 Source: `pissa_init` and `olora_init` in peft/tuners/lora/layer.py, `_truncate_base_weight` and `_get_delta_weight` of
-KaSA in peft/tuners/lora/variants.py; arXiv 2404.02948, 2406.01775, 2412.06071. What PyTorch computes there in float32 is
-part of the trained model, so PyTorch computes it here too, in the same order. If the adapter brings the weight itself
-(PEFT saves a targeted head with its base layer), that is R already.
+KaSA in peft/tuners/lora/variants.py; arXiv 2404.02948, 2406.01775, 2412.06071. What PyTorch computes there in float32
+is part of the trained model, so PyTorch computes it here too, in the same order. If the adapter brings the weight
+itself (PEFT saves a targeted head with its base layer), that is R already.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Others PEFT does not begin from.
 _OTHERS = ("use_bdlora", "kasa_config", "velora_config", "monteclora_config")
 _CLOSE = 2.0**-18
-# Singular values that are no further apart, relative to themselves: which of their vectors are taken is float32's noise.
+# Of singular values no further apart than this, relative to themselves, float32's noise tells which vectors are taken.
 
 
 class Started(Base):

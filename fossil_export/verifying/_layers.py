@@ -20,7 +20,6 @@ from fossil_export.errors import MergeError, listed
 from fossil_export.methods import METHODS, starts_elsewhere
 from fossil_export.models import Names
 
-
 _STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
 

@@ -1,4 +1,4 @@
-"""BD-LoRA: LoRA with a block-diagonal A or B; A[k, j] is zero but for k and j in the same of n blocks, and so B[o, k]."""
+"""BD-LoRA: LoRA with a block-diagonal A or B, zero at [o, k] unless both are in the same of n blocks."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""DoRA: W'[o, j] = m[o] / |V[o]| · V[o, j], V[o, j] = W[o, j] + s · sum over k of B[o, k] A[k, j]; of an embedding, V[t, d]
-has the length of its column d.
+"""DoRA: W'[o, j] = m[o] / |V[o]| · V[o, j], V[o, j] = W[o, j] + s · sum over k of B[o, k] A[k, j]; of an embedding,
+V[t, d] has the length of its column d.
 
-float32's error, with u = 2^-24: that of V is lora's, e, and one rounding; that moves its length by at most |e| + u |V|, and
-length, quotient and product are rounded once each. (The length itself is summed in float64, or in so few float32 terms at a
-time that one more rounding covers it.)
+float32's error, with u = 2^-24: that of V is lora's, e, and one rounding; that moves its length by at most |e| + u |V|,
+and length, quotient and product are rounded once each. (The squares are added up in float64.)
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class DoraEmbedding(Dora):
 
 
 def lengthened(exact: Array, bound: Array, wanted: Array, axis: int) -> Array:
-    """Give the rows (axis 1) or columns (axis 0) of V, in `exact`, their lengths, and its `bound` what becomes of it."""
+    """Give the rows (axis 1) or columns (axis 0) of V, in `exact`, their lengths; returns the bound that follows."""
     import numpy as np
 
     found = np.sqrt(np.square(exact).sum(axis=axis, keepdims=True))

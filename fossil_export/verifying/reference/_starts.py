@@ -1,10 +1,10 @@
 """LoRA that began from another weight: W' = R + s · B A (or R + s · B diag(d) A, or DoRA of R), R made of W by its own
 decomposition, in float64, and rounded to the dtype that W is stored in.
 
-What the trainer computed in float32 may lie on the other side of a rounding. How far float32 is off depends on how close the
-singular values lie, which no useful bound in advance tells; so the same is done in float32 (by PyTorch: NumPy decomposes
-in float64 whatever it is given), and four times the worst difference is allowed before R is rounded. Where both ends round
-to one number, nothing is.
+What the trainer computed in float32 may lie on the other side of a rounding. How far float32 is off depends on how
+close the singular values lie, which no useful bound in advance tells; so the same is done in float32 (by PyTorch: NumPy
+decomposes in float64 whatever it is given), and four times the worst difference is allowed before R is rounded. Where
+both ends round to one number, nothing is.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Started:
             bound += slack
         if "m" in part:
             bound = lengthened(exact, bound, part["m"].reshape(-1, 1), 1)
-        # Beyond a power of two the steps are wider. What rounds from there lies as far off as that power at most, which is
-        # within the bound on the other side.
+        # Beyond a power of two the steps are wider. What rounds from there lies as far off as that power at most, which
+        # is within the bound on the other side.
         wider = np.frexp(np.abs(exact) + bound)[1] > np.frexp(exact)[1]
         bound[wider] *= 3
         return bound
