@@ -2,9 +2,9 @@
 
     W' = W + s / (n + 1e-5) · B (A · e)        A (r, in), e (r, 1), B (out, r); n is the first rank
 
-s is alpha, not over the rank, and n the rank before anything was dropped. The file has what was kept of each module (r up to n, which may be nothing), and
-`rank_pattern` says which. Source: arXiv 2303.10512; `SVDLinear` in peft/tuners/adalora/layer.py, whose order of
-operations this is, and `resize_state_dict_by_rank_pattern` in its model.py.
+s is alpha, not over the rank, and n the rank before anything was dropped. The file has what was kept of each module (r
+up to n, which may be nothing), and `rank_pattern` says which. Source: arXiv 2303.10512; `SVDLinear` in
+peft/tuners/adalora/layer.py, whose order of operations this is; `resize_state_dict_by_rank_pattern` in its model.py.
 """
 
 from __future__ import annotations
