@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import LINEARS, edit_json, make_adapter, make_base, peft_merged, randomise, weights
+from conftest import QV, edit_json, make_adapter, make_base, peft_merged, randomise, weights
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -51,8 +51,10 @@ def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-@pytest.mark.parametrize("more", [{}, {"use_rslora": True, "lora_alpha": 12, "rank_pattern": {"q_proj": 3}}])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+SCALED = {"use_rslora": True, "lora_alpha": 12, "rank_pattern": {"q_proj": 3}}
+
+
+@pytest.mark.parametrize("dtype, more", [(torch.float32, {}), (torch.float16, {}), (torch.bfloat16, SCALED)])
 @pytest.mark.parametrize("start", list(STARTS))
 def test_it_is_merged_as_peft_merges_it_to_the_bit(
     start: str, dtype: torch.dtype, more: dict[str, Any], tmp_path: Path
@@ -178,7 +180,7 @@ def test_a_merge_into_the_bases_own_weights_would_be_found(start: str, tmp_path:
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_dora_may_begin_so_too(start: str, dtype: torch.dtype, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", dtype)
-    make_adapter(tmp_path / "adapter", base, kind=LoraConfig, use_dora=True, **STARTS[start])
+    make_adapter(tmp_path / "adapter", base, kind=LoraConfig, use_dora=True, target_modules=QV, **STARTS[start])
     merge(tmp_path / "adapter", tmp_path / "merged")
     theirs = peft_merged(base, tmp_path / "adapter", dtype)
     for key, value in weights(tmp_path / "merged").items():
@@ -270,7 +272,7 @@ def test_other_starts_are_refused_and_the_line_says_how_to_convert_them(start: s
 
 @pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "mica"])
 def test_starts_that_leave_the_base_alone_are_plain_loras(start: Any, tmp_path: Path, base: Path) -> None:
-    make_adapter(tmp_path / "adapter", base, kind=LoraConfig, init_lora_weights=start)
+    make_adapter(tmp_path / "adapter", base, kind=LoraConfig, init_lora_weights=start, target_modules=QV)
     assert load_adapter(tmp_path / "adapter").variant == "lora"
     merge(tmp_path / "adapter", tmp_path / "merged")
     theirs = peft_merged(base, tmp_path / "adapter", torch.float32)
@@ -287,7 +289,7 @@ def test_what_peft_converted_is_a_plain_lora_of_the_base(
     model = AutoModelForCausalLM.from_pretrained(base)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trained = get_peft_model(model, LoraConfig(r=8, target_modules=LINEARS, **STARTS[start], **more))
+        trained = get_peft_model(model, LoraConfig(r=8, target_modules=QV, **STARTS[start], **more))
         trained.peft_config["default"].init_lora_weights = True
         trained.save_pretrained(tmp_path / "begin")
         trained.peft_config["default"].init_lora_weights = start
