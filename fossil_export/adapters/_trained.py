@@ -76,9 +76,10 @@ class Trained:
         """The rank of its low-rank form (`Method.low_rank`), None if its update depends on the weight."""
         return METHODS[self.method].form_rank(self.shapes)
 
-    def mismatch(self, weight: tuple[int, int]) -> str | None:
-        """Why it cannot belong to a weight of that shape (out, in); None if it can."""
-        return METHODS[self.method].mismatch(self.shapes, self.numbers, weight)
+    def mismatch(self, weight: tuple[int, int], more: Numbers | None = None) -> str | None:
+        """Why it cannot belong to a weight of that shape (out, in), of which `more` numbers may be known; None if it
+        can."""
+        return METHODS[self.method].mismatch(self.shapes, {**self.numbers, **(more or {})}, weight)
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,8 @@ def trained_in(
 
     `shared` are tensors of all modules, by method and role. Raises AdapterError, which names the `file`.
     """
-    for info in tensors.values():
-        if 0 in info.shape:
+    for ending, info in tensors.items():
+        if 0 in info.shape and not any(METHODS[name].EMPTY for name, roles in methods.items() if ending in roles):
             raise AdapterError(empty(f"{file}: shard {info.name} {list(info.shape)}"))
     left = dict(tensors)
     for name, endings in methods.items():

@@ -18,6 +18,7 @@ from fossil_export.converting._form import finite
 from fossil_export.converting._options import Options
 from fossil_export.converting._widths import Shapes
 from fossil_export.errors import FossilExportError, MergeError
+from fossil_export.merging._change import weight_numbers
 from fossil_export.merging._planning import plan_merge, settled
 from fossil_export.methods import METHODS
 from fossil_export.storage import fetch
@@ -110,7 +111,9 @@ class _Updates:
 
     def __init__(self, adapter: Adapter, options: Options) -> None:
         if options.base_config is not None:
-            raise MergeError("the update of a bat adapter depends on the base's weights; name the model with --base")
+            raise MergeError(
+                f"the update of a {adapter.variant} adapter depends on the base's weights; name the model with --base"
+            )
         self._adapter = adapter
         plan = plan_merge(adapter, options.base)
         fetch(*plan.needed)
@@ -125,6 +128,8 @@ class _Updates:
         trained, matrix = self._adapter.trained[module], self._matrices[module]
         weight = np.asarray(matrix.read(self._rows, 0, matrix.shape[0])[:], np.float32)
         values = {role: np.asarray(array, np.float32) for role, array in finite(self._adapter, module).items()}
-        update: Array = METHODS[trained.method].update(weight, values, trained.numbers, 0)
+        brought = any(name.startswith(f"{module}.") for name in self._adapter.saved)
+        numbers = {**trained.numbers, **weight_numbers(matrix, matrix.dtype, brought)}
+        update: Array = METHODS[trained.method].update(weight, values, numbers, 0)
         self._plan.check()
         return update

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from fossil_export.adapters import Trained
 from fossil_export.checkpoints._dtypes import FLOATS, element_count
 from fossil_export.checkpoints._header import TensorInfo, slice_of
-from fossil_export.checkpoints.layouts import Matrix, Order, ReadRows, Rows
+from fossil_export.checkpoints.layouts import Matrix, Order, ReadRows, Rows, Transposed
 from fossil_export.errors import MergeError
 from fossil_export.merging._survival import group_rows
-from fossil_export.methods import METHODS, Method
+from fossil_export.methods import METHODS, Method, Numbers
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,16 @@ class Change:
     @property
     def method(self) -> Method:
         return METHODS[self.trained.method]
+
+    def numbers(self, dtype: str, brought: bool) -> Numbers:
+        """Those of the module, with what a method may have to know of the weight that it begins from: the "dtype" that
+        it is stored in, whether the adapter has "brought" it, and whether it lies "transposed" (Conv1D)."""
+        return {**self.trained.numbers, **weight_numbers(self.into, dtype, brought)}
+
+
+def weight_numbers(matrix: Matrix, dtype: str, brought: bool) -> dict[str, object]:
+    """See `Change.numbers`."""
+    return {"dtype": dtype, "brought": brought, "transposed": isinstance(matrix, Transposed)}
 
 
 @dataclass(frozen=True)

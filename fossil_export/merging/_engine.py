@@ -187,7 +187,10 @@ def merge_slab(
     several active adapters; there is one rounding. Returns the sums of the sampled rows. Whether `out` is finite is for
     the caller to see.
     """
-    group = group_rows(math.lcm(*(update.block_rows for update in updates)))
+    rows_together = math.lcm(*(update.block_rows for update in updates))
+    group = group_rows(rows_together)
+    # What takes the whole weight at once may be dear (a decomposition), and is computed once.
+    at_once = rows_together >= out_features > 1
     step = max(1, engine.block // (group * stored.shape[1])) * group
     dtype = "F64" if stored.dtype.itemsize == 8 else "F32"
     sample = sample_starts(out_features, group)
@@ -195,13 +198,16 @@ def merge_slab(
     for first in range(0, len(stored), step):
         stop = min(first + step, len(stored))
         weight = engine.widen(stored[first:stop], dtype)
-        sampled = []
-        for row in _between(sample, start + first, start + stop):
+        sampled: list[tuple[slice, Array, Array]] = []
+        whole = engine.numpy(weight).copy() if at_once else None
+        for row in () if at_once else _between(sample, start + first, start + stop):
             rows = slice(row - start - first, row - start - first + group)
             before = engine.numpy(weight[rows]).copy()
             sampled.append((rows, before, engine.numpy(_total(weight[rows], updates, row - start))))
         for one in updates:
             one.add(weight, first)
+        if whole is not None:
+            sampled.append((slice(None), whole, engine.numpy(weight) - whole))
         result = out[first:stop]
         engine.round(weight, result)
         for rows, before, update in sampled:

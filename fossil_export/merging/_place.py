@@ -17,7 +17,7 @@ from fossil_export.merging._brought import (
     remedy,
     trained_whole,
 )
-from fossil_export.merging._change import Piece
+from fossil_export.merging._change import Piece, weight_numbers
 from fossil_export.merging._naming import Naming, exact_names, naming_of
 from fossil_export.merging._parameters import matrices, stored_experts
 from fossil_export.merging._placement import Placement
@@ -180,7 +180,7 @@ def _place_trained(
     dtypes = (matrix.dtype, matrix.stored[0].dtype)
     if into_floats and (others := [dtype for dtype in dtypes if dtype not in FLOATS]):
         raise MergeError(f"{where} is stored as {others[0]}: {QUANTIZED}")
-    if reason := trained.mismatch(matrix.shape):
+    if reason := trained.mismatch(matrix.shape, weight_numbers(matrix, matrix.dtype, name in placement.saved)):
         shapes = " and ".join(str(list(info.shape)) for info in trained.tensors.values())
         raise MergeError(f"{where} does not fit shard {trained.label} {shapes} of {adapter.path}: {reason}; {REMEDY}")
     placement.trained[name] = trained

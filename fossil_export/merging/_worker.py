@@ -143,6 +143,7 @@ class Worker:
         tensor = slab.tensor
         dtype = compute_dtype(slab.part.dtype)
         updates = []
+        brought = tensor.origin(slab.part)[1] is not None
         for change in slab.part.changes:
             tensors = change.trained.tensors
             trained = {
@@ -152,7 +153,8 @@ class Worker:
             # Only what these rows need is widened: whole tensors of a high rank take more than the slabs do.
             part = change.method.part(trained, slab.start, slab.stop)
             wide = {role: self._widened(array, dtype) for role, array in part.items()}
-            updates.append(Update(change.method, wide, change.trained.numbers, change.weight))
+            numbers = change.numbers(slab.part.dtype, brought)
+            updates.append(Update(change.method, wide, numbers, change.weight))
         with np.errstate(over="ignore", invalid="ignore"):
             sums = merge_slab(self._engine, stored, out, updates, slab.start, slab.part.rows)
         if not is_finite(out):

@@ -9,26 +9,56 @@ from __future__ import annotations
 from fossil_export.methods import _bat as bat
 from fossil_export.methods import _mini as mini
 from fossil_export.methods import _tile as tile
+from fossil_export.methods._adalora import AdaLora
 from fossil_export.methods._base import Base
+from fossil_export.methods._bdlora import BdLora
+from fossil_export.methods._dora import Dora, DoraEmbedding
 from fossil_export.methods._lora import Lora
 from fossil_export.methods._lora_bias import LoraBias
 from fossil_export.methods._lora_embedding import LoraEmbedding
 from fossil_export.methods._lora_parameter import LoraParameter
 from fossil_export.methods._low_rank import LowRank, Tiling
 from fossil_export.methods._method import POSITIVE, Arrays, Field, Method, Numbers, Shapes
+from fossil_export.methods._starts import Kasa, Olora, Pissa, Started
 from fossil_export.methods._tokens import ROWS, LoraTokens, TrainableTokens
 
 METHODS: dict[str, Method] = {
     "tile": tile,
     "mini": mini,
     "bat": bat,
+    "pissa": Pissa(),
+    "olora": Olora(),
+    "kasa": Kasa(),
+    "bdlora": BdLora(),
+    "dora": Dora(),
+    "dora_embedding": DoraEmbedding(),
     "lora": Lora(),
     "lora_embedding": LoraEmbedding(),
     "lora_bias": LoraBias(),
     "lora_parameter": LoraParameter(),
     "lora_tokens": LoraTokens(),
     "trainable_tokens": TrainableTokens(),
+    "adalora": AdaLora(),
 }
 """By the name that records and tables give them. Those that share endings are asked in this order."""
 
-__all__ = ["METHODS", "POSITIVE", "ROWS", "Arrays", "Base", "Field", "LowRank", "Method", "Numbers", "Shapes", "Tiling"]
+
+def starts_elsewhere(name: str) -> bool:
+    """Whether training by the method of this name began from another weight than the base's, made of that as stored."""
+    return isinstance(METHODS[name], Started)
+
+
+__all__ = [
+    "METHODS",
+    "POSITIVE",
+    "ROWS",
+    "Arrays",
+    "Base",
+    "Field",
+    "LowRank",
+    "Method",
+    "Numbers",
+    "Shapes",
+    "Tiling",
+    "starts_elsewhere",
+]

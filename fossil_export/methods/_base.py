@@ -20,6 +20,7 @@ class Base:
     SHARED: Mapping[str, Mapping[str, str]] = {}
     PARAMETER: str = "weight"
     COMBINES: Combination = "sum"
+    EMPTY: bool = False
     FIELDS: Mapping[str, Field] = {}
 
     def read(self, config: Mapping[str, Any], module: str, shapes: Shapes, where: str) -> Numbers | None:

@@ -25,6 +25,7 @@ FIELDS: Mapping[str, Field] = {
 
 SHARED: Mapping[str, Mapping[str, str]] = {}
 PARAMETER = "weight"
+EMPTY = False
 
 
 def peft_keys(role: str) -> Mapping[str, Mapping[str, str]]:

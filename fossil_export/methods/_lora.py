@@ -20,12 +20,18 @@ from fossil_export.methods._low_rank import LowRank
 from fossil_export.methods._method import POSITIVE, Arrays, Field, Numbers, Shapes, unset
 
 _TOKENS = "the update depends on the tokens, so that no weight holds it; serve the adapter beside the model"
-_BASE = "training began from changed weights, which nothing tells again; convert it with PEFT where it was trained"
-_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
-# Starts that leave the base's weights as they are.
+_BASE = (
+    "training began from changed weights, which nothing tells again (they are random, or came from data or a "
+    "quantization); convert the adapter with PEFT where it was trained "
+    "(save_pretrained with path_initial_model_for_weight_conversion), or for loftq merge into the base that it made"
+)
+_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica", "pissa", "olora")
+# Starts that leave the base's weights as they are, and two that are made again (methods/_starts.py).
+
+LOST = "{where}: the config says use_dora, but the lora_magnitude_vector is missing; save the adapter again"
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -33,19 +39,32 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, bool) or value is None
 
 
+def _is_blocks(value: Any) -> bool:
+    """PEFT's BdLoraConfig, as it is saved."""
+    if not value:
+        return True
+    if not isinstance(value, dict) or not POSITIVE.holds(value.get("nblocks", 1)):
+        return False
+    sides = (value.get(f"target_modules_bd_{side}") or [] for side in ("a", "b"))
+    return all(isinstance(side, list) and all(isinstance(part, str) for part in side) for side in sides)
+
+
 PATTERN = Field(
     "a map of modules to numbers",
-    lambda value: value is None or (isinstance(value, dict) and all(map(_is_number, value.values()))),
+    lambda value: value is None or (isinstance(value, dict) and all(map(is_number, value.values()))),
 )
 SWITCH = Field("true or false", _is_bool, False)
 
 FIELDS: Mapping[str, Field] = {
     "r": POSITIVE,
-    "lora_alpha": Field("a number", _is_number, 8),
+    "lora_alpha": Field("a number", is_number, 8),
     "lora_dropout": Field(),
     "fan_in_fan_out": SWITCH,
     "use_rslora": SWITCH,
     "lora_bias": SWITCH,
+    "use_dora": SWITCH,
+    "kasa_config": Field(),
+    "use_bdlora": Field("nothing, or what PEFT saves of a BdLoraConfig", _is_blocks),
     "rank_pattern": PATTERN,
     "alpha_pattern": PATTERN,
     "init_lora_weights": Field(
@@ -65,17 +84,37 @@ FIELDS: Mapping[str, Field] = {
     "alora_invocation_tokens": unset(_TOKENS),
     "arrow_config": unset(_TOKENS),
     "use_qalora": unset("its inputs are pooled, which only a GPTQ layer of PEFT can do"),
-    "monteclora_config": unset("its update is drawn anew in each pass; take the mean with PEFT"),
+    "monteclora_config": Field(),
 }
 
 
+_SAMPLER = ("expert_weights", "expert_weights_prior", "gaussian_var_prior", "std_prior")
+_TRAINING = {"lora_velora_embed": "velora", **{f"lora_monteclora_sampler.{name}": name for name in _SAMPLER}}
+# Tensors of VeLoRA, which changes gradients alone, and of MonteCLoRA, whose noise is for training alone: what both
+# compute after training is a plain LoRA (`VeloraLinearVariant`, `MontecloraLinearVariant` in
+# peft/tuners/lora/variants.py).
+_TRAINED_BY = {"velora_config": {"velora"}, "monteclora_config": set(_SAMPLER)}
+
+
 class Lora(Base):
-    PEFT = {"LORA": {"lora_A.weight": "A", "lora_B.weight": "B"}}
+    PEFT: Mapping[str, Mapping[str, str]] = {"LORA": {"lora_A.weight": "A", "lora_B.weight": "B", **_TRAINING}}
     FIELDS = FIELDS
 
     def read(self, config: Mapping[str, Any], module: str, shapes: Shapes, where: str) -> Numbers | None:
         if lacking := needs(shapes, "A", "B"):
             raise AdapterError(f"{where}: its lora_{lacking} is missing; save the adapter again")
+        for field, roles in _TRAINED_BY.items():
+            if roles & shapes.keys() and not config.get(field):
+                raise AdapterError(
+                    f"{where}: has what is saved with {field}, which the config does not have; mend the config"
+                )
+        if ".base_layer." in f".{module}.":
+            raise AdapterError(
+                f"{where}: lies in an nn.MultiheadAttention, where PEFT adds each update in a way of its own (that of "
+                "out_proj twice), which fossil-export does not do; merge it with PEFT's merge_and_unload"
+            )
+        if "m" not in shapes and config.get("use_dora"):
+            raise AdapterError(LOST.format(where=where))
         down, up = shapes["A"], shapes["B"]
         flat = all(size == 1 for size in up[2:])
         if len(down) < 2 or len(down) != len(up) or up[1] != down[0] or not flat:

@@ -24,6 +24,8 @@ class LoraEmbedding(Base):
     def read(self, config: Mapping[str, Any], module: str, shapes: Shapes, where: str) -> Numbers | None:
         if lacking := needs(shapes, "A", "B"):
             raise AdapterError(f"{where}: its lora_embedding_{lacking} is missing; save the adapter again")
+        if "m" not in shapes and config.get("use_dora"):
+            raise AdapterError(lora.LOST.format(where=where))
         down, up = shapes["A"], shapes["B"]
         if len(down) != 2 or len(up) != 2 or up[1] != down[0]:
             raise AdapterError(f"{where}: the two do not go together; save the adapter again")

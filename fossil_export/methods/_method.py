@@ -74,6 +74,10 @@ class Method(Protocol):
         """See `Combination`."""
 
     @property
+    def EMPTY(self) -> bool:
+        """Whether a module may have tensors without values, because training dropped all of it."""
+
+    @property
     def FIELDS(self) -> Mapping[str, Field]:
         """Fields of the config that are this method's own. One that no method of a `peft_type` knows stops the
         reading."""

@@ -46,13 +46,15 @@ class Sums:
 
 @dataclass(frozen=True)
 class Job:
-    """A part of a tensor to compare; `source` has the values of all parts that are no pieces."""
+    """A part of a tensor to compare; `source` has the values of all parts that are no pieces, and is `brought` if the
+    adapter has it."""
 
     name: str
     found: TensorInfo
     source: TensorInfo
     part: Part
     action: str
+    brought: bool = False
 
     @property
     def change(self) -> Change | None:
@@ -205,7 +207,8 @@ def _values(job: Job, start: int, stored: Array, found: Array, trained: Mapping[
         if exactly is not None:
             assert trained is not None and job.change is not None
             needed = exactly.part(trained, at, at + len(weight))
-            bound = exactly.rebuild(weight, needed, job.change.trained.numbers, exact)
+            numbers = job.change.numbers(job.part.dtype, job.brought or job.part.piece is not None)
+            bound = exactly.rebuild(weight, needed, numbers, exact)
         else:
             np.copyto(exact, weight)
         ulp(exact, job.found.dtype, steps)

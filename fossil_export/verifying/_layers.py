@@ -17,18 +17,29 @@ from torch import nn
 from fossil_export import models
 from fossil_export.adapters import Adapter, Trained
 from fossil_export.errors import MergeError, listed
-from fossil_export.methods import METHODS
+from fossil_export.methods import METHODS, starts_elsewhere
 from fossil_export.models import Names
+
+_STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
 
 class TrainedLinear(nn.Module):  # type: ignore[misc]  # torch is not followed by mypy here
     """A Linear or Conv1D with what was trained beside it; computes in the dtype of that and returns the input's."""
 
-    def __init__(self, base_layer: nn.Module, arrays: Mapping[str, torch.Tensor], trained: Trained) -> None:
+    def __init__(
+        self, base_layer: nn.Module, arrays: Mapping[str, torch.Tensor], trained: Trained, brought: bool = False
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.trained = nn.ParameterDict({role: nn.Parameter(array, False) for role, array in arrays.items()})
-        self._method, self._numbers = METHODS[trained.method], trained.numbers
+        self._name, self._method = trained.method, METHODS[trained.method]
+        self._made: torch.Tensor | None = None  # what a decomposition made, which is dear
+        self._numbers = {
+            **trained.numbers,
+            "dtype": _STORED.get(base_layer.weight.dtype),
+            "brought": brought,
+            "transposed": not isinstance(base_layer, nn.Linear),
+        }
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         layer, arrays = self.base_layer, dict(self.trained)
@@ -40,7 +51,10 @@ class TrainedLinear(nn.Module):  # type: ignore[misc]  # torch is not followed b
             return (layer(x) + form.branch(x.to(wide))).to(x.dtype)
         weight = weight.to(wide)
         bias = None if layer.bias is None else layer.bias.to(wide)
-        changed = weight + self._method.update(weight, arrays, self._numbers, 0)
+        changed = self._made
+        if changed is None:
+            changed = weight + self._method.update(weight, arrays, self._numbers, 0)
+            self._made = changed if starts_elsewhere(self._name) else None
         result: torch.Tensor = nn.functional.linear(x.to(wide), changed, bias)
         return result.to(x.dtype)
 
@@ -69,7 +83,7 @@ def attach(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> nn.Module:
         parent, _, last = names[module].rpartition(".")
         layer = modules[names[module]]
         arrays = {role: _tensor(array).to(layer.weight.device, dtype) for role, array in adapter.arrays(module).items()}
-        setattr(modules[parent], last, TrainedLinear(layer, arrays, one))
+        setattr(modules[parent], last, TrainedLinear(layer, arrays, one, f"{module}.weight" in adapter.saved))
     return model
 
 

@@ -16,6 +16,7 @@ from fossil_export._foreign import load_model, load_tokenizer, model_class, read
 from fossil_export.adapters import Adapter
 from fossil_export.adapters._peft import find_weights
 from fossil_export.errors import FossilExportError, MissingExtraError
+from fossil_export.methods import starts_elsewhere
 
 if TYPE_CHECKING:
     import torch
@@ -172,8 +173,11 @@ def open_trainer(
     from transformers.pytorch_utils import Conv1D
 
     kind, config = _class_and_config(artifact, base)
+    # Where training began from another weight than the base's, that is made of the weight as it is stored.
+    started = any(starts_elsewhere(one.method) for one in adapter.trained.values())
     with _quiet():
-        model = load_model(kind, base, config, dtype=getattr(torch, dtype), ignore_mismatched_sizes=True)
+        loaded = "auto" if started else getattr(torch, dtype)
+        model = load_model(kind, base, config, dtype=loaded, ignore_mismatched_sizes=True)
         _resize(model, artifact)
         if change is not None and not merged:
             change(model)
@@ -183,9 +187,7 @@ def open_trainer(
         loads = adapter.peft_type in PEFT_TYPE_TO_CONFIG_MAPPING and adapter.files[1] == find_weights(folder)
         if loads and not any(isinstance(module, Conv1D) for module in model.modules()):
             model = PeftModel.from_pretrained(model, str(folder))
-            for name, parameter in model.named_parameters():
-                if any(part.startswith(model.base_model.prefix) for part in name.split(".")):
-                    parameter.data = parameter.data.to(wide)
+            _cast(model, model.base_model.prefix, getattr(torch, dtype) if started else None, wide)
         else:
             from fossil_export.verifying._layers import attach
 
@@ -194,10 +196,20 @@ def open_trainer(
                     f"{adapter.path}: PEFT cannot load it, and its merge is what int4 is checked by"
                 )
             model = attach(model, adapter, wide)
+            if started:
+                _cast(model, "trained", getattr(torch, dtype), wide)
         if change is not None and merged:
             model = model.merge_and_unload()
             change(model)
     return TorchRunner(model, device)
+
+
+def _cast(model: Any, own: str, dtype: Any, wide: Any) -> None:
+    """Give parameters in what is named `own…` the dtype `wide`, the others `dtype` if there is one."""
+    for name, parameter in model.named_parameters():
+        target = wide if any(part.startswith(own) for part in name.split(".")) else dtype
+        if target is not None:
+            parameter.data = parameter.data.to(target)
 
 
 def open_lora(folder: Path, base: Path, described_by: Path, dtype: str, device: str) -> TorchRunner:

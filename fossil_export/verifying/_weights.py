@@ -118,7 +118,9 @@ def _expected(
         return failed(f"has shape {list(found.shape)}, should have {list(source.shape)}")
     for piece in pieces:
         piece.check(source)
-    return tuple(Job(name, found, source, part, action) for part in parts_of(found.shape, changes, pieces))
+    return tuple(
+        Job(name, found, source, part, action, owner is not None) for part in parts_of(found.shape, changes, pieces)
+    )
 
 
 def _module(changes: Sequence[Change]) -> str | None:
