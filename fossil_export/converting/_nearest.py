@@ -17,7 +17,7 @@ from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.converting._form import finite
 from fossil_export.converting._options import Options
 from fossil_export.converting._widths import Shapes
-from fossil_export.errors import FossilExportError, MergeError
+from fossil_export.errors import FossilExportError, MergeError, listed
 from fossil_export.merging._planning import plan_merge, settled
 from fossil_export.methods import METHODS
 from fossil_export.storage import fetch
@@ -116,6 +116,9 @@ class _Updates:
         fetch(*plan.needed)
         self._plan = settled(plan)
         self._matrices = self._plan.matrices
+        flat = (name for name, one in adapter.trained.items() if one.dimensions not in (2, None))
+        if others := [*flat, *(name for name in self._matrices if name not in adapter.trained)]:
+            raise MergeError(f"{adapter.path}: changes {listed(others)}, for which LoRA has no place; merge it instead")
 
     def _rows(self, info: TensorInfo, start: int, stop: int) -> Array:
         return self._adapter.array(info, start, stop)

@@ -19,6 +19,7 @@ from fossil_export.methods._method import Arrays, Combination, Numbers, Shapes
 FIELDS = fossil.FIELDS
 SHARED = fossil.SHARED
 PARAMETER = fossil.PARAMETER
+beside = fossil.beside
 COMBINES: Combination = "order"
 PEFT = peft_keys("B")
 STATE_DICT = state_dict_keys("B")

@@ -27,6 +27,10 @@ SHARED: Mapping[str, Mapping[str, str]] = {}
 PARAMETER = "weight"
 
 
+def beside(numbers: Numbers) -> str | None:
+    return None
+
+
 def peft_keys(role: str) -> Mapping[str, Mapping[str, str]]:
     """Endings of PEFT's keys for a variant whose tensor has this role."""
     return {"MISS": {"miss_block": role}, "BONE": {"bone_block": role}}

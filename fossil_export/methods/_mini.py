@@ -21,6 +21,7 @@ from fossil_export.methods._tile import add_tiled, repeated, tiled
 FIELDS = fossil.FIELDS
 SHARED = fossil.SHARED
 PARAMETER = fossil.PARAMETER
+beside = fossil.beside
 COMBINES: Combination = "sum"
 PEFT = peft_keys("D")
 STATE_DICT: Mapping[str, str] = {}

@@ -20,6 +20,7 @@ from fossil_export.methods._method import Arrays, Combination, Numbers, Shapes
 FIELDS = fossil.FIELDS
 SHARED = fossil.SHARED
 PARAMETER = fossil.PARAMETER
+beside = fossil.beside
 COMBINES: Combination = "sum"
 PEFT = peft_keys("D")
 STATE_DICT = state_dict_keys("D")

@@ -181,9 +181,9 @@ def open_trainer(
         folder = adapter.path if adapter.path.is_dir() else adapter.path.parent
         # PEFT looks only for files of its own names.
         loads = adapter.peft_type in PEFT_TYPE_TO_CONFIG_MAPPING and adapter.files[1] == find_weights(folder)
-        if loads and not any(isinstance(module, Conv1D) for module in model.modules()):
+        if loads and not (adapter.peft_type == "MISS" and any(isinstance(one, Conv1D) for one in model.modules())):
             model = PeftModel.from_pretrained(model, str(folder))
-            for name, parameter in model.named_parameters():
+            for name, parameter in model.named_parameters() if adapter.peft_type != "LN_TUNING" else ():
                 if any(part.startswith(model.base_model.prefix) for part in name.split(".")):
                     parameter.data = parameter.data.to(wide)
         else:

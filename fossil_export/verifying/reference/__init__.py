@@ -7,12 +7,20 @@ names of the variants: arXiv 2409.15371 and FOSSIL's entry in PEFT (peft/tuners/
 from __future__ import annotations
 
 from fossil_export.verifying.reference import _bat as bat
+from fossil_export.verifying.reference import _boft as boft
+from fossil_export.verifying.reference import _hra as hra
+from fossil_export.verifying.reference import _ia3 as ia3
+from fossil_export.verifying.reference import _ln_tuning as ln_tuning
+from fossil_export.verifying.reference import _loha as loha
+from fossil_export.verifying.reference import _lokr as lokr
 from fossil_export.verifying.reference import _lora as lora
 from fossil_export.verifying.reference import _lora_bias as lora_bias
 from fossil_export.verifying.reference import _lora_embedding as lora_embedding
 from fossil_export.verifying.reference import _mini as mini
 from fossil_export.verifying.reference import _tile as tile
 from fossil_export.verifying.reference._exact import Exact
+from fossil_export.verifying.reference._oft import oft, oft_embedding
+from fossil_export.verifying.reference._road import road_1, road_2, road_4
 
 EXACT: dict[str, Exact] = {
     "tile": tile,
@@ -21,6 +29,22 @@ EXACT: dict[str, Exact] = {
     "lora": lora,
     "lora_embedding": lora_embedding,
     "lora_bias": lora_bias,
+    "loha": loha,
+    "lokr": lokr,
+    "ia3": ia3,
+    "ia3_bias": ia3,
+    "oft": oft,
+    "oft_embedding": oft_embedding,
+    "boft": boft,
+    "hra": hra,
+    "ln_tuning": ln_tuning,
+    "ln_tuning_bias": ln_tuning,
+    "road_1": road_1,
+    "road_2": road_2,
+    "road_4": road_4,
+    "road_1_bias": road_1,
+    "road_2_bias": road_2,
+    "road_4_bias": road_4,
 }
 """By method. One that is not here cannot be checked: a KeyError, never another one's formula."""
 
