@@ -41,6 +41,10 @@ def nearest_lora(
     """
     if options.rank is not None and options.energy is not None:
         raise FossilExportError("--rank and --energy say the same thing in two ways; give one")
+    trained = adapter.trained
+    others = [name for name in shapes if name not in trained or trained[name].dimensions not in (2, None)]
+    if others:
+        raise MergeError(f"{adapter.path}: changes {listed(others)}, for which LoRA has no place; merge it instead")
     smallest = min(min(shape) for shape in shapes.values())
     if options.rank is not None and not 1 <= options.rank <= smallest:
         raise FossilExportError(
@@ -116,9 +120,6 @@ class _Updates:
         fetch(*plan.needed)
         self._plan = settled(plan)
         self._matrices = self._plan.matrices
-        flat = (name for name, one in adapter.trained.items() if one.dimensions not in (2, None))
-        if others := [*flat, *(name for name in self._matrices if name not in adapter.trained)]:
-            raise MergeError(f"{adapter.path}: changes {listed(others)}, for which LoRA has no place; merge it instead")
 
     def _rows(self, info: TensorInfo, start: int, stop: int) -> Array:
         return self._adapter.array(info, start, stop)

@@ -184,6 +184,11 @@ def _checked(matrix: Matrix | None, weight: TensorInfo | None, name: str, traine
         shape = list(weight.shape) if weight is not None else []
         if weight is not None and weight.dtype not in FLOATS:
             raise MergeError(f"{base.location}: {name} {shape} is stored as {weight.dtype}: {QUANTIZED}")
+        if trained.dimensions == 2 and len(shape) > 2:
+            raise MergeError(
+                f"{base.location}: {name} {shape} is the weight of a convolution, and {trained.method} "
+                f"({trained.label}) is merged into matrices alone; run the adapter beside the model, with PEFT"
+            )
         raise MergeError(
             f"{base.location}: {name} {shape} is no matrix, but the adapter has a shard for it ({trained.label}); "
             f"{REMEDY}"

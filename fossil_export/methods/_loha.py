@@ -66,7 +66,7 @@ class Loha(Base):
             raise AdapterError(f"{where}: its two products differ in shape; save the adapter again")
         rank, scale = rank_and_scale(config, module, where, rank)
         try:
-            scale = struct.unpack("f", struct.pack("f", scale))[0]
+            scale = struct.unpack("<f", struct.pack("<f", scale))[0]
         except OverflowError as problem:
             raise AdapterError(f"{where}: its alpha overflows float32; mend the config") from problem
         return {"r": rank, "scale": scale}
