@@ -85,15 +85,15 @@ def assert_rounded(base: Path, folder: Path, dtype: torch.dtype, bits: bool = Fa
     assert verify(folder / "merged", level="weights").parity
 
 
-def assert_caught(folder: Path, name: str) -> None:
-    """One wrong value in the merged folder is found: the next number of its dtype but seven."""
+def assert_caught(folder: Path, name: str, steps: int = 8) -> None:
+    """One wrong value in the merged folder is found, so many steps of its dtype from the right one."""
     from safetensors.torch import load_file, save_file
 
     file = next(one for one in folder.glob("*.safetensors") if name in load_file(one))
     tensors = load_file(file)
     whole = tensors[name].view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensors[name].element_size()])
     place = int(tensors[name].abs().flatten().argmax())
-    whole.view(-1)[place] += 8
+    whole.view(-1)[place] += steps
     save_file(tensors, file, {"format": "pt"})
     report = verify(folder, level="weights")
     assert not report.parity, name
