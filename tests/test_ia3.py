@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_adapter, make_base, weights
+from graphs import make_case, make_graph, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import IA3Config, LNTuningConfig, PeftModel, RoadConfig
+from peft import IA3Config, LNTuningConfig, PeftModel, RoadConfig, get_peft_model
 from peft.tuners.road.layer import Linear as RoadLinear
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -24,8 +26,8 @@ from transformers import (
 )
 from tuner_tools import assert_caught, assert_live, assert_rounded, biased_base, logits, set_config
 
-from fossil_export import FossilExportError, convert, load_adapter, merge, verify
-from fossil_export.errors import AdapterError, MergeError
+from fossil_export import FossilExportError, convert, export_onnx, load_adapter, merge, verify
+from fossil_export.errors import AdapterError, MergeError, OnnxError
 from fossil_export.methods import METHODS
 from fossil_export.verifying._models import open_trainer
 from fossil_export.verifying.reference import EXACT
@@ -244,3 +246,27 @@ def test_the_record_names_what_was_changed_and_by_what(tmp_path: Path) -> None:
     changed = {entry["tensor"] for entry in record["tensors"] if entry.get("action", "merge") == "merge"}
     assert {"model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.bias"} <= changed
     assert "model.layers.0.mlp.down_proj.bias" not in changed
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_graph_gets_the_merged_weights_unless_its_biases_would_change_too(bias: bool, tmp_path: Path) -> None:
+    case = make_case(tmp_path, bias=bias)
+    config = IA3Config(target_modules=["q_proj", "v_proj"], feedforward_modules=["v_proj"])
+    live = get_peft_model(copy.deepcopy(case.plain), config).eval()
+    for name, parameter in live.named_parameters():
+        if "ia3_l" in name:
+            parameter.data += torch.randn(parameter.shape) * 0.3
+    live.save_pretrained(tmp_path / "ia3")
+    graph = make_graph(case, tmp_path / "plain.onnx")
+    with pytest.raises(OnnxError, match="which --mode tiled cannot write"):
+        export_onnx(tmp_path / "ia3", tmp_path / "out", base=case.base, mode="tiled", onnx=graph)
+    if bias:
+        with pytest.raises(OnnxError, match=r"changes .*q_proj\.bias.*, which are no matrices of a graph"):
+            export_onnx(tmp_path / "ia3", tmp_path / "out", base=case.base, mode="merged", onnx=graph)
+        return
+    export_onnx(tmp_path / "ia3", tmp_path / "out", base=case.base, mode="merged", onnx=graph)
+    x = np.random.default_rng(0).standard_normal((2, 3, 24)).astype(np.float32)
+    with torch.no_grad():
+        wanted = live(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(run(tmp_path / "out" / "plain.onnx", x), wanted, rtol=1e-4, atol=1e-5)
+    assert np.abs(run(graph, x) - wanted).max() > 0.1

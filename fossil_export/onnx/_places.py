@@ -103,8 +103,8 @@ def open_graph(merge: MergePlan, mode: Mode, path: Path) -> OpenGraph:
     others = [name for name in merge.modules if name not in trained or trained[name].dimensions not in (2, None)]
     if others:
         raise OnnxError(
-            f"{merge.adapter.path}: changes {listed(others)}, which are no matrices of a graph; merge it, and "
-            "build the graph from that"
+            f"{merge.adapter.path}: changes {listed(others)}, which are no matrices of a graph; use --mode merged "
+            "without --onnx, which makes a graph of the merged model"
         )
     wanted = [
         Wanted(module, (module, tensor.name.removesuffix(".weight")), _weight(merge.adapter, merge.matrices[module]))
