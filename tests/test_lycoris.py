@@ -202,3 +202,39 @@ def test_one_made_for_another_shape_is_refused_before_anything_is_written(kind: 
     with pytest.raises(FossilExportError, match=r"made for 48 outputs, the weight has 96"):
         merge(tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "LOHA": {"r": 2},
+    "LOKR": {"r": 2},
+    "IA3": {"feedforward_modules": ["m"]},
+    "OFT": {"oft_block_size": 4, "use_cayley_neumann": False},
+    "BOFT": {},
+    "HRA": {"r": 2},
+    "ROAD": {"group_size": 2},
+    "LN_TUNING": {},
+}
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_tensors_of_any_shape_are_taken_or_refused_in_a_line(data: st.DataObject) -> None:
+    """Only what `read` takes may reach the rest, and that never fails on a shape."""
+    peft_type = data.draw(st.sampled_from(list(CONFIGS)))
+    name = data.draw(st.sampled_from([name for name, method in METHODS.items() if peft_type in method.PEFT]))
+    method, size = METHODS[name], st.sampled_from([1, 2, 3, 4])
+    roles = data.draw(st.sets(st.sampled_from(sorted(set(method.PEFT[peft_type].values()))), min_size=1))
+    shapes = {role: tuple(data.draw(st.lists(size, max_size=5))) for role in sorted(roles)}
+    module = data.draw(st.sampled_from(["m", "n"]))
+    try:
+        numbers = method.read(CONFIGS[peft_type], module, shapes, "here")
+    except AdapterError as problem:
+        assert str(problem).startswith("here") and ";" in str(problem)
+        return
+    if numbers is not None:
+        method.mismatch(shapes, numbers, (4, 4))
+        assert method.dimensions(shapes) is None or method.dimensions(shapes) > 0  # type: ignore[operator]
+        assert method.block_rows(shapes) > 0
+        beside = method.beside(numbers)
+        if beside is not None:
+            METHODS[beside].mismatch(shapes, numbers, (4, 1))

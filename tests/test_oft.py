@@ -166,6 +166,7 @@ def several(folder: Path, name: str) -> PeftModel:
     "name, config, why",
     [
         ("oft", {"oft_block_size": ...}, "of an older OFT"),
+        ("oft", {"use_cayley_neumann": ...}, "of an older OFT"),
         ("oft", {"peft_version": "0.17.1"}, "use_cayley_neumann meant something else before PEFT 0.18"),
         ("oft", {"peft_version": ...}, "use_cayley_neumann meant something else before PEFT 0.18"),
         ("oft", {"block_share": True}, "has 8 blocks, but the config says block_share"),

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from fossil_export.errors import AdapterError
 from fossil_export.methods._base import Base
 from fossil_export.methods._method import Arrays, Combination, Numbers, Shapes
 
@@ -20,6 +21,8 @@ class LnTuning(Base):
     COMBINES: Combination = "alone"
 
     def read(self, config: Mapping[str, Any], module: str, shapes: Shapes, where: str) -> Numbers | None:
+        if not shapes["w"]:
+            raise AdapterError(f"{where} is a single number; save the adapter again")
         return {}
 
     def dimensions(self, shapes: Shapes) -> int | None:

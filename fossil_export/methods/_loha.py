@@ -56,12 +56,13 @@ class Loha(Base):
         lacking = [role for role in (*_PLAIN, *(("T1", "T2") if cored else ())) if role not in shapes]
         if lacking:
             raise AdapterError(f"{where}: its {' and '.join(lacking)} is missing; save the adapter again")
-        rank = shapes["B1"][0]
-        for half in "12":
-            up, down, core = shapes[f"A{half}"], shapes[f"B{half}"], shapes.get(f"T{half}", (rank, rank, 1, 1))
-            first = 0 if cored else -1
-            if len(up) != 2 or len(down) != 2 or len(core) != 4 or {up[first], down[0], *core[:2]} != {rank}:
-                raise AdapterError(f"{where}: they do not go together; save the adapter again")
+        flat = all(len(shape) == (4 if role[0] == "T" else 2) for role, shape in shapes.items())
+        rank = shapes["B1"][0] if flat else 0
+        for half in "12" if flat else "":
+            core = shapes.get(f"T{half}", (rank, rank))[:2]
+            flat = flat and {shapes[f"A{half}"][0 if cored else 1], shapes[f"B{half}"][0], *core} == {rank}
+        if not flat:
+            raise AdapterError(f"{where}: they do not go together; save the adapter again")
         if _sizes({role.replace("1", "2"): size for role, size in shapes.items() if "1" in role}) != _sizes(shapes):
             raise AdapterError(f"{where}: its two products differ in shape; save the adapter again")
         rank, scale = rank_and_scale(config, module, where, rank)

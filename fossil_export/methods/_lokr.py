@@ -48,23 +48,17 @@ class Lokr(Base):
         for number, forms in zip("12", _FORMS, strict=True):
             if {role for role in shapes if role.endswith(number)} not in forms:
                 raise AdapterError(f"{where}: these are not all of its W{number}; save the adapter again")
-        rank, known = None, True
-        if "A1" in shapes:
-            rank = shapes["B1"][0]
-            known = len(shapes["A1"]) == len(shapes["B1"]) == 2 and shapes["A1"][1] == rank
-        else:
-            known = len(shapes["W1"]) == 2
-        if "A2" in shapes:
-            up, down, core = shapes["A2"], shapes["B2"], shapes.get("T2")
-            ranks = {up[1], down[0]} if core is None and len(up) == 2 else {up[0], down[0], *(core or ())[:2]}
-            known = known and len(up) == len(down) == 2 and len(core or ()) in (0, 4) and len(ranks | {rank}) < 3
-            known = known and ranks == {down[0]} and rank in (None, down[0])
-            rank = down[0]
-        else:
-            known = known and len(shapes["W2"]) in (2, 3, 4)
-        if not known:
+        sizes = {role: len(shape) for role, shape in shapes.items() if role not in ("W2", "T2")}
+        ranks: set[int] = set()
+        fits = set(sizes.values()) <= {2} and len(shapes.get("W2", (0, 0))) in (2, 3, 4)
+        fits = fits and len(shapes.get("T2", (0, 0, 0, 0))) == 4
+        if fits and "A1" in shapes:
+            ranks |= {shapes["A1"][1], shapes["B1"][0]}
+        if fits and "A2" in shapes:
+            ranks |= {shapes["A2"][0 if "T2" in shapes else 1], shapes["B2"][0], *shapes.get("T2", ())[:2]}
+        if not fits or len(ranks) > 1:
             raise AdapterError(f"{where}: they do not go together; save the adapter again")
-        rank, scale = rank_and_scale(config, module, where, rank)
+        rank, scale = rank_and_scale(config, module, where, next(iter(ranks), None))
         return {"r": rank, "scale": scale}
 
     def dimensions(self, shapes: Shapes) -> int | None:

@@ -50,9 +50,9 @@ class Oft(Base):
     }
 
     def read(self, config: Mapping[str, Any], module: str, shapes: Shapes, where: str) -> Numbers | None:
-        if shapes.keys() != {"Q"} or "oft_block_size" not in config:
+        if shapes.keys() != {"Q"} or not {"oft_block_size", "use_cayley_neumann"} <= config.keys():
             raise AdapterError(f"{where}: is of an older OFT, which PEFT computed in other ways; {_AGAIN}")
-        blocks, size = shapes["Q"][0], _size(shapes)
+        blocks, size = (shapes["Q"][0], _size(shapes)) if shapes["Q"] else (0, 0)
         if len(shapes["Q"]) != 2 or size * (size - 1) // 2 != shapes["Q"][1]:
             raise AdapterError(f"{where}: is no upper triangle of a matrix; save the adapter again")
         shared = bool(config.get("block_share"))

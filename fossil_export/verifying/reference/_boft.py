@@ -33,15 +33,13 @@ def rebuild(weight: Array, part: Arrays, numbers: Mapping[str, Any], exact: Arra
     bound: Array = np.abs(weight)
     for number in range(factors):
         places = _places(weight.shape[1], size, number) if factors > 1 else np.arange(weight.shape[1])
-        turned, most = np.empty_like(weight), np.empty_like(weight)
-        for block, values in enumerate(stored[number]):
-            skew = (values - values.T) / 2
-            turn = (np.eye(size) - skew) @ np.linalg.inv(np.eye(size) + skew)
-            # P diag(R) Pᵀ: row and column k of it are row and column places[k] of diag(R).
-            columns = [int(np.flatnonzero(places == block * size + at)[0]) for at in range(size)]
-            turned[:, columns] = exact[:, columns] @ turn.T
-            most[:, columns] = bound[:, columns] @ np.abs(turn.T)
-        exact[:], bound = turned, most
+        skew = (stored[number] - stored[number].swapaxes(1, 2)) / 2
+        turns = (np.eye(size) - skew) @ np.linalg.inv(np.eye(size) + skew)
+        # P diag(R) Pᵀ: row and column k of it are row and column places[k] of diag(R).
+        columns = np.argsort(places)
+        for values, factor in ((exact, turns), (bound, np.abs(turns))):
+            cut = values[:, columns].reshape(len(weight), -1, size)
+            values[:, columns] = np.einsum("obj,bij->obi", cut, factor, optimize=True).reshape(weight.shape)
     exact *= part["s"]
     bound *= np.abs(part["s"]) * ((size + 3) * factors + 2) * 2.0**-24
     return bound

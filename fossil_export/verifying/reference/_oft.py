@@ -33,7 +33,7 @@ class _Oft:
 
         stored = part["Q"]
         size = next(b for b in range(2, 2 + 2 * stored.shape[1]) if b * (b - 1) == 2 * stored.shape[1])
-        blocks = np.stack([_turn(_skew(row, size, len(stored), numbers["eps"]), numbers["terms"]) for row in stored])
+        blocks = _turns(_skews(stored, size, numbers["eps"]), numbers["terms"])
         blocks = np.broadcast_to(blocks, (weight.shape[1] // size, size, size))
         cut = weight.reshape(len(weight), -1, size)
         exact[:] = np.einsum(self._terms, blocks, cut, optimize=True).reshape(weight.shape)
@@ -48,34 +48,36 @@ class _Oft:
         return None
 
 
-def _skew(row: Array, size: int, count: int, eps: float | None) -> Array:
-    """Q of a block, no longer than eps / √count."""
+def _skews(stored: Array, size: int, eps: float | None) -> Array:
+    """Q of each block (count, b, b), no longer than eps / √count."""
     import numpy as np
 
-    found = np.zeros((size, size))
-    at = 0
+    count, at = len(stored), 0
+    found = np.zeros((count, size, size))
     for i in range(size - 1):
-        found[i, i + 1 :] = row[at : at + size - 1 - i]
+        found[:, i, i + 1 :] = stored[:, at : at + size - 1 - i]
         at += size - 1 - i
-    found -= found.T
+    found -= found.transpose(0, 2, 1)
     if eps is not None:
         longest = np.float64(np.float32(eps) * (np.float32(1) / np.sqrt(np.float32(count))))
-        length = np.sqrt(np.square(found).sum())
-        if length > longest:
-            found *= longest / length
+        for block in found:
+            length = np.sqrt(np.square(block).sum())
+            if length > longest:
+                block *= longest / length
     return found
 
 
-def _turn(skew: Array, terms: int | None) -> Array:
+def _turns(skews: Array, terms: int | None) -> Array:
     import numpy as np
 
-    one: Array = np.eye(len(skew))
+    one: Array = np.broadcast_to(np.eye(skews.shape[1]), skews.shape)
     if terms is None:
-        return (one - skew) @ np.linalg.inv(one + skew)
+        turned: Array = (one - skews) @ np.linalg.inv(one + skews)
+        return turned
     if terms < 3:
-        return one + 2 * skew if terms == 2 else one
+        return one + 2 * skews if terms == 2 else one
     last = max(terms - 1, 3)  # PEFT ends three terms as it does four
-    powers = [np.linalg.matrix_power(skew, power) for power in range(1, last + 1)]
+    powers = [np.linalg.matrix_power(skews, power) for power in range(1, last + 1)]
     found: Array = one + 2 * np.sum(powers[:-1], axis=0) + powers[-1]
     return found
 
