@@ -216,7 +216,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_tensors_of_any_shape_are_taken_or_refused_in_a_line(data: st.DataObject) -> None:
     """Only what `read` takes may reach the rest, and that never fails on a shape."""
