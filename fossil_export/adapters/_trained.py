@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,25 @@ class Trained:
         return self.parameter.rpartition(".")[0]
 
     @property
-    def dimensions(self) -> int:
-        """How many the parameter has."""
+    def dimensions(self) -> int | None:
+        """How many the parameter has; None if its tensors go with two and with more."""
         return METHODS[self.method].dimensions(self.shapes)
 
     @property
     def is_rows(self) -> bool:
         """Whether its tensor has rows that take the place of the parameter's."""
         return self.method in ROWS
+
+    @property
+    def beside(self) -> Trained | None:
+        """What it does to the bias of its module, if there is one; None if it leaves that as it is."""
+        method = METHODS[self.method].beside(self.numbers)
+        return replace(self, module=f"{self.module}.bias", method=method) if method is not None else None
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of the weight that must be merged together."""
+        return int(self.numbers.get("block_rows") or METHODS[self.method].block_rows(self.shapes))
 
     @property
     def rank(self) -> int:

@@ -17,7 +17,7 @@ from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.converting._form import finite
 from fossil_export.converting._options import Options
 from fossil_export.converting._widths import Shapes
-from fossil_export.errors import FossilExportError, MergeError
+from fossil_export.errors import FossilExportError, MergeError, listed
 from fossil_export.merging._change import weight_numbers
 from fossil_export.merging._planning import plan_merge, settled
 from fossil_export.methods import METHODS
@@ -42,6 +42,10 @@ def nearest_lora(
     """
     if options.rank is not None and options.energy is not None:
         raise FossilExportError("--rank and --energy say the same thing in two ways; give one")
+    trained = adapter.trained
+    others = [name for name in shapes if name not in trained or trained[name].dimensions not in (2, None)]
+    if others:
+        raise MergeError(f"{adapter.path}: changes {listed(others)}, for which LoRA has no place; merge it instead")
     smallest = min(min(shape) for shape in shapes.values())
     if options.rank is not None and not 1 <= options.rank <= smallest:
         raise FossilExportError(

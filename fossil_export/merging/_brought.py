@@ -46,6 +46,9 @@ def brought_by(adapter: Adapter, base: Checkpoint, naming: Naming) -> Brought:
             brought.rows[parameter] = trained
         else:
             brought.trained[parameter] = trained
+        bias = trained.beside
+        if bias is not None and (parameter := _parameter(bias.parameter, naming, base)) is not None:
+            brought.trained[parameter] = bias
     if missing:
         raise MergeError(_no_weights(missing, adapter, base, naming))
     for name, info in adapter.saved.items():

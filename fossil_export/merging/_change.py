@@ -121,7 +121,7 @@ class Part:
     @property
     def sampled(self) -> int:
         """Rows that are merged and measured together."""
-        return group_rows(math.lcm(*(change.method.block_rows(change.trained.shapes) for change in self.changes)))
+        return group_rows(math.lcm(*(change.trained.block_rows for change in self.changes)))
 
     @property
     def unit(self) -> int:

@@ -174,7 +174,8 @@ class Update:
 
     @property
     def block_rows(self) -> int:
-        return self.method.block_rows({role: tuple(array.shape) for role, array in self.arrays.items()})
+        shapes = {role: tuple(array.shape) for role, array in self.arrays.items()}
+        return int(self.numbers.get("block_rows") or self.method.block_rows(shapes))
 
 
 def merge_slab(

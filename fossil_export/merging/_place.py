@@ -222,15 +222,25 @@ def _place_parameter(
 
 
 def _checked(matrix: Matrix | None, weight: TensorInfo | None, name: str, trained: Trained, base: Checkpoint) -> Matrix:
-    if matrix is None or 0 in matrix.shape or (weight is not None and len(weight.shape) != trained.dimensions):
+    if matrix is None or 0 in matrix.shape or (weight is not None and not _fits(weight, trained)):
         shape = list(weight.shape) if weight is not None else []
         if weight is not None and weight.dtype not in FLOATS:
             raise MergeError(f"{base.location}: {name} {shape} is stored as {weight.dtype}: {QUANTIZED}")
+        if trained.dimensions == 2 and len(shape) > 2:
+            raise MergeError(
+                f"{base.location}: {name} {shape} is the weight of a convolution, and {trained.method} "
+                f"({trained.label}) is merged into matrices alone; run the adapter beside the model, with PEFT"
+            )
         raise MergeError(
             f"{base.location}: {name} {shape} is no matrix, but the adapter has a shard for it ({trained.label}); "
             f"{REMEDY}"
         )
     return matrix
+
+
+def _fits(weight: TensorInfo, trained: Trained) -> bool:
+    """Whether it has as many dimensions as a parameter that this changes."""
+    return len(weight.shape) == trained.dimensions if trained.dimensions is not None else len(weight.shape) > 1
 
 
 def _homeless(name: str, trained: Trained, adapter: Adapter, base: Checkpoint) -> str:

@@ -12,13 +12,22 @@ from fossil_export.methods import _tile as tile
 from fossil_export.methods._adalora import AdaLora
 from fossil_export.methods._base import Base
 from fossil_export.methods._bdlora import BdLora
+from fossil_export.methods._boft import Boft
 from fossil_export.methods._dora import Dora, DoraEmbedding
+from fossil_export.methods._hra import Hra
+from fossil_export.methods._ia3 import Ia3, Ia3Bias
+from fossil_export.methods._ln_tuning import LnTuning, LnTuningBias
+from fossil_export.methods._loha import Loha
+from fossil_export.methods._lokr import Lokr
 from fossil_export.methods._lora import Lora
 from fossil_export.methods._lora_bias import LoraBias
 from fossil_export.methods._lora_embedding import LoraEmbedding
 from fossil_export.methods._lora_parameter import LoraParameter
 from fossil_export.methods._low_rank import LowRank, Tiling
 from fossil_export.methods._method import POSITIVE, Arrays, Field, Method, Numbers, Shapes
+from fossil_export.methods._oft import Oft, OftEmbedding
+from fossil_export.methods._road import VARIANTS as _ROADS
+from fossil_export.methods._road import Road, RoadBias
 from fossil_export.methods._starts import Kasa, Olora, Pissa, Started
 from fossil_export.methods._tokens import ROWS, LoraTokens, TrainableTokens
 
@@ -39,6 +48,18 @@ METHODS: dict[str, Method] = {
     "lora_tokens": LoraTokens(),
     "trainable_tokens": TrainableTokens(),
     "adalora": AdaLora(),
+    "loha": Loha(),
+    "lokr": Lokr(),
+    "ia3": Ia3(),
+    "ia3_bias": Ia3Bias(),
+    "oft": Oft(),
+    "oft_embedding": OftEmbedding(),
+    "boft": Boft(),
+    "hra": Hra(),
+    "ln_tuning": LnTuning(),
+    "ln_tuning_bias": LnTuningBias(),
+    **{variant: Road(variant) for variant in _ROADS},
+    **{f"{variant}_bias": RoadBias(variant) for variant in _ROADS},
 }
 """By the name that records and tables give them. Those that share endings are asked in this order."""
 

@@ -26,8 +26,11 @@ class Base:
     def read(self, config: Mapping[str, Any], module: str, shapes: Shapes, where: str) -> Numbers | None:
         raise NotImplementedError
 
-    def dimensions(self, shapes: Shapes) -> int:
+    def dimensions(self, shapes: Shapes) -> int | None:
         return 2
+
+    def beside(self, numbers: Numbers) -> str | None:
+        return None
 
     def block_rows(self, shapes: Shapes) -> int:
         return 1

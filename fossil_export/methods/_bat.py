@@ -20,6 +20,7 @@ FIELDS = fossil.FIELDS
 SHARED = fossil.SHARED
 PARAMETER = fossil.PARAMETER
 EMPTY = fossil.EMPTY
+beside = fossil.beside
 COMBINES: Combination = "order"
 PEFT = peft_keys("B")
 STATE_DICT = state_dict_keys("B")

@@ -28,6 +28,10 @@ PARAMETER = "weight"
 EMPTY = False
 
 
+def beside(numbers: Numbers) -> str | None:
+    return None
+
+
 def peft_keys(role: str) -> Mapping[str, Mapping[str, str]]:
     """Endings of PEFT's keys for a variant whose tensor has this role."""
     return {"MISS": {"miss_block": role}, "BONE": {"bone_block": role}}

@@ -15,8 +15,8 @@ Arrays = Mapping[str, Any]
 """The same tensors' values: NumPy arrays, PyTorch tensors, or what gives NumPy arrays if it is sliced."""
 
 Numbers = Mapping[str, Any]
-"""What the config says of a module: "r", its rank, "scale", by which a linear update is multiplied, and whatever else
-the method needs."""
+"""What the config says of a module: "r", its rank, "scale", by which a linear update is multiplied, "block_rows" if the
+shapes do not tell them (`Method.block_rows`), and whatever else the method needs."""
 
 Combination = Literal["sum", "order", "alone"]
 """How an update goes together with others of the same weight. "sum": it does not depend on the weight, and may be
@@ -89,8 +89,13 @@ class Method(Protocol):
         the config contradicts.
         """
 
-    def dimensions(self, shapes: Shapes) -> int:
-        """How many dimensions the parameter has: 2; 1 for a bias, more for a convolution."""
+    def dimensions(self, shapes: Shapes) -> int | None:
+        """How many dimensions the parameter has: 2; 1 for a bias, more for a convolution. None if the tensors are the
+        same for two and more, those of a matrix (out, in · kernel)."""
+
+    def beside(self, numbers: Numbers) -> str | None:
+        """The method by which the module's bias changes with its weight, if the base has one: what acts on outputs
+        acts on it too. It gets the same tensors and numbers. None for most."""
 
     def block_rows(self, shapes: Shapes) -> int:
         """Rows of the weight that must be merged together; slabs are cut at multiples of it."""

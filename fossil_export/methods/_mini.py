@@ -22,6 +22,7 @@ FIELDS = fossil.FIELDS
 SHARED = fossil.SHARED
 PARAMETER = fossil.PARAMETER
 EMPTY = fossil.EMPTY
+beside = fossil.beside
 COMBINES: Combination = "sum"
 PEFT = peft_keys("D")
 STATE_DICT: Mapping[str, str] = {}

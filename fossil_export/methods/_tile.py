@@ -21,6 +21,7 @@ FIELDS = fossil.FIELDS
 SHARED = fossil.SHARED
 PARAMETER = fossil.PARAMETER
 EMPTY = fossil.EMPTY
+beside = fossil.beside
 COMBINES: Combination = "sum"
 PEFT = peft_keys("D")
 STATE_DICT = state_dict_keys("D")

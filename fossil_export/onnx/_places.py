@@ -99,6 +99,13 @@ def open_graph(merge: MergePlan, mode: Mode, path: Path) -> OpenGraph:
 
         passes.ShapeInferencePass()(model)  # a graph by hand, without types of what lies between
         sites = find_sites(model.graph)
+    trained = merge.adapter.trained
+    others = [name for name in merge.modules if name not in trained or trained[name].dimensions not in (2, None)]
+    if others:
+        raise OnnxError(
+            f"{merge.adapter.path}: changes {listed(others)}, which are no matrices of a graph; use --mode merged "
+            "without --onnx, which makes a graph of the merged model"
+        )
     wanted = [
         Wanted(module, (module, tensor.name.removesuffix(".weight")), _weight(merge.adapter, merge.matrices[module]))
         for module, tensor in merge.modules.items()

@@ -34,6 +34,8 @@ def check_mode(adapter: Adapter, mode: str, precision: str | None = None) -> Non
             f"{adapter.path}: is a {adapter.variant} adapter, whose branch has two matrices, and a graph to swap in "
             "has one input a layer; use --mode fused, tiled or merged"
         )
+    if mode == "tiled" and any(one.form_rank is None and one.method != "bat" for one in adapter.trained.values()):
+        raise OnnxError(f"{adapter.path}: is a {adapter.variant} adapter, which --mode tiled cannot write; use merged")
     codes = precision in PRECISIONS and PRECISIONS[precision].codes
     if codes and MODES[mode].floats and not MODES[mode].merges:
         raise OnnxError(

@@ -81,7 +81,10 @@ class Job:
     @property
     def unit(self) -> int:
         """Rows that are rebuilt together."""
-        return EXACT[self.change.trained.method].unit(self.change.trained.tensors) if self.change is not None else 1
+        if self.change is None:
+            return 1
+        trained = self.change.trained
+        return int(trained.numbers.get("block_rows") or EXACT[trained.method].unit(trained.tensors))
 
     def slabs(self) -> Iterator[tuple[int, int]]:
         """Row ranges; what is merged together stays together."""

@@ -185,9 +185,10 @@ def open_trainer(
         folder = adapter.path if adapter.path.is_dir() else adapter.path.parent
         # PEFT looks only for files of its own names.
         loads = adapter.peft_type in PEFT_TYPE_TO_CONFIG_MAPPING and adapter.files[1] == find_weights(folder)
-        if loads and not any(isinstance(module, Conv1D) for module in model.modules()):
+        if loads and not (adapter.peft_type == "MISS" and any(isinstance(one, Conv1D) for one in model.modules())):
             model = PeftModel.from_pretrained(model, str(folder))
-            _cast(model, model.base_model.prefix, getattr(torch, dtype) if started else None, wide)
+            if adapter.peft_type != "LN_TUNING":  # its copies of layers compute in the base's dtype
+                _cast(model, model.base_model.prefix, getattr(torch, dtype) if started else None, wide)
         else:
             from fossil_export.verifying._layers import attach
 

@@ -9,6 +9,12 @@ from __future__ import annotations
 from fossil_export.verifying.reference import _adalora as adalora
 from fossil_export.verifying.reference import _bat as bat
 from fossil_export.verifying.reference import _bdlora as bdlora
+from fossil_export.verifying.reference import _boft as boft
+from fossil_export.verifying.reference import _hra as hra
+from fossil_export.verifying.reference import _ia3 as ia3
+from fossil_export.verifying.reference import _ln_tuning as ln_tuning
+from fossil_export.verifying.reference import _loha as loha
+from fossil_export.verifying.reference import _lokr as lokr
 from fossil_export.verifying.reference import _lora as lora
 from fossil_export.verifying.reference import _lora_bias as lora_bias
 from fossil_export.verifying.reference import _lora_embedding as lora_embedding
@@ -17,6 +23,8 @@ from fossil_export.verifying.reference import _tile as tile
 from fossil_export.verifying.reference import _tokens as tokens
 from fossil_export.verifying.reference._dora import Dora, DoraEmbedding
 from fossil_export.verifying.reference._exact import Exact
+from fossil_export.verifying.reference._oft import oft, oft_embedding
+from fossil_export.verifying.reference._road import road_1, road_2, road_4
 from fossil_export.verifying.reference._starts import Kasa, Olora, Pissa
 
 EXACT: dict[str, Exact] = {
@@ -36,6 +44,22 @@ EXACT: dict[str, Exact] = {
     "lora_tokens": tokens,
     "trainable_tokens": tokens,
     "adalora": adalora,
+    "loha": loha,
+    "lokr": lokr,
+    "ia3": ia3,
+    "ia3_bias": ia3,
+    "oft": oft,
+    "oft_embedding": oft_embedding,
+    "boft": boft,
+    "hra": hra,
+    "ln_tuning": ln_tuning,
+    "ln_tuning_bias": ln_tuning,
+    "road_1": road_1,
+    "road_2": road_2,
+    "road_4": road_4,
+    "road_1_bias": road_1,
+    "road_2_bias": road_2,
+    "road_4_bias": road_4,
 }
 """By method. One that is not here cannot be checked: a KeyError, never another one's formula."""
 
