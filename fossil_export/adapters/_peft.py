@@ -124,6 +124,8 @@ def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
                 below[copy[0].removeprefix(PREFIX)] = tensor
             continue
         if users := [name for name, keys in common.items() if tensor.name in keys]:
+            if tensor.dtype not in FLOATS or 0 in tensor.shape:
+                raise AdapterError(f"{weights}: tensor {tensor.name} is no matrix of floats; save the adapter again")
             for name in users:
                 shared[name][common[name][tensor.name]] = tensor
             continue

@@ -12,6 +12,7 @@ from fossil_export.verifying.reference import _lora_bias as lora_bias
 from fossil_export.verifying.reference import _lora_embedding as lora_embedding
 from fossil_export.verifying.reference import _mini as mini
 from fossil_export.verifying.reference import _tile as tile
+from fossil_export.verifying.reference import _vera as vera
 from fossil_export.verifying.reference._exact import Exact
 
 EXACT: dict[str, Exact] = {
@@ -21,6 +22,7 @@ EXACT: dict[str, Exact] = {
     "lora": lora,
     "lora_embedding": lora_embedding,
     "lora_bias": lora_bias,
+    "vera": vera,
 }
 """By method. One that is not here cannot be checked: a KeyError, never another one's formula."""
 
