@@ -15,6 +15,7 @@ from fossil_export.methods._lora_bias import LoraBias
 from fossil_export.methods._lora_embedding import LoraEmbedding
 from fossil_export.methods._low_rank import LowRank, Tiling
 from fossil_export.methods._method import POSITIVE, Arrays, Field, Method, Numbers, Shapes
+from fossil_export.methods._peanut import Peanut
 from fossil_export.methods._vera import Vera
 
 METHODS: dict[str, Method] = {
@@ -25,6 +26,7 @@ METHODS: dict[str, Method] = {
     "lora_embedding": LoraEmbedding(),
     "lora_bias": LoraBias(),
     "vera": Vera(),
+    "peanut": Peanut(),
 }
 """By the name that records and tables give them. Those that share endings are asked in this order."""
 

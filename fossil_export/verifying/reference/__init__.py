@@ -11,6 +11,7 @@ from fossil_export.verifying.reference import _lora as lora
 from fossil_export.verifying.reference import _lora_bias as lora_bias
 from fossil_export.verifying.reference import _lora_embedding as lora_embedding
 from fossil_export.verifying.reference import _mini as mini
+from fossil_export.verifying.reference import _peanut as peanut
 from fossil_export.verifying.reference import _tile as tile
 from fossil_export.verifying.reference import _vera as vera
 from fossil_export.verifying.reference._exact import Exact
@@ -23,6 +24,7 @@ EXACT: dict[str, Exact] = {
     "lora_embedding": lora_embedding,
     "lora_bias": lora_bias,
     "vera": vera,
+    "peanut": peanut,
 }
 """By method. One that is not here cannot be checked: a KeyError, never another one's formula."""
 
