@@ -29,6 +29,7 @@ from fossil_export.adapters._trained import (
     split_key,
     trained_in,
 )
+from fossil_export.adapters._unmergeable import UNMERGEABLE
 from fossil_export.checkpoints._dtypes import FLOATS
 from fossil_export.checkpoints._folder import Folder
 from fossil_export.checkpoints._header import TensorInfo
@@ -111,7 +112,7 @@ def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
 
     methods = methods_of(config["peft_type"])
     endings = dict.fromkeys(ending for roles in methods.values() for ending in roles)
-    known = ", ".join(f"….{ending}" for ending in endings)
+    known = listed([f"….{ending}" for ending in endings], 8)
     common = shared_of(config["peft_type"])
     shared: dict[str, dict[str, TensorInfo]] = {name: {} for name in common}
     parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
@@ -205,6 +206,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{folder}: not an adapter, {CONFIG} is missing{_hint(names)}")
     config = read_json(path, AdapterError)
     peft_type = config.get("peft_type")
+    if isinstance(peft_type, str) and peft_type in UNMERGEABLE:
+        raise AdapterError(f"{path}: peft_type is {peft_type}; {UNMERGEABLE[peft_type]}")
     if not isinstance(peft_type, str) or peft_type not in formats():
         raise AdapterError(
             f"{path}: peft_type is {peft_type!r}, not one that fossil-export knows ({', '.join(formats())}); "
