@@ -41,13 +41,13 @@ def live(base: Path, adapter: Path) -> torch.Tensor:
     return answers(trained.double().eval())
 
 
-def judge(folder: Path, base: Path, kind: Any, bits: bool = True, **config: Any) -> None:
+def judge(folder: Path, base: Path, kind: Any, bits: bool = True, modules: int | None = None, **config: Any) -> None:
     """Train a `kind` on a float32 `base` and merge it: the merged model must answer as the live one, its weights must
     be those of PEFT's merge (to the bit, if `bits`), `verify` must agree, and see one damaged value."""
     config.setdefault("target_modules", ["q_proj", "v_proj", "down_proj"])
     make_adapter(folder / "adapter", base, noise, kind=kind, **config)
     result = merge(folder / "adapter", folder / "merged")
-    assert result.plan.count("merge") == 2 * len(config["target_modules"])
+    assert result.plan.count("merge") == (modules or 2 * len(config["target_modules"]))
 
     before = answers(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64))
     truth = live(base, folder / "adapter")

@@ -45,7 +45,7 @@ UNMERGEABLE: Mapping[str, str] = {
     # Updates that could be merged and are not known here.
     **dict.fromkeys(
         (
-            "BEFT", "C3A", "DEFT", "DELORA", "GLORA", "GRALORA", "HIRA", "PVERA", "RANDLORA", "SHIRA", "SUPERTUNING",
+            "GLORA", "SHIRA", "SUPERTUNING",
             "UNILORA", "VBLORA",
         ),
         f"fossil-export does not know that method yet; {_PEFT}",

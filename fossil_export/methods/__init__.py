@@ -16,6 +16,14 @@ from fossil_export.methods._lora_embedding import LoraEmbedding
 from fossil_export.methods._low_rank import LowRank, Tiling
 from fossil_export.methods._method import POSITIVE, Arrays, Field, Method, Numbers, Shapes
 from fossil_export.methods._peanut import Peanut
+from fossil_export.methods._hira import Hira, HiraEmbedding
+from fossil_export.methods._c3a import C3a
+from fossil_export.methods._delora import Delora
+from fossil_export.methods._beft import Beft
+from fossil_export.methods._pvera import Pvera
+from fossil_export.methods._gralora import Gralora
+from fossil_export.methods._randlora import Randlora
+from fossil_export.methods._deft import Deft
 from fossil_export.methods._vera import Vera
 
 METHODS: dict[str, Method] = {
@@ -27,6 +35,15 @@ METHODS: dict[str, Method] = {
     "lora_bias": LoraBias(),
     "vera": Vera(),
     "peanut": Peanut(),
+    "hira": Hira(),
+    "hira_embedding": HiraEmbedding(),
+    "c3a": C3a(),
+    "delora": Delora(),
+    "beft": Beft(),
+    "pvera": Pvera(),
+    "gralora": Gralora(),
+    "randlora": Randlora(),
+    "deft": Deft(),
 }
 """By the name that records and tables give them. Those that share endings are asked in this order."""
 

@@ -9,20 +9,13 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fossil_export.methods._arrays import is_torch
+
 _ROOT = math.sqrt(2 / math.pi)
 
 
-def _is_torch(x: Any) -> bool:
-    return hasattr(x, "is_cuda")
-
-
-def widest(x: Any) -> Any:
-    """`x` in float64."""
-    return x.double() if _is_torch(x) else x.astype("float64")
-
-
 def _tanh(x: Any) -> Any:
-    if _is_torch(x):
+    if is_torch(x):
         return x.tanh()
     import numpy as np
 
@@ -30,11 +23,11 @@ def _tanh(x: Any) -> Any:
 
 
 def _sigmoid(x: Any) -> Any:
-    return x.sigmoid() if _is_torch(x) else 0.5 * (_tanh(0.5 * x) + 1)
+    return x.sigmoid() if is_torch(x) else 0.5 * (_tanh(0.5 * x) + 1)
 
 
 def _erf(x: Any) -> Any:
-    if _is_torch(x):
+    if is_torch(x):
         return x.erf()
     import numpy as np
 

@@ -25,7 +25,7 @@ _INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 # Starts that leave the base's weights as they are.
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -35,14 +35,14 @@ def _is_bool(value: Any) -> bool:
 
 PATTERN = Field(
     "a map of modules to numbers",
-    lambda value: value is None or (isinstance(value, dict) and all(map(_is_number, value.values()))),
+    lambda value: value is None or (isinstance(value, dict) and all(map(is_number, value.values()))),
 )
-NUMBER = Field("a number", _is_number, 1.0)
+NUMBER = Field("a number", is_number, 1.0)
 SWITCH = Field("true or false", _is_bool, False)
 
 FIELDS: Mapping[str, Field] = {
     "r": POSITIVE,
-    "lora_alpha": Field("a number", _is_number, 8),
+    "lora_alpha": Field("a number", is_number, 8),
     "lora_dropout": Field(),
     "fan_in_fan_out": SWITCH,
     "use_rslora": SWITCH,

@@ -39,6 +39,11 @@ def unset(why: str) -> Field:
     return Field("nothing", lambda value: value in (None, False, {}, []), None, why)
 
 
+def neutral(*names: str) -> dict[str, Field]:
+    """Fields that only say how training began or ran."""
+    return {name: Field() for name in names}
+
+
 POSITIVE = Field(
     "a positive integer", lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0
 )

@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fossil_export.errors import AdapterError
-from fossil_export.methods._activations import ACTIVATIONS, widest
+from fossil_export.methods._activations import ACTIVATIONS
+from fossil_export.methods._arrays import widest
 from fossil_export.methods._base import Base, needs
 from fossil_export.methods._lora import NUMBER
 from fossil_export.methods._method import POSITIVE, Arrays, Combination, Field, Numbers, Shapes

@@ -14,13 +14,17 @@ from typing import Any
 from fossil_export.errors import AdapterError
 from fossil_export.methods._base import Base, needs
 from fossil_export.methods._lora import SWITCH
-from fossil_export.methods._method import POSITIVE, Arrays, Field, Numbers, Shapes
+from fossil_export.methods._method import POSITIVE, Arrays, Field, Numbers, Shapes, neutral
 
-_DRAWN = (
-    "so that the file lacks vera_A and vera_B, which depend on the installed PyTorch and on every layer of the base; load "
-    "it with PEFT where it was trained, add both to the file as base_model.vera_A and base_model.vera_B, and set "
-    "save_projection to true"
-)
+
+def drawn(name: str) -> Field:
+    """The field that says whether the matrices that all modules share are in the file."""
+    why = (
+        f"so that the file lacks {name}_A and {name}_B, which depend on the installed PyTorch and on every layer of the "
+        f"base; load it with PEFT where it was trained, add both to the file as base_model.{name}_A and "
+        f"base_model.{name}_B, and set save_projection to true"
+    )
+    return Field("true", lambda value: value is True, default=True, why=why)
 
 
 class Vera(Base):
@@ -28,13 +32,9 @@ class Vera(Base):
     SHARED = {"VERA": {"base_model.vera_A": "A", "base_model.vera_B": "B"}}
     FIELDS: Mapping[str, Field] = {
         "r": POSITIVE,
-        "save_projection": Field("true", lambda value: value is True, default=True, why=_DRAWN),
+        "save_projection": drawn("vera"),
         "fan_in_fan_out": SWITCH,
-        # What only says how training began or ran.
-        "projection_prng_key": Field(),
-        "vera_dropout": Field(),
-        "d_initial": Field(),
-        "init_weights": Field(),
+        **neutral("projection_prng_key", "vera_dropout", "d_initial", "init_weights"),
     }
 
     def read(self, config: Mapping[str, Any], module: str, shapes: Shapes, where: str) -> Numbers | None:

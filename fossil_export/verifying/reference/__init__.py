@@ -13,6 +13,14 @@ from fossil_export.verifying.reference import _lora_embedding as lora_embedding
 from fossil_export.verifying.reference import _mini as mini
 from fossil_export.verifying.reference import _peanut as peanut
 from fossil_export.verifying.reference import _tile as tile
+from fossil_export.verifying.reference import _hira as hira
+from fossil_export.verifying.reference import _c3a as c3a
+from fossil_export.verifying.reference import _delora as delora
+from fossil_export.verifying.reference import _beft as beft
+from fossil_export.verifying.reference import _pvera as pvera
+from fossil_export.verifying.reference import _gralora as gralora
+from fossil_export.verifying.reference import _randlora as randlora
+from fossil_export.verifying.reference import _deft as deft
 from fossil_export.verifying.reference import _vera as vera
 from fossil_export.verifying.reference._exact import Exact
 
@@ -25,6 +33,15 @@ EXACT: dict[str, Exact] = {
     "lora_bias": lora_bias,
     "vera": vera,
     "peanut": peanut,
+    "hira": hira,
+    "hira_embedding": hira.Embedding,
+    "c3a": c3a,
+    "delora": delora,
+    "beft": beft,
+    "pvera": pvera,
+    "gralora": gralora,
+    "randlora": randlora,
+    "deft": deft,
 }
 """By method. One that is not here cannot be checked: a KeyError, never another one's formula."""
 
