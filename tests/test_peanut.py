@@ -110,7 +110,9 @@ def test_a_config_that_contradicts_is_refused(change: dict[str, Any], why: str, 
 def test_a_layer_that_is_missing_is_named(gone: str, base: Path, tmp_path: Path) -> None:
     make_adapter(tmp_path / "peanut", base, noise, kind=PeanutConfig, depth=1, target_modules=["q_proj"])
     file = tmp_path / "peanut" / "adapter_model.safetensors"
-    save_file({key: value for key, value in load_file(file).items() if f"layers.0.self_attn.q_proj.{gone}" not in key}, file)
+    save_file(
+        {key: value for key, value in load_file(file).items() if f"layers.0.self_attn.q_proj.{gone}" not in key}, file
+    )
     with pytest.raises(AdapterError, match="is missing, with depth=1"):
         load_adapter(tmp_path / "peanut")
 

@@ -30,7 +30,7 @@ from fossil_export.adapters._trained import (
     trained_in,
 )
 from fossil_export.adapters._unmergeable import UNMERGEABLE
-from fossil_export.checkpoints._dtypes import FLOATS
+from fossil_export.checkpoints._dtypes import FLOATS, WHOLE
 from fossil_export.checkpoints._folder import Folder
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints._jsonfile import read_json
@@ -112,6 +112,7 @@ def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
 
     methods = methods_of(config["peft_type"])
     endings = dict.fromkeys(ending for roles in methods.values() for ending in roles)
+    places = {ending for roles in methods.values() for ending, role in roles.items() if role.startswith("#")}
     known = listed([f"….{ending}" for ending in endings], 8)
     common = shared_of(config["peft_type"])
     shared: dict[str, dict[str, TensorInfo]] = {name: {} for name in common}
@@ -138,11 +139,13 @@ def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
         key = tensor.name.removeprefix(PREFIX)
         module, _, parameter = key.rpartition(".")
         whole = _in_whole(module, config)
-        if tensor.dtype not in FLOATS and not whole:
+        found = split_key(key, endings)
+        allowed = (*FLOATS, *WHOLE) if found and found[1] in places else FLOATS
+        if tensor.dtype not in allowed and not whole:
             raise AdapterError(
-                f"{weights}: tensor {tensor.name} is {tensor.dtype}, expected one of {', '.join(FLOATS)}"
+                f"{weights}: tensor {tensor.name} is {tensor.dtype}, expected one of {', '.join(allowed)}"
             )
-        if found := split_key(key, endings):
+        if found:
             parts[found[0]][found[1]] = tensor
         elif whole or parameter in {"weight", "bias"}:
             name = f"{module.removesuffix('.base_layer')}.{parameter}"

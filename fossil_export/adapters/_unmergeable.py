@@ -28,8 +28,8 @@ UNMERGEABLE: Mapping[str, str] = {
     "POLY": _ROUTED,
     "LILY": _ROUTED,
     "XLORA": (
-        "it mixes several LoRAs anew for each token, so that no weight holds it; serve it with PEFT, or merge those LoRAs "
-        "themselves, with weights of your choice"
+        "it mixes several LoRAs anew for each token, so that no weight holds it; serve it with PEFT, or merge those "
+        "LoRAs themselves, with weights of your choice"
     ),
     "SHADOW": f"it is a second network beside the model, whose answer depends on the input; {_SERVE}",
     # Updates of weights that the file does not hold as a whole.
@@ -41,14 +41,6 @@ UNMERGEABLE: Mapping[str, str] = {
         f"which of its shared vectors a module has is counted over the whole model and is not in the file; {_PEFT}"
     ),
     "WAVEFT": _DRAWN,
-    "FOURIERFT": _DRAWN,
-    # Updates that could be merged and are not known here.
-    **dict.fromkeys(
-        (
-            "GLORA", "SHIRA", "SUPERTUNING",
-            "UNILORA", "VBLORA",
-        ),
-        f"fossil-export does not know that method yet; {_PEFT}",
-    ),
-}  # fmt: skip
+    "GLORA": f"the bias that it makes depends on the weight beside it; {_PEFT}",
+}
 """By `peft_type`. One that is neither here nor in `METHODS` is unknown, as a newer PEFT's may be."""

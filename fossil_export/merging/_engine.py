@@ -35,7 +35,7 @@ class Engine(Protocol):
     """Elements worked on at a time: what stays in the processor's cache, or fills a GPU."""
 
     def widen(self, rows: Array, dtype: str) -> Any:
-        """`rows` as an array of `dtype` ("F32" or "F64"), row by row in memory, that may be changed."""
+        """`rows` as an array of `dtype` ("F32", "F64" or "I64"), row by row in memory, that may be changed."""
 
     def round(self, wide: Any, out: Array) -> None:
         """Round `wide` to the dtype of the NumPy view `out` and store it there."""
@@ -95,7 +95,7 @@ class TorchEngine:
 
     def widen(self, rows: Array, dtype: str) -> Any:
         torch = self._torch
-        wide = torch.float64 if dtype == "F64" else torch.float32
+        wide = {"F64": torch.float64, "F32": torch.float32, "I64": torch.int64}[dtype]
         return self._tensor(rows).to(device=self._device, dtype=wide, copy=True, memory_format=torch.contiguous_format)
 
     def round(self, wide: Any, out: Array) -> None:

@@ -16,7 +16,6 @@ from fossil_export.errors import AdapterError
 from fossil_export.methods._arrays import narrowed, widest
 from fossil_export.methods._base import Base, needs
 from fossil_export.methods._lora import PATTERN, of_pattern, unlike
-from fossil_export.methods._low_rank import LowRank
 from fossil_export.methods._method import POSITIVE, Arrays, Field, Numbers, Shapes, neutral
 
 SHORTEST = 1e-4
@@ -53,12 +52,6 @@ class Delora(Base):
 
     def update(self, weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> Any:
         return arrays["B"] @ narrowed(_core(arrays), weight)
-
-    def form_rank(self, shapes: Shapes) -> int | None:
-        return shapes["A"][0]
-
-    def low_rank(self, arrays: Arrays, numbers: Numbers, outputs: int) -> LowRank | None:
-        return LowRank(arrays["B"], narrowed(_core(arrays), arrays["B"]))
 
 
 def _core(arrays: Arrays) -> Any:

@@ -43,9 +43,7 @@ class Peanut(Base):
     FIELDS: Mapping[str, Field] = {
         "r": POSITIVE,
         "depth": Field(f"a whole number from 0 to {DEEPEST}", _is_depth, default=0),
-        "act_fn": Field(
-            f"one of {', '.join(ACTIVATIONS)}", lambda value: value in tuple(ACTIVATIONS), default="relu"
-        ),
+        "act_fn": Field(f"one of {', '.join(ACTIVATIONS)}", lambda value: value in tuple(ACTIVATIONS), default="relu"),
         "scaling": NUMBER,
         "init_weights": Field(),
     }

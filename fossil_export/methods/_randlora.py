@@ -5,7 +5,8 @@
 
     A (r, 1, ·), B (·, ·, r), λ (r, n), γ (n, l), s = alpha / r; l is the smaller of out and in, m the larger
 
-Columns of X are counted by (b, k) and rows of Y by (k, b), as PEFT has it. Source: arXiv 2502.00987, section 4;
+PEFT saves A and B once for all and once more in each module; the copies must be equal. Columns of X are counted by
+(b, k) and rows of Y by (k, b), as PEFT has it. Source: arXiv 2502.00987, section 4;
 `get_scaled_bases` and `forward` in peft/tuners/randlora/layer.py.
 """
 
@@ -22,7 +23,14 @@ from fossil_export.methods._vera import drawn
 
 
 class Randlora(Base):
-    PEFT = {"RANDLORA": {"randlora_lambda": "l", "randlora_gamma": "g"}}
+    PEFT = {
+        "RANDLORA": {
+            "randlora_lambda": "l",
+            "randlora_gamma": "g",
+            "randlora_A": "copy of A",
+            "randlora_B": "copy of B",
+        }
+    }
     SHARED = {"RANDLORA": {"base_model.randlora_A": "A", "base_model.randlora_B": "B"}}
     FIELDS: Mapping[str, Field] = {
         "r": POSITIVE,
@@ -35,9 +43,14 @@ class Randlora(Base):
     def read(self, config: Mapping[str, Any], module: str, shapes: Shapes, where: str) -> Numbers | None:
         if lacking := needs(shapes, "l", "g"):
             names = {"l": "lambda", "g": "gamma"}
-            raise AdapterError(f"{where}: its randlora_{names.get(lacking, lacking)} is missing; save the adapter again")
+            raise AdapterError(
+                f"{where}: its randlora_{names.get(lacking, lacking)} is missing; save the adapter again"
+            )
         if lacking := needs(shapes, "A", "B"):
             raise AdapterError(f"{where}: the file lacks base_model.randlora_{lacking}; save it with its projection")
+        for role in "AB":
+            if shapes.get(f"copy of {role}", shapes[role]) != shapes[role]:
+                raise AdapterError(f"{where}: its randlora_{role} is no copy of the shared one; save the adapter again")
         rank = config["r"]
         down, up, outer, inner = (shapes[role] for role in ("A", "B", "l", "g"))
         if (len(down), len(up), len(outer), len(inner)) != (3, 3, 2, 2) or down[1] != 1:
@@ -61,6 +74,9 @@ class Randlora(Base):
         return {role: array[:] for role, array in arrays.items()}
 
     def update(self, weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> Any:
+        for role in "AB":
+            if f"copy of {role}" in arrays and (arrays[f"copy of {role}"] != arrays[role]).any():
+                raise AdapterError(f"a module's randlora_{role} is no copy of the shared one; save the adapter again")
         count, small = arrays["g"].shape
         left = arrays["B"][: max(weight.shape), :count].reshape(max(weight.shape), -1)
         right = arrays["l"][:, :, None] * arrays["A"][:, :, :small] * arrays["g"]

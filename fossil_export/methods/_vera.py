@@ -20,8 +20,8 @@ from fossil_export.methods._method import POSITIVE, Arrays, Field, Numbers, Shap
 def drawn(name: str) -> Field:
     """The field that says whether the matrices that all modules share are in the file."""
     why = (
-        f"so that the file lacks {name}_A and {name}_B, which depend on the installed PyTorch and on every layer of the "
-        f"base; load it with PEFT where it was trained, add both to the file as base_model.{name}_A and "
+        f"so that the file lacks {name}_A and {name}_B, which depend on the installed PyTorch and on every layer of "
+        f"the base; load it with PEFT where it was trained, add both to the file as base_model.{name}_A and "
         f"base_model.{name}_B, and set save_projection to true"
     )
     return Field("true", lambda value: value is True, default=True, why=why)

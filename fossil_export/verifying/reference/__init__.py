@@ -7,20 +7,25 @@ names of the variants: arXiv 2409.15371 and FOSSIL's entry in PEFT (peft/tuners/
 from __future__ import annotations
 
 from fossil_export.verifying.reference import _bat as bat
+from fossil_export.verifying.reference import _beft as beft
+from fossil_export.verifying.reference import _c3a as c3a
+from fossil_export.verifying.reference import _deft as deft
+from fossil_export.verifying.reference import _delora as delora
+from fossil_export.verifying.reference import _fourierft as fourierft
+from fossil_export.verifying.reference import _gralora as gralora
+from fossil_export.verifying.reference import _hira as hira
 from fossil_export.verifying.reference import _lora as lora
 from fossil_export.verifying.reference import _lora_bias as lora_bias
 from fossil_export.verifying.reference import _lora_embedding as lora_embedding
 from fossil_export.verifying.reference import _mini as mini
 from fossil_export.verifying.reference import _peanut as peanut
-from fossil_export.verifying.reference import _tile as tile
-from fossil_export.verifying.reference import _hira as hira
-from fossil_export.verifying.reference import _c3a as c3a
-from fossil_export.verifying.reference import _delora as delora
-from fossil_export.verifying.reference import _beft as beft
 from fossil_export.verifying.reference import _pvera as pvera
-from fossil_export.verifying.reference import _gralora as gralora
 from fossil_export.verifying.reference import _randlora as randlora
-from fossil_export.verifying.reference import _deft as deft
+from fossil_export.verifying.reference import _shira as shira
+from fossil_export.verifying.reference import _supertuning as supertuning
+from fossil_export.verifying.reference import _tile as tile
+from fossil_export.verifying.reference import _unilora as unilora
+from fossil_export.verifying.reference import _vblora as vblora
 from fossil_export.verifying.reference import _vera as vera
 from fossil_export.verifying.reference._exact import Exact
 
@@ -42,6 +47,11 @@ EXACT: dict[str, Exact] = {
     "gralora": gralora,
     "randlora": randlora,
     "deft": deft,
+    "shira": shira,
+    "supertuning": supertuning,
+    "unilora": unilora,
+    "vblora": vblora,
+    "fourierft": fourierft,
 }
 """By method. One that is not here cannot be checked: a KeyError, never another one's formula."""
 

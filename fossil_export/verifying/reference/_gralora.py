@@ -54,7 +54,9 @@ def rebuild(weight: Array, part: Arrays, numbers: Mapping[str, Any], exact: Arra
     np.add(weight, scale * total(down, up, more), out=exact)
     sizes = None if more is None else (np.abs(more[0]), np.abs(more[1]))
     terms = thin + (len(part["F"]) if more is not None else 0) + 4
-    return terms * 2.0**-24 * abs(scale) * total(np.abs(down), np.abs(up), sizes)
+    bound = total(np.abs(down), np.abs(up), sizes)
+    bound *= terms * 2.0**-24 * abs(scale)
+    return bound
 
 
 def up(part: Arrays, numbers: Mapping[str, Any]) -> None:

@@ -1,9 +1,9 @@
 """PEANuT: W'[o, j] = W[o, j] + s · sum over k of B[o, k] h[k, j], h being what the network makes of A W, column by
 column of W.
 
-Merge and check both have it in float64, so beside each value goes a bound on the error of both, with u = 2^-52. A product of matrices with n terms adds
-(n + 2) u |M||x| to |M| times the error of x. A function of slope L at most multiplies the error by L, and is itself
-within 16 u (|x| + 1).
+Merge and check both have it in float64, so beside each value goes a bound on the error of both, with u = 2^-52. A
+product of matrices with n terms adds (n + 2) u |M||x| to |M| times the error of x. A function of slope L at most
+multiplies the error by L, and is itself within 16 u (|x| + 1).
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def _normal(x: Array) -> Array:
     import numpy as np
 
     below = [0.5 * math.erfc(-value / math.sqrt(2)) for value in x.ravel().tolist()]
-    return x * np.array(below).reshape(x.shape)
+    found: Array = x * np.array(below).reshape(x.shape)
+    return found
 
 
 def _near_normal(x: Array) -> Array:
