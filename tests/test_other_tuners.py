@@ -18,6 +18,7 @@ from fossil_export import load_adapter, merge, plan_merge, verify
 from fossil_export.errors import AdapterError, MergeError
 from fossil_export.merging._engine import NumpyEngine, TorchEngine
 from fossil_export.methods import METHODS
+from fossil_export.onnx._trained import Piece, merged_rows
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -236,3 +237,35 @@ def test_pytorch_merges_it_to_nearly_the_same(name: str, trained: Path, tmp_path
         engine.close()
     torch.testing.assert_close(*found.values(), rtol=1e-5, atol=1e-6)
     assert not torch.equal(found[NumpyEngine], weight)
+
+
+MORE = {"VeRA": (peft.VeraConfig, {"r": 6}), "PEANuT": (peft.PeanutConfig, {"r": 6, "depth": 1})}
+
+
+@pytest.mark.parametrize("name", [*CASES, *MORE])
+def test_cut_into_the_smallest_slabs_it_is_nearly_the_same_and_verified(
+    name: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = trained / name
+    if name in MORE:
+        kind, config = MORE[name]
+        make_adapter(adapter, trained / "base", noise, kind=kind, target_modules=["q_proj", "down_proj"], **config)
+    merge(adapter, tmp_path / "whole")
+    monkeypatch.setattr("fossil_export.merging._slabs.SLAB", 1)
+    monkeypatch.setattr("fossil_export.verifying._comparison.SLAB", 1)
+    monkeypatch.setattr("fossil_export.verifying._comparison.BLOCK", 1)
+    monkeypatch.setattr(NumpyEngine, "block", 1)
+    merge(adapter, tmp_path / "cut")
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    for key, value in whole.items():
+        torch.testing.assert_close(cut[key], value, rtol=1e-5, atol=1e-6)
+    assert verify(tmp_path / "cut", level="weights").parity
+
+
+@pytest.mark.parametrize("name", ["FourierFT", "SHiRA", "RandLoRA", "DEFT", "C3A"])
+def test_rows_of_a_graphs_weight_are_those_of_the_whole(name: str, trained: Path) -> None:
+    adapter = load_adapter(trained / name)
+    module = next(iter(adapter.trained))
+    base = torch.randn(48, 96 if "down" in module else 48).numpy()
+    whole = merged_rows(adapter, Piece(module, 0, 0, 48), base)
+    assert (merged_rows(adapter, Piece(module, 0, 5, 20), base) == whole[5:25]).all()

@@ -35,7 +35,8 @@ class Engine(Protocol):
     """Elements worked on at a time: what stays in the processor's cache, or fills a GPU."""
 
     def widen(self, rows: Array, dtype: str) -> Any:
-        """`rows` as an array of `dtype` ("F32", "F64" or "I64"), row by row in memory, that may be changed."""
+        """`rows` as an array of `dtype` ("F32" or "F64"), row by row in memory, that may be changed.
+        Whole numbers come as int64."""
 
     def round(self, wide: Any, out: Array) -> None:
         """Round `wide` to the dtype of the NumPy view `out` and store it there."""
@@ -51,7 +52,7 @@ class NumpyEngine:
     block = 1 << 19
 
     def widen(self, rows: Array, dtype: str) -> Array:
-        return rows.astype(numpy_dtype(dtype), order="C")
+        return rows.astype(numpy_dtype("I64" if rows.dtype.kind in "iu" else dtype), order="C")
 
     def round(self, wide: Array, out: Array) -> None:
         import numpy as np
@@ -95,7 +96,8 @@ class TorchEngine:
 
     def widen(self, rows: Array, dtype: str) -> Any:
         torch = self._torch
-        wide = {"F64": torch.float64, "F32": torch.float32, "I64": torch.int64}[dtype]
+        wide = torch.float64 if dtype == "F64" else torch.float32
+        wide = torch.int64 if rows.dtype.kind in "iu" else wide
         return self._tensor(rows).to(device=self._device, dtype=wide, copy=True, memory_format=torch.contiguous_format)
 
     def round(self, wide: Any, out: Array) -> None:

@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fossil_export.checkpoints._dtypes import numpy_dtype
+from fossil_export.checkpoints._dtypes import FLOATS, numpy_dtype
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints._input import InputFile, StoredArray
 from fossil_export.checkpoints._output import ALIGNMENT, OutputFile
@@ -149,10 +149,7 @@ class Worker:
             trained = {role: self._trained(info, change.adapter) for role, info in change.trained.tensors.items()}
             # Only what these rows need is widened: whole tensors of a high rank take more than the slabs do.
             part = change.method.part(trained, slab.start, slab.stop)
-            wide = {
-                role: self._engine.widen(array, "I64" if role.startswith("#") else dtype)
-                for role, array in part.items()
-            }
+            wide = {role: self._engine.widen(array, dtype) for role, array in part.items()}
             updates.append(Update(change.method, wide, change.trained.numbers, change.weight))
         with np.errstate(over="ignore", invalid="ignore"):
             sums = merge_slab(self._engine, stored, out, updates, slab.start, slab.part.rows)
@@ -168,8 +165,8 @@ class Worker:
                 return _diverged(source)
             return f"{source.path}: {source.name} holds infinite or NaN values; the base is damaged, fetch it again"
         for change in tensor.changes:
-            for role, info in change.trained.tensors.items():
-                if not role.startswith("#") and not is_finite(self._adapters[change.adapter].array(info)):
+            for info in change.trained.tensors.values():
+                if info.dtype in FLOATS and not is_finite(self._adapters[change.adapter].array(info)):
                     return _diverged(info)
         return _overflow(tensor)
 

@@ -19,6 +19,11 @@ def narrowed(x: Any, like: Any) -> Any:
     return x.to(like.dtype) if is_torch(x) else x.astype(like.dtype)
 
 
+def whole(x: Any) -> Any:
+    """`x` in int64."""
+    return x.long() if is_torch(x) else x.astype("int64")
+
+
 def exp(x: Any) -> Any:
     if is_torch(x):
         return x.exp()

@@ -59,8 +59,8 @@ class Method(Protocol):
     @property
     def PEFT(self) -> Mapping[str, Mapping[str, str]]:
         """How PEFT's keys end after the module's name, and the role of the tensor, by `peft_type`:
-        {"MISS": {"miss_block": "D"}}. Methods may share endings; `read` tells them apart. A role that begins with # is
-        of whole numbers, and comes as int64."""
+        {"MISS": {"miss_block": "D"}}. Methods may share endings; `read` tells them apart. A role that begins with # may
+        be of whole numbers, which come as int64."""
 
     @property
     def STATE_DICT(self) -> Mapping[str, str]:

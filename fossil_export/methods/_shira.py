@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fossil_export.errors import AdapterError
-from fossil_export.methods._arrays import scattered
+from fossil_export.methods._arrays import scattered, whole
 from fossil_export.methods._base import WHOLE, Base, needs
 from fossil_export.methods._lora import SWITCH
 from fossil_export.methods._method import POSITIVE, Arrays, Field, Numbers, Shapes, neutral
@@ -44,7 +44,7 @@ class Shira(Base):
         return {role: array[:] for role, array in arrays.items()}
 
     def update(self, weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> Any:
-        row, column = arrays["#i"]
+        row, column = whole(arrays["#i"])
         inside(row, len(weight), "shira_indices")
         inside(column, weight.shape[1], "shira_indices")
         return scattered(arrays["v"], row * weight.shape[1] + column, weight)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fossil_export.errors import AdapterError
-from fossil_export.methods._arrays import scattered
+from fossil_export.methods._arrays import scattered, whole
 from fossil_export.methods._base import WHOLE, Base, needs
 from fossil_export.methods._lora import is_number, product, unlike
 from fossil_export.methods._method import POSITIVE, Arrays, Field, Numbers, Shapes, neutral
@@ -66,8 +66,9 @@ class Supertuning(Base):
         return {role: array[:] for role, array in arrays.items()}
 
     def update(self, weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> Any:
-        inside(arrays["#i"], len(weight) * weight.shape[1], "supertuning_indices")
-        found = scattered(arrays["v"], arrays["#i"], weight)
+        places = whole(arrays["#i"])
+        inside(places, len(weight) * weight.shape[1], "supertuning_indices")
+        found = scattered(arrays["v"], places, weight)
         if "A" in arrays:
             found += product(arrays["B"], arrays["A"], numbers["share"])
         return found

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fossil_export.errors import AdapterError
+from fossil_export.methods._arrays import whole
 from fossil_export.methods._base import Base, needs
 from fossil_export.methods._lora import SWITCH, unlike
 from fossil_export.methods._method import POSITIVE, Arrays, Field, Numbers, Shapes, neutral
@@ -69,8 +70,9 @@ class Unilora(Base):
         return {**rows, **{role: arrays[role][:] for role in ("#A", "p", "t")}}
 
     def update(self, weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> Any:
-        for role in ("#A", "#B"):
-            inside(arrays[role], len(arrays["t"]), "unilora_indices")
+        places = {role: whole(arrays[role]) for role in ("#A", "#B")}
+        for found in places.values():
+            inside(found, len(arrays["t"]), "unilora_indices")
         rows = slice(start, start + len(weight))
-        up = arrays["t"][arrays["#B"][rows]] * arrays["q"][rows]
-        return up @ (arrays["t"][arrays["#A"]] * arrays["p"])
+        up = arrays["t"][places["#B"][rows]] * arrays["q"][rows]
+        return up @ (arrays["t"][places["#A"]] * arrays["p"])

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fossil_export.errors import AdapterError
-from fossil_export.methods._arrays import along, exp, narrowed, widest
+from fossil_export.methods._arrays import along, exp, narrowed, whole, widest
 from fossil_export.methods._base import Base, needs
 from fossil_export.methods._lora import SWITCH, unlike
 from fossil_export.methods._method import POSITIVE, Arrays, Field, Numbers, Shapes, neutral
@@ -101,7 +101,7 @@ def _mixed(arrays: Arrays, role: str, most: int) -> Any:
         found = exp(found[..., -most:] - found[..., -1:])
         shares = found / found.sum(-1)[..., None]
     else:
-        places, shares = arrays[f"#{role}"], widest(arrays[f"share {role}"])
+        places, shares = whole(arrays[f"#{role}"]), widest(arrays[f"share {role}"])
         inside(places, len(bank), "vblora_logits_topk_indices")
         found = (bank[places[..., :-1]] * shares[..., None]).sum(-2)
         return found + bank[places[..., -1]] * (1 - shares.sum(-1))[..., None]

@@ -249,8 +249,8 @@ def _trained(job: Job, start: int, stop: int, adapter: Adapter, files: Files) ->
     float64; whole numbers in int64."""
     import numpy as np
 
-    def seen(role: str, array: Array) -> Array:
-        if role.startswith("#"):
+    def seen(array: Array) -> Array:
+        if array.dtype.kind in "iu":
             return array.astype(np.int64)
         return (array if job.part.dtype == "F64" else array.astype(np.float32)).astype(np.float64)
 
@@ -258,4 +258,4 @@ def _trained(job: Job, start: int, stop: int, adapter: Adapter, files: Files) ->
     trained = job.change.trained
     arrays = {role: files.array(info, adapter) for role, info in trained.tensors.items()}
     part = EXACT[trained.method].part(arrays, start, stop)
-    return {role: seen(role, array) for role, array in part.items()}
+    return {role: seen(array) for role, array in part.items()}

@@ -23,7 +23,9 @@ def part(arrays: Arrays, start: int, stop: int) -> Arrays:
 
 
 def rebuild(weight: Array, part: Arrays, numbers: Mapping[str, Any], exact: Array) -> Array:
-    return _sparse(weight, part["#i"][0], part["#i"][1], part["v"], exact)
+    import numpy as np
+
+    return _sparse(weight, *part["#i"].astype(np.int64), part["v"], exact)
 
 
 def _sparse(weight: Array, rows: Array, columns: Array, values: Array, exact: Array) -> Array:

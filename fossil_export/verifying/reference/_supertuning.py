@@ -24,7 +24,7 @@ unit, part, up, down = shira.unit, shira.part, shira.up, shira.down
 def rebuild(weight: Array, part: Arrays, numbers: Mapping[str, Any], exact: Array) -> Array:
     import numpy as np
 
-    rows, columns = np.divmod(part["#i"], weight.shape[1])
+    rows, columns = np.divmod(part["#i"].astype(np.int64), weight.shape[1])
     bound = shira._sparse(weight, rows, columns, part["v"], exact)
     if "A" not in part:
         return bound

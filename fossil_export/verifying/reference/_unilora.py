@@ -27,7 +27,10 @@ def part(arrays: Arrays, start: int, stop: int) -> Arrays:
 def rebuild(weight: Array, part: Arrays, numbers: Mapping[str, Any], exact: Array) -> Array:
     import numpy as np
 
-    first, second = np.take(part["t"], part["#B"]) * part["q"], np.take(part["t"], part["#A"]) * part["p"]
+    first, second = (
+        np.take(part["t"], part["#B"].astype(np.int64)) * part["q"],
+        np.take(part["t"], part["#A"].astype(np.int64)) * part["p"],
+    )
     np.matmul(first, second, out=exact)
     exact += weight
     size: Array = np.abs(first) @ np.abs(second)

@@ -52,7 +52,7 @@ def _shares(part: Arrays, role: str, most: int) -> Array:
         found: Array = np.where(logits >= least, np.exp(logits - logits.max(axis=-1, keepdims=True)), 0.0)
         found /= np.sum(found, axis=-1, keepdims=True)
         return found
-    places, known = part[f"#{role}"], part[f"share {role}"]
+    places, known = part[f"#{role}"].astype(np.int64), part[f"share {role}"]
     whole = np.concatenate([known, 1.0 - known.sum(axis=-1, keepdims=True)], axis=-1)
     found = np.zeros((*places.shape[:-1], len(part["V"])))
     np.put_along_axis(found, places, whole, axis=-1)
