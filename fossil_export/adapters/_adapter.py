@@ -97,7 +97,8 @@ class Adapter:
     @cached_property
     def parameters(self) -> int:
         """Number of trained values beside the weights."""
-        return sum(element_count(info.shape) for one in self.trained.values() for info in one.tensors.values())
+        found = {info.name: info.shape for one in self.trained.values() for info in one.tensors.values()}
+        return sum(map(element_count, found.values()))
 
     def arrays(self, module: str) -> dict[str, np.ndarray[Any, Any]]:
         """The trained values of a module by role, in their own dtypes; raises as `array` does."""

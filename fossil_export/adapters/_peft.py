@@ -30,7 +30,8 @@ from fossil_export.adapters._trained import (
     split_key,
     trained_in,
 )
-from fossil_export.checkpoints._dtypes import FLOATS
+from fossil_export.adapters._unmergeable import UNMERGEABLE
+from fossil_export.checkpoints._dtypes import FLOATS, WHOLE
 from fossil_export.checkpoints._folder import Folder
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints._jsonfile import read_json
@@ -115,7 +116,8 @@ def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
 
     methods = methods_of(config["peft_type"])
     endings = dict.fromkeys(ending for roles in methods.values() for ending in roles)
-    known = ", ".join(f"….{ending}" for ending in endings)
+    places = {ending for roles in methods.values() for ending, role in roles.items() if role.startswith("#")}
+    known = listed([f"….{ending}" for ending in endings], 8)
     common = shared_of(config["peft_type"])
     shared: dict[str, dict[str, TensorInfo]] = {name: {} for name in common}
     parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
@@ -128,6 +130,8 @@ def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
                 below[copy[0].removeprefix(PREFIX)] = tensor
             continue
         if users := [name for name, keys in common.items() if tensor.name in keys]:
+            if tensor.dtype not in FLOATS or 0 in tensor.shape:
+                raise AdapterError(f"{weights}: tensor {tensor.name} is no matrix of floats; save the adapter again")
             for name in users:
                 shared[name][common[name][tensor.name]] = tensor
             continue
@@ -139,11 +143,13 @@ def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
         key = tensor.name.removeprefix(PREFIX)
         module, _, parameter = key.rpartition(".")
         whole = _in_whole(module, config)
-        if tensor.dtype not in FLOATS and not whole:
+        found = split_key(key, endings)
+        allowed = (*FLOATS, *WHOLE) if found and found[1] in places else FLOATS
+        if tensor.dtype not in allowed and not whole:
             raise AdapterError(
-                f"{weights}: tensor {tensor.name} is {tensor.dtype}, expected one of {', '.join(FLOATS)}"
+                f"{weights}: tensor {tensor.name} is {tensor.dtype}, expected one of {', '.join(allowed)}"
             )
-        if found := split_key(key, endings):
+        if found:
             parts[found[0]][found[1]] = tensor
         elif whole or parameter in {"weight", "bias"}:
             name = f"{module.removesuffix('.base_layer').removesuffix('.token_adapter')}.{parameter}"
@@ -212,6 +218,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{folder}: not an adapter, {CONFIG} is missing{_hint(names)}")
     config = read_json(path, AdapterError)
     peft_type = config.get("peft_type")
+    if isinstance(peft_type, str) and peft_type in UNMERGEABLE:
+        raise AdapterError(f"{path}: peft_type is {peft_type}; {UNMERGEABLE[peft_type]}")
     if not isinstance(peft_type, str) or peft_type not in formats():
         raise AdapterError(
             f"{path}: peft_type is {peft_type!r}, not one that fossil-export knows ({', '.join(formats())}); "

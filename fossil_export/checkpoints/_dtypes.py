@@ -40,6 +40,9 @@ BITS: dict[str, int] = {
 FLOATS = ("F64", "F32", "F16", "BF16")
 """The dtypes a shard can be merged into."""
 
+WHOLE = ("I64", "I32", "I16", "I8", "U8")
+"""The dtypes of whole numbers that say where trained values go."""
+
 BY_TORCH_NAME = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 TORCH_NAME = {short: name for name, short in BY_TORCH_NAME.items()}
 
@@ -50,11 +53,12 @@ def torch_name(dtype: object) -> str:
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """NumPy's dtype for one of `FLOATS`."""
+    """NumPy's dtype for one of `FLOATS` or `WHOLE`."""
     import ml_dtypes
     import numpy as np
 
     table: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+    table |= {name: f"{name[0].lower()}{int(name[1:]) // 8}" for name in WHOLE}
     found: np.dtype[Any] = np.dtype(table[name])
     return found
 

@@ -131,9 +131,14 @@ class _Updates:
         """ΔW (out, in) in float32."""
         trained, matrix = self._adapter.trained[module], self._matrices[module]
         weight = np.asarray(matrix.read(self._rows, 0, matrix.shape[0])[:], np.float32)
-        values = {role: np.asarray(array, np.float32) for role, array in finite(self._adapter, module).items()}
+        values = {role: _seen(array) for role, array in finite(self._adapter, module).items()}
         brought = any(name.startswith(f"{module}.") for name in self._adapter.saved)
         numbers = {**trained.numbers, **weight_numbers(matrix, matrix.dtype, brought)}
         update: Array = METHODS[trained.method].update(weight, values, numbers, 0)
         self._plan.check()
         return update
+
+
+def _seen(array: Array) -> Array:
+    """Trained values in float32; whole numbers stay."""
+    return np.asarray(array, np.int64 if array.dtype.kind in "iu" else np.float32)

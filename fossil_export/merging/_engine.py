@@ -35,7 +35,8 @@ class Engine(Protocol):
     """Elements worked on at a time: what stays in the processor's cache, or fills a GPU."""
 
     def widen(self, rows: Array, dtype: str, copy: bool = True) -> Any:
-        """`rows` as an array of `dtype` ("F32" or "F64"), row by row in memory, that may be changed if it is a copy."""
+        """`rows` as an array of `dtype` ("F32" or "F64"), row by row in memory, that may be changed if it is a copy.
+        Whole numbers come as int64."""
 
     def round(self, wide: Any, out: Array) -> None:
         """Round `wide` to the dtype of the NumPy view `out` and store it there."""
@@ -51,7 +52,7 @@ class NumpyEngine:
     block = 1 << 19
 
     def widen(self, rows: Array, dtype: str, copy: bool = True) -> Array:
-        return rows.astype(numpy_dtype(dtype), order="C", copy=copy)
+        return rows.astype(numpy_dtype("I64" if rows.dtype.kind in "iu" else dtype), order="C", copy=copy)
 
     def round(self, wide: Array, out: Array) -> None:
         import numpy as np
@@ -96,6 +97,7 @@ class TorchEngine:
     def widen(self, rows: Array, dtype: str, copy: bool = True) -> Any:
         torch = self._torch
         wide = torch.float64 if dtype == "F64" else torch.float32
+        wide = torch.int64 if rows.dtype.kind in "iu" else wide
         return self._tensor(rows).to(device=self._device, dtype=wide, copy=copy, memory_format=torch.contiguous_format)
 
     def round(self, wide: Any, out: Array) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fossil_export.checkpoints._dtypes import numpy_dtype
+from fossil_export.checkpoints._dtypes import FLOATS, numpy_dtype
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints._input import InputFile, StoredArray
 from fossil_export.checkpoints._output import ALIGNMENT, OutputFile
@@ -170,7 +170,7 @@ class Worker:
             return f"{source.path}: {source.name} holds infinite or NaN values; the base is damaged, fetch it again"
         for change in tensor.changes:
             for info in change.trained.tensors.values():
-                if not is_finite(self._adapters[change.adapter].array(info)):
+                if info.dtype in FLOATS and not is_finite(self._adapters[change.adapter].array(info)):
                     return _diverged(info)
         return _overflow(tensor)
 

@@ -12,8 +12,15 @@ from fossil_export.methods import _tile as tile
 from fossil_export.methods._adalora import AdaLora
 from fossil_export.methods._base import Base
 from fossil_export.methods._bdlora import BdLora
+from fossil_export.methods._beft import Beft
 from fossil_export.methods._boft import Boft
+from fossil_export.methods._c3a import C3a
+from fossil_export.methods._deft import Deft
+from fossil_export.methods._delora import Delora
 from fossil_export.methods._dora import Dora, DoraEmbedding
+from fossil_export.methods._fourierft import Fourierft
+from fossil_export.methods._gralora import Gralora
+from fossil_export.methods._hira import Hira, HiraEmbedding
 from fossil_export.methods._hra import Hra
 from fossil_export.methods._ia3 import Ia3, Ia3Bias
 from fossil_export.methods._ln_tuning import LnTuning, LnTuningBias
@@ -26,10 +33,18 @@ from fossil_export.methods._lora_parameter import LoraParameter
 from fossil_export.methods._low_rank import LowRank, Tiling
 from fossil_export.methods._method import POSITIVE, Arrays, Field, Method, Numbers, Shapes
 from fossil_export.methods._oft import Oft, OftEmbedding
+from fossil_export.methods._peanut import Peanut
+from fossil_export.methods._pvera import Pvera
+from fossil_export.methods._randlora import Randlora
 from fossil_export.methods._road import VARIANTS as _ROADS
 from fossil_export.methods._road import Road, RoadBias
+from fossil_export.methods._shira import Shira
 from fossil_export.methods._starts import Kasa, Olora, Pissa, Started
+from fossil_export.methods._supertuning import Supertuning
 from fossil_export.methods._tokens import ROWS, LoraTokens, TrainableTokens
+from fossil_export.methods._unilora import Unilora
+from fossil_export.methods._vblora import Vblora
+from fossil_export.methods._vera import Vera
 
 METHODS: dict[str, Method] = {
     "tile": tile,
@@ -60,6 +75,22 @@ METHODS: dict[str, Method] = {
     "ln_tuning_bias": LnTuningBias(),
     **{variant: Road(variant) for variant in _ROADS},
     **{f"{variant}_bias": RoadBias(variant) for variant in _ROADS},
+    "vera": Vera(),
+    "peanut": Peanut(),
+    "hira": Hira(),
+    "hira_embedding": HiraEmbedding(),
+    "c3a": C3a(),
+    "delora": Delora(),
+    "beft": Beft(),
+    "pvera": Pvera(),
+    "gralora": Gralora(),
+    "randlora": Randlora(),
+    "deft": Deft(),
+    "shira": Shira(),
+    "supertuning": Supertuning(),
+    "unilora": Unilora(),
+    "vblora": Vblora(),
+    "fourierft": Fourierft(),
 }
 """By the name that records and tables give them. Those that share endings are asked in this order."""
 

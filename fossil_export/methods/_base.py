@@ -8,6 +8,9 @@ from typing import Any
 from fossil_export.methods._low_rank import LowRank
 from fossil_export.methods._method import Arrays, Combination, Field, Numbers, Shapes
 
+WHOLE = 1 << 40
+"""More rows than any weight has, for methods that must have all of them at once."""
+
 
 class Base:
     """A method on weights (out, in), whose rows are independent, without a low-rank form.

@@ -53,6 +53,7 @@ PATTERN = Field(
     "a map of modules to numbers",
     lambda value: value is None or (isinstance(value, dict) and all(map(is_number, value.values()))),
 )
+NUMBER = Field("a number", is_number, 1.0)
 SWITCH = Field("true or false", _is_bool, False)
 
 FIELDS: Mapping[str, Field] = {

@@ -39,6 +39,11 @@ def unset(why: str) -> Field:
     return Field("nothing", lambda value: value in (None, False, {}, []), None, why)
 
 
+def neutral(*names: str) -> dict[str, Field]:
+    """Fields that only say how training began or ran."""
+    return {name: Field() for name in names}
+
+
 POSITIVE = Field(
     "a positive integer", lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0
 )
@@ -54,7 +59,8 @@ class Method(Protocol):
     @property
     def PEFT(self) -> Mapping[str, Mapping[str, str]]:
         """How PEFT's keys end after the module's name, and the role of the tensor, by `peft_type`:
-        {"MISS": {"miss_block": "D"}}. Methods may share endings; `read` tells them apart."""
+        {"MISS": {"miss_block": "D"}}. Methods may share endings; `read` tells them apart. A role that begins with # may
+        be of whole numbers, which come as int64."""
 
     @property
     def STATE_DICT(self) -> Mapping[str, str]:

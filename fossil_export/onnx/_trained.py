@@ -107,10 +107,19 @@ def _low_rank(adapter: Adapter, trained: Trained, piece: Piece) -> LowRank:
 
 def merged_rows(adapter: Adapter, piece: Piece, base: Array) -> Array:
     """The rows of `piece` in float32, of the module's base weight (out, in) with its update added."""
-    part = np.array(base[piece.start : piece.start + piece.count], np.float32)
     trained = adapter.trained[piece.module]
-    arrays = {role: np.asarray(array, np.float32) for role, array in adapter.arrays(piece.module).items()}
-    METHODS[trained.method].add(part, arrays, trained.numbers, piece.start)
+    method, start, stop = METHODS[trained.method], piece.start, piece.start + piece.count
+    arrays = {
+        role: np.asarray(array, np.int64 if array.dtype.kind in "iu" else np.float32)
+        for role, array in adapter.arrays(piece.module).items()
+    }
+    together = method.block_rows(trained.shapes)
+    if start % together or stop % together:  # rows of it need others
+        merged = np.array(base, np.float32)
+        method.add(merged, arrays, trained.numbers, 0)
+        return merged[start:stop]
+    part = np.array(base[start:stop], np.float32)
+    method.add(part, arrays, trained.numbers, start)
     return part
 
 

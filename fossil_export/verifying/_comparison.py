@@ -252,14 +252,16 @@ def _first(job: Job, start: int, marks: Array) -> int:
 
 def _trained(job: Job, start: int, stop: int, adapter: Adapter, files: Files) -> dict[str, Array]:
     """What rows [start, stop) need of the trained tensors as the merge sees them (float32, but for float64 weights), in
-    float64."""
+    float64; whole numbers in int64."""
     import numpy as np
+
+    def seen(array: Array) -> Array:
+        if array.dtype.kind in "iu":
+            return array.astype(np.int64)
+        return (array if job.part.dtype == "F64" else array.astype(np.float32)).astype(np.float64)
 
     assert job.change is not None
     trained = job.change.trained
     arrays = {role: trained.meant(role, files.array(info, adapter)) for role, info in trained.tensors.items()}
     part = EXACT[trained.method].part(arrays, start, stop)
-    return {
-        role: (array if job.part.dtype == "F64" else array.astype(np.float32)).astype(np.float64)
-        for role, array in part.items()
-    }
+    return {role: seen(array) for role, array in part.items()}

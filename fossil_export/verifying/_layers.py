@@ -43,7 +43,7 @@ class TrainedLinear(nn.Module):  # type: ignore[misc]  # torch is not followed b
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         layer, arrays = self.base_layer, dict(self.trained)
-        wide = next(iter(arrays.values())).dtype
+        wide = next(array.dtype for array in arrays.values() if array.is_floating_point())
         # transformers' Conv1D has its weight the other way round.
         weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
         form = self._method.low_rank(arrays, self._numbers, weight.shape[0])
@@ -82,7 +82,8 @@ def attach(model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> nn.Module:
     for module, one in adapter.trained.items():
         parent, _, last = names[module].rpartition(".")
         layer = modules[names[module]]
-        arrays = {role: _tensor(array).to(layer.weight.device, dtype) for role, array in adapter.arrays(module).items()}
+        found = {role: _tensor(array).to(layer.weight.device) for role, array in adapter.arrays(module).items()}
+        arrays = {role: array.to(dtype) if array.is_floating_point() else array.long() for role, array in found.items()}
         setattr(modules[parent], last, TrainedLinear(layer, arrays, one, f"{module}.weight" in adapter.saved))
     return model
 

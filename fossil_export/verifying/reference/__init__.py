@@ -9,7 +9,14 @@ from __future__ import annotations
 from fossil_export.verifying.reference import _adalora as adalora
 from fossil_export.verifying.reference import _bat as bat
 from fossil_export.verifying.reference import _bdlora as bdlora
+from fossil_export.verifying.reference import _beft as beft
 from fossil_export.verifying.reference import _boft as boft
+from fossil_export.verifying.reference import _c3a as c3a
+from fossil_export.verifying.reference import _deft as deft
+from fossil_export.verifying.reference import _delora as delora
+from fossil_export.verifying.reference import _fourierft as fourierft
+from fossil_export.verifying.reference import _gralora as gralora
+from fossil_export.verifying.reference import _hira as hira
 from fossil_export.verifying.reference import _hra as hra
 from fossil_export.verifying.reference import _ia3 as ia3
 from fossil_export.verifying.reference import _ln_tuning as ln_tuning
@@ -19,8 +26,16 @@ from fossil_export.verifying.reference import _lora as lora
 from fossil_export.verifying.reference import _lora_bias as lora_bias
 from fossil_export.verifying.reference import _lora_embedding as lora_embedding
 from fossil_export.verifying.reference import _mini as mini
+from fossil_export.verifying.reference import _peanut as peanut
+from fossil_export.verifying.reference import _pvera as pvera
+from fossil_export.verifying.reference import _randlora as randlora
+from fossil_export.verifying.reference import _shira as shira
+from fossil_export.verifying.reference import _supertuning as supertuning
 from fossil_export.verifying.reference import _tile as tile
 from fossil_export.verifying.reference import _tokens as tokens
+from fossil_export.verifying.reference import _unilora as unilora
+from fossil_export.verifying.reference import _vblora as vblora
+from fossil_export.verifying.reference import _vera as vera
 from fossil_export.verifying.reference._dora import Dora, DoraEmbedding
 from fossil_export.verifying.reference._exact import Exact
 from fossil_export.verifying.reference._oft import oft, oft_embedding
@@ -60,6 +75,22 @@ EXACT: dict[str, Exact] = {
     "road_1_bias": road_1,
     "road_2_bias": road_2,
     "road_4_bias": road_4,
+    "vera": vera,
+    "peanut": peanut,
+    "hira": hira,
+    "hira_embedding": hira.Embedding,
+    "c3a": c3a,
+    "delora": delora,
+    "beft": beft,
+    "pvera": pvera,
+    "gralora": gralora,
+    "randlora": randlora,
+    "deft": deft,
+    "shira": shira,
+    "supertuning": supertuning,
+    "unilora": unilora,
+    "vblora": vblora,
+    "fourierft": fourierft,
 }
 """By method. One that is not here cannot be checked: a KeyError, never another one's formula."""
 
