@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fossil_export.adapters import _mlx as mlx
 from fossil_export.adapters._adapter import Adapter
 from fossil_export.adapters._pickled import read_pickled
 from fossil_export.adapters._rwkv import is_state_dict, load_state_dict
@@ -75,7 +76,7 @@ def load_adapter(path: str | Path) -> Adapter:
     if not found.is_path:
         root = home.root_names()
         file = found.file if found.file != CONFIG else None
-        file = file or next((name for name in WEIGHTS if name in root), None)
+        file = file or next((name for name in (*WEIGHTS, mlx.WEIGHTS) if name in root), None)
         if CONFIG not in root and not given.suffix == ".pth":
             raise AdapterError(f"{found.name}: not an adapter, {CONFIG} is missing{_hint(root)}")
         if file is None:
@@ -91,7 +92,11 @@ def load_adapter(path: str | Path) -> Adapter:
 def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
     folder = home.path
     stamps = stamps_of([folder / CONFIG])
-    config = _read_config(folder)
+    written = _written_config(folder)
+    if mlx.is_mlx(written, home.root_names()):
+        stamps |= stamps_of([weights] if weights is not None else [])
+        return mlx.load_mlx(given, written, weights, home, stamps)
+    config = _checked_config(folder / CONFIG, written)
     weights = weights or find_weights(folder)
     stamps |= stamps_of([weights])
     header = None
@@ -196,12 +201,15 @@ def _in_whole(module: str, config: Mapping[str, Any]) -> bool:
     )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _written_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         names = [name for name in ("config.json",) if (folder / name).is_file()]
         raise AdapterError(f"{folder}: not an adapter, {CONFIG} is missing{_hint(names)}")
-    config = read_json(path, AdapterError)
+    return read_json(path, AdapterError)
+
+
+def _checked_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str) or peft_type not in formats():
         raise AdapterError(

@@ -44,6 +44,8 @@ def place(adapter: Adapter, base: Checkpoint, tied: bool | None = None, *, into_
     adapter are equal (`ties.are_equal`); without it they are taken as parted, and `Placement.undecided` names them. The
     base's weights must be floats, unless nothing will be added to them (`into_floats` is False).
     """
+    if reason := adapter.unfit.get(str((base.config or {}).get("model_type"))):
+        raise MergeError(f"{adapter.path}: its trainer {reason}; fuse it with the trainer")
     naming = naming_of(adapter, base)
     placement = Placement(tied=tied)
     brought = brought_by(adapter, base, naming)

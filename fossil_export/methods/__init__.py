@@ -10,9 +10,11 @@ from fossil_export.methods import _bat as bat
 from fossil_export.methods import _mini as mini
 from fossil_export.methods import _tile as tile
 from fossil_export.methods._base import Base
+from fossil_export.methods._dora_mlx import DoraMlx, DoraMlxEmbedding
 from fossil_export.methods._lora import Lora
 from fossil_export.methods._lora_bias import LoraBias
 from fossil_export.methods._lora_embedding import LoraEmbedding
+from fossil_export.methods._lora_mlx import LoraMlx, LoraMlxEmbedding
 from fossil_export.methods._low_rank import LowRank, Tiling
 from fossil_export.methods._method import POSITIVE, Arrays, Field, Method, Numbers, Shapes
 
@@ -23,6 +25,10 @@ METHODS: dict[str, Method] = {
     "lora": Lora(),
     "lora_embedding": LoraEmbedding(),
     "lora_bias": LoraBias(),
+    "dora_mlx": DoraMlx(),
+    "dora_mlx_embedding": DoraMlxEmbedding(),
+    "lora_mlx": LoraMlx(),
+    "lora_mlx_embedding": LoraMlxEmbedding(),
 }
 """By the name that records and tables give them. Those that share endings are asked in this order."""
 

@@ -7,9 +7,11 @@ names of the variants: arXiv 2409.15371 and FOSSIL's entry in PEFT (peft/tuners/
 from __future__ import annotations
 
 from fossil_export.verifying.reference import _bat as bat
+from fossil_export.verifying.reference import _dora_mlx as dora_mlx
 from fossil_export.verifying.reference import _lora as lora
 from fossil_export.verifying.reference import _lora_bias as lora_bias
 from fossil_export.verifying.reference import _lora_embedding as lora_embedding
+from fossil_export.verifying.reference import _lora_mlx as lora_mlx
 from fossil_export.verifying.reference import _mini as mini
 from fossil_export.verifying.reference import _tile as tile
 from fossil_export.verifying.reference._exact import Exact
@@ -21,6 +23,10 @@ EXACT: dict[str, Exact] = {
     "lora": lora,
     "lora_embedding": lora_embedding,
     "lora_bias": lora_bias,
+    "dora_mlx": dora_mlx.LINEAR,
+    "dora_mlx_embedding": dora_mlx.EMBEDDING,
+    "lora_mlx": lora_mlx.LINEAR,
+    "lora_mlx_embedding": lora_mlx.EMBEDDING,
 }
 """By method. One that is not here cannot be checked: a KeyError, never another one's formula."""
 
