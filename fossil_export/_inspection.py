@@ -49,14 +49,14 @@ class Inspection:
                     "module": trained.module,
                     "shard": info.name,
                     "shape": list(info.shape),
-                    "dtype": TORCH_NAME[info.dtype],
+                    "dtype": TORCH_NAME.get(info.dtype, info.dtype),
                     "norm": _finite(self.norms.get(trained.module, math.nan)),
                 }
                 for trained in adapter.trained.values()
                 for info in trained.tensors.values()
             ],
             "saved": [
-                {"tensor": info.name, "shape": list(info.shape), "dtype": TORCH_NAME[info.dtype]}
+                {"tensor": info.name, "shape": list(info.shape), "dtype": TORCH_NAME.get(info.dtype, info.dtype)}
                 for info in adapter.saved.values()
             ],
             "base_tensors": None
@@ -100,13 +100,13 @@ def inspect(adapter: Adapter | str | Path, base: str | Path | None = None) -> In
 def dtypes(adapter: Adapter) -> dict[str, int]:
     """Number of trained tensors by dtype."""
     tensors = (info for trained in adapter.trained.values() for info in trained.tensors.values())
-    return dict(Counter(TORCH_NAME[info.dtype] for info in tensors))
+    return dict(Counter(TORCH_NAME.get(info.dtype, info.dtype) for info in tensors))
 
 
 def _norm(adapter: Adapter, module: str) -> float:
     import numpy as np
 
-    wide = [array.astype(np.float64) for array in adapter.arrays(module).values()]
+    wide = [array.astype(np.float64) for array in adapter.arrays(module).values() if array.dtype.kind != "i"]
     return float(np.sqrt(sum((values * values).sum() for values in wide)))
 
 

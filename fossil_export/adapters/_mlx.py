@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ def load_mlx(
         home=home,
         header=header,
         stamps=stamps,
+        is_pefts=False,
         keeps_ties=True,
         unfit=CHANGED_AT_LOADING,
     )
@@ -137,7 +139,8 @@ def _module(
         return
     for name, own in _experts(weights, module, tensors, numbers["r"]):
         plain = {"lora_a": "A", "lora_b": "B"}
-        yield from trained_in(weights, name, own, {"lora": plain}, {"r": numbers["r"], "lora_alpha": numbers["alpha"]})
+        for one in trained_in(weights, name, own, {"lora": plain}, {"r": numbers["r"]}):
+            yield replace(one, numbers={"r": numbers["r"], "scale": float(numbers["scale"])})
 
 
 def _experts(
@@ -209,7 +212,7 @@ def _numbers(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
             f"{path}: lora_parameters has an alpha of {lora['alpha']!r}, by which mlx-lm multiplied the scale until June "
             "2024, and not since; take it out, and make scale what the training had"
         )
-    return {"r": rank, "scale": scale, "alpha": rank * scale, "dora": kind == "dora"}
+    return {"r": rank, "scale": scale, "dora": kind == "dora"}
 
 
 def _is_rank(value: Any) -> bool:

@@ -9,14 +9,18 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fossil_export.adapters import _mlx as mlx
 from fossil_export.adapters._adapter import Adapter
+from fossil_export.adapters._beside import elsewhere, refuse_lost
+from fossil_export.adapters._fields import OTHERS
+from fossil_export.adapters._keys import PREFIX, are_pefts, peft_keys
 from fossil_export.adapters._pickled import read_pickled
+from fossil_export.adapters._relatives import why_folder, why_tensor, why_type
 from fossil_export.adapters._rwkv import is_state_dict, load_state_dict
 from fossil_export.adapters._trained import (
     Trained,
@@ -24,6 +28,7 @@ from fossil_export.adapters._trained import (
     empty,
     fields_of,
     formats,
+    is_index,
     methods_of,
     refuse_mixtures,
     shared_of,
@@ -40,7 +45,6 @@ from fossil_export.storage import find_origin
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-PREFIX = "base_model.model."
 
 # Fields that say how any adapter was trained or stored; none of them changes what the tensors mean.
 _NEUTRAL_FIELDS = {
@@ -78,9 +82,10 @@ def load_adapter(path: str | Path) -> Adapter:
         file = found.file if found.file != CONFIG else None
         file = file or next((name for name in (*WEIGHTS, mlx.WEIGHTS) if name in root), None)
         if CONFIG not in root and not given.suffix == ".pth":
-            raise AdapterError(f"{found.name}: not an adapter, {CONFIG} is missing{_hint(root)}")
+            raise AdapterError(f"{found.name}: not an adapter, {CONFIG} is missing{_hint(found.name, home)}")
         if file is None:
-            raise AdapterError(f"{found.name}: holds neither {' nor '.join(WEIGHTS)}; push the adapter's weights there")
+            remedy = elsewhere(found.name, home.names()) or "; push the adapter's weights there"
+            raise AdapterError(f"{found.name}: holds neither {' nor '.join(WEIGHTS)}{remedy}")
         weights = home.path / file
         at_once = [CONFIG] if CONFIG in root else []
         home.fetch(at_once if weights.suffix == ".safetensors" else [*at_once, file])
@@ -92,13 +97,14 @@ def load_adapter(path: str | Path) -> Adapter:
 def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
     folder = home.path
     stamps = stamps_of([folder / CONFIG])
-    written = _written_config(folder)
+    written = _written_config(home)
     if mlx.is_mlx(written, home.root_names()):
         stamps |= stamps_of([weights] if weights is not None else [])
         return mlx.load_mlx(given, written, weights, home, stamps)
     config = _checked_config(folder / CONFIG, written)
-    weights = weights or find_weights(folder)
+    weights = weights or find_weights(folder, elsewhere(str(folder), home.names()))
     stamps |= stamps_of([weights])
+    refuse_lost(home, str(given))
     header = None
     try:
         home.check_links([CONFIG, weights.name])
@@ -122,37 +128,41 @@ def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
     parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     saved: dict[str, TensorInfo] = {}
     below: dict[str, TensorInfo] = {}
-    given_names = {tensor.name for tensor in tensors}
-    for tensor in tensors:
-        if copy := _copy_of(tensor.name, given_names):
+    keys = peft_keys(weights, tensors, endings)
+    for name, tensor in keys.items():
+        if copy := _copy_of(name, keys):
             if copy[1] == "original_module":
                 below[copy[0].removeprefix(PREFIX)] = tensor
             continue
-        if users := [name for name, keys in common.items() if tensor.name in keys]:
-            for name in users:
-                shared[name][common[name][tensor.name]] = tensor
+        if users := [user for user, own in common.items() if name in own]:
+            for user in users:
+                shared[user][common[user][name]] = tensor
             continue
-        if not tensor.name.startswith(PREFIX):
+        if not name.startswith(PREFIX):
             raise AdapterError(
                 f"{weights}: tensor {tensor.name} is not named {PREFIX}…, so it is unknown which module it belongs to; "
                 "save the adapter with PEFT's save_pretrained"
             )
-        key = tensor.name.removeprefix(PREFIX)
+        if why := why_tensor(name):
+            raise AdapterError(f"{weights}: holds {tensor.name}: {why}")
+        key = name.removeprefix(PREFIX)
         module, _, parameter = key.rpartition(".")
         whole = _in_whole(module, config)
-        if tensor.dtype not in FLOATS and not whole:
+        found = split_key(key, endings)
+        allowed = ("I64", "I32") if found is not None and is_index(methods, found[1], tensor) else FLOATS
+        if tensor.dtype not in allowed and not whole:
             raise AdapterError(
-                f"{weights}: tensor {tensor.name} is {tensor.dtype}, expected one of {', '.join(FLOATS)}"
+                f"{weights}: tensor {tensor.name} is {tensor.dtype}, expected one of {', '.join(allowed)}"
             )
-        if found := split_key(key, endings):
+        if found is not None:
             parts[found[0]][found[1]] = tensor
         elif whole or parameter in {"weight", "bias"}:
-            name = f"{module.removesuffix('.base_layer')}.{parameter}"
+            own_name = f"{module.removesuffix('.base_layer')}.{parameter}"
             if 0 in tensor.shape or not (tensor.shape or whole):
                 raise AdapterError(empty(f"{weights}: saved tensor {tensor.name} {list(tensor.shape)}"))
-            if name in saved:
-                raise AdapterError(f"{weights}: holds {name} twice, as {saved[name].name} and {tensor.name}; keep one")
-            saved[name] = tensor
+            if other := saved.get(own_name):
+                raise AdapterError(f"{weights}: holds {own_name} twice, as {other.name} and {tensor.name}; keep one")
+            saved[own_name] = tensor
         else:
             raise AdapterError(
                 f"{weights}: tensor {tensor.name} is neither a shard ({known}) nor a "
@@ -179,6 +189,7 @@ def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
         home=home,
         header=header,
         stamps=stamps,
+        is_pefts=are_pefts(keys),
     )
 
 
@@ -201,22 +212,23 @@ def _in_whole(module: str, config: Mapping[str, Any]) -> bool:
     )
 
 
-def _written_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
+def _written_config(home: Folder) -> dict[str, Any]:
+    path = home.path / CONFIG
     if not path.is_file():
-        names = [name for name in ("config.json",) if (folder / name).is_file()]
-        raise AdapterError(f"{folder}: not an adapter, {CONFIG} is missing{_hint(names)}")
+        raise AdapterError(f"{home.path}: not an adapter, {CONFIG} is missing{_hint(str(home.path), home)}")
     return read_json(path, AdapterError)
 
 
 def _checked_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     peft_type = config.get("peft_type")
-    if not isinstance(peft_type, str) or peft_type not in formats():
+    if why := why_type(peft_type):
+        raise AdapterError(f"{path}: peft_type is {peft_type!r}: {why}")
+    if not isinstance(peft_type, str) or peft_type not in formats() or peft_type == mlx.PEFT_TYPE:
         raise AdapterError(
             f"{path}: peft_type is {peft_type!r}, not one that fossil-export knows ({', '.join(formats())}); "
             "merge it with the tool of that method"
         )
-    fields = fields_of(peft_type)
+    fields = {**OTHERS, **fields_of(peft_type)}
     for name, field in fields.items():
         value = config.get(name, field.default)
         if not field.holds(value):
@@ -237,19 +249,24 @@ def _checked_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _hint(names: Sequence[str]) -> str:
+def _hint(where: str, home: Folder) -> str:
     """What a folder with these files may be instead of an adapter."""
-    if "config.json" in names:
+    root = home.root_names()
+    if found := why_folder(root) or elsewhere(where, home.names()):
+        return found
+    if "config.json" in root:
         return "; it looks like a model, and the adapter is the folder that PEFT saved"
     return ""
 
 
-def find_weights(folder: Path) -> Path:
-    """The weights file PEFT takes from an adapter's `folder`; raises AdapterError when there is none."""
+def find_weights(folder: Path, remedy: str = "") -> Path:
+    """The weights file PEFT takes from an adapter's `folder`; raises AdapterError, with the `remedy`, when there is
+    none."""
     for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
-    raise AdapterError(f"{folder}: holds neither {' nor '.join(WEIGHTS)}; copy the adapter's weights into it")
+    remedy = remedy or "; copy the adapter's weights into it"
+    raise AdapterError(f"{folder}: holds neither {' nor '.join(WEIGHTS)}{remedy}")
 
 
 def _check_targets(path: Path, config: Mapping[str, Any], trained: Mapping[str, Trained]) -> None:

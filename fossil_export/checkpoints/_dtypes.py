@@ -42,6 +42,8 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 BY_TORCH_NAME = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 TORCH_NAME = {short: name for name, short in BY_TORCH_NAME.items()}
+INTEGERS = {"int64": "I64", "int32": "I32"}
+"""By PyTorch's names, of tensors that count rows or columns."""
 
 
 def torch_name(dtype: object) -> str:
@@ -50,11 +52,12 @@ def torch_name(dtype: object) -> str:
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """NumPy's dtype for one of `FLOATS`."""
+    """NumPy's dtype for one of `FLOATS` or `INTEGERS`."""
     import ml_dtypes
     import numpy as np
 
     table: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+    table |= {"I64": np.int64, "I32": np.int32}
     found: np.dtype[Any] = np.dtype(table[name])
     return found
 

@@ -28,6 +28,7 @@ from fossil_export.merging._vocabulary import (
     vocabulary_rows,
 )
 from fossil_export.merging._warnings import warnings_of
+from fossil_export.methods import METHODS
 from fossil_export.models import Pieces, Unknown, pieces_of
 
 QUANTIZED = (
@@ -174,6 +175,13 @@ def _place_trained(
     dtypes = (matrix.dtype, matrix.stored[0].dtype)
     if into_floats and (others := [dtype for dtype in dtypes if dtype not in FLOATS]):
         raise MergeError(f"{where} is stored as {others[0]}: {QUANTIZED}")
+    if getattr(METHODS[trained.method], "MASKS_BIAS", False):
+        bias = f"{parameter.rpartition('.')[0]}.bias"
+        if bias in naming.names or bias in placement.saved:
+            raise MergeError(
+                f"{base.location}: {bias} is masked too by {trained.label} of {adapter.path}, which is not supported; "
+                "merge it with the code that trained it"
+            )
     if reason := trained.mismatch(matrix.shape):
         shapes = " and ".join(str(list(info.shape)) for info in trained.tensors.values())
         raise MergeError(f"{where} does not fit shard {trained.label} {shapes} of {adapter.path}: {reason}; {REMEDY}")

@@ -15,13 +15,17 @@ from fossil_export.methods._lora import Lora
 from fossil_export.methods._lora_bias import LoraBias
 from fossil_export.methods._lora_embedding import LoraEmbedding
 from fossil_export.methods._lora_mlx import LoraMlx, LoraMlxEmbedding
+from fossil_export.methods._lora_pruned import LoraPruned
 from fossil_export.methods._low_rank import LowRank, Tiling
 from fossil_export.methods._method import POSITIVE, Arrays, Field, Method, Numbers, Shapes
+from fossil_export.methods._sbora import Sbora
 
 METHODS: dict[str, Method] = {
     "tile": tile,
     "mini": mini,
     "bat": bat,
+    "sbora": Sbora(),
+    "lora_pruned": LoraPruned(),
     "lora": Lora(),
     "lora_embedding": LoraEmbedding(),
     "lora_bias": LoraBias(),

@@ -20,7 +20,7 @@ from fossil_export.methods._method import Arrays, Combination, Numbers, Shapes
 
 class DoraMlx(Base):
     PEFT = {"MLX": {"lora_a": "a", "lora_b": "b", "m": "m"}}
-    COMBINES: Combination = "order"
+    COMBINES: Combination = "alone"
     _inner: Base = LoraMlx()
 
     def read(self, config: Mapping[str, Any], module: str, shapes: Shapes, where: str) -> Numbers | None:

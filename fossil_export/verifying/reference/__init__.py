@@ -12,7 +12,9 @@ from fossil_export.verifying.reference import _lora as lora
 from fossil_export.verifying.reference import _lora_bias as lora_bias
 from fossil_export.verifying.reference import _lora_embedding as lora_embedding
 from fossil_export.verifying.reference import _lora_mlx as lora_mlx
+from fossil_export.verifying.reference import _lora_pruned as lora_pruned
 from fossil_export.verifying.reference import _mini as mini
+from fossil_export.verifying.reference import _sbora as sbora
 from fossil_export.verifying.reference import _tile as tile
 from fossil_export.verifying.reference._exact import Exact
 
@@ -20,6 +22,8 @@ EXACT: dict[str, Exact] = {
     "tile": tile,
     "mini": mini,
     "bat": bat,
+    "sbora": sbora,
+    "lora_pruned": lora_pruned,
     "lora": lora,
     "lora_embedding": lora_embedding,
     "lora_bias": lora_bias,
