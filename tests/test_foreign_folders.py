@@ -1,4 +1,4 @@
-"""Folders of other trainers and of wrapped models: what PEFT would have written gives the same bytes, the rest is refused."""
+"""Folders of other trainers and of wrapped models give the bytes of PEFT's folder, or are refused."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_what_ms_swift_writes_beside_the_adapter(scene: Path, tmp_path: Path) ->
     with pytest.raises(AdapterError, match=r"additional_config\.json: sets gate"):
         load_adapter(folder)
     (folder / "additional_config.json").unlink()
-    with pytest.raises(AdapterError, match="in subfolders, one is .*out/default"):
+    with pytest.raises(AdapterError, match=r"in subfolders, one is .*out/default"):
         load_adapter(tmp_path / "out")
     (tmp_path / "out" / "extra_states").mkdir()
     (tmp_path / "out" / "extra_states" / CONFIG).write_text('{"extra_state_keys": ["lm_head.*"]}')
@@ -187,7 +187,7 @@ def test_a_value_head_beside_the_adapter_is_not_lost_in_silence(scene: Path, tmp
     (folder / "pytorch_model.bin").unlink()
     for name in ("value_head.safetensors", "value_head.bin"):
         (folder / name).write_bytes(b"")
-        with pytest.raises(AdapterError, match=f"{name}: holds a value head.*move it out"):
+        with pytest.raises(AdapterError, match=rf"{name}: holds a value head.*move it out"):
             load_adapter(folder)
         (folder / name).unlink()
     assert load_adapter(folder).trained
@@ -204,9 +204,9 @@ def test_a_run_of_checkpoints_names_the_newest(scene: Path, tmp_path: Path) -> N
 def test_a_run_on_the_hub_names_a_path_that_can_be_given(hub: LoopbackHub, scene: Path, tmp_path: Path) -> None:
     shutil.copytree(scene / "peft", tmp_path / "run" / "checkpoint-7")
     hub.add_folder("ada/run", tmp_path / "run")
-    with pytest.raises(AdapterError, match=r"the newest is ada/run/checkpoint-7$"):
+    with pytest.raises(AdapterError, match=r"the newest is hf://ada/run/checkpoint-7$"):
         load_adapter("ada/run")
-    assert load_adapter("ada/run/checkpoint-7").trained
+    assert load_adapter("hf://ada/run/checkpoint-7").trained
 
 
 def test_a_checkpoint_of_relora_is_refused(scene: Path, tmp_path: Path) -> None:

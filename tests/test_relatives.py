@@ -1,4 +1,4 @@
-"""LoRA's relatives: folders as their own code saves them. What is exact is merged, all else is refused with its reason."""
+"""LoRA's relatives, as their own code saves them: what is exact is merged, all else is refused with its reason."""
 
 from __future__ import annotations
 
@@ -143,9 +143,13 @@ def test_sbora_for_any_rows_in_numpy_and_torch(
     assert np.allclose(np.asarray(rows), wanted[start:], atol=1e-5)
     exact = np.empty((outputs - start, inputs))
     wide = {role: value.astype(np.float64) for role, value in arrays.items()}
-    bound = EXACT["sbora"].rebuild(weight[start:].astype(np.float64), EXACT["sbora"].part(wide, start, outputs), numbers, exact)
+    bound = EXACT["sbora"].rebuild(
+        weight[start:].astype(np.float64), EXACT["sbora"].part(wide, start, outputs), numbers, exact
+    )
     assert np.allclose(exact, wanted[start:], rtol=1e-12, atol=1e-12)
-    assert bound is not None and (np.abs(np.asarray(rows, np.float64) - exact) <= bound + np.abs(exact) * 2.0**-24).all()
+    assert (
+        bound is not None and (np.abs(np.asarray(rows, np.float64) - exact) <= bound + np.abs(exact) * 2.0**-24).all()
+    )
 
 
 def pruned() -> dict[str, torch.Tensor]:
@@ -184,7 +188,7 @@ def _has(file: Path, name: str) -> bool:
     from safetensors import safe_open
 
     with safe_open(file, "pt") as opened:
-        return any(name in key for key in opened.keys())
+        return any(name in key for key in opened.keys())  # noqa: SIM118
 
 
 def test_loraprune_on_a_layer_with_a_bias_is_refused(tmp_path: Path) -> None:

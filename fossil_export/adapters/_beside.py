@@ -67,8 +67,8 @@ def refuse_lost(home: Folder, name: str) -> None:
     relora = any(other.startswith("relora/") for other in home.names())
     if relora or (home.path.name == "adapter" and (parent / "relora").is_dir()):
         raise AdapterError(
-            f"{name}: is a checkpoint of ReLoRA, which added earlier updates to the base, so that this one alone is not "
-            "what was trained; take the model that the training wrote at its end"
+            f"{name}: is a checkpoint of ReLoRA, which added earlier updates to the base, so that this one alone is "
+            "not what was trained; take the model that the training wrote at its end"
         )
     if home.is_here and (parent / "extra_states" / _CONFIG).is_file():
         raise AdapterError(_lost(parent / "extra_states", "whole weights"))
@@ -77,8 +77,8 @@ def refuse_lost(home: Folder, name: str) -> None:
         fields = read_json(home.path / _SWIFT, AdapterError)
         if unknown := sorted(fields.keys() - _SWIFT_FIELDS):
             raise AdapterError(
-                f"{home.path / _SWIFT}: sets {listed(unknown)}, which fossil-export does not understand; the merge could "
-                "be wrong, so it stops here (a newer version may know it)"
+                f"{home.path / _SWIFT}: sets {listed(unknown)}, which fossil-export does not understand; the merge "
+                "could be wrong, so it stops here (a newer version may know it)"
             )
 
 
@@ -100,4 +100,6 @@ def _has_value_head(home: Folder) -> bool:
                 return any(b"v_head." in file.read(entry) for entry in pickles)
         return b"v_head." in path.read_bytes()
     except (OSError, zipfile.BadZipFile, RuntimeError) as problem:
-        raise AdapterError(f"{path}: cannot be read ({problem}); fetch it again, or move it out of the folder") from problem
+        raise AdapterError(
+            f"{path}: cannot be read ({problem}); fetch it again, or move it out of the folder"
+        ) from problem

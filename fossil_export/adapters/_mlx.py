@@ -90,7 +90,9 @@ def load_mlx(
     parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     for tensor in header.tensors:
         if tensor.dtype not in FLOATS:
-            raise AdapterError(f"{weights}: tensor {tensor.name} is {tensor.dtype}, expected one of {', '.join(FLOATS)}")
+            raise AdapterError(
+                f"{weights}: tensor {tensor.name} is {tensor.dtype}, expected one of {', '.join(FLOATS)}"
+            )
         ending = tensor.name.rpartition(".")[2]
         split = split_key(tensor.name, _ROLES)
         if split is None:
@@ -101,9 +103,7 @@ def load_mlx(
         parts[split[0]][_ROLES[ending]] = tensor
     if not parts:
         raise AdapterError(f"{weights}: holds no LoRA; was the adapter saved before training?")
-    trained = by_module(
-        one for module, own in parts.items() for one in _module(weights, module, own, methods, numbers)
-    )
+    trained = by_module(one for module, own in parts.items() for one in _module(weights, module, own, methods, numbers))
     _check(path, config, list(parts), trained, numbers)
     return Adapter(
         path=given,
@@ -192,7 +192,9 @@ def _numbers(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if lora is None and "rank" in config:  # mlx-vlm's first format
         lora, config = {name: config[name] for name in config if name in _LORA}, {}
         lora["scale"] = lora.pop("alpha", 0.1) / lora["rank"] if _is_rank(lora["rank"]) else None
-    unknown = [name for name in config if name not in _TRAINING | _OURS and config[name] not in (None, False, [], {}, "")]
+    unknown = [
+        name for name in config if name not in _TRAINING | _OURS and config[name] not in (None, False, [], {}, "")
+    ]
     if not isinstance(lora, dict):
         raise AdapterError(f"{path}: has no lora_parameters, which say the rank and the scale; mend the config")
     unknown += [f"lora_parameters.{name}" for name in lora if name not in _LORA]
@@ -209,8 +211,8 @@ def _numbers(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     # Until June 2024 the scale was scale · alpha / rank; num_layers is younger than that.
     if lora.get("alpha") not in (None, rank) and "num_layers" not in config:
         raise AdapterError(
-            f"{path}: lora_parameters has an alpha of {lora['alpha']!r}, by which mlx-lm multiplied the scale until June "
-            "2024, and not since; take it out, and make scale what the training had"
+            f"{path}: lora_parameters has an alpha of {lora['alpha']!r}, by which mlx-lm multiplied the scale until "
+            "June 2024, and not since; take it out, and make scale what the training had"
         )
     return {"r": rank, "scale": scale, "dora": kind == "dora"}
 

@@ -82,9 +82,9 @@ def load_adapter(path: str | Path) -> Adapter:
         file = found.file if found.file != CONFIG else None
         file = file or next((name for name in (*WEIGHTS, mlx.WEIGHTS) if name in root), None)
         if CONFIG not in root and not given.suffix == ".pth":
-            raise AdapterError(f"{found.name}: not an adapter, {CONFIG} is missing{_hint(found.name, home)}")
+            raise AdapterError(f"{found.name}: not an adapter, {CONFIG} is missing{_hint(found.typed, home)}")
         if file is None:
-            remedy = elsewhere(found.name, home.names()) or "; push the adapter's weights there"
+            remedy = elsewhere(found.typed, home.names()) or "; push the adapter's weights there"
             raise AdapterError(f"{found.name}: holds neither {' nor '.join(WEIGHTS)}{remedy}")
         weights = home.path / file
         at_once = [CONFIG] if CONFIG in root else []

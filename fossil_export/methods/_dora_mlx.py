@@ -52,7 +52,9 @@ class DoraMlx(Base):
 
     def _ratio(self, changed: Any, arrays: Arrays, start: int) -> Any:
         wanted = arrays["m"][start : start + len(changed), None]
-        return (wanted / lengths(changed)).astype(changed.dtype) if _is_numpy(changed) else _torch_ratio(changed, wanted)
+        return (
+            (wanted / lengths(changed)).astype(changed.dtype) if _is_numpy(changed) else _torch_ratio(changed, wanted)
+        )
 
 
 class DoraMlxEmbedding(DoraMlx):

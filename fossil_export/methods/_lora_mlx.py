@@ -4,8 +4,8 @@
     embedding       W' = W + s · a b           a (tokens, r), b (r, dims), W (tokens, dims)
 
 Source: `LoRALinear.__call__` and `LoRAEmbedding.__call__` in mlx_lm/tuner/lora.py; `scale` of the config is s itself.
-The order of operations is that of PEFT's LoRA: the product first, then s, then the sum, in float32, rounded once. (MLX's
-own `fuse` rounds the update to the weight's dtype before the sum.)
+The order of operations is that of PEFT's LoRA: the product first, then s, then the sum, in float32, rounded once.
+(MLX's own `fuse` rounds the update to the weight's dtype before the sum.)
 """
 
 from __future__ import annotations

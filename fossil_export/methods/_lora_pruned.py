@@ -2,8 +2,8 @@
 
     W' = M (W + s · B A)        M = diag(mask), mask (out)
 
-Source: `Linear.forward` in loraprune/lora.py (github.com/aim-uofa/LoRAPrune; arXiv 2305.18403, section 3). A layer's bias
-is masked as well, so that layers with one are refused. The sum is float32, rounded once.
+Source: `Linear.forward` in loraprune/lora.py (github.com/aim-uofa/LoRAPrune; arXiv 2305.18403, section 3). A layer's
+bias is masked as well, so that layers with one are refused. The sum is float32, rounded once.
 """
 
 from __future__ import annotations
