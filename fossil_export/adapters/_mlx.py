@@ -41,11 +41,13 @@ _LORA = {"rank", "scale", "dropout", "keys", "alpha"}
 
 CHANGED_AT_LOADING = {
     "falcon_h1": "multiplies its weights when it loads them, so that training began beside other weights than the base",
-    "bailing_moe": "may change the head when it loads it",
-    "bailing_moe_linear": "may change the head when it loads it",
-    "baichuan_m1": "changes the head when it loads it",
+    "granite4_vision": "adds updates to its weights when it loads them, so that training began beside other weights",
 }
-"""Model types whose `sanitize` in mlx_lm/models computes other linear weights than the checkpoint has."""
+CHANGED_HEADS = dict.fromkeys(
+    ("bailing_moe", "bailing_moe_linear", "baichuan_m1"), "changes the head when it loads it, beside which it trained"
+)
+"""Model types whose `sanitize` in mlx_lm/models or mlx_vlm/models computes other linear weights than the checkpoint
+has, or another head alone."""
 
 # How the experts of a switch layer are called in checkpoints, by what lies around it (`sanitize` in mlx_lm/models).
 _EXPERTS = {
@@ -119,7 +121,7 @@ def load_mlx(
         stamps=stamps,
         is_pefts=False,
         keeps_ties=True,
-        unfit=CHANGED_AT_LOADING,
+        unfit=CHANGED_AT_LOADING | (CHANGED_HEADS if any("lm_head" in name for name in trained) else {}),
     )
 
 

@@ -223,9 +223,10 @@ def _checked_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     peft_type = config.get("peft_type")
     if why := why_type(peft_type):
         raise AdapterError(f"{path}: peft_type is {peft_type!r}: {why}")
-    if not isinstance(peft_type, str) or peft_type not in formats() or peft_type == mlx.PEFT_TYPE:
+    known = [name for name in formats() if name != mlx.PEFT_TYPE]
+    if not isinstance(peft_type, str) or peft_type not in known:
         raise AdapterError(
-            f"{path}: peft_type is {peft_type!r}, not one that fossil-export knows ({', '.join(formats())}); "
+            f"{path}: peft_type is {peft_type!r}, not one that fossil-export knows ({', '.join(known)}); "
             "merge it with the tool of that method"
         )
     fields = {**OTHERS, **fields_of(peft_type)}

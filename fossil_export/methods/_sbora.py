@@ -23,7 +23,7 @@ _ENDINGS = {"lora_A": "columns", "lora_B": "rows", "lora_A.weight": "A", "lora_B
 
 
 class Sbora(Base):
-    PEFT = {"SBORA": _ENDINGS, "LORA": _ENDINGS}
+    PEFT = {"LORA": _ENDINGS, "SBORA": _ENDINGS}
     FIELDS = lora.FIELDS
     INDEXES = frozenset({"columns", "rows"})
 
