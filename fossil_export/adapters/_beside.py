@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from fossil_export.checkpoints._folder import Folder
+from fossil_export.checkpoints._folder import Folder, LocalFolder
 from fossil_export.checkpoints._jsonfile import read_json
 from fossil_export.errors import AdapterError, listed
 
@@ -42,9 +42,10 @@ def adapters_in(names: Iterable[str]) -> list[str]:
     return sorted(found, key=lambda folder: (-step(folder), folder.count("/"), folder))
 
 
-def elsewhere(where: str, names: Iterable[str]) -> str:
-    """How to go on from a folder that is no adapter itself, as the end of a message; "" if nothing is known."""
-    names = tuple(names)
+def elsewhere(where: str, home: Folder) -> str:
+    """How to go on from a folder that is no adapter itself, as the end of a message; "" if nothing is known. `where` is
+    what the user may type for it."""
+    names = _below(home)
     if found := adapters_in(names):
         last = found[0].rpartition("/")[2].startswith("checkpoint-")
         return f"; it holds {len(found)} in subfolders, {'the newest' if last else 'one'} is {where}/{found[0]}"
@@ -64,8 +65,9 @@ def refuse_lost(home: Folder, name: str) -> None:
     if _MODEL in root and home.size(_MODEL) <= _SMALL and _has_value_head(home):
         raise AdapterError(_lost(home.path / _MODEL, "a value head (v_head)"))
     parent = home.path.parent
-    relora = any(other.startswith("relora/") for other in home.names())
-    if relora or (home.path.name == "adapter" and (parent / "relora").is_dir()):
+    if any(other.startswith("relora/") for other in _below(home)) or (
+        home.path.name == "adapter" and (parent / "relora").is_dir()
+    ):
         raise AdapterError(
             f"{name}: is a checkpoint of ReLoRA, which added earlier updates to the base, so that this one alone is "
             "not what was trained; take the model that the training wrote at its end"
@@ -80,6 +82,14 @@ def refuse_lost(home: Folder, name: str) -> None:
                 f"{home.path / _SWIFT}: sets {listed(unknown)}, which fossil-export does not understand; the merge "
                 "could be wrong, so it stops here (a newer version may know it)"
             )
+
+
+def _below(home: Folder) -> tuple[str, ...]:
+    """The files in `home` and in its folders; on this machine in no deeper ones, of which there may be any number."""
+    if not isinstance(home, LocalFolder):
+        return tuple(home.names())
+    found = (*home.path.glob("*"), *home.path.glob("*/*"))
+    return tuple(sorted(path.relative_to(home.path).as_posix() for path in found if path.is_file()))
 
 
 def _lost(path: Path, what: str) -> str:

@@ -84,7 +84,7 @@ def load_adapter(path: str | Path) -> Adapter:
         if CONFIG not in root and not given.suffix == ".pth":
             raise AdapterError(f"{found.name}: not an adapter, {CONFIG} is missing{_hint(found.typed, home)}")
         if file is None:
-            remedy = elsewhere(found.typed, home.names()) or "; push the adapter's weights there"
+            remedy = elsewhere(found.typed, home) or "; push the adapter's weights there"
             raise AdapterError(f"{found.name}: holds neither {' nor '.join(WEIGHTS)}{remedy}")
         weights = home.path / file
         at_once = [CONFIG] if CONFIG in root else []
@@ -102,7 +102,7 @@ def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
         stamps |= stamps_of([weights] if weights is not None else [])
         return mlx.load_mlx(given, written, weights, home, stamps)
     config = _checked_config(folder / CONFIG, written)
-    weights = weights or find_weights(folder, elsewhere(str(folder), home.names()))
+    weights = weights or find_weights(folder, home)
     stamps |= stamps_of([weights])
     refuse_lost(home, str(given))
     header = None
@@ -253,20 +253,19 @@ def _checked_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 def _hint(where: str, home: Folder) -> str:
     """What a folder with these files may be instead of an adapter."""
     root = home.root_names()
-    if found := why_folder(root) or elsewhere(where, home.names()):
+    if found := why_folder(root) or elsewhere(where, home):
         return found
     if "config.json" in root:
         return "; it looks like a model, and the adapter is the folder that PEFT saved"
     return ""
 
 
-def find_weights(folder: Path, remedy: str = "") -> Path:
-    """The weights file PEFT takes from an adapter's `folder`; raises AdapterError, with the `remedy`, when there is
-    none."""
+def find_weights(folder: Path, home: Folder | None = None) -> Path:
+    """The weights file PEFT takes from an adapter's `folder`, which is `home`; raises AdapterError if there is none."""
     for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
-    remedy = remedy or "; copy the adapter's weights into it"
+    remedy = (elsewhere(str(folder), home) if home is not None else "") or "; copy the adapter's weights into it"
     raise AdapterError(f"{folder}: holds neither {' nor '.join(WEIGHTS)}{remedy}")
 
 

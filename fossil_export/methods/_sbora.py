@@ -16,7 +16,6 @@ from typing import Any
 from fossil_export.errors import AdapterError
 from fossil_export.methods import _lora as lora
 from fossil_export.methods._base import Base
-from fossil_export.methods._low_rank import LowRank
 from fossil_export.methods._method import Arrays, Numbers, Shapes
 
 _ENDINGS = {"lora_A": "columns", "lora_B": "rows", "lora_A.weight": "A", "lora_B.weight": "B"}
@@ -57,16 +56,6 @@ class Sbora(Base):
         else:
             up, down = _ones(arrays["rows"], start, count, arrays["A"]).T, arrays["A"]
         return lora.product(up, down, numbers["scale"])
-
-    def form_rank(self, shapes: Shapes) -> int | None:
-        # Its LoRA would need to know how many inputs there are.
-        return None if "B" in shapes else shapes["A"][0]
-
-    def low_rank(self, arrays: Arrays, numbers: Numbers, outputs: int) -> LowRank | None:
-        if "B" in arrays:
-            return None
-        _check(arrays["rows"], outputs)
-        return LowRank(_ones(arrays["rows"], 0, outputs, arrays["A"]).T * numbers["scale"], arrays["A"])
 
 
 def _ones(places: Any, start: int, count: int, like: Any) -> Any:
