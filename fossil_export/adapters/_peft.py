@@ -63,8 +63,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def load_adapter(path: str | Path) -> Adapter:
-    """Read an adapter: a folder that PEFT or MLX saved, or another trainer in PEFT's form (`_keys`, `_fields`, `_beside`
-    and `_relatives` say which), the weights file in it, or a state dict of RWKV-PEFT (.pth).
+    """Read an adapter: a folder that PEFT or MLX saved, or another trainer in PEFT's form (`_keys`, `_fields`,
+    `_beside` and `_relatives` say which), the weights file in it, or a state dict of RWKV-PEFT (.pth).
 
     `path` may also be an id on the Hub, `user/repo[@revision]` or `hf://…`. Only headers and the config are read; who
     runs something fetches what `Adapter.needed` names. The dimensions of the tensors decide the variant (2-D tile or
