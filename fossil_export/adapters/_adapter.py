@@ -32,6 +32,9 @@ class Adapter:
     `name` is what records call it (its id on the Hub, else the path as given) and `revision` its commit there.
     `home` is the folder of its `files`, whose weights have this `header`; of an adapter on the Hub those are here
     once `needed` was fetched. `stamps` are those of the files that were read already.
+    `is_pefts` says whether PEFT loads it as it is.
+    With `keeps_ties` the trainer changed a tied tensor for all that share it (MLX; PEFT parts them). `unfit` says of
+    model types why the trainer began from other weights than a checkpoint of them has.
     """
 
     path: Path
@@ -50,6 +53,9 @@ class Adapter:
     notes: tuple[str, ...] = ()
     header: Header | None = field(default=None, repr=False)
     stamps: Mapping[Path, Stamp] = field(default_factory=dict, repr=False)
+    is_pefts: bool = True
+    keeps_ties: bool = False
+    unfit: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
         """One line, however many modules there are."""

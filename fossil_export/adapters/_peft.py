@@ -9,14 +9,19 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fossil_export.adapters import _mlx as mlx
 from fossil_export.adapters._adapter import Adapter
+from fossil_export.adapters._beside import elsewhere, refuse_lost
+from fossil_export.adapters._fields import OTHERS
+from fossil_export.adapters._keys import PREFIX, are_pefts, peft_keys
 from fossil_export.adapters._parameters import take_parameters
 from fossil_export.adapters._pickled import read_pickled
+from fossil_export.adapters._relatives import why_folder, why_tensor, why_type
 from fossil_export.adapters._rwkv import is_state_dict, load_state_dict
 from fossil_export.adapters._targets import check_targets
 from fossil_export.adapters._trained import (
@@ -24,6 +29,7 @@ from fossil_export.adapters._trained import (
     empty,
     fields_of,
     formats,
+    is_index,
     methods_of,
     refuse_mixtures,
     shared_of,
@@ -41,7 +47,6 @@ from fossil_export.storage import find_origin
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-PREFIX = "base_model.model."
 
 # Fields that say how any adapter was trained or stored; none of them changes what the tensors mean.
 _NEUTRAL_FIELDS = {
@@ -63,7 +68,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def load_adapter(path: str | Path) -> Adapter:
-    """Read a FOSSIL adapter: a folder that PEFT saved, the weights file in it, or a state dict of RWKV-PEFT (.pth).
+    """Read an adapter: a folder that PEFT or MLX saved, or another trainer in PEFT's form (`_keys`, `_fields`,
+    `_beside` and `_relatives` say which), the weights file in it, or a state dict of RWKV-PEFT (.pth).
 
     `path` may also be an id on the Hub, `user/repo[@revision]` or `hf://…`. Only headers and the config are read; who
     runs something fetches what `Adapter.needed` names. The dimensions of the tensors decide the variant (2-D tile or
@@ -80,11 +86,12 @@ def load_adapter(path: str | Path) -> Adapter:
     if not found.is_path:
         root = home.root_names()
         file = found.file if found.file != CONFIG else None
-        file = file or next((name for name in WEIGHTS if name in root), None)
+        file = file or next((name for name in (*WEIGHTS, mlx.WEIGHTS) if name in root), None)
         if CONFIG not in root and not given.suffix == ".pth":
-            raise AdapterError(f"{found.name}: not an adapter, {CONFIG} is missing{_hint(root)}")
+            raise AdapterError(f"{found.name}: not an adapter, {CONFIG} is missing{_hint(found.typed, home)}")
         if file is None:
-            raise AdapterError(f"{found.name}: holds neither {' nor '.join(WEIGHTS)}; push the adapter's weights there")
+            remedy = elsewhere(found.typed, home) or "; push the adapter's weights there"
+            raise AdapterError(f"{found.name}: holds neither {' nor '.join(WEIGHTS)}{remedy}")
         weights = home.path / file
         at_once = [CONFIG] if CONFIG in root else []
         home.fetch(at_once if weights.suffix == ".safetensors" else [*at_once, file])
@@ -96,9 +103,14 @@ def load_adapter(path: str | Path) -> Adapter:
 def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
     folder = home.path
     stamps = stamps_of([folder / CONFIG])
-    config = _read_config(folder)
-    weights = weights or find_weights(folder)
+    written = _written_config(home)
+    if mlx.is_mlx(written, home.root_names()):
+        stamps |= stamps_of([weights] if weights is not None else [])
+        return mlx.load_mlx(given, written, weights, home, stamps)
+    config = _checked_config(folder / CONFIG, written)
+    weights = weights or find_weights(folder, home)
     stamps |= stamps_of([weights])
+    refuse_lost(home, str(given))
     header = None
     try:
         home.check_links([CONFIG, weights.name])
@@ -123,41 +135,45 @@ def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
     parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     saved: dict[str, TensorInfo] = {}
     below: dict[str, TensorInfo] = {}
-    given_names = {tensor.name for tensor in tensors}
-    for tensor in tensors:
-        if copy := _copy_of(tensor.name, given_names):
+    keys = peft_keys(weights, tensors, endings)
+    for name, tensor in keys.items():
+        if copy := _copy_of(name, keys):
             if copy[1] == "original_module":
                 below[copy[0].removeprefix(PREFIX)] = tensor
             continue
-        if users := [name for name, keys in common.items() if tensor.name in keys]:
+        if users := [user for user, own in common.items() if name in own]:
             if tensor.dtype not in FLOATS or 0 in tensor.shape:
                 raise AdapterError(f"{weights}: tensor {tensor.name} is no matrix of floats; save the adapter again")
-            for name in users:
-                shared[name][common[name][tensor.name]] = tensor
+            for user in users:
+                shared[user][common[user][name]] = tensor
             continue
-        if not tensor.name.startswith(PREFIX):
+        if not name.startswith(PREFIX):
             raise AdapterError(
                 f"{weights}: tensor {tensor.name} is not named {PREFIX}…, so it is unknown which module it belongs to; "
                 "save the adapter with PEFT's save_pretrained"
             )
-        key = tensor.name.removeprefix(PREFIX)
+        if why := why_tensor(name):
+            raise AdapterError(f"{weights}: holds {tensor.name}: {why}")
+        key = name.removeprefix(PREFIX)
         module, _, parameter = key.rpartition(".")
         whole = _in_whole(module, config)
         found = split_key(key, endings)
-        allowed = (*FLOATS, *WHOLE) if found and found[1] in places else FLOATS
+        allowed: tuple[str, ...] = (*FLOATS, *WHOLE) if found and found[1] in places else FLOATS
+        if found and is_index(methods, found[1], tensor):
+            allowed = ("I64", "I32")
         if tensor.dtype not in allowed and not whole:
             raise AdapterError(
                 f"{weights}: tensor {tensor.name} is {tensor.dtype}, expected one of {', '.join(allowed)}"
             )
-        if found:
+        if found is not None:
             parts[found[0]][found[1]] = tensor
         elif whole or parameter in {"weight", "bias"}:
-            name = f"{module.removesuffix('.base_layer').removesuffix('.token_adapter')}.{parameter}"
+            own_name = f"{module.removesuffix('.base_layer').removesuffix('.token_adapter')}.{parameter}"
             if 0 in tensor.shape or not (tensor.shape or whole):
                 raise AdapterError(empty(f"{weights}: saved tensor {tensor.name} {list(tensor.shape)}"))
-            if name in saved:
-                raise AdapterError(f"{weights}: holds {name} twice, as {saved[name].name} and {tensor.name}; keep one")
-            saved[name] = tensor
+            if other := saved.get(own_name):
+                raise AdapterError(f"{weights}: holds {own_name} twice, as {other.name} and {tensor.name}; keep one")
+            saved[own_name] = tensor
         else:
             raise AdapterError(
                 f"{weights}: tensor {tensor.name} is neither a shard ({known}) nor a "
@@ -189,6 +205,7 @@ def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
         home=home,
         header=header,
         stamps=stamps,
+        is_pefts=are_pefts(keys),
     )
 
 
@@ -211,21 +228,24 @@ def _in_whole(module: str, config: Mapping[str, Any]) -> bool:
     )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
+def _written_config(home: Folder) -> dict[str, Any]:
+    path = home.path / CONFIG
     if not path.is_file():
-        names = [name for name in ("config.json",) if (folder / name).is_file()]
-        raise AdapterError(f"{folder}: not an adapter, {CONFIG} is missing{_hint(names)}")
-    config = read_json(path, AdapterError)
+        raise AdapterError(f"{home.path}: not an adapter, {CONFIG} is missing{_hint(str(home.path), home)}")
+    return read_json(path, AdapterError)
+
+
+def _checked_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     peft_type = config.get("peft_type")
-    if isinstance(peft_type, str) and peft_type in UNMERGEABLE:
-        raise AdapterError(f"{path}: peft_type is {peft_type}; {UNMERGEABLE[peft_type]}")
-    if not isinstance(peft_type, str) or peft_type not in formats():
+    if why := why_type(peft_type) or UNMERGEABLE.get(str(peft_type)):
+        raise AdapterError(f"{path}: peft_type is {peft_type!r}: {why}")
+    known = [name for name in formats() if name != mlx.PEFT_TYPE]
+    if not isinstance(peft_type, str) or peft_type not in known:
         raise AdapterError(
-            f"{path}: peft_type is {peft_type!r}, not one that fossil-export knows ({', '.join(formats())}); "
+            f"{path}: peft_type is {peft_type!r}, not one that fossil-export knows ({', '.join(known)}); "
             "merge it with the tool of that method"
         )
-    fields = fields_of(peft_type)
+    fields = {**OTHERS, **fields_of(peft_type)}
     for name, field in fields.items():
         value = config.get(name, field.default)
         if not field.holds(value):
@@ -246,16 +266,20 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _hint(names: Sequence[str]) -> str:
+def _hint(where: str, home: Folder) -> str:
     """What a folder with these files may be instead of an adapter."""
-    if "config.json" in names:
+    root = home.root_names()
+    if found := why_folder(root) or elsewhere(where, home):
+        return found
+    if "config.json" in root:
         return "; it looks like a model, and the adapter is the folder that PEFT saved"
     return ""
 
 
-def find_weights(folder: Path) -> Path:
-    """The weights file PEFT takes from an adapter's `folder`; raises AdapterError when there is none."""
+def find_weights(folder: Path, home: Folder | None = None) -> Path:
+    """The weights file PEFT takes from an adapter's `folder`, which is `home`; raises AdapterError if there is none."""
     for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
-    raise AdapterError(f"{folder}: holds neither {' nor '.join(WEIGHTS)}; copy the adapter's weights into it")
+    remedy = (elsewhere(str(folder), home) if home is not None else "") or "; copy the adapter's weights into it"
+    raise AdapterError(f"{folder}: holds neither {' nor '.join(WEIGHTS)}{remedy}")

@@ -6,7 +6,7 @@ import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fossil_export.checkpoints._dtypes import BY_TORCH_NAME, numpy_dtype
+from fossil_export.checkpoints._dtypes import BY_TORCH_NAME, INTEGERS, numpy_dtype
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.errors import AdapterError, MissingExtraError
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _SAFE = (2, 6)
 """The first PyTorch whose restricted unpickler cannot be got round."""
+
+_NAMES = BY_TORCH_NAME | INTEGERS
 
 
 def read_pickled(path: Path) -> tuple[tuple[TensorInfo, ...], dict[str, np.ndarray[Any, Any]]]:
@@ -48,9 +50,9 @@ def read_pickled(path: Path) -> tuple[tuple[TensorInfo, ...], dict[str, np.ndarr
     infos, arrays = [], {}
     for name, tensor in state.items():
         torch_name = str(tensor.dtype).removeprefix("torch.")
-        dtype = BY_TORCH_NAME.get(torch_name, torch_name)
+        dtype = _NAMES.get(torch_name, torch_name)
         infos.append(TensorInfo(str(name), dtype, tuple(tensor.shape), path, None))
-        if dtype in BY_TORCH_NAME.values():
+        if torch_name in _NAMES:
             flat = tensor.detach().contiguous()
             if dtype == "BF16":  # NumPy has no bfloat16 of its own to hand over
                 arrays[str(name)] = flat.view(torch.int16).numpy().view(numpy_dtype(dtype))

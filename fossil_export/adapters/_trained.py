@@ -119,6 +119,12 @@ def fields_of(peft_type: str) -> dict[str, Field]:
     return {name: field for method in methods_of(peft_type) for name, field in METHODS[method].FIELDS.items()}
 
 
+def is_index(methods: Mapping[str, Mapping[str, str]], ending: str, tensor: TensorInfo) -> bool:
+    """Whether a tensor with this ending is a list of numbers of rows or columns for one of `methods`, not of values."""
+    roles = [(name, endings[ending]) for name, endings in methods.items() if ending in endings]
+    return any(role in getattr(METHODS[name], "INDEXES", ()) for name, role in roles) and len(tensor.shape) == 1
+
+
 def methods_of_state_dicts() -> dict[str, Mapping[str, str]]:
     """The same for state dicts."""
     return {name: method.STATE_DICT for name, method in METHODS.items() if method.STATE_DICT}

@@ -45,6 +45,8 @@ WHOLE = ("I64", "I32", "I16", "I8", "U8")
 
 BY_TORCH_NAME = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 TORCH_NAME = {short: name for name, short in BY_TORCH_NAME.items()}
+INTEGERS = {"int64": "I64", "int32": "I32"}
+"""By PyTorch's names, of tensors that count rows or columns."""
 
 
 def torch_name(dtype: object) -> str:

@@ -31,6 +31,7 @@ from fossil_export.merging._vocabulary import (
     vocabulary_rows,
 )
 from fossil_export.merging._warnings import warnings_of
+from fossil_export.methods import METHODS
 from fossil_export.models import Pieces, Unknown, pieces_of
 
 QUANTIZED = (
@@ -48,6 +49,8 @@ def place(adapter: Adapter, base: Checkpoint, tied: bool | None = None, *, into_
     base's weights must be floats, unless nothing will be added to them (`into_floats` is False).
     """
     refuse_replicated(adapter, base)
+    if reason := adapter.unfit.get(str((base.config or {}).get("model_type"))):
+        raise MergeError(f"{adapter.path}: its trainer {reason}; fuse it with the trainer")
     naming = naming_of(adapter, base)
     placement = Placement(tied=tied)
     brought = brought_by(adapter, base, naming)
@@ -180,6 +183,13 @@ def _place_trained(
     dtypes = (matrix.dtype, matrix.stored[0].dtype)
     if into_floats and (others := [dtype for dtype in dtypes if dtype not in FLOATS]):
         raise MergeError(f"{where} is stored as {others[0]}: {QUANTIZED}")
+    if getattr(METHODS[trained.method], "MASKS_BIAS", False):
+        bias = f"{parameter.rpartition('.')[0]}.bias"
+        if bias in naming.names or bias in placement.saved:
+            raise MergeError(
+                f"{base.location}: {bias} is masked too by {trained.label} of {adapter.path}, which is not supported; "
+                "merge it with the code that trained it"
+            )
     if reason := trained.mismatch(matrix.shape, weight_numbers(matrix, matrix.dtype, name in placement.saved)):
         shapes = " and ".join(str(list(info.shape)) for info in trained.tensors.values())
         raise MergeError(f"{where} does not fit shard {trained.label} {shapes} of {adapter.path}: {reason}; {REMEDY}")

@@ -79,6 +79,9 @@ def part(naming: Naming, adapter: Adapter, base: Checkpoint, brought: Brought, p
     this class cannot express.
     """
     found = groups(naming, brought)
+    if adapter.keeps_ties:
+        _refuse_copies(found, naming, base, brought)
+        return {}
     parted: list[Group] = []
     refuse_unfollowed(found, naming, adapter, brought)
     for group in found:
@@ -126,6 +129,17 @@ def part(naming: Naming, adapter: Adapter, base: Checkpoint, brought: Brought, p
             else:
                 copied[member] = stored[0]
     return copied
+
+
+def _refuse_copies(found: Iterable[Group], naming: Naming, base: Checkpoint, brought: Brought) -> None:
+    """Raise MergeError if the base stores a tied tensor twice, of which one alone would change."""
+    for group in found:
+        stored = [member for member in group.members if member in naming.names]
+        if len(stored) > 1 and any(member in brought for member in group.members):
+            raise MergeError(
+                f"{base.location}: stores {stored[0]} and {stored[1]}, which are one tensor in training; save the base "
+                "again with transformers, which stores it once"
+            )
 
 
 def _differ(group: Group, naming: Naming, base: Checkpoint, brought: Brought, placement: Placement) -> bool:

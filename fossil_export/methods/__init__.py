@@ -18,6 +18,7 @@ from fossil_export.methods._c3a import C3a
 from fossil_export.methods._deft import Deft
 from fossil_export.methods._delora import Delora
 from fossil_export.methods._dora import Dora, DoraEmbedding
+from fossil_export.methods._dora_mlx import DoraMlx, DoraMlxEmbedding
 from fossil_export.methods._fourierft import Fourierft
 from fossil_export.methods._gralora import Gralora
 from fossil_export.methods._hira import Hira, HiraEmbedding
@@ -29,7 +30,9 @@ from fossil_export.methods._lokr import Lokr
 from fossil_export.methods._lora import Lora
 from fossil_export.methods._lora_bias import LoraBias
 from fossil_export.methods._lora_embedding import LoraEmbedding
+from fossil_export.methods._lora_mlx import LoraMlx, LoraMlxEmbedding
 from fossil_export.methods._lora_parameter import LoraParameter
+from fossil_export.methods._lora_pruned import LoraPruned
 from fossil_export.methods._low_rank import LowRank, Tiling
 from fossil_export.methods._method import POSITIVE, Arrays, Field, Method, Numbers, Shapes
 from fossil_export.methods._oft import Oft, OftEmbedding
@@ -38,6 +41,7 @@ from fossil_export.methods._pvera import Pvera
 from fossil_export.methods._randlora import Randlora
 from fossil_export.methods._road import VARIANTS as _ROADS
 from fossil_export.methods._road import Road, RoadBias
+from fossil_export.methods._sbora import Sbora
 from fossil_export.methods._shira import Shira
 from fossil_export.methods._starts import Kasa, Olora, Pissa, Started
 from fossil_export.methods._supertuning import Supertuning
@@ -56,12 +60,18 @@ METHODS: dict[str, Method] = {
     "bdlora": BdLora(),
     "dora": Dora(),
     "dora_embedding": DoraEmbedding(),
+    "sbora": Sbora(),
+    "lora_pruned": LoraPruned(),
     "lora": Lora(),
     "lora_embedding": LoraEmbedding(),
     "lora_bias": LoraBias(),
     "lora_parameter": LoraParameter(),
     "lora_tokens": LoraTokens(),
     "trainable_tokens": TrainableTokens(),
+    "dora_mlx": DoraMlx(),
+    "dora_mlx_embedding": DoraMlxEmbedding(),
+    "lora_mlx": LoraMlx(),
+    "lora_mlx_embedding": LoraMlxEmbedding(),
     "adalora": AdaLora(),
     "loha": Loha(),
     "lokr": Lokr(),

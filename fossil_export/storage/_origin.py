@@ -36,6 +36,14 @@ class Origin:
         """Where it lies, or will lie once it is fetched."""
         return self.folder.path / (self.file or "")
 
+    @property
+    def typed(self) -> str:
+        """How the user may name it, so that a folder in it is that with / and its name."""
+        if self.is_path:
+            return str(self.folder.path)
+        revision = f"@{self.branch}" if self.branch else ""
+        return self.name if "://" in self.name else f"hf://{self.name}{revision}"
+
     def checkpoint(self) -> Checkpoint:
         """The model that lies there, opened by its headers."""
         with self.by_name():

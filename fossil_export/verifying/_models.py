@@ -184,7 +184,8 @@ def open_trainer(
         wide = torch.float64 if dtype == "float64" else torch.float32
         folder = adapter.path if adapter.path.is_dir() else adapter.path.parent
         # PEFT looks only for files of its own names.
-        loads = adapter.peft_type in PEFT_TYPE_TO_CONFIG_MAPPING and adapter.files[1] == find_weights(folder)
+        known = adapter.is_pefts and adapter.peft_type in PEFT_TYPE_TO_CONFIG_MAPPING
+        loads = known and adapter.files[1] == find_weights(folder)
         if loads and not (adapter.peft_type == "MISS" and any(isinstance(one, Conv1D) for one in model.modules())):
             model = PeftModel.from_pretrained(model, str(folder))
             if adapter.peft_type != "LN_TUNING":  # its copies of layers compute in the base's dtype

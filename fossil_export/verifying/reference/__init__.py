@@ -14,6 +14,7 @@ from fossil_export.verifying.reference import _boft as boft
 from fossil_export.verifying.reference import _c3a as c3a
 from fossil_export.verifying.reference import _deft as deft
 from fossil_export.verifying.reference import _delora as delora
+from fossil_export.verifying.reference import _dora_mlx as dora_mlx
 from fossil_export.verifying.reference import _fourierft as fourierft
 from fossil_export.verifying.reference import _gralora as gralora
 from fossil_export.verifying.reference import _hira as hira
@@ -25,10 +26,13 @@ from fossil_export.verifying.reference import _lokr as lokr
 from fossil_export.verifying.reference import _lora as lora
 from fossil_export.verifying.reference import _lora_bias as lora_bias
 from fossil_export.verifying.reference import _lora_embedding as lora_embedding
+from fossil_export.verifying.reference import _lora_mlx as lora_mlx
+from fossil_export.verifying.reference import _lora_pruned as lora_pruned
 from fossil_export.verifying.reference import _mini as mini
 from fossil_export.verifying.reference import _peanut as peanut
 from fossil_export.verifying.reference import _pvera as pvera
 from fossil_export.verifying.reference import _randlora as randlora
+from fossil_export.verifying.reference import _sbora as sbora
 from fossil_export.verifying.reference import _shira as shira
 from fossil_export.verifying.reference import _supertuning as supertuning
 from fossil_export.verifying.reference import _tile as tile
@@ -91,6 +95,12 @@ EXACT: dict[str, Exact] = {
     "unilora": unilora,
     "vblora": vblora,
     "fourierft": fourierft,
+    "sbora": sbora,
+    "lora_pruned": lora_pruned,
+    "dora_mlx": dora_mlx.LINEAR,
+    "dora_mlx_embedding": dora_mlx.EMBEDDING,
+    "lora_mlx": lora_mlx.LINEAR,
+    "lora_mlx_embedding": lora_mlx.EMBEDDING,
 }
 """By method. One that is not here cannot be checked: a KeyError, never another one's formula."""
 

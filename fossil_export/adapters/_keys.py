@@ -1,0 +1,65 @@
+"""Keys of adapter files as other tools than PEFT's `save_pretrained` write them, brought into PEFT's form.
+
+| in a key | writer |
+|---|---|
+| `_orig_mod` | torch.compile (`OptimizedModule` in torch/_dynamo/eval_frame.py), of regions `compile_regions` in accelerate/utils/other.py |
+| `_fsdp_wrapped_module` | torch/distributed/fsdp/_common_utils.py; PEFT takes it off its own names (peft/utils/save_and_load.py) |
+| `_checkpoint_wrapped_module` | torch/distributed/algorithms/_checkpoint/checkpoint_wrapper.py, used by axolotl (core/trainers/mixins/activation_checkpointing.py) |
+| `lora_A.default.weight` | `lora_state_dict` in swift/tuners/lora_layers.py (modelscope/ms-swift), and whole state dicts of a PeftModel |
+| `modules_to_save.default`, `original_module` | whole state dicts of a PeftModel, as FSDP's and DeepSpeed's |
+| no `base_model.model.` | `SwiftModel.state_dict` in swift/tuners/base.py; transformers' `save_pretrained(save_peft_format=False)` |
+
+An adapter of another name than `default` is left as it is, and so is refused: a number there is the number of an expert.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from fossil_export.checkpoints._header import TensorInfo
+from fossil_export.errors import AdapterError
+
+PREFIX = "base_model.model."
+_ROOT = "base_model."
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_NAME = "default"
+_KEPT = "modules_to_save"
+
+
+def peft_keys(file: Path, tensors: Sequence[TensorInfo], endings: Iterable[str]) -> dict[str, TensorInfo]:
+    """The tensors by the key that PEFT would give them; `endings` are those of trained tensors.
+
+    Raises AdapterError for two tensors that would have the same.
+    """
+    endings = tuple(endings)
+    plain = [_unwrapped(tensor.name, endings) for tensor in tensors]
+    if plain and not any(name.startswith(_ROOT) for name in plain):
+        plain = [PREFIX + name for name in plain]
+    found: dict[str, TensorInfo] = {}
+    for name, tensor in zip(plain, tensors, strict=True):
+        if name in found:
+            raise AdapterError(
+                f"{file}: holds {name} twice, as {found[name].name} and {tensor.name}; keep the tensors of one adapter"
+            )
+        found[name] = tensor
+    return found
+
+
+def are_pefts(keys: Mapping[str, TensorInfo]) -> bool:
+    """Whether the file has them like that, so that PEFT loads it."""
+    return all(name == tensor.name for name, tensor in keys.items())
+
+
+def _unwrapped(name: str, endings: Iterable[str]) -> str:
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    for at in range(len(parts) - 2, 0, -1):
+        if parts[at : at + 2] == [_KEPT, _NAME]:
+            del parts[at : at + 2]
+    plain = ".".join(parts)
+    for ending in endings:
+        head, _, tail = ending.partition(".")
+        named = f".{head}.{_NAME}" + (f".{tail}" if tail else "")
+        if plain.endswith(named):
+            return f"{plain.removesuffix(named)}.{ending}"
+    return plain
