@@ -112,7 +112,11 @@ def together(adapters: Sequence[Adapter], placements: Sequence[Placement], weigh
     for name in [*pieces, *(name for name, found in changes.items() if len(found) > 1 and name not in pieces)]:
         owner = sources.get(name, (None, None))[1]
         _refuse_overlaps(name, changes.get(name, ()), pieces.get(name, ()), owner, adapters)
-    sizes = {placement.vocab_size for placement in placements} - {None}
+    sizes = {placement.vocab_size: adapter for adapter, placement in zip(adapters, placements, strict=True)}
+    sizes.pop(None, None)
+    if len(sizes) > 1:
+        found = listed([f"{adapter.path}: {rows}" for rows, adapter in sizes.items()])
+        raise MergeError(f"the adapters resized the vocabulary to different sizes ({found}); merge one of them")
     heads = [(placement.labels, one) for one, placement in zip(adapters, placements, strict=True) if placement.labels]
     labels, classifier = heads[0] if heads else (None, None)
     return Places(
