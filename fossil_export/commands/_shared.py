@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
+from pathlib import Path
 from typing import Any
 
 import click
@@ -17,7 +17,7 @@ def weighted(given: str) -> str | tuple[str, float]:
     """An adapter as it is typed: a path, an id, or either with "=" and a weight. A path that is there and has a "=" in
     its name is a path."""
     name, sign, number = given.rpartition("=")
-    if not sign or os.path.lexists(os.path.expanduser(given)):
+    if not sign or _is_there(given):
         return given
     try:
         weight = float(number)
@@ -29,6 +29,13 @@ def weighted(given: str) -> str | tuple[str, float]:
             f"{name or 'my-adapter'}=0.5."
         )
     return name, weight
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 def publishing(command: Any) -> Any:

@@ -26,8 +26,8 @@ def listed_given(given: AnyGiven) -> list[Given | Weighted]:
     if isinstance(given, (Adapter, str, Path)):
         return [given]
     if isinstance(given, tuple) and _is_pair(given):
-        return [(given[0], given[1])]  # type: ignore[list-item]
-    return list(given)
+        return [(given[0], given[1])]
+    return list(given)  # type: ignore[arg-type]
 
 
 def with_weights(

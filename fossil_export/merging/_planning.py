@@ -42,8 +42,9 @@ def plan_merge(
 
     Both are paths or ids on the Hub; `base` defaults to the adapter's `base_model_name_or_path`, at the revision it
     names. Of a base on the Hub only headers are read, by ranges. Of several adapters all updates are added in their
-    order, at `weights`, or given as pairs of an adapter and its weight (default: 1). `dtype` is "auto" (each tensor keeps its own) or a torch dtype, or its name, for all
-    floating-point tensors; `max_shard_size` is in bytes or like "5GB", and re-cuts the files; None keeps the base's.
+    order, at `weights`, or given as pairs of an adapter and its weight (default: 1). `dtype` is "auto" (each tensor
+    keeps its own) or a torch dtype, or its name, for all floating-point tensors; `max_shard_size` is in bytes or like
+    "5GB", and re-cuts the files; None keeps the base's.
     Raises AdapterError, CheckpointError, HubError or MergeError.
     """
     adapters, found_weights = loaded(adapter, weights)
@@ -90,7 +91,7 @@ def plan_merge(
     return planned(asked, dtype, [None] * len(adapters))
 
 
-def _doubts(adapters: Sequence[Adapter], weights: Sequence[float], bases: Sequence[str]) -> tuple[str, ...]:
+def _doubts(adapters: Sequence[Adapter], weights: Sequence[float], bases: list[str]) -> tuple[str, ...]:
     """What may be a slip in a list of adapters, of which every one can be merged."""
     if len(adapters) == 1:
         return ()
