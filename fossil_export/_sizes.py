@@ -94,7 +94,7 @@ def _of_change(plan: MergePlan, tensor: TensorPlan, part: Part, change: Change, 
         read += stop - start
         if update is None:
             own = method.part(arrays, start, stop)
-            of_update += _square(method.update(weight.astype(np.float64), own, trained.numbers, start))
+            of_update += _square(method.update(weight.astype(np.float64), own, trained.numbers, 0))
     share = read / outputs
     size = math.sqrt(of_update / share) if update is None else update
     return Size(size * abs(change.weight), math.sqrt(of_weight / share), share)
