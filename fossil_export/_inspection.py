@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fossil_export._grouping import grouped
+from fossil_export._sizes import Size, sizes_of
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.checkpoints._dtypes import TORCH_NAME
 from fossil_export.errors import FossilExportError, HubError
@@ -20,13 +22,20 @@ from fossil_export.merging._planning import find_base
 @dataclass(frozen=True)
 class Inspection:
     """`norms` is the Frobenius norm of each module's trained tensors, empty while the adapter is on the Hub alone;
-    `plan` is None where the merge would stop, and `problems` then says why. Without a base at hand both stay empty."""
+    `plan` is None where the merge would stop, and `problems` then says why. Without a base at hand both stay empty.
+    `sizes` is how large each update, or whole tensor, is beside the weight that it changes (`_sizes`)."""
 
     adapter: Adapter
     norms: Mapping[str, float]
     plan: MergePlan | None
     problems: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    sizes: Mapping[str, Size] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The modules and whole tensors, by kind: those that differ in nothing but the numbers in their names."""
+        return _kinds(self)
 
     def __repr__(self) -> str:
         return f"<Inspection of {self.adapter!r}: {'; '.join(self.problems) or self.plan or 'base not looked at'}>"
@@ -40,6 +49,8 @@ class Inspection:
             "peft_type": adapter.peft_type,
             "variant": adapter.variant,
             "rank": adapter.rank,
+            "methods": dict(Counter(one.method for one in adapter.trained.values())),
+            "kinds": [kind.to_dict() for kind in self.kinds],
             "mini_r": adapter.config.get("mini_r") if adapter.variant == "mini" else None,
             "base_model": adapter.base_model,
             "parameters": adapter.parameters,
@@ -47,10 +58,14 @@ class Inspection:
             "modules": [
                 {
                     "module": trained.module,
+                    "method": trained.method,
+                    "rank": trained.rank or None,
+                    "scale": trained.numbers.get("scale"),
                     "shard": info.name,
                     "shape": list(info.shape),
                     "dtype": TORCH_NAME.get(info.dtype, info.dtype),
                     "norm": _finite(self.norms.get(trained.module, math.nan)),
+                    "change": _size_record(self.sizes.get(trained.module)),
                 }
                 for trained in adapter.trained.values()
                 for info in trained.tensors.values()
@@ -94,7 +109,94 @@ def inspect(adapter: Adapter | str | Path, base: str | Path | None = None) -> In
             warnings += (f"the base was not looked at: {problem}",)
         else:
             problems.append(str(problem))
-    return Inspection(adapter, norms, plan, tuple(problems), warnings)
+    sizes = sizes_of(plan) if plan is not None and not problems else {}
+    return Inspection(adapter, norms, plan, tuple(problems), warnings, sizes)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Modules, or whole tensors, of a kind: `name` with ranges in the place of numbers, `method` ("whole" for tensors
+    that replace the base's), the shapes of what was trained, the base's tensors, and the sizes that are known."""
+
+    name: str
+    method: str
+    rank: int
+    scale: float | None
+    shapes: str
+    tensor: str
+    members: tuple[str, ...]
+    sizes: tuple[Size, ...]
+
+    @property
+    def ratios(self) -> list[float]:
+        return [size.ratio for size in self.sizes if size.ratio is not None]
+
+    @property
+    def ratio(self) -> float | None:
+        """Of all of them together."""
+        known = [size for size in self.sizes if size.ratio is not None]
+        update = math.fsum((size.update or 0.0) ** 2 for size in known)
+        weight = math.fsum((size.weight or 0.0) ** 2 for size in known)
+        return math.sqrt(update / weight) if weight else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `--json` prints it."""
+        known = [size.update for size in self.sizes if size.update is not None]
+        update = math.sqrt(math.fsum(value * value for value in known)) if known else math.nan
+        return {
+            "kind": self.name,
+            "method": self.method,
+            "rank": self.rank or None,
+            "scale": self.scale,
+            "shapes": self.shapes,
+            "base_tensor": self.tensor,
+            "modules": len(self.members),
+            "change": {
+                "update": _finite(update),
+                "ratio": self.ratio,
+                "least": min(self.ratios, default=None),
+                "most": max(self.ratios, default=None),
+                "share_read": min((size.share for size in self.sizes), default=None),
+            },
+        }
+
+
+def _kinds(found: Inspection) -> tuple[Kind, ...]:
+    adapter = found.adapter
+    touched = {module: tensor.name for module, tensor in found.plan.modules.items()} if found.plan is not None else {}
+    rows: list[tuple[str, ...]] = []
+    names: list[str] = []
+    numbers: list[tuple[int, float | None]] = []
+    for module, trained in adapter.trained.items():
+        shapes = " + ".join("x".join(map(str, shape)) for shape in trained.shapes.values())
+        scale = trained.numbers.get("scale")
+        words = f"{trained.rank}\t{scale}"
+        rows.append((module, trained.method, shapes, touched.get(module, "-"), words))
+        names.append(module)
+        numbers.append((trained.rank, scale))
+    replaced = {tensor.source.name: tensor.name for tensor in found.plan.tensors} if found.plan is not None else {}
+    for name, info in adapter.saved.items():
+        target = replaced.get(info.name, name)
+        rows.append((name, "whole", "x".join(map(str, info.shape)), target if found.plan is not None else "-", ""))
+        names.append(target)
+        numbers.append((0, None))
+    return tuple(
+        Kind(
+            *(group.cells[0], group.cells[1]),
+            *numbers[group.members[0]],
+            *(group.cells[2], group.cells[3]),
+            tuple(names[place] for place in group.members),
+            tuple(found.sizes[names[place]] for place in group.members if names[place] in found.sizes),
+        )
+        for group in grouped(rows)
+    )
+
+
+def _size_record(size: Size | None) -> dict[str, float | None] | None:
+    if size is None:
+        return None
+    update = None if size.update is None else _finite(size.update)
+    return {"update": update, "weight": size.weight, "ratio": size.ratio, "share_read": size.share}
 
 
 def dtypes(adapter: Adapter) -> dict[str, int]:

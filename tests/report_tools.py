@@ -12,11 +12,17 @@ from xml.etree import ElementTree
 from fossil_export.checkpoints._folder import LocalFolder
 from fossil_export.storage import Origin
 from fossil_export.verifying._forward import Distance, ForwardCheck, ModuleError
+from fossil_export.verifying._sum import Sum
 from fossil_export.verifying._verdict import Verification
 from fossil_export.verifying._weights import TensorCheck
 
 KINDS = [f"self_attn.{kind}_proj" for kind in "qkvo"] + [f"mlp.{kind}_proj" for kind in ("gate", "up", "down")]
 NASTY = '<b>&"'
+
+
+ADAPTER: Any = SimpleNamespace(
+    path=Path("adapters/mine"), variant="tile", rank=16, base_model="models/base", files=(Path("adapters/mine/x"),)
+)
 
 
 def result(**changes: Any) -> Verification:
@@ -25,13 +31,7 @@ def result(**changes: Any) -> Verification:
         "artifact": Path("out/merged"),
         "base": SimpleNamespace(location=Path("models/base")),
         "base_name": "models/base",
-        "adapter": SimpleNamespace(
-            path=Path("adapters/mine"),
-            variant="tile",
-            rank=16,
-            base_model="models/base",
-            files=(Path("adapters/mine/x"),),
-        ),
+        "added": Sum.of(ADAPTER),
         "problems": (),
         "tensors": None,
         "forward": None,

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from fossil_export import FossilExportError, convert, load_adapter
 from fossil_export.verifying._layers import attach
+from fossil_export.verifying._sum import Sum
 
 
 class TestMiss:
@@ -66,7 +67,7 @@ class TestMiss:
         assert (adapter.variant, adapter.rank) == (variant, 4)
         import copy
 
-        wanted = attach(copy.deepcopy(model), adapter, torch.float32)(x)
+        wanted = attach(copy.deepcopy(model), Sum.of(adapter), torch.float32)(x)
         made = convert(tmp_path / "trained.pth", tmp_path / "miss", to="miss", base="BlinkDL/rwkv-7")
         found = PeftModel.from_pretrained(copy.deepcopy(model), made.output)(x)
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)

@@ -14,6 +14,7 @@ from report_tools import NASTY, Page, failing, forward, merged, passing, result,
 
 from fossil_export.verifying._forward import FLOOR, Distance, ModuleError
 from fossil_export.verifying._report import REASONS, WRONG, html
+from fossil_export.verifying._sum import Sum
 from fossil_export.verifying._weights import TensorCheck
 
 
@@ -69,13 +70,14 @@ def test_long_lists_end() -> None:
 
 def test_names_are_escaped() -> None:
     name = f"model.layers.0.{NASTY}"
+    adapter: Any = SimpleNamespace(
+        path=NASTY, variant=NASTY, rank=1, base_model=f"{NASTY} bnb-4bit", files=(Path(NASTY),)
+    )
     text = html(
         result(
             artifact=Path(f"out/{NASTY}"),
             base=SimpleNamespace(location=NASTY),
-            adapter=SimpleNamespace(
-                path=NASTY, variant=NASTY, rank=1, base_model=f"{NASTY} bnb-4bit", files=(Path(NASTY),)
-            ),
+            added=Sum.of(adapter),
             device=NASTY,
             problems=(f"{name} is off", NASTY),
             tensors=(

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from fossil_export import load_adapter, merge, verify
 from fossil_export.adapters import Trained
 from fossil_export.verifying._layers import TrainedLinear, attach
+from fossil_export.verifying._sum import Sum
 from fossil_export.verifying.reference import EXACT
 from fossil_export.verifying.reference._ulp import ulp
 
@@ -30,7 +31,7 @@ def test_reference_layers_are_pefts(variant: str, dtype: torch.dtype, tmp_path: 
     )
     trained = make_adapter(tmp_path / "adapter", base, **options)
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    attach(model, load_adapter(tmp_path / "adapter"), torch.float32)
+    attach(model, Sum.of(load_adapter(tmp_path / "adapter")), torch.float32)
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         ours, theirs = model(tokens).logits.float(), trained(tokens).logits.float()
@@ -82,4 +83,4 @@ def test_an_unknown_variant_is_never_checked_by_another_ones_formula(base: Path,
     with pytest.raises(KeyError, match="new"):
         EXACT["new"]
     with pytest.raises(KeyError, match="new"):
-        TrainedLinear(torch.nn.Linear(8, 8), {"D": torch.zeros(4, 8)}, Trained("a", "new", {}))
+        TrainedLinear(torch.nn.Linear(8, 8), ({"D": torch.zeros(4, 8)}, Trained("a", "new", {}), 1.0))

@@ -78,7 +78,7 @@ def load_adapter(path: str | Path) -> Adapter:
     """
     if not isinstance(path, (str, os.PathLike)):
         raise AdapterError(
-            f"{type(path).__name__}: is no path or id of an adapter; name one (merge and plan_merge alone take a list)"
+            f"{type(path).__name__}: is no path or id of an adapter; name one (merge and verify alone take several)"
         )
     found = find_origin(path, AdapterError, "adapter")
     given, home = found.path, found.folder

@@ -19,7 +19,6 @@ from fossil_export.cards._markdown import plain
 from fossil_export.cards._section import generated
 from fossil_export.cards._task import pipeline_tag, task
 from fossil_export.cards.kinds._table import CARDS
-from fossil_export.merging._provenance import is_sum
 from fossil_export.merging._survival import WARNING_BELOW
 
 
@@ -75,8 +74,6 @@ def _warnings(facts: Facts, text: str, data: Mapping[str, Any]) -> Iterator[str]
     if parity is False:
         reason = (facts.certificate or {}).get("reason") or "see fossil_parity.json"
         yield f"verification found that this is not the model that was trained, and the card says so: {reason}"
-    elif parity is not True and is_sum(facts.record or {}):
-        yield "this was not verified, and verify cannot rebuild a merge of several adapters, or at a weight, yet"
     elif parity is not True and KINDS[facts.kind].verified:
         yield "this was not verified; run `fossil-export verify DIR` first and the card will quote it"
     kept = survived(facts)

@@ -95,7 +95,8 @@ def _figures(facts: Facts, found: Mapping[str, Any]) -> Iterator[tuple[str, Any]
     reason = plain(_without_paths(str(found.get("reason") or ""), facts))
     yield "Verdict", "parity" if found["parity"] else f"**no parity**{': ' + reason if reason else ''}"
     over = ", **which is another model if training ran over quantized weights, as it seems**"
-    yield "Compared with", f"the adapter on the base as it is stored{over if found.get('quantized_training') else ''}"
+    what = "the adapters, at their weights," if len(adapters_of(found)) > 1 else "the adapter"
+    yield "Compared with", f"{what} on the base as it is stored{over if found.get('quantized_training') else ''}"
     if weights := part(found, "weights"):
         yield "Weights", ", ".join(f"{number(weights.get(key), 'd')} {key}" for key in ("tensors", "merged", "wrong"))
         worst = number(weights.get("worst_error_in_steps"), ".4f")

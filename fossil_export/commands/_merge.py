@@ -9,7 +9,7 @@ import click
 
 from fossil_export._console import lines, print_warnings, progress_bar
 from fossil_export.checkpoints._dtypes import BY_TORCH_NAME
-from fossil_export.commands._shared import BASE_HELP, publishing, show
+from fossil_export.commands._shared import BASE_HELP, publishing, show, weighted
 from fossil_export.tables import print_moves, print_plan, print_push, print_result, print_streamed
 
 DTYPES = ("auto", *(name for name in BY_TORCH_NAME if name != "float64"))
@@ -18,6 +18,13 @@ DTYPES = ("auto", *(name for name in BY_TORCH_NAME if name != "float64"))
 
 @click.command()
 @click.argument("adapter")
+@click.option(
+    "--adapter",
+    "more",
+    multiple=True,
+    metavar="ADAPTER[=WEIGHT]",
+    help="Add this one too, after the first; may be given again.",
+)
 @click.option("-o", "--output", metavar="DIR", help="Folder of the merged model; must not exist yet.")
 @click.option("--base", metavar="BASE", help=BASE_HELP)
 @click.option(
@@ -47,6 +54,7 @@ DTYPES = ("auto", *(name for name in BY_TORCH_NAME if name != "float64"))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def merge(
     adapter: str,
+    more: tuple[str, ...],
     output: str | None,
     base: str | None,
     dtype: str,
@@ -70,6 +78,10 @@ def merge(
 
     ADAPTER is a folder that PEFT saved (MISS or BONE), or the id of one on the Hub: user/repo[@revision] or
     hf://user/repo/folder. The base is streamed, never loaded; it and the adapter are only read.
+
+    ADAPTER=0.7 adds 0.7 times its update. Of several adapters (--adapter) the updates are added in their order, as PEFT
+    does with all of them active. Other ways to combine (TIES, DARE, SLERP, …) are mergekit's: merge each adapter alone,
+    and give it the merged models.
     """
     target: dict[str, Any] = {
         "private": private,
@@ -95,6 +107,7 @@ def merge(
     ):
         if wrong:
             raise click.UsageError(why)
+    adapters = [weighted(given) for given in (adapter, *more)]
     if push_to_hub is not None:
         from fossil_export.publishing._target import Target
 
@@ -103,7 +116,7 @@ def merge(
         assert push_to_hub is not None
         from fossil_export.publishing import plan_stream, run_stream
 
-        moves = plan_stream(adapter, base, dtype=dtype, max_shard_size=max_shard_size, max_disk=max_disk)
+        moves = plan_stream(adapters, base, dtype=dtype, max_shard_size=max_shard_size, max_disk=max_disk)
         if dry_run:
             show(moves.to_dict() if as_json else None, print_moves, moves)
             print_warnings(moves.merge.warnings)
@@ -117,7 +130,7 @@ def merge(
         return
     from fossil_export.merging import plan_merge, run_merge
 
-    plan = plan_merge(adapter, base, dtype=dtype, max_shard_size=max_shard_size)
+    plan = plan_merge(adapters, base, dtype=dtype, max_shard_size=max_shard_size)
     if dry_run or output is None:
         show(plan.to_dict() if as_json else None, partial(print_plan, every=every), plan)
         print_warnings(plan.warnings)
@@ -130,8 +143,8 @@ def merge(
 
         with lines() as report:
             published = push_merged(result, push_to_hub, progress=report, **target)
-    more = {"push": published.to_dict()} if published is not None else {}
-    show(result.to_dict() | more if as_json else None, print_result, result)
+    push = {"push": published.to_dict()} if published is not None else {}
+    show(result.to_dict() | push if as_json else None, print_result, result)
     if published is not None and not as_json:
         print_push(published)
     print_warnings(result.warnings + (published.warnings if published is not None else ()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import click
@@ -9,6 +11,31 @@ import click
 from fossil_export._console import print_json
 
 BASE_HELP = "Base model: a folder, a safetensors file or an id on the Hub.  [default: the one the adapter names]"
+
+
+def weighted(given: str) -> str | tuple[str, float]:
+    """An adapter as it is typed: a path, an id, or either with "=" and a weight. A path that is there and has a "=" in
+    its name is a path."""
+    name, sign, number = given.rpartition("=")
+    if not sign or _is_there(given):
+        return given
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not name or not math.isfinite(weight):
+        raise click.UsageError(
+            f"{given!r} is neither a path that is there nor ADAPTER=WEIGHT with a number for the weight, as in "
+            f"{name or 'my-adapter'}=0.5."
+        )
+    return name, weight
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 def publishing(command: Any) -> Any:

@@ -7,6 +7,7 @@ import sys
 import click
 
 from fossil_export._console import lines, print_json, print_warnings, progress_bar
+from fossil_export.commands._shared import weighted
 from fossil_export.tables import print_push, print_verification
 from fossil_export.verifying._levels import LEVELS, Level
 
@@ -14,7 +15,13 @@ from fossil_export.verifying._levels import LEVELS, Level
 @click.command()
 @click.argument("artifact")
 @click.option("--base", metavar="BASE", help="Base model.  [default: the one the artifact's record names]")
-@click.option("--adapter", metavar="ADAPTER", help="Adapter.  [default: the one the artifact's record names]")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="ADAPTER[=WEIGHT]",
+    help="Adapter; of several name all, in their order.  [default: those the artifact's record names]",
+)
 @click.option(
     "--level",
     type=click.Choice(LEVELS),
@@ -35,7 +42,7 @@ from fossil_export.verifying._levels import LEVELS, Level
 def verify(
     artifact: str,
     base: str | None,
-    adapter: str | None,
+    adapters: tuple[str, ...],
     level: Level,
     device: str,
     prompts: str | None,
@@ -62,7 +69,7 @@ def verify(
         result = check(
             artifact,
             base=base,
-            adapter=adapter,
+            adapter=[weighted(given) for given in adapters] or None,
             level=level,
             device=device,
             prompts=prompts,

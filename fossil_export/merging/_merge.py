@@ -16,9 +16,10 @@ from fossil_export.checkpoints._companions import PROVENANCE
 from fossil_export.checkpoints._jsonfile import write_json
 from fossil_export.checkpoints._staging import check_destination, staged_folder
 from fossil_export.errors import OutputError, listed
+from fossil_export.merging._given import AnyGiven
 from fossil_export.merging._layout import TensorPlan
 from fossil_export.merging._plan import MergePlan
-from fossil_export.merging._planning import Given, plan_merge, settled
+from fossil_export.merging._planning import plan_merge, settled
 from fossil_export.merging._provenance import provenance, survival_record
 from fossil_export.merging._run import run
 from fossil_export.merging._survival import WARNING_BELOW, Survival
@@ -66,7 +67,7 @@ class MergeResult:
 
 
 def merge(
-    adapter: Given | Sequence[Given],
+    adapter: AnyGiven,
     output: str | Path,
     *,
     base: str | Path | None = None,

@@ -91,7 +91,8 @@ def together(adapters: Sequence[Adapter], placements: Sequence[Placement], weigh
             whole = [*sorted(placement.saved), *(one.source.name for own in placement.pieces.values() for one in own)]
             raise MergeError(
                 f"{adapter.path}: holds whole trained tensors ({listed(whole)}), which replace the "
-                f"base's and cannot be taken {weight:g} times; leave its weight at 1"
+                f"base's and cannot be taken {weight:g} times; {_SAVED_BY_PEFT if _is_by_peft(placement) else ''}leave "
+                "its weight at 1"
             )
         by_weight = [one for one in placement.trained.values() if METHODS[one.method].COMBINES != "sum"]
         if by_weight and weight != 1.0:
@@ -112,7 +113,11 @@ def together(adapters: Sequence[Adapter], placements: Sequence[Placement], weigh
     for name in [*pieces, *(name for name, found in changes.items() if len(found) > 1 and name not in pieces)]:
         owner = sources.get(name, (None, None))[1]
         _refuse_overlaps(name, changes.get(name, ()), pieces.get(name, ()), owner, adapters)
-    sizes = {placement.vocab_size for placement in placements} - {None}
+    sizes = {placement.vocab_size: adapter for adapter, placement in zip(adapters, placements, strict=True)}
+    sizes.pop(None, None)
+    if len(sizes) > 1:
+        found = listed([f"{adapter.path}: {rows}" for rows, adapter in sizes.items()])
+        raise MergeError(f"the adapters resized the vocabulary to different sizes ({found}); merge one of them")
     heads = [(placement.labels, one) for one, placement in zip(adapters, placements, strict=True) if placement.labels]
     labels, classifier = heads[0] if heads else (None, None)
     return Places(
@@ -130,6 +135,15 @@ def together(adapters: Sequence[Adapter], placements: Sequence[Placement], weigh
     )
 
 
+_SAVED_BY_PEFT = "save the adapter without what PEFT adds to it (save_embedding_layers=False) or "
+
+
+def _is_by_peft(placement: Placement) -> bool:
+    """Whether what an adapter has as a whole is what PEFT adds to the file if an embedding is targeted: its weight, as
+    it was before training."""
+    return not placement.pieces and all(".base_layer." in info.name for info in placement.saved.values())
+
+
 def _refuse_conflicts(adapters: Sequence[Adapter], placements: Sequence[Placement]) -> None:
     """Raise MergeError for a tensor that one adapter brings whole and another one brings or changes too, or of which an
     adapter that brings it changes a part."""
@@ -144,7 +158,8 @@ def _refuse_conflicts(adapters: Sequence[Adapter], placements: Sequence[Placemen
             if both:
                 raise MergeError(
                     f"{adapters[number].path}: holds {listed(both)} as a whole, which {adapters[other].path} trained "
-                    "too; such adapters cannot be added up, merge one of them"
+                    f"too; such adapters cannot be added up, {_SAVED_BY_PEFT if _is_by_peft(placement) else ''}merge "
+                    "one of them"
                 )
 
 

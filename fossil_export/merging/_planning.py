@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fossil_export.adapters import Adapter, load_adapter
+from fossil_export.adapters import Adapter
 from fossil_export.adapters._quantized import quantized_training
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._companions import TOKENIZER_FILES, companions
@@ -18,6 +17,7 @@ from fossil_export.checkpoints._jsonfile import write_json
 from fossil_export.checkpoints._stamp import Stamp, stamps_of
 from fossil_export.errors import CheckpointError, MergeError, listed
 from fossil_export.merging._config import difference, edited_config
+from fossil_export.merging._given import AnyGiven, loaded
 from fossil_export.merging._layout import TensorPlan, lay_out, parse_size
 from fossil_export.merging._look import look
 from fossil_export.merging._place import place
@@ -31,12 +31,8 @@ if TYPE_CHECKING:
     import torch
 
 
-Given = Adapter | str | Path
-"""An adapter: itself, its path or its id on the Hub."""
-
-
 def plan_merge(
-    adapter: Given | Sequence[Given],
+    adapter: AnyGiven,
     base: str | Path | Origin | None = None,
     *,
     weights: Sequence[float] | None = None,
@@ -46,22 +42,13 @@ def plan_merge(
     """Decide how `adapter` is merged into `base`, reading only headers and configs.
 
     Both are paths or ids on the Hub; `base` defaults to the adapter's `base_model_name_or_path`, at the revision it
-    names. Of a base on the Hub only headers are read, by ranges. Of several adapters all updates are added, at
-    `weights` (default: 1). `dtype` is "auto" (each tensor keeps its own) or a torch dtype, or its name, for all
-    floating-point tensors; `max_shard_size` is in bytes or like "5GB", and re-cuts the files; None keeps the base's.
+    names. Of a base on the Hub only headers are read, by ranges. Of several adapters all updates are added in their
+    order, at `weights`, or given as pairs of an adapter and its weight (default: 1). `dtype` is "auto" (each tensor
+    keeps its own) or a torch dtype, or its name, for all floating-point tensors; `max_shard_size` is in bytes or like
+    "5GB", and re-cuts the files; None keeps the base's.
     Raises AdapterError, CheckpointError, HubError or MergeError.
     """
-    given = [adapter] if isinstance(adapter, (Adapter, str, Path)) else list(adapter)
-    adapters = tuple(one if isinstance(one, Adapter) else load_adapter(one) for one in given)
-    if not adapters:
-        raise MergeError("there is no adapter to merge; name one")
-    wanted = list(weights) if weights is not None else [1.0] * len(adapters)
-    try:
-        found_weights = tuple(map(float, wanted))
-    except (TypeError, ValueError, OverflowError):
-        found_weights = ()
-    if len(found_weights) != len(adapters) or not all(map(math.isfinite, found_weights)):
-        raise MergeError(f"weights are {wanted}, expected a finite number for each of {len(adapters)} adapters")
+    adapters, found_weights = loaded(adapter, weights)
     dtype = torch_name(dtype)
     if dtype != "auto" and dtype not in BY_TORCH_NAME:
         raise MergeError(f"dtype is {dtype!r}, expected auto, {', '.join(BY_TORCH_NAME)}")
@@ -94,11 +81,31 @@ def plan_merge(
         companions={},
         left_behind=(),
         warnings=(),
-        notes=tuple(note for one in adapters for note in one.notes) + found.notes,
+        notes=(
+            *(note for one in adapters for note in one.notes),
+            *found.notes,
+            *_doubts(adapters, found_weights, bases),
+        ),
         undecided=(),
         stamps={},
     )
     return planned(asked, dtype, [None] * len(adapters))
+
+
+def _doubts(adapters: Sequence[Adapter], weights: Sequence[float], bases: list[str]) -> tuple[str, ...]:
+    """What may be a slip in a list of adapters, of which every one can be merged."""
+    if len(adapters) == 1:
+        return ()
+    found = []
+    files = [tuple(path.absolute() for path in one.files) for one in adapters]
+    for number, adapter in enumerate(adapters):
+        if files.index(files[number]) == number and (times := files.count(files[number])) > 1:
+            found.append(f"{adapter.name}: is given {times} times, and its updates are added {times} times")
+        if weights[number] == 0 and any(weights):
+            found.append(f"{adapter.name}: its weight is 0, so that nothing of its updates is in the merged model")
+    if len(bases) > 1:
+        found.append(f"the adapters were trained on different bases ({listed(bases)}); updates fit their own best")
+    return tuple(found)
 
 
 def settled(plan: MergePlan) -> MergePlan:

@@ -69,9 +69,10 @@ def _adapter_record(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def is_sum(record: Mapping[str, Any]) -> bool:
-    """Whether a record, whatever stands in it, is of several adapters, or of one at another weight than 1."""
-    return "adapters" in record or bool(scales(record))
+def recorded_adapters(record: Mapping[str, Any]) -> list[Any]:
+    """What a record has of its adapter, or of each if several were added; whatever stands there."""
+    several = record.get("adapters")
+    return list(several) if isinstance(several, list) else [record["adapter"]] if "adapter" in record else []
 
 
 def scales(record: Mapping[str, Any]) -> list[Any]:

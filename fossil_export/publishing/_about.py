@@ -74,7 +74,7 @@ def local_names(
     for entry, has_commit in ((part(record, "base"), _has_commit(record)), *((entry, True) for entry in adapters)):
         if isinstance(entry.get("name"), str) and not _is_on_hub(entry, has_commit):
             yield entry["name"]
-    ours = [(certificate or {}).get("base"), part(certificate, "adapter").get("name")]
+    ours = [(certificate or {}).get("base"), *(entry.get("name") for entry in adapters_of(certificate))]
     yield from (name for name in ours if isinstance(name, str) and name and not is_on_hub(name))
     # These are PEFT's words, which may mean a folder here.
     others = {*(entry.get("base_model") for entry in adapters), (config or {}).get("base_model_name_or_path")}

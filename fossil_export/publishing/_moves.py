@@ -60,7 +60,7 @@ class StreamPlan:
 
     @property
     def kept(self) -> int:
-        """Bytes in the Hub's caches: an adapter from there, the base's small files, the index of uploads."""
+        """Bytes in the Hub's caches: adapters from there, the base's small files, the index of uploads."""
         uploads = (move.file.size for move in self.moves if move.way != "copy")
         return self.adapter_bytes + self.small_bytes + index_bytes(uploads)
 
@@ -82,10 +82,9 @@ class StreamPlan:
 
     @property
     def adapter_bytes(self) -> int:
-        adapter = self.merge.adapter
-        if adapter.revision is None:
-            return 0
-        return adapter.nbytes + (adapter.home.size(CARD) if CARD in adapter.home.root_names() else 0)
+        remote = {one.files: one for one in self.merge.adapters if one.revision is not None}.values()
+        cards = sum(one.home.size(CARD) for one in remote if CARD in one.home.root_names())
+        return sum(one.nbytes for one in remote) + cards
 
     def count(self, way: str) -> int:
         return sum(move.way == way for move in self.moves)

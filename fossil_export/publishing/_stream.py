@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.artifacts._kinds import KINDS
 from fossil_export.cards import Facts
 from fossil_export.checkpoints._companions import CARD, PROVENANCE
 from fossil_export.checkpoints._jsonfile import write_json
 from fossil_export.errors import FossilExportError, longer
+from fossil_export.merging._given import AnyGiven
 from fossil_export.merging._layout import parse_size
 from fossil_export.merging._merge import survival_warnings
 from fossil_export.merging._planning import plan_merge, settled
@@ -71,10 +71,11 @@ class StreamResult:
 
 
 def merge_to_hub(
-    adapter: Adapter | str | Path,
+    adapter: AnyGiven,
     repo_id: str,
     *,
     base: str | Path | None = None,
+    weights: Sequence[float] | None = None,
     dtype: str | torch.dtype = "auto",
     max_shard_size: int | str | None = None,
     device: str = "cpu",
@@ -93,7 +94,7 @@ def merge_to_hub(
     where the file at hand and the journal lie (default: ~/.cache/fossil-export). Files that the adapter does not touch
     are copied on the Hub. Interrupted, the same call goes on where it stopped. Raises a FossilExportError in one line.
     """
-    plan = plan_stream(adapter, base, dtype=dtype, max_shard_size=max_shard_size, max_disk=max_disk)
+    plan = plan_stream(adapter, base, weights=weights, dtype=dtype, max_shard_size=max_shard_size, max_disk=max_disk)
     return run_stream(
         plan,
         repo_id,
@@ -109,17 +110,16 @@ def merge_to_hub(
 
 
 def plan_stream(
-    adapter: Adapter | str | Path,
+    adapter: AnyGiven,
     base: str | Path | None = None,
     *,
+    weights: Sequence[float] | None = None,
     dtype: str | torch.dtype = "auto",
     max_shard_size: int | str | None = None,
     max_disk: int | str | None = None,
 ) -> StreamPlan:
     """What `merge_to_hub` will do with each file, from headers alone."""
-    if not isinstance(adapter, Adapter):
-        adapter = load_adapter(adapter)
-    merge = plan_merge(adapter, base, dtype=dtype, max_shard_size=max_shard_size)
+    merge = plan_merge(adapter, base, weights=weights, dtype=dtype, max_shard_size=max_shard_size)
     return plan_moves(merge, None if max_disk is None else parse_size(max_disk, "max_disk"))
 
 
@@ -139,7 +139,8 @@ def run_stream(
     """Carry out a plan that `plan_stream` made; arguments as for `merge_to_hub`."""
     started = time.perf_counter()
     repository = Repository(repo_id, revision, create_pr)
-    fetch(*plan.merge.needed) if plan.remote is None else fetch(plan.merge.adapter.needed)
+    merge = plan.merge
+    fetch(*(merge.needed if plan.remote is None else (adapter.needed for adapter in merge.adapters)))
     if any(plan.merge.undecided):
         plan = plan_moves(settled(plan.merge), plan.max_disk)
     merge = plan.merge
@@ -196,7 +197,7 @@ def _publish(carrier: Carrier, repository: Repository, with_hash: bool, title: s
     """What goes beside the weights, and the commit."""
     plan = carrier.plan
     merge = plan.merge
-    paths = Paths([merge.base.location, merge.adapter.path], local_names(provenance(merge, {})))
+    paths = Paths([merge.base.location, *(one.path for one in merge.adapters)], local_names(provenance(merge, {})))
     carrier.companions(paths)
     ends: list[Closing] = []
     while True:

@@ -94,7 +94,10 @@ def _key(plan: StreamPlan, repository: Repository) -> str:
         "to": [repository.repo_id, repository.revision or "main", repository.create_pr],
         "base": [merge.base_name, merge.base_revision, identity(merge.base)],
         "times": [] if plan.remote is not None else [header.path.stat().st_mtime_ns for header in merge.base.files],
-        "adapter": [sha256(path) for path in merge.adapter.files],
+        "adapters": [
+            [weight, *(sha256(path) for path in adapter.files)]
+            for adapter, weight in zip(merge.adapters, merge.weights, strict=True)
+        ],
         "files": [[file.name, file.size, hashlib.sha256(file.header).hexdigest()] for file in merge.files],
     }
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]

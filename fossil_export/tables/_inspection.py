@@ -2,48 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import click
 
 from fossil_export._console import print_pairs, print_table
-from fossil_export._grouping import Group, grouped
 from fossil_export.tables._shared import GROUPS, named_at
 
 if TYPE_CHECKING:
-    from fossil_export._inspection import Inspection
-    from fossil_export.adapters import Trained
+    from fossil_export._inspection import Inspection, Kind
+    from fossil_export._sizes import Size
 
 
 def print_inspection(found: Inspection, every: bool = False) -> None:
     """What was found, by kind of module or for `every` one; the summary comes last."""
-    adapter = found.adapter
-    touched = found.plan.modules if found.plan is not None else {}
-    rows = [
-        (module, _shapes(trained), touched[module].name if module in touched else "-")
-        for module, trained in adapter.trained.items()
-    ]
-    norms = [found.norms.get(module) for module in adapter.trained]
-    groups = [Group(row, (place,)) for place, row in enumerate(rows)] if every else grouped(rows)
-    shown = groups if every else groups[:GROUPS]
-    table = [(*g.cells, _span([norms[place] for place in g.members]), str(len(g))) for g in shown]
-    print_table(("module", "shard", "base tensor", "norm", "×"), table)
-    if len(shown) < len(groups):
-        click.echo(f"and {len(groups) - len(shown)} more kinds; --all shows every module")
+    kinds = found.kinds
+    rows = []
+    for kind in kinds if every else kinds[:GROUPS]:
+        how = _how(kind)
+        if every:
+            places = found.plan.modules if found.plan is not None else {}
+            for name in kind.members:
+                place = places[name].name if name in places else kind.tensor
+                rows.append((name, how, kind.shapes, _after(place, name), _ratios([found.sizes.get(name)]), ""))
+        else:
+            place = _after(kind.tensor, kind.name)
+            rows.append((kind.name, how, kind.shapes, place, _ratios(kind.sizes), str(len(kind.members))))
+    head = ("module", "trained", "shapes", "base tensor", "‖ΔW‖/‖W‖", "×")
+    print_table(head[:-1] if every else head, [row[:-1] if every else row for row in rows])
+    if not every and len(kinds) > GROUPS:
+        click.echo(f"and {len(kinds) - GROUPS} more kinds; --all shows every module")
     click.echo()
     _print_adapter(found)
 
 
-def _shapes(trained: Trained) -> str:
-    return " + ".join("x".join(map(str, shape)) for shape in trained.shapes.values())
+def _how(kind: Kind) -> str:
+    """ "lora r=8 s=2": the method and its numbers."""
+    rank = f" r={kind.rank}" if kind.rank else ""
+    return kind.method + rank + (f" s={kind.scale:.4g}" if kind.scale is not None else "")
+
+
+def _after(tensor: str, module: str) -> str:
+    """The name of a base's tensor, without that of its module if it begins so."""
+    return tensor.removeprefix(module) or "itself"
+
+
+def _ratios(sizes: Sequence[Size | None]) -> str:
+    return _span([size.ratio if size is not None else None for size in sizes])
 
 
 def _span(norms: Sequence[float | None]) -> str:
     known = [norm for norm in norms if norm is not None]
     if not known:
         return "-"
-    least, most = f"{min(known):.4g}", f"{max(known):.4g}"
+    least, most = f"{min(known):.3g}", f"{max(known):.3g}"
     return least if least == most else f"{least}–{most}"
 
 
@@ -54,8 +69,8 @@ def _print_adapter(found: Inspection) -> None:
     saved = ", ".join(info.name for info in adapter.saved.values())
     pairs = [
         ("adapter", f"{named_at(adapter.name, adapter.revision)} ({adapter.peft_type})"),
-        ("variant", adapter.variant),
-        ("rank", str(adapter.rank)),
+        ("method", _counted(Counter(one.method for one in adapter.trained.values()))),
+        ("rank", _counted(Counter(str(one.rank) for one in adapter.trained.values() if one.rank)) or "none"),
         ("modules", str(len(adapter.trained))),
         ("parameters", f"{adapter.parameters:,}"),
         ("dtype", ", ".join(dtypes(adapter))),
@@ -63,9 +78,29 @@ def _print_adapter(found: Inspection) -> None:
         ("base", adapter.base_model or "not named"),
         ("merge", _verdict(found)),
     ]
-    if not found.norms:
-        pairs.append(("norms", "not known: the values are on the Hub, and only headers were read"))
+    if (change := _change(found)) is not None:
+        pairs.append(("change", change))
     print_pairs(pairs)
+
+
+def _counted(found: Mapping[str, int]) -> str:
+    """One name as it is, several with their numbers."""
+    return ", ".join(found if len(found) == 1 else [f"{name} ({count})" for name, count in found.items()])
+
+
+def _change(found: Inspection) -> str | None:
+    """What the ratios mean, or why there are none."""
+    if not found.adapter.is_here:
+        return "not measured: the adapter's values are on the Hub, and only headers were read"
+    if found.plan is None or found.problems:
+        return None
+    known = [size for size in found.sizes.values() if size.ratio is not None]
+    if not known:
+        return "not measured: the base's weights are not on this machine"
+    all_of_it = math.sqrt(sum((s.update or 0) ** 2 for s in known) / sum((s.weight or 0) ** 2 for s in known))
+    part = min(size.share for size in known)
+    sampled = f"; of large weights {part:.0%} of the rows or more were read" if part < 1 else ""
+    return f"{all_of_it:.2%} of the weights that are touched (‖ΔW‖/‖W‖, Frobenius){sampled}"
 
 
 def _verdict(found: Inspection) -> str:

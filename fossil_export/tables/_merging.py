@@ -13,6 +13,7 @@ from fossil_export.tables._shared import named_at, print_grouped
 
 if TYPE_CHECKING:
     from fossil_export.merging import MergePlan, MergeResult
+    from fossil_export.merging._change import Change
     from fossil_export.publishing import StreamPlan, StreamResult
 
 
@@ -24,7 +25,7 @@ def print_plan(plan: MergePlan, every: bool = False) -> None:
             tensor.name,
             tensor.dtype,
             "x".join(map(str, tensor.shape)),
-            " + ".join(change.trained.label for change in tensor.changes)
+            " + ".join(_told(change) for change in tensor.changes)
             or " + ".join(info.name for info in tensor.brought)
             or tensor.source.name,
         )
@@ -36,14 +37,23 @@ def print_plan(plan: MergePlan, every: bool = False) -> None:
     print_plan_summary(plan)
 
 
+def _told(change: Change) -> str:
+    """What is added: the name of a tensor if that is all of it, at weight 1."""
+    trained = change.trained
+    if len(trained.tensors) == 1 and change.weight == 1.0:
+        return trained.label
+    times = f"{change.weight:g} × " if change.weight != 1.0 else ""
+    return f"{times}{trained.method}{f' r={trained.rank}' if trained.rank else ''} of {trained.module}"
+
+
 def print_plan_summary(plan: MergePlan) -> None:
     from fossil_export.merging._plan import ACTIONS
 
     print_pairs(
         [
             *(
-                ("adapter", f"{named_at(adapter.name, adapter.revision)} ({adapter.variant}, r={adapter.rank})")
-                for adapter in plan.adapters
+                ("adapter", f"{named_at(adapter.name, adapter.revision)} ({adapter.variant}, r={adapter.rank}{times})")
+                for adapter, times in zip(plan.adapters, _times(plan), strict=True)
             ),
             ("base", named_at(plan.base_name, plan.base_revision)),
             ("tensors", ", ".join(f"{action} {count}" for action in ACTIONS if (count := plan.count(action)))),
@@ -59,8 +69,16 @@ def print_plan_summary(plan: MergePlan) -> None:
     )
 
 
+def _times(plan: MergePlan) -> list[str]:
+    """The weight of each adapter, in words; nothing if there is one at weight 1."""
+    if plan.weights == (1.0,):
+        return [""]
+    return [f", at weight {weight:g}" for weight in plan.weights]
+
+
 def _trained_as(plan: MergePlan) -> str:
-    return "; ".join(f"{adapter.variant}, r={adapter.rank}" for adapter in plan.adapters)
+    pairs = zip(plan.adapters, _times(plan), strict=True)
+    return " + ".join(f"{adapter.variant}, r={adapter.rank}{times}" for adapter, times in pairs)
 
 
 def print_result(result: MergeResult) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._dtypes import element_count
 from fossil_export.verifying._forward import Subject
 from fossil_export.verifying._models import Tokens
+from fossil_export.verifying._sum import Sum
 from fossil_export.verifying._weights import TensorCheck
 
 Progress = Callable[[int], None]
@@ -19,14 +19,14 @@ class Artifact(Protocol):
     """What `verify` asks of an artifact. A new kind has a class of its own, which its file in artifacts/ opens."""
 
     def weights(
-        self, base: Checkpoint, adapter: Adapter, record: Mapping[str, Any] | None, progress: Progress
+        self, base: Checkpoint, added: Sum, record: Mapping[str, Any] | None, progress: Progress
     ) -> tuple[tuple[TensorCheck, ...] | None, list[str]]:
         """The weights level: the tensors as compared (None where they are no checkpoint's) and what is wrong."""
 
     def incomparable(self) -> str | None:
         """Why the weights level alone would say nothing; None where it compares something."""
 
-    def subject(self, base: Checkpoint, adapter: Adapter, device: str) -> Subject:
+    def subject(self, base: Checkpoint, added: Sum, device: str) -> Subject:
         """How to run it."""
 
     def dtype(self, base: Checkpoint) -> str:

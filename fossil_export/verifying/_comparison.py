@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from fossil_export.checkpoints._header import Header, TensorInfo
 from fossil_export.checkpoints._input import InputFile, StoredArray
 from fossil_export.checkpoints.layouts import ReadRows, Rows
 from fossil_export.merging._change import Change, Part
+from fossil_export.verifying._rebuilding import Addend, rebuild
+from fossil_export.verifying._sum import Sum
 from fossil_export.verifying.reference import EXACT
 from fossil_export.verifying.reference._ulp import ulp
 
@@ -46,25 +49,26 @@ class Sums:
 
 @dataclass(frozen=True)
 class Job:
-    """A part of a tensor to compare; `source` has the values of all parts that are no pieces, and is `brought` if the
-    adapter has it."""
+    """A part of a tensor to compare; `source`, of the adapter number `owner` or else of the base, has the values of all
+    parts that are no pieces."""
 
     name: str
     found: TensorInfo
     source: TensorInfo
     part: Part
     action: str
-    brought: bool = False
+    owner: int | None = None
 
     @property
-    def change(self) -> Change | None:
-        return self.part.changes[0] if self.part.changes else None
+    def reader(self) -> int:
+        """The number of the adapter that the stored values are read of, if they are not the base's."""
+        return self.part.piece.adapter if self.part.piece is not None else self.owner or 0
 
     @property
     def as_bytes(self) -> bool:
         """Whether equal bytes are asked for, of whatever dtype."""
         same = self.source.dtype == self.found.dtype and self.source.offset is not None
-        return self.change is None and self.part.piece is None and same
+        return not self.part.changes and self.part.piece is None and same
 
     @property
     def span(self) -> tuple[int, int]:
@@ -81,10 +85,12 @@ class Job:
     @property
     def unit(self) -> int:
         """Rows that are rebuilt together."""
-        if self.change is None:
-            return 1
-        trained = self.change.trained
-        return int(trained.numbers.get("block_rows") or EXACT[trained.method].unit(trained.tensors))
+        return math.lcm(
+            *(
+                int(one.trained.numbers.get("block_rows") or EXACT[one.trained.method].unit(one.trained.tensors))
+                for one in self.part.changes
+            )
+        )
 
     def slabs(self) -> Iterator[tuple[int, int]]:
         """Row ranges; what is merged together stays together."""
@@ -146,23 +152,25 @@ class Files:
             file.check()
 
 
-def compare(job: Job, start: int, stop: int, adapter: Adapter, files: Files, progress: Callable[[int], None]) -> Sums:
+def compare(job: Job, start: int, stop: int, added: Sum, files: Files, progress: Callable[[int], None]) -> Sums:
     first, _ = job.span
     if job.as_bytes:
         size, count = 1, stop - start
         wanted, got = (files.read(info, first + start, count) for info in (job.source, job.found))
         part = _bytes(job, first + start, wanted, got)
-    elif job.change is not None:
-        size, matrix, rows_of = job.part.width * (BITS[job.found.dtype] // 8), job.change.into, files.rows(adapter)
-        stored = _whole(job.part.matrix_rows(rows_of, start, stop))
-        found = _whole(matrix.moved(job.found).read(rows_of, start, stop))
-        part = _values(job, start, stored, found, _trained(job, start, stop, adapter, files))
     else:
-        size = job.part.width * (BITS[job.found.dtype] // 8)
-        rows_of = files.rows(adapter)
-        stored = _whole(job.part.unchanged_rows(job.source, rows_of, start, stop))
-        found = _whole(replace(job.part, piece=None).unchanged_rows(job.found, rows_of, start, stop))
-        part = _values(job, start, stored, found, None)
+        size, rows_of = job.part.width * (BITS[job.found.dtype] // 8), files.rows(added.adapters[job.reader])
+        if job.part.changes:
+            matrix = job.part.matrix
+            stored = _whole(job.part.matrix_rows(rows_of, start, stop))
+            found = _whole(matrix.moved(job.found).read(rows_of, start, stop))
+        else:
+            stored = _whole(job.part.unchanged_rows(job.source, rows_of, start, stop))
+            found = _whole(replace(job.part, piece=None).unchanged_rows(job.found, rows_of, start, stop))
+        addends = [
+            _addend(change, job, start, stop, added.adapters[change.adapter], files) for change in job.part.changes
+        ]
+        part = _values(job, start, stored, found, addends)
     progress((stop - start) * size)
     return part
 
@@ -192,11 +200,10 @@ def _whole(rows: Rows) -> Array:
     return found
 
 
-def _values(job: Job, start: int, stored: Array, found: Array, trained: Mapping[str, Array] | None) -> Sums:
-    """Compare rows `stored` of the base, changed by what they need of the `trained`, with those `found`."""
+def _values(job: Job, start: int, stored: Array, found: Array, addends: Sequence[Addend]) -> Sums:
+    """Compare rows `stored` of the base, with the `addends` put to them, with those `found`."""
     import numpy as np
 
-    exactly = EXACT[job.change.trained.method] if job.change is not None else None
     rows = max(1, BLOCK // (found.shape[1] * job.unit)) * job.unit
     # Four arrays used over and over: allocating them for every block would cost more than the arithmetic.
     space = np.empty((4, min(rows, len(stored)), found.shape[1]))
@@ -207,20 +214,18 @@ def _values(job: Job, start: int, stored: Array, found: Array, trained: Mapping[
         np.copyto(weight, stored[at : at + rows])
         np.copyto(got, found[at : at + rows])
         bound = None
-        if exactly is not None:
-            assert trained is not None and job.change is not None
-            needed = exactly.part(trained, at, at + len(weight))
-            numbers = job.change.numbers(job.part.dtype, job.brought or job.part.piece is not None)
-            bound = exactly.rebuild(weight, needed, numbers, exact)
+        if addends:
+            needed = [one.part(at, at + len(weight)) for one in addends]
+            bound = rebuild(needed, weight, exact, job.part.dtype == "F64")
         else:
             np.copyto(exact, weight)
         ulp(exact, job.found.dtype, steps)
-        if exactly is not None:
+        if addends:
             some = slice(None, None, SAMPLED)
             change = exact[some] - weight[some]
             update += float(np.einsum("ij,ij->", change, change))
             kept += float(np.einsum("ij,ij->", got[some] - weight[some], change))
-        if exactly is None:
+        else:
             # A base may hold infinities (masks), whose cast is compared as it is.
             alike = ~np.isfinite(exact) & ((got == exact) | np.isnan(got) & np.isnan(exact))
             got[alike] = exact[alike] = 0.0
@@ -244,13 +249,13 @@ def _values(job: Job, start: int, stored: Array, found: Array, trained: Mapping[
 def _first(job: Job, start: int, marks: Array) -> int:
     """The first marked element of rows that begin at row `start` of a part: of the matrix, where that is the whole
     tensor, else of the tensor."""
-    if job.change is None or job.part.last - job.part.first == element_count(job.found.shape):
+    if not job.part.changes or job.part.last - job.part.first == element_count(job.found.shape):
         return job.part.first + start * job.part.width + int(marks.argmax())
-    stored = job.change.into.write(marks, start)
+    stored = job.part.matrix.write(marks, start)
     return min(one.offset + int(one.values.argmax()) for one in stored if one.values.any())
 
 
-def _trained(job: Job, start: int, stop: int, adapter: Adapter, files: Files) -> dict[str, Array]:
+def _addend(change: Change, job: Job, start: int, stop: int, adapter: Adapter, files: Files) -> Addend:
     """What rows [start, stop) need of the trained tensors as the merge sees them (float32, but for float64 weights), in
     float64; whole numbers in int64."""
     import numpy as np
@@ -260,8 +265,8 @@ def _trained(job: Job, start: int, stop: int, adapter: Adapter, files: Files) ->
             return array.astype(np.int64)
         return (array if job.part.dtype == "F64" else array.astype(np.float32)).astype(np.float64)
 
-    assert job.change is not None
-    trained = job.change.trained
+    trained = change.trained
     arrays = {role: trained.meant(role, files.array(info, adapter)) for role, info in trained.tensors.items()}
     part = EXACT[trained.method].part(arrays, start, stop)
-    return {role: seen(array) for role, array in part.items()}
+    brought = job.owner is not None or job.part.piece is not None
+    return Addend(change, {role: seen(array) for role, array in part.items()}, change.numbers(job.part.dtype, brought))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fossil_export.adapters import Adapter
@@ -14,16 +14,17 @@ from fossil_export.merging._guess import declared_tie, embedding_tensor
 from fossil_export.merging._look import look
 from fossil_export.merging._naming import naming_of
 from fossil_export.merging._plan import MergePlan
+from fossil_export.merging._provenance import recorded_adapters
 
 
 def check_folder(
-    artifact: Checkpoint, base: Checkpoint, adapter: Adapter, record: Mapping[str, Any] | None, plan: MergePlan
+    artifact: Checkpoint, base: Checkpoint, record: Mapping[str, Any] | None, plan: MergePlan
 ) -> Iterator[str]:
     """What is wrong with `artifact` beyond single tensors, one line each.
 
-    `record` is its provenance file, if it has one; `plan` is what merging the adapter into the base asks for.
+    `record` is its provenance file, if it has one; `plan` is what merging the adapters into the base asks for.
     """
-    yield from check_record(base, adapter, record)
+    yield from check_record(base, plan.adapters, record)
     if artifact.folder is not None:
         names = {header.path.name for header in artifact.files}
         for path in sorted(artifact.folder.iterdir()):
@@ -35,7 +36,7 @@ def check_folder(
             yield "config.json is missing from the artifact"
         return
     yield from _ties(artifact.config, plan)
-    embedding = _embedding(adapter, base, artifact)
+    embedding = _embedding(plan.adapters, base, artifact)
     vocabulary = _text(artifact.config).get("vocab_size")
     if embedding is not None and isinstance(vocabulary, int):
         rows = artifact.tensors[embedding].shape[0]
@@ -48,7 +49,7 @@ def check_folder(
     if changed:
         yield f"config.json has another {listed(changed)} than base and adapter ask for"
     # What is missing or too much among the tensors is told of each by itself.
-    yield from look([adapter], base, {tensor.name: tensor.shape for tensor in plan.tensors}, artifact.config)
+    yield from look(plan.adapters, base, {tensor.name: tensor.shape for tensor in plan.tensors}, artifact.config)
 
 
 _MEANING = (
@@ -59,8 +60,8 @@ _MEANING = (
 # What decides how the weights are used; ties and vocabulary are looked at on their own.
 
 
-def check_record(base: Checkpoint, adapter: Adapter, record: Mapping[str, Any] | None) -> Iterator[str]:
-    """Was the artifact made from this base and this adapter, as far as its provenance file tells?"""
+def check_record(base: Checkpoint, adapters: Sequence[Adapter], record: Mapping[str, Any] | None) -> Iterator[str]:
+    """Was the artifact made from this base and these adapters, as far as its provenance file tells?"""
     if record is None:
         return
     recorded = {entry["file"]: entry for entry in record.get("base", {}).get("weights", ())}
@@ -69,11 +70,14 @@ def check_record(base: Checkpoint, adapter: Adapter, record: Mapping[str, Any] |
         if known is None or (known["size"], known["header_sha256"]) != (entry["size"], entry["header_sha256"]):
             yield f"the artifact was made from another base than {base.location}: its record differs in {entry['file']}"
             break
-    digests = {entry["file"]: entry["sha256"] for entry in record.get("adapter", {}).get("files", ())}
-    for path in adapter.files:
-        if digests.get(path.name) not in (None, sha256(path)):
-            yield f"the artifact was made from another adapter than {adapter.path}: its record differs in {path.name}"
-            break
+    for adapter, known in zip(adapters, recorded_adapters(record), strict=False):
+        digests = {entry["file"]: entry["sha256"] for entry in known.get("files", ())}
+        for path in adapter.files:
+            if digests.get(path.name) not in (None, sha256(path)):
+                yield (
+                    f"the artifact was made from another adapter than {adapter.path}: its record differs in {path.name}"
+                )
+                break
 
 
 def _ties(config: Mapping[str, Any], plan: MergePlan) -> Iterator[str]:
@@ -84,13 +88,14 @@ def _ties(config: Mapping[str, Any], plan: MergePlan) -> Iterator[str]:
         yield f"config.json says tie_word_embeddings {declared_tie(config)}, and the base's says {before}"
 
 
-def _embedding(adapter: Adapter, base: Checkpoint, artifact: Checkpoint) -> str | None:
+def _embedding(adapters: Sequence[Adapter], base: Checkpoint, artifact: Checkpoint) -> str | None:
     """The name of the input embedding among the artifact's tensors."""
-    naming = naming_of(adapter, base)
-    if not naming.known or naming.model.embedding is None:
+    namings = [naming_of(adapter, base) for adapter in adapters]
+    known = [naming for naming in namings if naming.known and naming.model.embedding is not None]
+    if not known:
         return embedding_tensor(artifact.tensors)
-    name = naming.names.whole.get(f"{naming.model.embedding}.weight")
-    return name if name in artifact.tensors else None
+    names = [naming.names.whole.get(f"{naming.model.embedding}.weight") for naming in known]
+    return next((name for name in names if name in artifact.tensors), None)
 
 
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:

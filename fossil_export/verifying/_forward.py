@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fossil_export.adapters import Adapter
-from fossil_export.verifying._models import Runner, Tokens, open_trainer, tokenize
+from fossil_export.verifying._models import Runner, Tokens, tokenize
+from fossil_export.verifying._sum import Sum
+from fossil_export.verifying._trainer import open_trainer
 
 if TYPE_CHECKING:
     import torch
@@ -104,12 +105,12 @@ class Subject:
 
 
 def check_forward(
-    subject: Subject, base: Path, adapter: Adapter, dtype: str, parameters: int, prompts: tuple[str, ...], device: str
+    subject: Subject, base: Path, added: Sum, dtype: str, parameters: int, prompts: tuple[str, ...], device: str
 ) -> ForwardCheck:
     """Run truth, trainer (in `dtype`) and artifact on `prompts`, one model in memory at a time."""
     tokens = tokenize(subject.described_by, prompts)
     truth_dtype = "float64" if parameters <= WIDE_LIMIT and not device.startswith("cuda") else "float32"
-    model = (adapter, base, subject.described_by)
+    model = (added, base, subject.described_by)
     runner: Runner = open_trainer(*model, truth_dtype, device, subject.change, subject.merged)
     truth = [runner.logits(ids) for ids in tokens]
     true_modules = runner.modules(tokens[0]) or {}

@@ -22,6 +22,7 @@ from fossil_export.verifying._folder import check_record
 from fossil_export.verifying._forward import Subject
 from fossil_export.verifying._models import Tokens, TorchRunner, open_lora
 from fossil_export.verifying._stored import stored_dtype
+from fossil_export.verifying._sum import Sum
 from fossil_export.verifying._weights import TensorCheck
 from fossil_export.verifying.reference import EXACT
 
@@ -50,16 +51,17 @@ class LoraFolder:
     _described: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
 
     def weights(
-        self, base: Checkpoint, adapter: Adapter, record: Mapping[str, Any] | None, progress: Any
+        self, base: Checkpoint, added: Sum, record: Mapping[str, Any] | None, progress: Any
     ) -> tuple[tuple[TensorCheck, ...] | None, list[str]]:
+        adapter = added.only
         self._plan = settled(plan_merge(adapter, base.location))
-        return None, [*check_record(base, adapter, record), *_check(self.folder, adapter, self._plan)]
+        return None, [*check_record(base, [adapter], record), *_check(self.folder, adapter, self._plan)]
 
     def incomparable(self) -> str | None:
         return None
 
-    def subject(self, base: Checkpoint, adapter: Adapter, device: str) -> Subject:
-        plan = self._plan or settled(plan_merge(adapter, base.location))
+    def subject(self, base: Checkpoint, added: Sum, device: str) -> Subject:
+        plan = self._plan or settled(plan_merge(added.only, base.location))
         described = base.location
         if plan.config is not None:  # the task's own config, as a merge would write it
             self._described = tempfile.TemporaryDirectory()

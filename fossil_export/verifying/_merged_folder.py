@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import Checkpoint, identity
 from fossil_export.merging._naming import names_in
 from fossil_export.merging._planning import plan_merge, settled
@@ -17,6 +16,7 @@ from fossil_export.verifying._folder import check_folder
 from fossil_export.verifying._forward import Subject
 from fossil_export.verifying._models import Tokens, open_artifact
 from fossil_export.verifying._stored import stored_dtype
+from fossil_export.verifying._sum import Sum
 from fossil_export.verifying._weights import TensorCheck, check_weights
 
 
@@ -28,19 +28,19 @@ class MergedFolder:
     checkpoint: Checkpoint
 
     def weights(
-        self, base: Checkpoint, adapter: Adapter, record: Mapping[str, Any] | None, progress: Progress
+        self, base: Checkpoint, added: Sum, record: Mapping[str, Any] | None, progress: Progress
     ) -> tuple[tuple[TensorCheck, ...] | None, list[str]]:
         dtype = (record or {}).get("dtype", "auto")
-        plan = settled(plan_merge(adapter, base.location, dtype=dtype))
-        base = replicated([adapter], base)
-        problems = list(check_folder(self.checkpoint, base, adapter, record, plan))
-        tensors = check_weights(self.checkpoint, base, adapter, dtype, progress)
+        plan = settled(plan_merge(added.adapters, base.location, weights=added.weights, dtype=dtype))
+        base = replicated(added.adapters, base)
+        problems = list(check_folder(self.checkpoint, base, record, plan))
+        tensors = check_weights(self.checkpoint, base, added, dtype, progress)
         return tensors, problems + [f"{check.name} {check.problem}" for check in tensors if check.problem]
 
     def incomparable(self) -> str | None:
         return None
 
-    def subject(self, base: Checkpoint, adapter: Adapter, device: str) -> Subject:
+    def subject(self, base: Checkpoint, added: Sum, device: str) -> Subject:
         problems: list[str] = []
 
         def missing(kind: str, name: str) -> None:

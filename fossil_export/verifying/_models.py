@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fossil_export._foreign import load_model, load_tokenizer, model_class, read_config
-from fossil_export.adapters import Adapter
-from fossil_export.adapters._peft import find_weights
 from fossil_export.errors import FossilExportError, MissingExtraError
-from fossil_export.methods import starts_elsewhere
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +116,7 @@ def _plain_name(name: str, own: str) -> str | None:
     wrapped = {"base_layer", "original_module", "trained"} & set(parts) or any(part.startswith(own) for part in parts)
     if not name or wrapped or parts[-1] == "modules_to_save":
         return None
-    return name.replace(".modules_to_save.default", "")
+    return re.sub(r"\.modules_to_save\.[^.]+", "", name)
 
 
 @contextlib.contextmanager
@@ -153,76 +151,15 @@ def libraries() -> None:
         raise MissingExtraError(problem.name or "peft", "peft", "the forward level") from problem
 
 
-def open_trainer(
-    adapter: Adapter,
-    base: Path,
-    artifact: Path,
-    dtype: str,
-    device: str,
-    change: Callable[[Any], None] | None = None,
-    merged: bool = False,
-) -> TorchRunner:
-    """The model as it was trained: `base` in `dtype` with the adapter unmerged beside it, shards in float32.
-
-    PEFT runs it; our reference layers do for adapters that PEFT cannot load, or not on such layers (Conv1D). `dtype`
-    "float64" is the truth. `change` is let at the base's weights before the adapter is put beside them or, with
-    `merged`, at the weights that PEFT's own merge gives. The model's class is the one `artifact`'s config names.
-    """
-    import torch
-    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
-    from transformers.pytorch_utils import Conv1D
-
-    kind, config = _class_and_config(artifact, base)
-    # Where training began from another weight than the base's, that is made of the weight as it is stored.
-    started = any(starts_elsewhere(one.method) for one in adapter.trained.values())
-    with _quiet():
-        loaded = "auto" if started else getattr(torch, dtype)
-        model = load_model(kind, base, config, dtype=loaded, ignore_mismatched_sizes=True)
-        _resize(model, artifact)
-        if change is not None and not merged:
-            change(model)
-        wide = torch.float64 if dtype == "float64" else torch.float32
-        folder = adapter.path if adapter.path.is_dir() else adapter.path.parent
-        # PEFT looks only for files of its own names.
-        known = adapter.is_pefts and adapter.peft_type in PEFT_TYPE_TO_CONFIG_MAPPING
-        loads = known and adapter.files[1] == find_weights(folder)
-        if loads and not (adapter.peft_type == "MISS" and any(isinstance(one, Conv1D) for one in model.modules())):
-            model = PeftModel.from_pretrained(model, str(folder))
-            if adapter.peft_type != "LN_TUNING":  # its copies of layers compute in the base's dtype
-                _cast(model, model.base_model.prefix, getattr(torch, dtype) if started else None, wide)
-        else:
-            from fossil_export.verifying._layers import attach
-
-            if merged:
-                raise FossilExportError(
-                    f"{adapter.path}: PEFT cannot load it, and its merge is what int4 is checked by"
-                )
-            model = attach(model, adapter, wide)
-            if started:
-                _cast(model, "trained", getattr(torch, dtype), wide)
-        if change is not None and merged:
-            model = model.merge_and_unload()
-            change(model)
-    return TorchRunner(model, device)
-
-
-def _cast(model: Any, own: str, dtype: Any, wide: Any) -> None:
-    """Give parameters in what is named `own…` the dtype `wide`, the others `dtype` if there is one."""
-    for name, parameter in model.named_parameters():
-        target = wide if any(part.startswith(own) for part in name.split(".")) else dtype
-        if target is not None:
-            parameter.data = parameter.data.to(target)
-
-
 def open_lora(folder: Path, base: Path, described_by: Path, dtype: str, device: str) -> TorchRunner:
     """A LoRA folder on its base in `dtype`, by PEFT; the model's class is the one `described_by`'s config names."""
     import torch
     from peft import PeftModel
 
-    kind, config = _class_and_config(described_by, base)
-    with _quiet():
+    kind, config = class_and_config(described_by, base)
+    with quiet():
         model = load_model(kind, base, config, dtype=getattr(torch, dtype), ignore_mismatched_sizes=True)
-        _resize(model, described_by)
+        resize(model, described_by)
         return TorchRunner(PeftModel.from_pretrained(model, str(folder)), device)
 
 
@@ -231,8 +168,8 @@ def open_artifact(path: Path, device: str, missing: Callable[[str, str], None]) 
 
     `missing` is told the class and each parameter that is not in the files, or is there in another shape.
     """
-    kind, config = _class_and_config(path, path)
-    with _quiet():
+    kind, config = class_and_config(path, path)
+    with quiet():
         model, report = load_model(kind, path, config, dtype="auto", output_loading_info=True)
     for name in [*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])]:
         missing(kind.__name__, name)
@@ -245,7 +182,7 @@ def tokenize(artifact: Path, prompts: tuple[str, ...]) -> list[Tokens]:
 
     config = read_config(artifact)
     try:
-        with _quiet():
+        with quiet():
             tokenizer = load_tokenizer(artifact)
         found = [tokenizer(prompt)["input_ids"] for prompt in prompts]
         if all(found):  # without files, some classes make a tokenizer that knows no words
@@ -257,7 +194,7 @@ def tokenize(artifact: Path, prompts: tuple[str, ...]) -> list[Tokens]:
     return [torch.randint(vocabulary, (12,), generator=generator).tolist() for _ in prompts]
 
 
-def _class_and_config(named_by: Path, weights: Path) -> tuple[Any, Any]:
+def class_and_config(named_by: Path, weights: Path) -> tuple[Any, Any]:
     """The model class that `named_by`'s config names, and the config of `weights` with the labels of `named_by`."""
     config, own = read_config(named_by), read_config(weights)
     if own.num_labels != config.num_labels:
@@ -265,14 +202,14 @@ def _class_and_config(named_by: Path, weights: Path) -> tuple[Any, Any]:
     return model_class(config, "AutoModelForCausalLM"), own
 
 
-def _resize(model: Any, artifact: Path) -> None:
+def resize(model: Any, artifact: Path) -> None:
     rows = read_config(artifact).get_text_config().vocab_size
     if rows != model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Load without the libraries' bars and reports; errors still come through."""
     import transformers
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import Checkpoint, sha256
 from fossil_export.merging._planning import plan_merge
 from fossil_export.verifying._artifacts import Progress, count_parameters
 from fossil_export.verifying._folder import check_record
 from fossil_export.verifying._forward import Subject
 from fossil_export.verifying._models import Tokens
+from fossil_export.verifying._sum import Sum
 from fossil_export.verifying._weights import TensorCheck
 
 
@@ -24,12 +24,13 @@ class OnnxFolder:
     folder: Path
 
     def weights(
-        self, base: Checkpoint, adapter: Adapter, record: Mapping[str, Any] | None, progress: Progress
+        self, base: Checkpoint, added: Sum, record: Mapping[str, Any] | None, progress: Progress
     ) -> tuple[tuple[TensorCheck, ...] | None, list[str]]:
         from fossil_export.verifying._shards import check_shards
 
+        adapter = added.only
         plan_merge(adapter, base.location)  # do they go together?
-        return None, [*check_record(base, adapter, record), *check_shards(self.folder, adapter)]
+        return None, [*check_record(base, [adapter], record), *check_shards(self.folder, adapter)]
 
     def incomparable(self) -> str | None:
         from fossil_export.verifying._quantized import is_quantized
@@ -38,7 +39,7 @@ class OnnxFolder:
             return None
         return f"a {self._mode()} graph has no shards of its own; it is checked by running it, with --level forward"
 
-    def subject(self, base: Checkpoint, adapter: Adapter, device: str) -> Subject:
+    def subject(self, base: Checkpoint, added: Sum, device: str) -> Subject:
         from fossil_export.verifying._onnx_models import OnnxRunner, providers
         from fossil_export.verifying._quantized import NOISE, is_quantized, take_weights
 

@@ -178,10 +178,14 @@ def _merged(merged: Sequence[TensorCheck]) -> str:
 def _footer(result: Verification) -> str:
     from fossil_export.verifying._verdict import versions
 
-    adapter = result.adapter
+    adapters = [
+        f"{adapter.path} ({adapter.variant}, rank {adapter.rank}"
+        + (")" if result.added.is_plain else f", at weight {weight:g})")
+        for adapter, weight in result.added
+    ]
     facts = {
         "Artifact": result.artifact,
-        "Adapter": f"{adapter.path} ({adapter.variant}, rank {adapter.rank})",
+        "Adapter" if len(adapters) == 1 else "Adapters": " + ".join(adapters),
         "Base": result.base_name,
         "Device": result.device,
         "Versions": ", ".join(f"{name} {number}" for name, number in versions().items()),

@@ -9,13 +9,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fossil_export.adapters import Adapter
 from fossil_export.adapters._quantized import quantized_training
 from fossil_export.checkpoints._checkpoint import Checkpoint, identity, sha256
 from fossil_export.checkpoints._jsonfile import write_json
+from fossil_export.errors import listed
 from fossil_export.storage import Origin
 from fossil_export.verifying._forward import FACTOR, Distance, ForwardCheck
 from fossil_export.verifying._opening import open_any
+from fossil_export.verifying._sum import Sum
 from fossil_export.verifying._weights import TensorCheck
 from fossil_export.version import __version__
 
@@ -24,13 +25,14 @@ from fossil_export.version import __version__
 class Verification:
     """The verdict on one artifact, which came from `origin` and is now in the folder `artifact`. `problems` is empty
     for parity, else the reasons, the first one first; `tensors` is None unless the weights level ran, `forward` unless
-    the forward level did. `base_name` is the base's id on the Hub with its commit, else its path."""
+    the forward level did. `base_name` is the base's id on the Hub with its commit, else its path; `added` are the
+    adapters and their weights."""
 
     origin: Origin
     artifact: Path
     base: Checkpoint
     base_name: str
-    adapter: Adapter
+    added: Sum
     problems: tuple[str, ...]
     tensors: tuple[TensorCheck, ...] | None
     forward: ForwardCheck | None
@@ -46,14 +48,17 @@ class Verification:
     def quantized_training(self) -> str | None:
         """What says that training ran over quantized weights. The trainer of this verification did not: it is the
         adapter on `base` as that is stored."""
-        return quantized_training(self.adapter)
+        return next((sign for one in self.added.adapters if (sign := quantized_training(one))), None)
 
     @property
     def compared_with(self) -> str:
         """What the verdict is about, in words."""
         sign = self.quantized_training
         doubt = f"; trained over quantized weights, it seems ({sign}), it is another model there" if sign else ""
-        return f"the adapter on the base as it is stored{doubt}"
+        count = len(self.added.adapters)
+        what = "the adapter" if count == 1 else f"the {count} adapters together"
+        times = "" if set(self.added.weights) == {1.0} else f", at {_weights(self.added)},"
+        return f"{what}{times} on the base as it is stored{doubt}"
 
     @property
     def parity(self) -> bool:
@@ -83,12 +88,7 @@ def certificate(result: Verification) -> dict[str, Any]:
         "tool": {"name": "fossil-export", "version": __version__},
         "parity": result.parity,
         "reason": result.problems[0] if result.problems else None,
-        "adapter": {
-            "name": result.adapter.name,
-            "revision": result.adapter.revision,
-            "variant": result.adapter.variant,
-            "rank": result.adapter.rank,
-        },
+        **_adapters(result.added),
         "base": result.base_name,
         "base_weights": "as stored",
         "quantized_training": result.quantized_training,
@@ -124,6 +124,21 @@ def certificate(result: Verification) -> dict[str, Any]:
     return found
 
 
+def _weights(added: Sum) -> str:
+    word = "weight" if len(added.weights) == 1 else "weights"
+    return f"{word} {listed([f'{weight:g}' for weight in added.weights], len(added.weights))}"
+
+
+def _adapters(added: Sum) -> dict[str, Any]:
+    """What a record has of them: "adapter" for one, "adapters" for several."""
+    found = [
+        {"name": adapter.name, "revision": adapter.revision, "variant": adapter.variant, "rank": adapter.rank}
+        | ({} if added.is_plain else {"weight": weight})
+        for adapter, weight in added
+    ]
+    return {"adapter": found[0]} if len(found) == 1 else {"adapters": found}
+
+
 def certificate_file(result: Verification) -> bytes:
     """`fossil_parity.json`: the certificate, and which files it was about."""
     return write_json({**certificate(result), "hashes": _hashes(result)})
@@ -134,7 +149,7 @@ def _hashes(result: Verification) -> dict[str, Any]:
     return {
         "artifact": open_any(result.artifact).hashes(),
         "base": identity(result.base),
-        "adapter": [{"file": path.name, "sha256": sha256(path)} for path in result.adapter.files],
+        "adapter": [{"file": path.name, "sha256": sha256(path)} for one in result.added.adapters for path in one.files],
     }
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,16 @@ from fossil_export.checkpoints._dtypes import BY_TORCH_NAME
 from fossil_export.checkpoints._jsonfile import read_json
 from fossil_export.checkpoints._single_file import write_file
 from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError, listed
+from fossil_export.merging._given import AnyGiven, with_weights
 from fossil_export.merging._planning import plan_merge
-from fossil_export.merging._provenance import is_sum
+from fossil_export.merging._provenance import recorded_adapters
 from fossil_export.storage import Needed, Origin, fetch, find_origin, pinned
 from fossil_export.verifying._forward import check_forward
 from fossil_export.verifying._levels import LEVELS, Level
 from fossil_export.verifying._models import check_device, tokenize
 from fossil_export.verifying._opening import open_any
 from fossil_export.verifying._prompts import PROMPTS, read_prompts
+from fossil_export.verifying._sum import Sum
 from fossil_export.verifying._verdict import Verification, certificate_file, device_name
 
 SWAPPED = 2
@@ -34,7 +37,7 @@ def verify(
     artifact: str | Path,
     *,
     base: str | Path | None = None,
-    adapter: Adapter | str | Path | None = None,
+    adapter: AnyGiven | None = None,
     level: Level = "all",
     device: str = "cpu",
     prompts: str | Path | None = None,
@@ -43,7 +46,8 @@ def verify(
 ) -> Verification:
     """Is `artifact` (a folder that `merge`, `export_onnx` or `convert` wrote) what was trained?
 
-    All three may be ids on the Hub. `base` and `adapter` default to those its `fossil_export.json` names. `level` is
+    All three may be ids on the Hub. `base` and `adapter` default to those its `fossil_export.json` names; `adapter` may
+    be several, or pairs with weights, as for `merge`, and one without a weight has the recorded one. `level` is
     "weights" (every tensor, streamed, no model class), "forward" (logits and continuations against the trainer, which
     needs the extra [peft]) or "all". `prompts` is a text file, one a line; `report` an HTML file to write. Writes
     `fossil_parity.json` beside the weights; for an artifact on the Hub `publish_certificate` does. `progress` is called
@@ -71,7 +75,7 @@ def verify(
 def _verified(
     origin: Origin,
     base: str | Path | None,
-    adapter: Adapter | str | Path | None,
+    adapter: AnyGiven | None,
     level: Level,
     device: str,
     prompts: str | Path | None,
@@ -90,11 +94,12 @@ def _verified(
         raise CheckpointError(f"{folder}: is no model folder; name the folder that the file lies in")
     record = _read_record(folder)
     found = open_any(folder)
-    if not isinstance(adapter, Adapter):
-        adapter = load_adapter(_named(adapter, record, "adapter", folder))
-    fetch(adapter.needed)
-    found_base = find_origin(_named(base, record, "base", folder), CheckpointError, "base model")
-    base_checkpoint = _whole(found_base, adapter)
+    added = _added(adapter, record, folder)
+    fetch(*(one.needed for one in added.adapters))
+    found_base = find_origin(
+        _named(base, (record or {}).get("base", {}), "base", folder), CheckpointError, "base model"
+    )
+    base_checkpoint = _whole(found_base, added)
     base_folder = found_base.path
     base_name = str(base_checkpoint.location) if found_base.is_path else pinned(found_base.name, found_base.revision)
     texts = read_prompts(prompts) if prompts is not None else PROMPTS
@@ -112,17 +117,17 @@ def _verified(
     together = True
     if level in ("weights", "all"):
         try:
-            tensors, problems = found.weights(base_checkpoint, adapter, record, progress)
+            tensors, problems = found.weights(base_checkpoint, added, record, progress)
         except MergeError as problem:  # adapter and base do not go together: nothing made of them can be right
             problems.append(str(problem))
             together = False
     if level in ("forward", "all") and together:
         try:
-            subject = found.subject(base_checkpoint, adapter, device)
+            subject = found.subject(base_checkpoint, added, device)
             forward = check_forward(
                 subject,
                 base_folder,
-                adapter,
+                added,
                 found.dtype(base_checkpoint),
                 found.parameters(base_checkpoint),
                 texts,
@@ -144,13 +149,13 @@ def _verified(
         artifact=folder,
         base=base_checkpoint,
         base_name=base_name,
-        adapter=adapter,
+        added=added,
         problems=tuple(map(origin.shown, problems)),
         tensors=tensors,
         forward=forward,
         device=device_name(device),
         seconds=time.perf_counter() - started,
-        warnings=origin.notes + found_base.notes + adapter.notes,
+        warnings=origin.notes + found_base.notes + tuple(note for one in added.adapters for note in one.notes),
     )
 
 
@@ -160,31 +165,50 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     record = read_json(path, CheckpointError)
-    if is_sum(record):
-        raise CheckpointError(
-            f"{folder}: was merged from several adapters, or at a weight, which verify cannot rebuild yet; verify a "
-            "merge of one adapter"
-        )
     try:
-        sound = record["dtype"] in ("auto", *BY_TORCH_NAME)
-        sound &= all(isinstance(record[part]["name"], str) for part in ("base", "adapter"))
+        adapters = recorded_adapters(record)
+        files = [entry for adapter in adapters for entry in adapter["files"]]
+        sound = bool(adapters) and record["dtype"] in ("auto", *BY_TORCH_NAME)
+        sound &= all(isinstance(part["name"], str) for part in (record["base"], *adapters))
+        sound &= all(math.isfinite(adapter.get("weight", 1.0)) for adapter in adapters)
         sound &= all(isinstance(e["size"], int) and e["header_sha256"] for e in record["base"]["weights"])
-        sound &= all(e["sha256"] for e in record["adapter"]["files"])
-        sound &= all(
-            isinstance(e["file"], str) and e["file"] for e in [*record["base"]["weights"], *record["adapter"]["files"]]
-        )
-    except (KeyError, TypeError):
+        sound &= all(e["sha256"] for e in files)
+        sound &= all(isinstance(e["file"], str) and e["file"] for e in [*record["base"]["weights"], *files])
+    except (KeyError, TypeError, AttributeError, OverflowError):
         sound = False
     if not sound:
         raise CheckpointError(f"{path}: is damaged; remove it and name --base and --adapter")
     return record
 
 
-def _named(given: Any, record: Mapping[str, Any] | None, part: str, folder: Path) -> str | Path:
+def _added(given: AnyGiven | None, record: Mapping[str, Any] | None, folder: Path) -> Sum:
+    """The adapters to rebuild the artifact from, opened, and their weights: what is `given`, else what is recorded."""
+    recorded = recorded_adapters(record or {})
+    if given is None:
+        names = [_named(None, entry, "adapter", folder) for entry in recorded or [{}]]
+        weights: Sequence[float | None] = [None] * len(names)
+    else:
+        names, weights = map(list, with_weights(given))  # type: ignore[assignment]
+    if recorded and len(names) != len(recorded):
+        raise CheckpointError(
+            f"{folder}: was merged from {len(recorded)} adapters, and {len(names)} are named; name all of them, in "
+            "their order, with --adapter"
+        )
+    entries = recorded or [{}] * len(names)
+    return Sum(
+        tuple(one if isinstance(one, Adapter) else load_adapter(one) for one in names),
+        tuple(
+            float(entry.get("weight", 1.0) if weight is None else weight)
+            for weight, entry in zip(weights, entries, strict=True)
+        ),
+    )
+
+
+def _named(given: Any, entry: Mapping[str, Any], part: str, folder: Path) -> str | Path:
+    """What is `given`, or what an entry of the record names."""
     if given is not None:
         path: str | Path = given
         return path
-    entry = (record or {}).get(part, {})
     name = entry.get("name")
     if not name:
         error = AdapterError if part == "adapter" else CheckpointError
@@ -206,11 +230,11 @@ def _fetch_parts(origin: Origin) -> None:
         fetch(Needed(folder, tuple(_parts(folder.names()))))
 
 
-def _whole(base: Origin, adapter: Adapter) -> Checkpoint:
+def _whole(base: Origin, added: Sum) -> Checkpoint:
     """The base with all its files here; of a model on the Hub only those a merge takes are fetched."""
     if not base.folder.is_here:
         try:
-            fetch(*plan_merge(adapter, base).needed)
+            fetch(*plan_merge(added.adapters, base, weights=added.weights).needed)
         except MergeError:  # a verdict, which needs the files all the same
             _fetch_parts(base)
     return base.checkpoint()

@@ -16,7 +16,6 @@ from functools import partial
 from itertools import islice
 
 from fossil_export._threads import in_order, one_blas_thread
-from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._dtypes import BY_TORCH_NAME, FLOATS, element_count
 from fossil_export.merging._change import Change, parts_of
@@ -25,6 +24,7 @@ from fossil_export.merging._placement import Places, together
 from fossil_export.merging._replication import replicated
 from fossil_export.merging._ties import are_equal
 from fossil_export.verifying._comparison import Files, Job, Sums, compare
+from fossil_export.verifying._sum import Sum
 
 AHEAD = 4
 """Tasks that wait for each thread: enough that none is idle, few enough that they take no memory in any model."""
@@ -57,24 +57,24 @@ class TensorCheck:
 def check_weights(
     artifact: Checkpoint,
     base: Checkpoint,
-    adapter: Adapter,
+    added: Sum,
     dtype: str = "auto",
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> tuple[TensorCheck, ...]:
-    """Compare every tensor of `artifact` with what `adapter` on `base` must give, in the base's order.
+    """Compare every tensor of `artifact` with what the adapters `added` to `base` must give, in the base's order.
 
     `dtype` is what the merge was asked for ("auto": each tensor keeps its own). Reads every byte once, in
-    little memory. Raises MergeError where the adapter does not belong to the base.
+    little memory. Raises MergeError where an adapter does not belong to the base.
     """
-    base = replicated([adapter], base)
-    places = _places(adapter, base)
+    base = replicated(added.adapters, base)
+    places = _places(added, base)
     names = [*base.tensors, *places.added]
     tensors = [_expected(name, artifact, base, places, dtype) for name in names]
     jobs = [job for found in tensors if isinstance(found, tuple) for job in found]
-    headers = [*artifact.files, *base.files, *([adapter.header] if adapter.header is not None else [])]
+    headers = [*artifact.files, *base.files, *(one.header for one in added.adapters if one.header is not None)]
     threads = os.cpu_count() or 1
     with one_blas_thread(), Files(headers) as files, ThreadPoolExecutor(threads) as pool:
-        calls = (partial(compare, job, *rows, adapter, files, progress) for job in jobs for rows in job.slabs())
+        calls = (partial(compare, job, *rows, added, files, progress) for job in jobs for rows in job.slabs())
         with closing(in_order(pool, calls, AHEAD * threads)) as sums:
             checks = [_summary(found, sums) if isinstance(found, tuple) else found for found in tensors]
         files.check()
@@ -87,11 +87,14 @@ def check_weights(
     return tuple(checks)
 
 
-def _places(adapter: Adapter, base: Checkpoint) -> Places:
-    placement = place(adapter, base)
-    if placement.undecided is not None:
-        placement = place(adapter, base, are_equal(adapter, base, placement))
-    return together([adapter], [placement], [1.0])
+def _places(added: Sum, base: Checkpoint) -> Places:
+    placements = []
+    for adapter in added.adapters:
+        placement = place(adapter, base)
+        if placement.undecided is not None:
+            placement = place(adapter, base, are_equal(adapter, base, placement))
+        placements.append(placement)
+    return together(added.adapters, placements, added.weights)
 
 
 def _expected(
@@ -118,14 +121,13 @@ def _expected(
         return failed(f"has shape {list(found.shape)}, should have {list(source.shape)}")
     for piece in pieces:
         piece.check(source)
-    return tuple(
-        Job(name, found, source, part, action, owner is not None) for part in parts_of(found.shape, changes, pieces)
-    )
+    return tuple(Job(name, found, source, part, action, owner) for part in parts_of(found.shape, changes, pieces))
 
 
 def _module(changes: Sequence[Change]) -> str | None:
     """The module of a tensor that is one matrix."""
-    return changes[0].trained.module if len(changes) == 1 else None
+    modules = {change.trained.module for change in changes}
+    return modules.pop() if len(modules) == 1 else None
 
 
 def _summary(jobs: tuple[Job, ...], sums: Iterator[Sums]) -> TensorCheck:

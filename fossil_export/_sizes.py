@@ -1,0 +1,168 @@
+"""How large what an adapter changes is beside the weights that it changes: ‖ΔW‖ and ‖W‖, Frobenius norms.
+
+Of an update with a low-rank form, ΔW = U A, the norm comes from the Gram matrices, ‖ΔW‖² = Σ (UᵀU) ∘ (A Aᵀ), without
+ΔW; of any other from its rows. Weights are read by rows, at most `LIMIT` bytes of each: of larger ones a part of the
+rows, evenly spread, stands for all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fossil_export.checkpoints._dtypes import BITS, FLOATS, element_count, numpy_dtype
+from fossil_export.checkpoints._folder import LocalFolder
+from fossil_export.checkpoints._header import TensorInfo
+from fossil_export.errors import FossilExportError
+from fossil_export.merging import MergePlan
+from fossil_export.merging._change import Change, Part
+from fossil_export.merging._layout import TensorPlan
+from fossil_export.methods import Tiling
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+LIMIT = 4 << 20
+"""Bytes of a weight that are read; less of each if there are many (`TOTAL`)."""
+
+TOTAL = 1 << 30
+"""Bytes of all weights that are read."""
+
+CUTS = 16
+"""Places in a weight that its rows are taken from, if not all are read."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """‖ΔW‖ and ‖W‖ of one weight; None for what was not to be had. `share` is that of its rows that were read."""
+
+    update: float | None
+    weight: float | None
+    share: float = 1.0
+
+    @property
+    def ratio(self) -> float | None:
+        """‖ΔW‖ / ‖W‖."""
+        if self.update is None or not self.weight or not math.isfinite(self.update / self.weight):
+            return None
+        return self.update / self.weight
+
+
+def sizes_of(plan: MergePlan) -> dict[str, Size]:
+    """By module, and by name for a tensor that comes whole. Of a base, or an adapter, that is not on this machine no
+    values are read."""
+    changed = [tensor for tensor in plan.tensors if tensor.action in ("merge", "replace")]
+    count = sum(len(tensor.changes) or 1 for tensor in changed)
+    limit = min(LIMIT, TOTAL // max(1, count))
+    base_is_here = all(header.path.is_file() for header in plan.base.files)
+    found: dict[str, Size] = {}
+    for tensor in changed:
+        for part in tensor.parts:
+            for change in part.changes:
+                if plan.adapters[change.adapter].is_here:
+                    found[change.trained.module] = _of_change(plan, tensor, part, change, limit, base_is_here)
+        if tensor.action == "replace" and tensor.owner is not None and plan.adapters[tensor.owner].is_here:
+            found[tensor.name] = _of_replaced(plan, tensor, limit, base_is_here)
+    return found
+
+
+def _of_change(plan: MergePlan, tensor: TensorPlan, part: Part, change: Change, limit: int, base_is_here: bool) -> Size:
+    import numpy as np
+
+    adapter = plan.adapters[change.adapter]
+    trained, method, (outputs, inputs) = change.trained, change.method, change.into.shape
+    arrays = {role: array.astype(np.float64) for role, array in adapter.arrays(trained.module).items()}
+    update = _from_form(arrays, change, outputs, inputs)
+    source, owner = tensor.origin(part)
+    if owner is None and not base_is_here:
+        return Size(update, None)
+
+    def rows_of(info: TensorInfo, start: int, stop: int) -> Array:
+        return _read(plan, info, owner, start, stop)
+
+    of_update = of_weight = 0.0
+    read = 0
+    unit = change.into.unit(method.block_rows(trained.shapes))
+    bits = BITS[source.dtype]
+    for start, stop in _slices(outputs, unit, limit * 8 // max(1, inputs * bits)):
+        weight = part.matrix_rows(rows_of, start, stop)[:].astype(np.float32)
+        of_weight += _square(weight)
+        read += stop - start
+        if update is None:
+            own = method.part(arrays, start, stop)
+            of_update += _square(method.update(weight.astype(np.float64), own, trained.numbers, 0))
+    share = read / outputs
+    size = math.sqrt(of_update / share) if update is None else update
+    return Size(size * abs(change.weight), math.sqrt(of_weight / share), share)
+
+
+def _from_form(arrays: Mapping[str, Array], change: Change, outputs: int, inputs: int) -> float | None:
+    """‖ΔW‖ by the low-rank form; None without one."""
+    import numpy as np
+
+    form = change.method.low_rank(arrays, change.trained.numbers, outputs)
+    if form is None:
+        return None
+    up = np.asarray(form.up)
+    if isinstance(form.down, Tiling):  # the rows of A are ones in columns of their own
+        counts = np.bincount(np.arange(inputs) % form.rank, minlength=form.rank)
+        return math.sqrt(float(((up * up).sum(axis=0) * counts).sum()))
+    down = np.asarray(form.down)
+    square = float(((up.T @ up) * (down @ down.T)).sum())
+    return math.sqrt(max(0.0, square)) if square == square else square
+
+
+def _of_replaced(plan: MergePlan, tensor: TensorPlan, limit: int, base_is_here: bool) -> Size:
+    """Of a tensor that comes whole: what it differs by from the base's of that name."""
+    import numpy as np
+
+    old, new = plan.base.tensors[tensor.name], tensor.source
+    if not base_is_here or old.shape != new.shape or not {old.dtype, new.dtype} <= set(FLOATS) or not new.shape:
+        return Size(None, None)
+    rows = new.shape[0]
+    width = max(1, element_count(new.shape[1:]))
+    difference = weight = 0.0
+    read = 0
+    for start, stop in _slices(rows, 1, limit * 8 // (width * BITS[old.dtype])):
+        own = _read(plan, old, None, start, stop).astype(np.float32)
+        weight += _square(own)
+        difference += _square(_read(plan, new, tensor.owner, start, stop).astype(np.float32) - own)
+        read += stop - start
+    return Size(math.sqrt(difference * rows / read), math.sqrt(weight * rows / read), read / rows)
+
+
+def _slices(rows: int, unit: int, most: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows, of whole units: all of them if there are no more than `most`, else evenly spread ones."""
+    units = -(-rows // unit)
+    wanted = max(1, most // unit)
+    if wanted >= units:
+        yield 0, rows
+        return
+    cuts = min(CUTS, wanted)
+    each = wanted // cuts
+    for cut in range(cuts):
+        first = cut * (units - each) // max(1, cuts - 1) if cuts > 1 else (units - each) // 2
+        yield first * unit, min((first + each) * unit, rows)
+
+
+def _read(plan: MergePlan, info: TensorInfo, owner: int | None, start: int, stop: int) -> Array:
+    """Rows [start, stop) of a stored tensor's first axis."""
+    if owner is not None:
+        return plan.adapters[owner].array(info, start, stop)
+    if info.offset is None:
+        raise FossilExportError(f"{info.path}: {info.name} cannot be read by parts")
+    row = info.nbytes // max(1, info.shape[0])
+    raw = LocalFolder(info.path.parent).view(info.path.name, info.offset + start * row, (stop - start) * row)
+    return raw.view(numpy_dtype(info.dtype)).reshape(stop - start, *info.shape[1:])
+
+
+def _square(values: Array) -> float:
+    """The sum of the squares: each piece in the array's own dtype, their sum in float64."""
+    import numpy as np
+
+    flat = np.ascontiguousarray(values).reshape(-1)
+    return math.fsum(float(np.dot(piece, piece)) for piece in np.array_split(flat, max(1, len(flat) >> 16)))
