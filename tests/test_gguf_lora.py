@@ -14,7 +14,7 @@ from conftest import edit_json, make_adapter
 from gguf_tools import HEADS, KINDS, NAMES, Case, gguf_name, in_order, make, make_kind, refused, tensors, without_head
 from safetensors.torch import load_file, save_file
 
-from fossil_export.converting._gguf_lora import FAMILIES
+from fossil_export.converting._gguf_base import FAMILIES
 
 case = gguf_tools.case
 
