@@ -210,7 +210,7 @@ def _add_keys(
         f"r = {adapter.rank}) in its LoRA form, by fossil-export {__version__}"
     )
     if base:
-        writer.add_base_modelcount(1)
+        writer.add_base_model_count(1)
         writer.add_base_model_name(0, Path(base).name)
         if (found := parse_name(base)) is not None and found.page is not None:
             writer.add_base_model_repo_url(0, found.page)
