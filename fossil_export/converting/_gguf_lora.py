@@ -43,7 +43,7 @@ from fossil_export.version import __version__
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
-_LARGEST = {"f32": float("inf"), "f16": 65504.0, "q8_0": 65504.0 * 127}
+_LARGEST = {"f32": float(np.finfo(np.float32).max), "f16": 65504.0, "q8_0": 65504.0 * 127}
 # q8_0 keeps a float16 scale for 32 values, which is their largest over 127.
 
 _NOTICEABLE = 0.02
