@@ -109,7 +109,9 @@ def test_head_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("value", "outtype"), [(1e30, "f16"), (3e38, "f32")])
 def test_more_than_a_format_holds(value: float, outtype: str, tmp_path: Path) -> None:
-    case = made(tmp_path, "llama", **{"target_modules": ["q_proj", "o_proj"], "alpha_pattern": {"o_proj": 16}})
+    case = made(
+        tmp_path, "llama", **{"target_modules": ["q_proj", "v_proj", "o_proj"], "alpha_pattern": {"o_proj": 16}}
+    )
     file = case.adapter / "adapter_model.safetensors"
     state = load_file(file)
     state["base_model.model.model.layers.1.self_attn.o_proj.lora_B.weight"][2, 2] = value

@@ -145,7 +145,7 @@ def _wanted(facts: Facts, data: Mapping[str, Any], template: bool) -> dict[str, 
 
 def _tags(facts: Facts) -> list[str]:
     adapters = adapters_of(facts.record)
-    found = [tag for method in methods_of(adapters) for tag in method.tags]
+    found = [tag for method in methods_of(facts) for tag in method.tags]
     found += ["bone"] * any(adapter.get("peft_type") == "BONE" for adapter in adapters)
     variants = [adapter.get("variant") for adapter in adapters]
     found += [variant for variant in ("tile", "mini", "bat") if variant in variants]

@@ -7,10 +7,10 @@ own word, without a paper.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from fossil_export.cards._facts import Facts, adapters_of
 from fossil_export.cards._markdown import plain
 
 ARXIV = "https://arxiv.org/abs/"
@@ -141,6 +141,9 @@ def method_of(peft_type: Any, variant: Any) -> Named:
     return _OTHERS.get(peft_type) or Named(plain(peft_type), (word, "peft"))
 
 
-def methods_of(adapters: Iterable[Any]) -> list[Named]:
-    """Those of the adapters in a record, each once."""
-    return list(dict.fromkeys(method_of(one.get("peft_type"), one.get("variant")) for one in adapters)) or [FOSSIL]
+def methods_of(facts: Facts) -> list[Named]:
+    """Those of the adapters in the record, each once; if there is none, that of adapter_config.json."""
+    config = facts.config or {}
+    own = {"peft_type": config.get("peft_type"), "variant": "dora" if config.get("use_dora") else None}
+    adapters = [one for one in adapters_of(facts.record) if one] or [own]
+    return list(dict.fromkeys(method_of(one.get("peft_type"), one.get("variant")) for one in adapters))

@@ -41,7 +41,7 @@ def generated(facts: Facts) -> str:
                 "**That is little**: steps of the weights' number format are larger than much of what was trained. "
                 "A merge with `--dtype float32`, or the adapter apart from the weights, keeps all of it."
             ]
-    papers = [method.paper for method in methods_of(adapters_of(facts.record)) if method.paper is not None]
+    papers = [method.paper for method in methods_of(facts) if method.paper is not None]
     if papers:
         word = "method" if len(papers) == 1 else "methods"
         found += ["## Citation", f"The {word}:", *(fenced("bibtex", paper.bibtex()) for paper in papers)]
@@ -53,7 +53,7 @@ def _summary(facts: Facts) -> str:
     link = _link(facts.adapter, facts.adapter_revision)
     adapter = f"the adapter {link}" if link else "an adapter"
     adapter = f"the sum of {len(facts.adapters)} adapters" if facts.adapters else adapter
-    method = " and ".join(method.markdown() for method in methods_of(adapters_of(facts.record)))
+    method = " and ".join(method.markdown() for method in methods_of(facts))
     line = CARDS[facts.kind].summary(facts, Sources(base, adapter, method))
     return line[0].upper() + line[1:]
 

@@ -25,8 +25,8 @@ _PLAIN = (
 def layer_shapes(adapter: Adapter, options: Options) -> tuple[Shapes, frozenset[str]]:
     """(out, in) of each trained module, and the names of all modules of the base with a matrix (empty if unknown).
 
-    Of a base, they are those that a merge would take. Reads headers only. Raises MergeError if a shard does not fit,
-    CheckpointError without base and config.
+    Of a base, they are those that a merge would take. Reads headers only. Raises MergeError if what was trained
+    does not fit, CheckpointError without base and config.
     """
     if options.base_config is not None:
         path = resolve(options.base_config, CheckpointError, "base config")

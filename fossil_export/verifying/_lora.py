@@ -1,4 +1,4 @@
-"""LoRA folders: the matrices held against the shards, and the folder run by PEFT as a server would take it."""
+"""LoRA folders: the matrices held against what was trained, and the folder run by PEFT as a server would take it."""
 
 from __future__ import annotations
 
