@@ -282,9 +282,39 @@ class TestNearest:
         with pytest.raises(AdapterError, match=r"rows_b changes model\.norm\.bias as row_bias, for which a LoRA"):
             convert(rows, tmp_path / "lora", to="lora", rank=2)
 
+    def test_not_of_an_embedding_that_is_the_head_too(self, rows: Path, tmp_path: Path) -> None:
+        base = make_base(tmp_path / "tied", tie=True)
+        with pytest.raises(AdapterError, match=r"embed_tokens, which the base ties to its head, and a LoRA would"):
+            convert(rows, tmp_path / "lora", to="lora", rank=2, base=base)
+
+    def test_not_of_a_vector_taken_for_a_matrix(self, rows: Path, base: Path, tmp_path: Path, monkeypatch: Any) -> None:
+        monkeypatch.setattr(Rows, "dimensions", lambda self, shapes: 1)
+        save_file({f"{PREFIX}model.norm.rows_g": torch.ones(48)}, rows / "adapter_model.safetensors")
+        with pytest.raises(AdapterError, match=r"rows_g changes model\.norm\.weight as rows, for which a LoRA has no"):
+            convert(rows, tmp_path / "lora", to="lora", rank=1)
+
     def test_a_gguf_points_to_it(self, rows: Path, base: Path, tmp_path: Path) -> None:
         with pytest.raises(FossilExportError, match=r"is a rows adapter.*--to lora with --rank"):
             convert(rows, tmp_path / "x.gguf", to="gguf-lora")
+
+
+def test_convolutions_come_along(tmp_path: Path) -> None:
+    from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    base, images = tmp_path / "base", torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(base)
+    kind = AutoModelForImageClassification
+    config = {"target_modules": ["projection", "fc1"], "alpha_pattern": {"projection": 3}, "r": 4}
+    trained = make_adapter(tmp_path / "adapter", base, kind=LoraConfig, model_class=kind, **config).to(torch.float64)
+    folders = [convert(tmp_path / "adapter", tmp_path / f"{rank}", to="lora", rank=rank).output for rank in (None, 3)]
+    with torch.no_grad():
+        wanted = trained(images).logits
+        for folder, least, most in zip(folders, (0, 1e-7), (1e-6, 1), strict=True):
+            model = PeftModel.from_pretrained(kind.from_pretrained(base), folder).to(torch.float64).eval()
+            assert least <= (model(images).logits - wanted).abs().max() / wanted.abs().max() < most
+    shape = weights(folders[1])[f"{PREFIX}vit.embeddings.patch_embeddings.projection.lora_A.weight"].shape
+    assert shape == (3, 3, 4, 4) and verify(folders[0], level="weights").parity
 
 
 def test_a_lora_is_no_miss(base: Path, tmp_path: Path) -> None:

@@ -48,11 +48,15 @@ class Part:
     own: bool = False
 
 
+OWN: dict[str, Kind] = {"lora": "linear", "lora_embedding": "embedding", "lora_bias": "bias"}
+"""The methods that PEFT's plain LoRA is. Others have tensors of the same names, and mean something else by them."""
+
+
 def parts_of(adapter: Adapter, options: Options) -> list[Part]:
     """What each entry of the adapter is. Raises AdapterError for what a LoRA has no place for."""
     parts = [_part(adapter, name, trained) for name, trained in adapter.trained.items()]
-    # Of LoRA itself the tensors' names say whether it is an embedding.
-    others = [part for part in parts if not part.own]
+    # Of LoRA itself the tensors' names say whether it is an embedding, and of its kin.
+    others = [part for part in parts if part.kind == "linear" and not part.own]
     if options.base is None or not others:
         return parts
     with options.base.by_name():
@@ -61,23 +65,35 @@ def parts_of(adapter: Adapter, options: Options) -> list[Part]:
         return parts
     embedding = f"{naming.model.embedding}.weight"
     names = {part.name for part in others if naming.parameter(f"{part.module}.weight") == embedding}
+    if names and any(tie.on and embedding in (tie.source, tie.target) for tie in naming.model.ties):
+        raise AdapterError(
+            f"{adapter.path}: changes {listed(sorted(names))}, which the base ties to its head, and a LoRA would "
+            "change the embedding alone; merge it into the base"
+        )
     return [replace(part, kind="embedding") if part.name in names else part for part in parts]
 
 
 def _part(adapter: Adapter, name: str, trained: Trained) -> Part:
-    method = METHODS[trained.method]
-    own = set(method.PEFT.get("LORA", ()))
-    for kind, endings in ENDINGS.items():
-        if own == set(endings):
-            rank = 0 if kind == "bias" else trained.rank
-            return Part(name, trained.owner, kind, rank, float(trained.numbers["scale"]), own=True)
-    if method.PARAMETER != "weight" or trained.dimensions != 2:
-        raise AdapterError(
-            f"{adapter.path}: {trained.label} changes {trained.parameter} as {trained.method}, for which a LoRA has "
-            "no place; merge it into the base"
-        )
+    method, kind = METHODS[trained.method], OWN.get(trained.method)
+    beside = adapter.trained.get(trained.owner)
+    if kind == "bias" and (beside is None or beside.method != "lora"):
+        how = beside.method if beside is not None else "nothing"
+        raise refusal(adapter, trained, f", beside {how} of the weight")
+    if kind is not None:
+        rank = 0 if kind == "bias" else trained.rank
+        return Part(name, trained.owner, kind, rank, float(trained.numbers["scale"]), own=True)
+    if method.PARAMETER != "weight" or trained.dimensions not in (2, None):
+        raise refusal(adapter, trained)
     embedding = any("embedding" in ending for roles in method.PEFT.values() for ending in roles)
     return Part(name, trained.owner, "embedding" if embedding else "linear", trained.form_rank)
+
+
+def refusal(adapter: Adapter, trained: Trained, more: str = "") -> AdapterError:
+    """What to say of an entry that a LoRA cannot hold."""
+    return AdapterError(
+        f"{adapter.path}: {trained.label} changes {trained.parameter} as {trained.method}{more}, for which a LoRA has "
+        "no place; merge it into the base"
+    )
 
 
 def matrices(adapter: Adapter, part: Part, outputs: int, inputs: int, factor: float = 1.0) -> tuple[Array, ...]:

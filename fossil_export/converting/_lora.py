@@ -219,6 +219,9 @@ def _warnings(adapter: Adapter, layout: _Layout, folder: str | None, error: floa
         yield f"vLLM needs --max-lora-rank {rank} (its default is 16)"
     if error:
         yield f"scales that are no powers of two are in its B, rounded to {layout.dtype} (relative error {error:.1g})"
+    plain = not any(adapter.config.get(name) for name in ("use_rslora", "alpha_pattern", "rank_pattern"))
+    if plain and all(part.own and factor == 1 for part, factor in zip(layout.parts, layout.factors, strict=True)):
+        yield "it was such a LoRA already, and its tensors are as they were"
     if len({part.rank for part in layout.parts if part.kind != "bias"}) > 1:
         yield "its modules have different ranks, which PEFT and vLLM take; other servers may want one"
     if any(part.kind == "bias" for part in layout.parts):

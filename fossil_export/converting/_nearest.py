@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fossil_export.adapters import Adapter
+from fossil_export.checkpoints._dtypes import element_count
 from fossil_export.checkpoints._header import TensorInfo
-from fossil_export.converting._form import Part, finite, matrices, without_form
+from fossil_export.converting._form import Part, finite, matrices, refusal, without_form
 from fossil_export.converting._options import Options
 from fossil_export.converting._widths import Shapes
-from fossil_export.errors import AdapterError, FossilExportError, MergeError
+from fossil_export.errors import AdapterError, FossilExportError, MergeError, listed
 from fossil_export.merging._planning import plan_merge, settled
 from fossil_export.methods import METHODS
 from fossil_export.storage import fetch
@@ -46,6 +47,8 @@ def nearest_lora(
     """
     if options.rank is not None and options.energy is not None:
         raise FossilExportError("--rank and --energy say the same thing in two ways; give one")
+    if others := [name for name in shapes if name not in adapter.trained]:
+        raise MergeError(f"{adapter.path}: changes {listed(others)}, for which a LoRA has no place; merge it instead")
     layers = [part for part in parts if part.kind != "bias"]
     smallest = min(min(shapes[part.name]) for part in layers)
     if options.rank is not None and not 1 <= options.rank <= smallest:
@@ -221,8 +224,14 @@ class _Updates:
     def of(self, module: str) -> Array:
         """ΔW (out, in) in float32."""
         trained, matrix = self._adapter.trained[module], self._matrices[module]
+        stored = matrix.stored[0].shape
+        if len(stored) != 2 and element_count(stored) == element_count(matrix.shape):
+            raise refusal(self._adapter, trained)  # a convolution, or a vector
         weight = np.asarray(matrix.read(self._rows, 0, matrix.shape[0])[:], np.float32)
-        values = {role: np.asarray(array, np.float32) for role, array in finite(self._adapter, module).items()}
+        values = {
+            role: array if array.dtype.kind in "iu" else np.asarray(array, np.float32)
+            for role, array in finite(self._adapter, module).items()
+        }
         update: Array = METHODS[trained.method].update(weight, values, trained.numbers, 0)
         self._plan.check()
         return update
