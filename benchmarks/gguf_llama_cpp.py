@@ -29,6 +29,7 @@ import numpy as np
 import smollm2
 
 from fossil_export import load_adapter
+from fossil_export.converting import _gguf_base as gguf_base
 from fossil_export.converting import _gguf_lora as gguf_lora
 from fossil_export.converting._converters import OUTTYPES
 from fossil_export.converting._options import Options
@@ -101,14 +102,14 @@ def _families() -> bool:
     header = ("family", "llama.cpp's name", "base", "with the adapter", "the adapter changes", "verdict")
     print(common.header(header))
     good = True
-    for kind in gguf_lora.FAMILIES:
+    for kind in gguf_base.FAMILIES:
         if kind == "gemma3":  # gemma3_text within a model that also sees
             continue
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             plain, trained = _tiny(kind, folder)
             made = gguf_lora.write(load_adapter(folder / "adapter"), folder / "lora.gguf", options(folder / "base"))
-            _write_gguf(folder / "base", folder / "base.gguf", gguf_lora.FAMILIES[kind])
+            _write_gguf(folder / "base", folder / "base.gguf", gguf_base.FAMILIES[kind])
             before = _distance(_logits(folder / "base.gguf", None), plain)
             after = _distance(_logits(folder / "base.gguf", folder / "lora.gguf"), trained)
         change = _distance(trained, plain)
@@ -151,7 +152,7 @@ def _tiny(kind: str, folder: Path) -> tuple[Array, Array]:
         return plain, trained(tokens).logits[0].numpy()
 
 
-def _write_gguf(base: Path, path: Path, family: gguf_lora.Family) -> None:
+def _write_gguf(base: Path, path: Path, family: gguf_base.Family) -> None:
     """The base as llama.cpp's own converter would write it, in float32, with a vocabulary of dummies."""
     import gguf
     from safetensors.numpy import load_file
@@ -194,7 +195,7 @@ def _write_gguf(base: Path, path: Path, family: gguf_lora.Family) -> None:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.arch], config["num_hidden_layers"])
     for name, value in load_file(base / "model.safetensors").items():
         if family.rotary and name.endswith(("q_proj.weight", "k_proj.weight")):
-            value = gguf_lora.interleaved(value, heads if name.endswith("q_proj.weight") else groups)
+            value = gguf_base.interleaved(value, heads if name.endswith("q_proj.weight") else groups)
         if family.arch.startswith("GEMMA") and name.endswith("norm.weight"):
             value = value + 1
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), np.ascontiguousarray(value))

@@ -53,6 +53,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "merged": ("config.json", "model.safetensors", *TOKENIZER, "chat_template.jinja"),
     "lora": ("adapter_config.json", "adapter_model.safetensors", *TOKENIZER),
     "miss": ("adapter_config.json", "adapter_model.safetensors"),
+    "adapter": ("adapter_config.json", "adapter_model.safetensors"),
     "gguf-lora": ("mascot.gguf",),
     "onnx": ("model.onnx", "model.onnx.data", "genai_config.json", "adapter.onnx_adapter", *TOKENIZER),
 }
@@ -60,13 +61,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "merged": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16"},
     "lora": {"task_type": "CAUSAL_LM", "r": 64, "peft_type": "LORA", "base_model_name_or_path": BASE},
     "miss": {"task_type": "CAUSAL_LM", "r": 64, "peft_type": "MISS", "base_model_name_or_path": BASE},
+    "adapter": {"task_type": "CAUSAL_LM", "r": 64, "peft_type": "LORA", "base_model_name_or_path": BASE},
 }
+LORA = {"name": ADAPTER, "peft_type": "LORA", "variant": "lora", "rank": 64, "parameters": 9_830_400}
 TEMPLATE_FILLER = "[More Information Needed]"
 
 
 def facts(kind: str = "merged", **changes: Any) -> Facts:
     details = {
         "lora": {"lora": {"rank": 64, "exact": True}, "survival": {}},
+        "adapter": {"adapter": LORA, "survival": {}},
         "onnx": {"mode": "swappable", "precision": "fp32", "runtime": "genai", "graph": "model.onnx", "survival": {}},
     }
     found = Facts(

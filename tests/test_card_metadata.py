@@ -20,6 +20,7 @@ from fossil_export.cards._task import pipeline_tag
         ("merged", "finetune", "transformers", []),
         ("lora", "adapter", "peft", ["lora"]),
         ("miss", "adapter", "peft", []),
+        ("adapter", "adapter", "peft", ["lora", "peft", "fossil-export"]),
         ("gguf-lora", "adapter", None, ["lora", "gguf"]),
         ("onnx", "finetune", None, ["onnx", "onnxruntime-genai"]),
     ],
@@ -33,7 +34,7 @@ def test_metadata_of_every_kind(kind: str, relation: str, library: str | None, t
         "pipeline_tag": "text-generation",
         "license": "llama3.2",
         "language": ["en", "de"],
-        "tags": ["fossil", "miss", "tile", "fossil-export", *tags],
+        "tags": ["fossil", "miss", "tile", "fossil-export", *tags] if kind != "adapter" else tags,
     }
     assert metadata_load(tmp_path / "README.md") == {key: value for key, value in expected.items() if value}
     metadata((tmp_path / "README.md").read_text())

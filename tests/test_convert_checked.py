@@ -54,7 +54,7 @@ def test_refusals_and_output(adapter: Path, base: Path, tmp_path: Path) -> None:
     with pytest.raises(FossilExportError, match="target is 'dora', expected lora, gguf-lora"):
         convert(adapter, tmp_path / "x", to="dora")
     with pytest.raises(FossilExportError, match="exactly; leave --rank and --energy out"):
-        convert(adapter, tmp_path / "x", to="lora", rank=4)
+        convert(adapter, tmp_path / "x", to="lora", rank=8)
     with pytest.raises(FossilExportError, match="does not name its base"):
         edit_json(adapter / "adapter_config.json", base_model_name_or_path=None)
         convert(adapter, tmp_path / "x", to="lora")

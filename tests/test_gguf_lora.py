@@ -14,7 +14,7 @@ from conftest import edit_json, make_adapter
 from gguf_tools import HEADS, KINDS, NAMES, Case, gguf_name, in_order, make, make_kind, refused, tensors, without_head
 from safetensors.torch import load_file, save_file
 
-from fossil_export.converting._gguf_lora import FAMILIES
+from fossil_export.converting._gguf_base import FAMILIES
 
 case = gguf_tools.case
 
@@ -106,6 +106,17 @@ def test_rounded(outtype: str, tmp_path: Path) -> None:
     assert [warning[: len(stay)] for warning in details["warnings"]] == ([stay] if stay else [])
     written = gguf.GGUFReader(tmp_path / "rounded.gguf").fields["general.file_type"].contents()
     assert written == {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}[outtype]
+
+
+def test_the_ones_of_mini_are_rounded_too(tmp_path: Path) -> None:
+    """q8_0 has no 1: it is 127 times a float16 that is near 1/127."""
+    case = make(tmp_path, r=10, init_weights="mini", mini_r=4, target_modules=["down_proj"])
+    weights = case.adapter / "adapter_model.safetensors"
+    save_file({name: value.half().float() for name, value in load_file(weights).items()}, weights)
+    details = case.write(tmp_path / "adapter.gguf", outtype="q8_0")
+    kinds = {name.rpartition(".")[2]: kind for name, (kind, _, _) in tensors(tmp_path / "adapter.gguf").items()}
+    assert kinds == {"lora_a": "Q8_0", "lora_b": "F16"}
+    assert not details["exact"] and 1e-5 < details["relative_error"] < 1e-3
 
 
 def test_values_too_small_for_q8_0_are_told(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fossil_export.artifacts import _adapter as adapter
 from fossil_export.artifacts import _gguf_lora as gguf_lora
 from fossil_export.artifacts import _lora as lora
 from fossil_export.artifacts import _merged as merged
@@ -12,7 +13,7 @@ from fossil_export.artifacts import _miss as miss
 from fossil_export.artifacts import _onnx as onnx
 from fossil_export.artifacts._kind import Kind, Look
 
-KINDS = {kind.name: kind for kind in (onnx.KIND, lora.KIND, miss.KIND, gguf_lora.KIND, merged.KIND)}
+KINDS = {kind.name: kind for kind in (onnx.KIND, lora.KIND, miss.KIND, adapter.KIND, gguf_lora.KIND, merged.KIND)}
 """By the name that records have. A folder is of the first kind that recognises it."""
 
 

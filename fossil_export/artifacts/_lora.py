@@ -1,4 +1,4 @@
-"""A LoRA in PEFT's folder."""
+"""A LoRA in PEFT's folder, as `convert --to lora` writes it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fossil_export.artifacts import _peft as peft
-from fossil_export.artifacts._kind import ADAPTER_CONFIG, Kind
+from fossil_export.artifacts._kind import ADAPTER_CONFIG, Kind, Look
 
 if TYPE_CHECKING:
     from fossil_export.verifying._artifacts import Artifact
@@ -21,10 +21,16 @@ def _opened(folder: Path) -> Artifact:
 
 _TYPES = ("LORA",)
 
+
+def _recognised(look: Look) -> bool:
+    """A trained LoRA has no record."""
+    return peft.is_adapter(look, _TYPES) and (look.record or {}).get("artifact") == "lora"
+
+
 KIND = Kind(
     name="lora",
     title="adapter",
-    recognised=lambda look: peft.is_adapter(look, _TYPES),
+    recognised=_recognised,
     opened=_opened,
     patterns=peft.PATTERNS,
     config=ADAPTER_CONFIG,

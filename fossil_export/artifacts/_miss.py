@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fossil_export.verifying._artifacts import Artifact
 
 
-def _told(folder: Path, names: Iterable[str]) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+def told(folder: Path, names: Iterable[str]) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
     """What the record of an adapter as PEFT saved it would say of it."""
     try:
         adapter = load_adapter(folder)
@@ -45,7 +45,7 @@ KIND = Kind(
     config=ADAPTER_CONFIG,
     peft_types=_TYPES,
     parts=peft.parts,
-    told=_told,
+    told=told,
     not_beside=peft.MODEL,
     clash=peft.CLASH,
     replaces=peft.replaces,

@@ -16,6 +16,7 @@ from fossil_export.artifacts._kinds import KINDS
 from fossil_export.cards._facts import HUB, Facts, adapters_of, hub_id, part, paths_of, survived
 from fossil_export.cards._frontmatter import BEGIN, END, FILLER, MARKED, NOTE, edited, is_template, noted, read_card
 from fossil_export.cards._markdown import plain
+from fossil_export.cards._methods import methods_of
 from fossil_export.cards._section import generated
 from fossil_export.cards._task import pipeline_tag, task
 from fossil_export.cards.kinds._table import CARDS
@@ -141,11 +142,13 @@ def _wanted(facts: Facts, data: Mapping[str, Any], template: bool) -> dict[str, 
 
 def _tags(facts: Facts) -> list[str]:
     adapters = adapters_of(facts.record)
-    found = ["fossil", "miss"] + ["bone"] * any(adapter.get("peft_type") == "BONE" for adapter in adapters)
+    found = [tag for method in methods_of(facts) for tag in method.tags]
+    found += ["bone"] * any(adapter.get("peft_type") == "BONE" for adapter in adapters)
     variants = [adapter.get("variant") for adapter in adapters]
     found += [variant for variant in ("tile", "mini", "bat") if variant in variants]
     found.append("fossil-export")
-    return found + CARDS[facts.kind].tags(facts) + ["text2text-generation"] * (task(facts) == "text2text")
+    found += CARDS[facts.kind].tags(facts) + ["text2text-generation"] * (task(facts) == "text2text")
+    return list(dict.fromkeys(found))
 
 
 def _ids(given: Any) -> list[str]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 HUB = "https://huggingface.co"
-PAPER = "https://arxiv.org/abs/2409.15371"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
 _PARTS = ("adapter", "base")
 

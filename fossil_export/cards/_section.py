@@ -8,16 +8,15 @@ from typing import Any
 from urllib.parse import quote
 
 from fossil_export.artifacts._kinds import KINDS
-from fossil_export.cards._facts import HUB, PAPER, Facts, adapters_of, hub_id, part, paths_of, survived
+from fossil_export.cards._facts import HUB, Facts, adapters_of, hub_id, part, paths_of, survived
 from fossil_export.cards._markdown import fenced, number, plain
+from fossil_export.cards._methods import methods_of
 from fossil_export.cards.kinds._kind_card import Sources
 from fossil_export.cards.kinds._table import CARDS
 from fossil_export.merging._provenance import scales
 from fossil_export.merging._survival import WARNING_BELOW
 
 _PACKAGES = ("torch", "transformers", "peft")
-_TITLE = "MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure"
-# That of the paper's latest version; earlier ones were called otherwise.
 
 
 def generated(facts: Facts) -> str:
@@ -42,10 +41,11 @@ def generated(facts: Facts) -> str:
                 "**That is little**: steps of the weights' number format are larger than much of what was trained. "
                 "A merge with `--dtype float32`, or the adapter apart from the weights, keeps all of it."
             ]
-    fields = {"title": _TITLE, "author": "Kang, Jiale and Yin, Qingyu", "year": "2024", "eprint": "2409.15371"}
-    fields |= {"archivePrefix": "arXiv", "url": PAPER}
-    entry = "\n".join(["@misc{kang2024fossil,", *(f"  {key} = {{{value}}}," for key, value in fields.items()), "}"])
-    return "\n\n".join([*found, "## Citation", "The method:", fenced("bibtex", entry)])
+    papers = [method.paper for method in methods_of(facts) if method.paper is not None]
+    if papers:
+        word = "method" if len(papers) == 1 else "methods"
+        found += ["## Citation", f"The {word}:", *(fenced("bibtex", paper.bibtex()) for paper in papers)]
+    return "\n\n".join(found)
 
 
 def _summary(facts: Facts) -> str:
@@ -53,7 +53,7 @@ def _summary(facts: Facts) -> str:
     link = _link(facts.adapter, facts.adapter_revision)
     adapter = f"the adapter {link}" if link else "an adapter"
     adapter = f"the sum of {len(facts.adapters)} adapters" if facts.adapters else adapter
-    method = f"[FOSSIL]({PAPER}) (MiSS in PEFT, earlier Bone and DiSHA)"
+    method = " and ".join(method.markdown() for method in methods_of(facts))
     line = CARDS[facts.kind].summary(facts, Sources(base, adapter, method))
     return line[0].upper() + line[1:]
 

@@ -26,14 +26,12 @@ from fossil_export.tables import print_conversion
     help=f"{takers('base_config')}: the base's config.json, if the model itself is not here.",
 )
 @click.option("--for", "graph", metavar="DIR", help=f"{takers('graph')}: the swappable ONNX folder it is for.")
-@click.option(
-    "--rank", type=int, metavar="N", help=f"{takers('rank')}, of a bat adapter: the nearest LoRA of this rank."
-)
+@click.option("--rank", type=int, metavar="N", help=f"{takers('rank')}: the nearest LoRA of this rank.")
 @click.option(
     "--energy",
     type=float,
     metavar="SHARE",
-    help=f"{takers('energy')}, of a bat adapter: of the rank that keeps this share.",
+    help=f"{takers('energy')}: the nearest LoRA of the rank that keeps this share.",
 )
 @click.option("--outtype", type=click.Choice(list(OUTTYPES)), help=f"{takers('outtype')}: of numbers.  [default: f32]")
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier conversion wrote.")

@@ -111,9 +111,9 @@ def convert(
     "lora" and "miss" make folders, "gguf-lora" and "onnx-adapter" files. `adapter` and `base` are paths or ids on the
     Hub; `base` (by default the one the adapter names) tells the layers' sizes, by its headers; `base_config` is
     enough where it tells them too. `graph` is the swappable ONNX folder that "onnx-adapter" is for. `rank` or
-    `energy` ask for the nearest LoRA of a bat adapter. `outtype` is "f32" (the default), "f16" or "q8_0", for
-    "gguf-lora". Raises a FossilExportError with one line that names the remedy, also for an option that `to` does not
-    take; nothing is half-written.
+    `energy` ask for the nearest LoRA, of an adapter that is none or is a larger one. `outtype` is "f32" (the
+    default), "f16" or "q8_0", for "gguf-lora". Raises a FossilExportError with one line that names the remedy, also
+    for an option that `to` does not take; nothing is half-written.
     """
     started = time.perf_counter()
     if to not in CONVERTERS:

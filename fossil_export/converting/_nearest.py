@@ -1,23 +1,27 @@
-"""The nearest LoRA of an adapter whose update depends on the weight: a truncated SVD of each layer's update.
+"""The nearest LoRA of a rank: a truncated SVD of each layer's update.
 
-The update ΔW (out, in) of one layer at a time is built from the base's rows (methods/) and cut off. Where the
-smaller side is short, its Gram matrix is decomposed, which gives the whole spectrum; on long sides the range is
-sampled (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4 with two power iterations).
+A module with a low-rank form B A is cut without its product (out, in): by QR B = Q R and Aᵀ = P S, so that B A =
+Q (R Sᵀ) Pᵀ, and only R Sᵀ (r, r) is decomposed. Of one without (its update depends on the weight, or is of full rank)
+the update ΔW (out, in) is built from the base's rows (methods/), one layer at a time, and cut off. Where the smaller
+side is short, its Gram matrix is decomposed, which gives the whole spectrum; on long sides the range is sampled (Halko,
+Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4 with two power iterations).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fossil_export.adapters import Adapter
+from fossil_export.checkpoints._dtypes import element_count
 from fossil_export.checkpoints._header import TensorInfo
-from fossil_export.converting._form import finite
+from fossil_export.converting._form import Part, finite, matrices, refusal, without_form
 from fossil_export.converting._options import Options
 from fossil_export.converting._widths import Shapes
-from fossil_export.errors import FossilExportError, MergeError, listed
+from fossil_export.errors import AdapterError, FossilExportError, MergeError, listed
 from fossil_export.merging._change import weight_numbers
 from fossil_export.merging._planning import plan_merge, settled
 from fossil_export.methods import METHODS
@@ -33,43 +37,133 @@ OVERSAMPLED, POWER_ITERATIONS = 16, 2
 
 
 def nearest_lora(
-    adapter: Adapter, shapes: Shapes, options: Options
-) -> tuple[int, Iterator[tuple[str, Array, Array]], dict[str, Any]]:
-    """The rank, the modules with A (r, in) and B (out, r) in float32, and the errors by module and in total.
+    adapter: Adapter, parts: Sequence[Part], shapes: Shapes, options: Options
+) -> tuple[int, dict[str, tuple[Array, Array]], dict[str, Any]]:
+    """The rank, A and B in float32 of each part that is cut to it, as PEFT stores them, and the errors by module and in
+    total. A part of no larger rank stays as it is.
 
     `options.rank` is the rank; `options.energy` asks for the smallest at which every layer keeps that share of
-    the sum of its squared singular values. Raises FossilExportError for values that make no sense.
+    the sum of its squared singular values. Raises FossilExportError for values that make no sense, AdapterError if
+    nothing is cut.
     """
     if options.rank is not None and options.energy is not None:
         raise FossilExportError("--rank and --energy say the same thing in two ways; give one")
-    trained = adapter.trained
-    others = [name for name in shapes if name not in trained or trained[name].dimensions not in (2, None)]
-    if others:
-        raise MergeError(f"{adapter.path}: changes {listed(others)}, for which LoRA has no place; merge it instead")
-    smallest = min(min(shape) for shape in shapes.values())
+    if others := [name for name in shapes if name not in adapter.trained]:
+        raise MergeError(f"{adapter.path}: changes {listed(others)}, for which a LoRA has no place; merge it instead")
+    layers = [part for part in parts if part.kind != "bias"]
+    smallest = min(min(shapes[part.name]) for part in layers)
     if options.rank is not None and not 1 <= options.rank <= smallest:
         raise FossilExportError(
             f"--rank is {options.rank}, expected 1 to {smallest}, the smallest side of a trained layer"
         )
     if options.energy is not None and not 0 < options.energy < 1:
         raise FossilExportError(f"--energy is {options.energy:g}, expected a share between 0 and 1, such as 0.99")
-    updates = _Updates(adapter, options)
+    strange = without_form(adapter, parts)
+    updates = _Updates(adapter, options, strange) if strange else None
+
+    def update_of(part: Part) -> _Dense | _Thin:
+        if part.rank is not None:
+            return _Thin.of(adapter, part, shapes[part.name])
+        assert updates is not None
+        return _Dense(updates.of(part.name))
+
     rank = options.rank
     if rank is None:
         assert options.energy is not None
-        rank = max(_rank_for(updates.of(module), options.energy) for module in shapes)
+        rank = max(update_of(part).rank_for(options.energy) for part in layers)
+    if all(part.rank is not None and part.rank <= rank for part in layers):
+        own = max(part.rank or 0 for part in layers)
+        raise AdapterError(f"{adapter.path}: is a LoRA of rank {own} exactly; leave --rank and --energy out")
     cut: dict[str, tuple[Array, Array]] = {}
     modules: dict[str, float] = {}
     lost = total = 0.0
-    for module in shapes:
-        update = updates.of(module)
-        first, second = truncated(update, rank)
-        missing, whole = float(np.square(update - second @ first).sum()), float(np.square(update).sum())
-        modules[module] = round((missing / whole) ** 0.5, 6) if whole else 0.0
+    for part in layers:
+        update = update_of(part)
+        first, second = update.truncated(rank)
+        if part.rank is not None and part.rank <= rank:
+            missing, whole = 0.0, update.square()
+        else:
+            missing, whole = update.missing(first, second), update.square()
+            cut[part.name] = _stored(adapter, part, first, second)
+        modules[part.module] = round((missing / whole) ** 0.5, 6) if whole else 0.0
         lost, total = lost + missing, total + whole
-        cut[module] = (first, second)
     report = {"relative_error": round((lost / total) ** 0.5, 6) if total else 0.0, "relative_error_by_module": modules}
-    return rank, ((module, *cut[module]) for module in shapes), report
+    return rank, cut, report
+
+
+def _stored(adapter: Adapter, part: Part, first: Array, second: Array) -> tuple[Array, Array]:
+    """A (r, in) and B (out, r) as PEFT stores them for this part."""
+    if part.kind == "embedding":
+        return np.ascontiguousarray(second.T), np.ascontiguousarray(first.T)
+    if not part.own:
+        return first, second
+    shapes = adapter.trained[part.name].shapes
+    return first.reshape(-1, *shapes["A"][1:]), second.reshape(*second.shape, *shapes["B"][2:])
+
+
+@dataclass(frozen=True)
+class _Thin:
+    """An update of low rank, second · first, with first (r, in) and second (out, r) in float64."""
+
+    first: Array
+    second: Array
+
+    @staticmethod
+    def of(adapter: Adapter, part: Part, shape: tuple[int, int]) -> _Thin:
+        first, second = (np.asarray(matrix, np.float64) for matrix in matrices(adapter, part, *shape))
+        if part.kind == "embedding":
+            first, second = second.T, first.T
+        first, second = first.reshape(len(first), -1), second.reshape(len(second), -1)
+        return _Thin(first, second * part.scale)
+
+    def _parts(self) -> tuple[Array, Array, Array]:
+        """Orthonormal (out, k), the singular values, orthonormal (k, in)."""
+        left, upper = np.linalg.qr(self.second)
+        right, lower = np.linalg.qr(self.first.T)
+        inner, sizes, outer = np.linalg.svd(upper @ lower.T)
+        count = len(sizes)
+        return left @ inner[:, :count], sizes, outer[:count] @ right.T
+
+    def _sizes(self) -> Array:
+        upper, lower = np.linalg.qr(self.second)[1], np.linalg.qr(self.first.T)[1]
+        return np.linalg.svd(upper @ lower.T, compute_uv=False)
+
+    def rank_for(self, energy: float) -> int:
+        """The smallest rank that keeps `energy` of the squared singular values."""
+        squares = np.square(self._sizes())
+        kept = np.cumsum(squares) / max(float(squares.sum()), 1e-300)
+        return min(int(np.searchsorted(kept, energy)) + 1, len(kept))
+
+    def truncated(self, rank: int) -> tuple[Array, Array]:
+        left, sizes, right = self._parts()
+        return right[:rank].astype(np.float32), (left[:, :rank] * sizes[:rank]).astype(np.float32)
+
+    def missing(self, first: Array, second: Array) -> float:
+        """‖second · first - this‖², as the norm of one product of twice the rank."""
+        both = _Thin(np.vstack([self.first, first]), np.hstack([self.second, -second.astype(np.float64)]))
+        return both.square()
+
+    def square(self) -> float:
+        return float(np.square(self._sizes()).sum())
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """An update (out, in) in float32."""
+
+    update: Array
+
+    def rank_for(self, energy: float) -> int:
+        return _rank_for(self.update, energy)
+
+    def truncated(self, rank: int) -> tuple[Array, Array]:
+        return truncated(self.update, rank)
+
+    def missing(self, first: Array, second: Array) -> float:
+        return float(np.square(self.update - second @ first).sum())
+
+    def square(self) -> float:
+        return float(np.square(self.update).sum())
 
 
 def truncated(update: Array, rank: int) -> tuple[Array, Array]:
@@ -113,10 +207,11 @@ def _rank_for(update: Array, energy: float) -> int:
 class _Updates:
     """The update of one module at a time, from the base's own weights."""
 
-    def __init__(self, adapter: Adapter, options: Options) -> None:
+    def __init__(self, adapter: Adapter, options: Options, method: str) -> None:
         if options.base_config is not None:
             raise MergeError(
-                f"the update of a {adapter.variant} adapter depends on the base's weights; name the model with --base"
+                f"the update of a {method} adapter depends on the base's weights, or is of full rank; name the model "
+                "with --base"
             )
         self._adapter = adapter
         plan = plan_merge(adapter, options.base)
@@ -130,6 +225,9 @@ class _Updates:
     def of(self, module: str) -> Array:
         """ΔW (out, in) in float32."""
         trained, matrix = self._adapter.trained[module], self._matrices[module]
+        stored = matrix.stored[0].shape
+        if len(stored) != 2 and element_count(stored) == element_count(matrix.shape):
+            raise refusal(self._adapter, trained)  # a convolution, or a vector
         weight = np.asarray(matrix.read(self._rows, 0, matrix.shape[0])[:], np.float32)
         values = {role: _seen(array) for role, array in finite(self._adapter, module).items()}
         brought = any(name.startswith(f"{module}.") for name in self._adapter.saved)

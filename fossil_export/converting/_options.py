@@ -12,7 +12,7 @@ from fossil_export.storage import Origin, parse_name
 class Options:
     """`base` is where the base lies, None if `base_config`, its config.json alone, must do or the converter asks for
     neither; `base_name` and `base_revision` are what the result says of it. `graph` is the ONNX graph an adapter file
-    is made for; `rank` and `energy` ask for an approximate LoRA of a bat adapter; `outtype` is the number format of a
+    is made for; `rank` and `energy` ask for the nearest LoRA; `outtype` is the number format of a
     GGUF file."""
 
     base: Origin | None = None

@@ -25,8 +25,8 @@ _PLAIN = (
 def layer_shapes(adapter: Adapter, options: Options) -> tuple[Shapes, frozenset[str]]:
     """(out, in) of each trained module, and the names of all modules of the base with a matrix (empty if unknown).
 
-    Of a base, they are those that a merge would take. Reads headers only. Raises MergeError if a shard does not fit,
-    CheckpointError without base and config.
+    Of a base, they are those that a merge would take. Reads headers only. Raises MergeError if what was trained
+    does not fit, CheckpointError without base and config.
     """
     if options.base_config is not None:
         path = resolve(options.base_config, CheckpointError, "base config")
@@ -38,7 +38,7 @@ def layer_shapes(adapter: Adapter, options: Options) -> tuple[Shapes, frozenset[
         placement = place(adapter, base, into_floats=False)
     found = {trained.module: placement.into[name].shape for name, trained in placement.trained.items()}
     renamed = {name.removesuffix(".weight"): trained.module for name, trained in placement.trained.items()}
-    matrices = (info for info in base.tensors.values() if info.name.endswith(".weight") and len(info.shape) == 2)
+    matrices = (info for info in base.tensors.values() if info.name.endswith(".weight") and len(info.shape) > 1)
     modules = (info.name.removesuffix(".weight") for info in matrices)
     return found, frozenset(renamed.get(module, module) for module in modules)
 
@@ -76,13 +76,17 @@ def _by_config(adapter: Adapter, config: Mapping[str, Any], path: Path) -> Shape
         "gate_up_proj": (2 * inner, hidden),
         "down_proj": (hidden, inner),
         "lm_head": (int(text.get("vocab_size") or 0), hidden),
+        "embed_tokens": (int(text.get("vocab_size") or 0), hidden),
     }
-    unknown = [module for module in adapter.trained if module.rpartition(".")[2] not in sizes]
+    owners = {name: trained.owner.rpartition(".")[2] for name, trained in adapter.trained.items()}
+    unknown = [name for name, owner in owners.items() if owner not in sizes]
     if unknown:
         raise CheckpointError(f"{path}: does not tell the sizes of {listed(unknown)}; name the model with --base")
-    found = {module: sizes[module.rpartition(".")[2]] for module in adapter.trained}
+    found = {name: sizes[owner] for name, owner in owners.items()}
     for module, shape in found.items():
         trained = adapter.trained[module]
+        if trained.dimensions == 1:
+            shape = found[module] = (shape[0], 1)
         if reason := trained.mismatch((shape[0], shape[1])):
-            raise MergeError(f"{path}: {module} {list(shape)} does not fit its shard: {reason}")
+            raise MergeError(f"{path}: {module} {list(shape)} does not fit what was trained: {reason}")
     return found

@@ -15,6 +15,13 @@ def summary(told: Sources, form: str) -> str:
     return f"{told.adapter} for {told.base}, trained with {told.method}, as {form}."
 
 
+def as_lora(facts: Facts, told: Sources) -> str:
+    """The first sentence on an adapter that is a LoRA exactly, be it one already."""
+    if part(facts.record, "adapter").get("peft_type") == "LORA":
+        return f"{told.adapter} for {told.base}, trained with {told.method}."
+    return summary(told, "the LoRA that it is")
+
+
 def made(facts: Facts) -> Iterator[tuple[str, Any]]:
     """Rows on the conversion."""
     details = part(facts.record, facts.kind)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from fossil_export.cards._facts import Facts
 from fossil_export.cards._markdown import fenced, plain, short, word
-from fossil_export.cards.kinds._converted import made, summary
+from fossil_export.cards.kinds._converted import as_lora, made
 from fossil_export.cards.kinds._kind_card import KindCard
 from fossil_export.cards.kinds._transformers import BASE
 
@@ -24,7 +24,7 @@ def _usage(facts: Facts) -> Iterator[str]:
 
 
 CARD = KindCard(
-    summary=lambda facts, told: summary(told, "the LoRA that it is"),
+    summary=as_lora,
     usage=_usage,
     made=made,
     relation=lambda facts: "adapter",

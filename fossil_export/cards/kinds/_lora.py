@@ -6,21 +6,27 @@ from collections.abc import Iterator
 
 from fossil_export.cards._facts import Facts, part
 from fossil_export.cards._markdown import fenced, short, word
-from fossil_export.cards.kinds._converted import made, summary
+from fossil_export.cards.kinds._converted import as_lora, made, summary
 from fossil_export.cards.kinds._kind_card import KindCard, Sources
 from fossil_export.cards.kinds._transformers import BASE, task_or_pipeline, with_peft
 
 
 def _summary(facts: Facts, told: Sources) -> str:
-    near = part(facts.record, facts.kind).get("exact") is False
-    return summary(told, "the LoRA nearest to its update" if near else "the LoRA that it is")
+    near = "relative_error_by_module" in part(facts.record, facts.kind)
+    return summary(told, "the LoRA nearest to its update") if near else as_lora(facts, told)
 
 
 def _usage(facts: Facts) -> Iterator[str]:
     yield from with_peft(facts)
+    yield from with_vllm(facts)
+
+
+def with_vllm(facts: Facts) -> Iterator[str]:
+    """The block on how vLLM serves a LoRA, if it does."""
     config = facts.config or {}
     rank = config.get("r")
-    if task_or_pipeline(facts) != "text-generation" or config.get("modules_to_save") or not isinstance(rank, int):
+    refused = config.get("modules_to_save") or config.get("lora_bias")
+    if task_or_pipeline(facts) != "text-generation" or refused or not isinstance(rank, int):
         return
     from fossil_export.converting._lora import SERVED
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fossil_export.cards.kinds import _adapter as adapter
 from fossil_export.cards.kinds import _gguf_lora as gguf_lora
 from fossil_export.cards.kinds import _lora as lora
 from fossil_export.cards.kinds import _merged as merged
@@ -12,6 +13,7 @@ CARDS = {
     "merged": merged.CARD,
     "lora": lora.CARD,
     "miss": miss.CARD,
+    "adapter": adapter.CARD,
     "gguf-lora": gguf_lora.CARD,
     "onnx": onnx.CARD,
 }

@@ -11,7 +11,7 @@ from fossil_export.cards._task import CLASSIFIERS, pipeline_tag, task
 BASE = "the base model"
 """Stands where the base's name belongs when it is not on the Hub."""
 
-PROMPT = "What is an ammonite?"
+PROMPT = "What is the capital of France?"
 TOKENIZER = ("tokenizer_config.json", "tokenizer.json")
 _AUTO = {
     "text-generation": "AutoModelForCausalLM",
@@ -61,11 +61,11 @@ def run(facts: Facts, kind: str | None) -> list[str]:
             'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
         ]
     if kind == "fill-mask":
-        lines = ['inputs = tokenizer(f"An ammonite is a {tokenizer.mask_token}.", return_tensors="pt")']
+        lines = ['inputs = tokenizer(f"The capital of France is {tokenizer.mask_token}.", return_tensors="pt")']
         lines += ['masked = inputs["input_ids"][0] == tokenizer.mask_token_id']
         return [*lines, "print(tokenizer.decode(model(**inputs).logits[0, masked].argmax(-1)))"]
     if kind == "question-answering":
-        lines = [f'inputs = tokenizer({prompt}, "An ammonite is an extinct mollusc.", return_tensors="pt")']
+        lines = [f'inputs = tokenizer({prompt}, "Paris is the capital of France.", return_tensors="pt")']
         lines += ["output = model(**inputs)"]
         lines += ["start, end = output.start_logits.argmax(), output.end_logits.argmax()"]
         return [*lines, 'print(tokenizer.decode(inputs["input_ids"][0, start : end + 1]))']
