@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import weights
+from conftest import edit_json, weights
 from places_tools import SMALL, edit_weights, saved, scene
 from transformers import (
     Gemma3ForCausalLM,
@@ -47,6 +47,13 @@ def test_a_lora_parts_them_even_if_peft_keeps_its_tensors_tied(which: str, ensur
     found = scene(tmp_path, llama(), target_modules=[*TARGETS[which], "q_proj"], ensure_weight_tying=ensure)
     found.merge()
     assert not is_tied(found.merged)
+
+
+def test_a_lora_that_is_neither_targeted_nor_tied_to_the_embeddings_is_refused(tmp_path: Path) -> None:
+    found = scene(tmp_path, llama(), target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
+    edit_json(found.adapter / "adapter_config.json", target_modules=["embed_tokens"])
+    with pytest.raises(MergeError, match=r"target_modules does not cover model\.layers\.0\.self_attn\.q_proj"):
+        merge(found.adapter, found.merged)
 
 
 @pytest.mark.parametrize("ensure", [False, True])
@@ -106,7 +113,7 @@ def test_a_lora_and_rows_of_tokens_that_share_a_head_are_refused(tmp_path: Path)
     [
         (lambda: llama(attention_bias=True, mlp_bias=True), {"bias": "all"}, 14),
         (lambda: llama(attention_bias=True, mlp_bias=True), {"bias": "lora_only"}, 2),
-        (lambda: PhiForCausalLM(PhiConfig(**SMALL)), {"bias": "all", "lora_bias": True}, 12),
+        (lambda: PhiForCausalLM(PhiConfig(**SMALL)), {"bias": "all", "lora_bias": True}, 14),
     ],
 )
 def test_biases_that_were_trained_whole(model: Any, config: dict[str, Any], replaced: int, tmp_path: Path) -> None:

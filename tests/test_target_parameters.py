@@ -153,6 +153,13 @@ def test_weights_of_plain_layers(tie: bool, tmp_path: Path) -> None:
     assert json.loads((found.merged / "config.json").read_text())["tie_word_embeddings"] is False
 
 
+def test_rows_of_tokens_beside_experts(tmp_path: Path) -> None:
+    model = mixtral()
+    saved(model, tmp_path, save_original_format=False)
+    config = {"target_parameters": ["down_proj"], "trainable_token_indices": [3, 4, 9]}
+    assert scene(tmp_path, model, target_modules=[], **config).merge().plan.count("replace") == 1
+
+
 def test_bfloat16_experts_are_rounded_once(tmp_path: Path) -> None:
     model = mixtral().bfloat16()
     base = saved(model, tmp_path, save_original_format=False)

@@ -34,7 +34,9 @@ def take_parameters(file: Path, config_file: Path, parts: Parts, config: Mapping
     if not config.get("target_parameters"):
         return
     wrapped: dict[str, dict[int, str]] = {}
-    for module in parts:
+    for module, own in parts.items():
+        if not own.keys() & _ROLES.keys():
+            continue  # rows of tokens, say
         root, depth = module, 0
         while root.endswith(_INNER):
             root, depth = root.removesuffix(_INNER), depth + 1

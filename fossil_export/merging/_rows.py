@@ -71,17 +71,19 @@ def follow(
 
 
 def refuse_unfollowed(groups: Iterable[Tied], naming: Naming, adapter: Adapter, brought: Brought) -> None:
-    """Raise MergeError for rows of a module that is neither targeted nor tied to the input embedding."""
+    """Raise MergeError for rows of a module that is neither targeted nor tied to the input embedding, and for such a
+    LoRA, if what is tied is trained together."""
     embedding = f"{naming.model.embedding}.weight"
     tied = {member for group in groups if embedding in group.members for member in group.members}
     path, config = adapter.files[0], adapter.config
-    for parameter, one in brought.rows.items():
-        if one.method != "trainable_tokens" or parameter in tied:
+    methods = ("trainable_tokens", *(("lora", "lora_embedding") if config.get("ensure_weight_tying") else ()))
+    for parameter, one in [*brought.rows.items(), *brought.trained.items()]:
+        if one.method not in methods or parameter in tied:
             continue
         if not is_targeted(path, config, one.owner):
             raise MergeError(
                 f"{path}: target_modules does not cover {one.owner}, which {naming.model.name or 'the base'} does not "
-                "tie to its embedding, and for which there are rows; the files do not belong together"
+                "tie to its embedding, and for which there are tensors; the files do not belong together"
             )
 
 
