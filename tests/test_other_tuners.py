@@ -18,7 +18,8 @@ from fossil_export import load_adapter, merge, plan_merge, verify
 from fossil_export.errors import AdapterError, MergeError
 from fossil_export.merging._engine import NumpyEngine, TorchEngine
 from fossil_export.methods import METHODS
-from fossil_export.onnx._trained import Piece, merged_rows
+from fossil_export.onnx._trained import merged_rows
+from fossil_export.onnx.graph._match import Piece
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -251,8 +252,8 @@ def test_cut_into_the_smallest_slabs_it_is_nearly_the_same_and_verified(
         kind, config = MORE[name]
         make_adapter(adapter, trained / "base", noise, kind=kind, target_modules=["q_proj", "down_proj"], **config)
     merge(adapter, tmp_path / "whole")
-    monkeypatch.setattr("fossil_export.merging._slabs.SLAB", 1)
-    monkeypatch.setattr("fossil_export.verifying._comparison.SLAB", 1)
+    monkeypatch.setattr("fossil_export.merging._slabs.SLAB", 1 << 10)
+    monkeypatch.setattr("fossil_export.verifying._comparison.SLAB", 1 << 12)
     monkeypatch.setattr("fossil_export.verifying._comparison.BLOCK", 1)
     monkeypatch.setattr(NumpyEngine, "block", 1)
     merge(adapter, tmp_path / "cut")
@@ -267,5 +268,5 @@ def test_rows_of_a_graphs_weight_are_those_of_the_whole(name: str, trained: Path
     adapter = load_adapter(trained / name)
     module = next(iter(adapter.trained))
     base = torch.randn(48, 96 if "down" in module else 48).numpy()
-    whole = merged_rows(adapter, Piece(module, 0, 0, 48), base)
-    assert (merged_rows(adapter, Piece(module, 0, 5, 20), base) == whole[5:25]).all()
+    whole = merged_rows(adapter, Piece(module, start=0, at=0, count=48), base)
+    assert (merged_rows(adapter, Piece(module, start=5, at=0, count=20), base) == whole[5:25]).all()
