@@ -15,7 +15,7 @@ from fossil_export.errors import OnnxError, listed
 from fossil_export.merging._plan import MergePlan
 from fossil_export.merging._planning import plan_merge, settled
 from fossil_export.onnx._places import OpenGraph, Place, open_graph
-from fossil_export.onnx._refusals import check_mode
+from fossil_export.onnx._refusals import check_mode, check_products
 from fossil_export.onnx.builders import BUILDERS, PRECISIONS, PrecisionName, RuntimeName, default_builder
 from fossil_export.onnx.builders._existing import check_saved, companions, find_graph
 from fossil_export.onnx.modes import MODES, Mode, ModeName
@@ -127,6 +127,8 @@ def decide(
         raise OnnxError(f"device is {device!r}, expected cpu, cuda")
     if onnx is not None and (runtime or precision):
         raise OnnxError("--onnx takes the graph as it is; leave --runtime and --precision out")
+    if onnx is not None:
+        check_products(adapter)
     for package in ("onnx", "onnx_ir"):
         required(package)
     merge = plan_merge(adapter, base, dtype="auto")
