@@ -18,8 +18,8 @@ from fossil_export.checkpoints._checkpoint import WeightRows
 from fossil_export.errors import OnnxError, listed
 from fossil_export.merging._plan import MergePlan
 from fossil_export.onnx._refusals import check_mode
-from fossil_export.onnx._signature import Signature, Slot, fingerprint, saved_digests
-from fossil_export.onnx._trained import is_tiled, joined, lora_form
+from fossil_export.onnx._signature import Signature, Slot, digest, fingerprint, saved_digests
+from fossil_export.onnx._trained import base_values, is_tiled, joined, lora_form
 from fossil_export.onnx.graph._weight import round_to
 
 if TYPE_CHECKING:
@@ -108,7 +108,11 @@ def check_base(plan: MergePlan, signature: Signature, graph: Path) -> None:
 
 def _check_saved(plan: MergePlan, signature: Signature, graph: Path) -> None:
     saved = saved_digests(plan)
-    other = [name for name in {**saved, **signature.saved} if saved.get(name) != signature.saved.get(name)]
+    other = [
+        name
+        for name in {**saved, **signature.saved}
+        if saved.get(name) != signature.saved.get(name) and not _is_the_bases(plan, name, saved, signature.saved)
+    ]
     if other:
         raise OnnxError(
             f"{graph}: adapters swap shards, but {plan.adapter.path} and the graph differ in whole trained tensors "
@@ -116,11 +120,18 @@ def _check_saved(plan: MergePlan, signature: Signature, graph: Path) -> None:
         )
 
 
+def _is_the_bases(plan: MergePlan, name: str, *digests: Mapping[str, str]) -> bool:
+    """Whether those that have this tensor have the base's values of it, and so trained nothing in it."""
+    values = base_values(plan, name)
+    own = None if values is None else digest(values)
+    return own is not None and all(one.get(name, own) == own for one in digests)
+
+
 def write_adapter(path: Path, arrays: Mapping[str, Array], signature: Signature) -> None:
     """Write an adapter file. Raises OSError when it cannot be written."""
     ort = required("onnxruntime")
     onnx = required("onnx")
-    kinds = {name: slot.dtype for slot in signature.slots for name in (slot.name, slot.down)}
+    kinds = signature.inputs
     values = {name: _ort_value(ort, array, getattr(onnx.TensorProto, kinds[name])) for name, array in arrays.items()}
     adapter = ort.AdapterFormat()
     adapter.set_adapter_version(1)

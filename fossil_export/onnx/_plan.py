@@ -179,7 +179,9 @@ def _whole(merge: MergePlan) -> list[str]:
 
 
 def _warnings(merge: MergePlan, mode: Mode) -> Iterator[str]:
-    if mode.swaps and (whole := _whole(merge)):
+    # Beside what a module got, PEFT saves its weight as it was.
+    whole = [tensor.name for tensor in merge.tensors if tensor.brought and tensor.action != "merge"]
+    if mode.swaps and whole:
         yield f"{listed(whole)} were trained whole: they stay in the graph whatever adapter is active"
 
 

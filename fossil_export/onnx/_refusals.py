@@ -32,8 +32,8 @@ def _refuse_formless(adapter: Adapter, formless: Sequence[Trained], mode: Mode) 
     if others:
         why = "is no branch beside a linear layer" if mode.name != "tiled" else "is no sum of a few constants"
         raise OnnxError(
-            f"{adapter.path}: {listed([trained.module for trained in others])} were trained by {others[0].method}, "
-            f"whose update {why}; use --mode merged"
+            f"{adapter.path}: the update of {listed([trained.module for trained in others])} ({others[0].method}) "
+            f"{why}; use --mode merged"
         )
     if not mode.blocks:
         raise OnnxError(
@@ -47,6 +47,6 @@ def check_products(adapter: Adapter) -> None:
     others = [trained.module for trained in adapter.trained.values() if not is_linear(trained)]
     if others:
         raise OnnxError(
-            f"{adapter.path}: {listed(others)} are no linear layers, and only these are changed in a graph that is "
-            "there; leave --onnx out, so that it is made of the merged model"
+            f"{adapter.path}: trained more than weights of linear layers ({listed(others)}), and only these are changed "
+            "in a graph that is there; leave --onnx out, so that it is made of the merged model"
         )

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fossil_export.adapters import Adapter
 from fossil_export.errors import OnnxError
 from fossil_export.merging._plan import MergePlan
+from fossil_export.onnx._trained import is_the_bases
 from fossil_export.onnx.graph._file import MARK, load_graph
 from fossil_export.onnx.graph._match import Piece
 
@@ -77,6 +77,11 @@ class Signature:
     tensors: tuple[str, ...]
     base: str
     saved: Mapping[str, str]
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """The names of the optional inputs and ONNX's types of them."""
+        return {name: slot.dtype for slot in self.slots for name in (slot.name, slot.down) if name}
 
     @property
     def takes_lora(self) -> bool:
@@ -177,15 +182,16 @@ def fingerprint(weights: Iterable[Any]) -> str:
 
 
 def saved_digests(plan: MergePlan) -> dict[str, str]:
-    """SHA-256 of each whole tensor that comes with the adapter and stands in the graph."""
+    """SHA-256 of each whole tensor that comes with the adapter and stands in the graph; of one that is trained beside as
+    well, only if it is another one than the base's."""
     whole = {
-        tensor.name: _digest(plan.adapter, tensor.source)
+        tensor.name: digest(plan.adapter.array(tensor.source))
         for tensor in plan.tensors
-        if tensor.owner is not None and tensor.action != "merge"
+        if tensor.owner is not None and (tensor.action != "merge" or not is_the_bases(plan, tensor))
     }
     pieces = [(f"{tensor.name}[{one.first}]", one.source) for tensor in plan.tensors for one in tensor.pieces]
-    return whole | {name: _digest(plan.adapter, info) for name, info in pieces}
+    return whole | {name: digest(plan.adapter.array(info)) for name, info in pieces}
 
 
-def _digest(adapter: Adapter, info: Any) -> str:
-    return hashlib.sha256(np.ascontiguousarray(adapter.array(info), np.float32).tobytes()).hexdigest()
+def digest(values: Any) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values, np.float32).tobytes()).hexdigest()

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fossil_export.adapters import Adapter, Trained
+from fossil_export.checkpoints._dtypes import numpy_dtype
 from fossil_export.errors import OnnxError, listed
+from fossil_export.merging._layout import TensorPlan
 from fossil_export.merging._plan import MergePlan
 from fossil_export.methods import METHODS, LowRank, Tiling
 from fossil_export.onnx.graph._match import Piece
@@ -27,6 +29,24 @@ def without_updates(merge: MergePlan) -> MergePlan:
         for file in merge.files
     )
     return replace(merge, files=files)
+
+
+def base_values(merge: MergePlan, name: str) -> Array | None:
+    """A stored tensor of the base in float32, None if it has none of that name."""
+    info = merge.base.tensors.get(name)
+    if info is None:
+        return None
+    raw = merge.base.home.view(info.path.name, info.offset or 0, info.nbytes)
+    return np.asarray(raw.view(numpy_dtype(info.dtype)).reshape(info.shape), np.float32)
+
+
+def is_the_bases(merge: MergePlan, tensor: TensorPlan) -> bool:
+    """Whether a whole tensor that came with the adapter has the base's values: so PEFT saves the weight of a head or an
+    embedding that it trained beside."""
+    info = merge.base.tensors.get(tensor.name)
+    if tensor.owner is None or info is None or info.shape != tensor.source.shape:
+        return False
+    return np.array_equal(np.asarray(merge.adapter.array(tensor.source), np.float32), base_values(merge, tensor.name))
 
 
 def ranks_of(adapter: Adapter, pieces: Iterable[Piece]) -> set[int]:
