@@ -38,8 +38,8 @@ def adapter_arrays(adapter: Adapter, signature: Signature, graph: Path) -> dict[
     check_mode(adapter, "swappable")
     if not signature.takes_lora and not all(map(is_tiled, adapter.trained.values())):
         raise OnnxError(
-            f"{adapter.path}: is a {adapter.variant} adapter, which has two matrices a layer, and {graph} has one input "
-            "for each, for FOSSIL's shards; export a swappable graph with this adapter, which takes both kinds"
+            f"{adapter.path}: is a {adapter.variant} adapter, which has two matrices a layer, and {graph} has one "
+            "input for each, for FOSSIL's shards; export a swappable graph with this adapter, which takes both kinds"
         )
     names = _names(adapter, signature)
     known = replace(adapter, trained={module: adapter.trained[name] for module, name in names.items()})

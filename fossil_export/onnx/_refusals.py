@@ -47,6 +47,6 @@ def check_products(adapter: Adapter) -> None:
     others = [trained.module for trained in adapter.trained.values() if not is_linear(trained)]
     if others:
         raise OnnxError(
-            f"{adapter.path}: trained more than weights of linear layers ({listed(others)}), and only these are changed "
-            "in a graph that is there; leave --onnx out, so that it is made of the merged model"
+            f"{adapter.path}: trained more than weights of linear layers ({listed(others)}), and only these are "
+            "changed in a graph that is there; leave --onnx out, so that it is made of the merged model"
         )

@@ -167,9 +167,7 @@ def read_branches(graph: Path, record: Mapping[str, Any]) -> tuple[Slot, ...]:
 
 
 def _slots(entries: Iterable[Mapping[str, Any]]) -> tuple[Slot, ...]:
-    return tuple(
-        Slot(**{**entry, "pieces": tuple(Piece(**piece) for piece in entry["pieces"])}) for entry in entries
-    )
+    return tuple(Slot(**{**entry, "pieces": tuple(Piece(**piece) for piece in entry["pieces"])}) for entry in entries)
 
 
 def fingerprint(weights: Iterable[Any]) -> str:
@@ -182,8 +180,8 @@ def fingerprint(weights: Iterable[Any]) -> str:
 
 
 def saved_digests(plan: MergePlan) -> dict[str, str]:
-    """SHA-256 of each whole tensor that comes with the adapter and stands in the graph; of one that is trained beside as
-    well, only if it is another one than the base's."""
+    """SHA-256 of each whole tensor that comes with the adapter and stands in the graph; of one that is also trained
+    beside, only if it is not the base's."""
     whole = {
         tensor.name: digest(plan.adapter.array(tensor.source))
         for tensor in plan.tensors

@@ -43,10 +43,8 @@ def base_values(merge: MergePlan, name: str) -> Array | None:
 def is_the_bases(merge: MergePlan, tensor: TensorPlan) -> bool:
     """Whether a whole tensor that came with the adapter has the base's values: so PEFT saves the weight of a head or an
     embedding that it trained beside."""
-    info = merge.base.tensors.get(tensor.name)
-    if tensor.owner is None or info is None or info.shape != tensor.source.shape:
-        return False
-    return np.array_equal(np.asarray(merge.adapter.array(tensor.source), np.float32), base_values(merge, tensor.name))
+    values = base_values(merge, tensor.name) if tensor.owner is not None else None
+    return values is not None and np.array_equal(np.asarray(merge.adapter.array(tensor.source), np.float32), values)
 
 
 def ranks_of(adapter: Adapter, pieces: Iterable[Piece]) -> set[int]:

@@ -37,7 +37,10 @@ def check_shards(folder: Path, adapter: Adapter) -> list[str]:
         return []
     if mark["mode"] == "swappable":
         slots = read_signature(graph).slots
-        return [*_unknown(slots, adapter), *_check_slots(slots, _parameters(folder / ADAPTER), adapter, f" in {ADAPTER}")]
+        return [
+            *_unknown(slots, adapter),
+            *_check_slots(slots, _parameters(folder / ADAPTER), adapter, f" in {ADAPTER}"),
+        ]
     if branches := read_branches(graph, mark):
         constants = {name: value.const_value for name, value in model.graph.initializers.items()}
         found = {

@@ -1,9 +1,9 @@
 """Swappable mode: the branches of fused mode, with the trained tensors as optional inputs of any rank.
 
-An adapter file gives the inputs their values while a session runs. Without one the branches are not run. There are two
-kinds of graph. For adapters that sum their inputs each place has one input, D, and layers of one kind have one rank,
-which S(x) is made for. For all others it has two, LoRA's A and B, of a rank of its own; such a graph takes both kinds of
-adapters, since a shard is the LoRA whose A is the tiling matrix.
+An adapter file gives the inputs their values while a session runs. Without one the branches are not run. There are
+two kinds of graph. For adapters that sum their inputs each place has one input, D, and layers of one kind have one
+rank, which S(x) is made for. For all others it has two, LoRA's A and B, of a rank of its own; such a graph takes both
+kinds of adapters, since a shard is the LoRA whose A is the tiling matrix.
 """
 
 from __future__ import annotations
