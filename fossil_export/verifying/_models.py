@@ -175,14 +175,22 @@ def open_trainer(
     with _quiet():
         model = load_model(kind, base, config, dtype=getattr(torch, dtype), ignore_mismatched_sizes=True)
         _resize(model, artifact)
+        kept: list[tuple[Any, torch.Tensor]] = []
         if change is not None and not merged:
             change(model)
+            kept = [
+                (module, module.weight.detach().clone())
+                for name, module in model.named_modules()
+                if name in adapter.trained and f"{name}.weight" in adapter.saved
+            ]
         wide = torch.float64 if dtype == "float64" else torch.float32
         folder = adapter.path if adapter.path.is_dir() else adapter.path.parent
         # PEFT looks only for files of its own names.
         loads = adapter.peft_type in PEFT_TYPE_TO_CONFIG_MAPPING and adapter.files[1] == find_weights(folder)
         if loads and not any(isinstance(module, Conv1D) for module in model.modules()):
             model = PeftModel.from_pretrained(model, str(folder))
+            for module, weight in kept:  # with a head PEFT saves, and loads, the weight that it had
+                module.weight.data.copy_(weight)
             for name, parameter in model.named_parameters():
                 if any(part.startswith(model.base_model.prefix) for part in name.split(".")):
                     parameter.data = parameter.data.to(wide)
