@@ -178,6 +178,8 @@ def test_one_graph_takes_adapters_of_both_kinds(tmp_path: Path) -> None:
         assert made.details["tensors"] == made.details["inputs"] == 4
         found = run(result.graph, X, file)
         assert error(found, answers(other.trained, X)) < 2e-6, other.adapter.name
+        shutil.copyfile(file, result.adapter_file)
+        assert problems(result, other.adapter) == [] != problems(result, case.adapter)
         if other.adapter.name == "one layer":
             assert np.array_equal(found[0], before[0])
     assert np.array_equal(run(result.graph, X), before)
@@ -196,6 +198,20 @@ def test_tiles_share_the_rows_of_their_one_matrix(tmp_path: Path) -> None:
         if file != result.adapter_file or name.startswith("layers.0")
     }
     assert ranks == {f"layers.{n}.qkv_proj.lora_{x}": 6 if n == 0 else 5 for n in (0, 1) for x in "AB"}
+
+
+@pytest.mark.parametrize("mode", ["fused", "swappable"])
+def test_trained_values_of_bfloat16_are_rounded_once(mode: str, tmp_path: Path) -> None:
+    case = lora_case(tmp_path, **PATTERNS)
+    file = case.adapter / "adapter_model.safetensors"
+    save_file({name: value.bfloat16() for name, value in load_file(file).items()}, file)
+    for name, parameter in case.trained.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.bfloat16().float()
+    graph = make_graph(case, tmp_path / "plain" / "model.onnx", "packed")
+    result = export_onnx(case.adapter, tmp_path / "out", base=case.base, mode=mode, onnx=graph)
+    assert problems(result, case.adapter) == []
+    assert error(run(result.graph, X, result.adapter_file), answers(case.trained, X)) < 2e-6
 
 
 def test_a_graph_for_shards_refuses_lora_and_says_what_to_do(tmp_path: Path) -> None:

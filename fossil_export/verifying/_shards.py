@@ -47,7 +47,7 @@ def check_shards(folder: Path, adapter: Adapter) -> list[str]:
             name: stored(constants[name]) for slot in branches for name in (slot.name, slot.down) if name in constants
         }
         return [
-            *_unknown(branches, adapter),
+            *_unknown(branches, adapter, "branches"),
             *_check_slots(branches, found, adapter, ""),
             *(line for slot in branches for line in _check_nodes(slot, model)),
         ]
@@ -67,10 +67,10 @@ def has_pairs(folder: Path) -> bool:
     return bool(read_branches(graph, read_mark(graph)))
 
 
-def _unknown(slots: Sequence[Slot], adapter: Adapter) -> Iterator[str]:
+def _unknown(slots: Sequence[Slot], adapter: Adapter, what: str = "inputs") -> Iterator[str]:
     known = {piece.module for slot in slots for piece in slot.pieces}
     if missing := [module for module in adapter.trained if module not in known]:
-        yield f"the graph has no inputs for {listed(missing)}"
+        yield f"the graph has no {what} for {listed(missing)}"
 
 
 def _check_slots(slots: Sequence[Slot], found: Mapping[str, Array], adapter: Adapter, where: str) -> Iterator[str]:
