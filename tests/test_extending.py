@@ -20,6 +20,7 @@ from fossil_export.checkpoints import TensorInfo
 from fossil_export.converting import CONVERTERS, Converter
 from fossil_export.errors import AdapterError
 from fossil_export.methods import METHODS, POSITIVE, Arrays, Base, Field, LowRank, Numbers, Shapes
+from fossil_export.onnx.modes import MODES
 from fossil_export.verifying.reference import EXACT
 
 MODULES = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_proj": (48, 96)}
@@ -176,7 +177,7 @@ def test_a_method_without_a_check_of_its_own_gets_no_verdict(
         verify(tmp_path / "merged", level="weights")
 
 
-@pytest.mark.parametrize(("mode", "form"), [(m, f) for m in ("merged", "tiled", "fused") for f in ("matmul", "packed")]
+@pytest.mark.parametrize(("mode", "form"), [(mode, form) for mode in MODES for form in ("matmul", "packed")]
                          + [("tiled", "transpose"), ("fused", "gemm_transb"), ("fused", "packed_nbits")])  # fmt: skip
 def test_its_graphs_give_what_was_trained(
     mode: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -197,8 +198,8 @@ def test_its_graphs_give_what_was_trained(
     x = np.random.default_rng(0).standard_normal((5, 24) if flat else (2, 3, 24)).astype(np.float32)
     before = run(graph, x)
     folder = write_toy(tmp_path / "toy", tensors, case.base)
-    export_onnx(folder, tmp_path / "out", base=case.base, mode=mode, onnx=graph)
-    found = run(tmp_path / "out" / "plain.onnx", x)
+    result = export_onnx(folder, tmp_path / "out", base=case.base, mode=mode, onnx=graph)
+    found = run(result.graph, x, result.adapter_file)
     for name in {key.rpartition(".toy.")[0] for key in tensors}:
         layer = trained.get_submodule(name.removeprefix("base_model.model."))
         layer.weight.data += SCALE * tensors[f"{name}.toy.p"] @ tensors[f"{name}.toy.q"]
@@ -211,11 +212,6 @@ def test_its_graphs_give_what_was_trained(
             wanted = before + wanted - plain(torch.from_numpy(x)).numpy()
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
     assert np.abs(found - before).max() > 0.1
-
-
-def test_what_has_two_matrices_is_not_swapped(toy: Path, tmp_path: Path) -> None:
-    with pytest.raises(FossilExportError, match="has two matrices, and a graph to swap in has one input a layer"):
-        export_onnx(toy, tmp_path / "out", mode="swappable")
 
 
 def sums(adapter: Adapter, path: Path, options: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from fossil_export.errors import OnnxError
 
 
 def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
-    """Write the shards of `adapter` under the names of the graph's inputs. Raises OnnxError and OSError."""
+    """Write what `adapter` trained under the names of the graph's inputs. Raises OnnxError and OSError."""
     from fossil_export._extras import required
     from fossil_export.merging._planning import plan_merge, settled
     from fossil_export.onnx._adapter_file import adapter_arrays, check_base, write_adapter
@@ -25,7 +25,7 @@ def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
     check_mode(adapter, "swappable")
     graph = find_graph(options.graph)
     signature = read_signature(graph)
-    arrays = adapter_arrays(adapter, signature)
+    arrays = adapter_arrays(adapter, signature, graph)
     check_base(settled(plan_merge(adapter, options.base)), signature, graph)
     write_adapter(output, arrays, signature)
-    return {"graph": str(graph), "tensors": len(arrays), "inputs": len(signature.slots)}
+    return {"graph": str(graph), "tensors": len(arrays), "inputs": len(signature.inputs)}

@@ -234,7 +234,7 @@ def _write_adapter(adapter: Adapter, folder: Path, graph: Path) -> Path:
 
     _quiet(folder / "genai_config.json")
     signature = read_signature(graph)
-    write_adapter(folder / ADAPTER, adapter_arrays(adapter, signature), signature)
+    write_adapter(folder / ADAPTER, adapter_arrays(adapter, signature, graph), signature)
     return folder / ADAPTER
 
 

@@ -131,7 +131,8 @@ def open_graph(merge: MergePlan, mode: Mode, path: Path) -> OpenGraph:
     ranks: dict[str, set[int]] = defaultdict(set)
     for place in places:
         ranks[place.kind] |= ranks_of(merge.adapter, place.pieces)
-    if mode.swaps and any(len(of_kind) > 1 for of_kind in ranks.values()):
+    tiled = all(is_tiling(merge.adapter, place.pieces) for place in places)
+    if mode.swaps and tiled and any(len(of_kind) > 1 for of_kind in ranks.values()):
         raise OnnxError(f"{merge.adapter.path}: layers of one kind have different ranks; use --mode fused or tiled")
     return OpenGraph(mode, merge, path, model, places, by_label, {one.module: one.weight for one in wanted})
 

@@ -15,7 +15,7 @@ from fossil_export.errors import OnnxError, listed
 from fossil_export.merging._plan import MergePlan
 from fossil_export.merging._planning import plan_merge, settled
 from fossil_export.onnx._places import OpenGraph, Place, open_graph
-from fossil_export.onnx._refusals import check_mode
+from fossil_export.onnx._refusals import check_mode, check_products
 from fossil_export.onnx.builders import BUILDERS, PRECISIONS, PrecisionName, RuntimeName, default_builder
 from fossil_export.onnx.builders._existing import check_saved, companions, find_graph
 from fossil_export.onnx.modes import MODES, Mode, ModeName
@@ -127,6 +127,8 @@ def decide(
         raise OnnxError(f"device is {device!r}, expected cpu, cuda")
     if onnx is not None and (runtime or precision):
         raise OnnxError("--onnx takes the graph as it is; leave --runtime and --precision out")
+    if onnx is not None:
+        check_products(adapter)
     for package in ("onnx", "onnx_ir"):
         required(package)
     merge = plan_merge(adapter, base, dtype="auto")
@@ -177,7 +179,9 @@ def _whole(merge: MergePlan) -> list[str]:
 
 
 def _warnings(merge: MergePlan, mode: Mode) -> Iterator[str]:
-    if mode.swaps and (whole := _whole(merge)):
+    # Beside what a module got, PEFT saves its weight as it was.
+    whole = [tensor.name for tensor in merge.tensors if tensor.brought and tensor.action != "merge"]
+    if mode.swaps and whole:
         yield f"{listed(whole)} were trained whole: they stay in the graph whatever adapter is active"
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from fossil_export.adapters import Adapter
-from fossil_export.errors import OnnxError
+from collections.abc import Sequence
+
+from fossil_export.adapters import Adapter, Trained
+from fossil_export.errors import OnnxError, listed
 from fossil_export.methods import ROWS
-from fossil_export.onnx._trained import is_tiled
+from fossil_export.onnx._trained import comes_in_blocks, is_linear
 from fossil_export.onnx.builders import PRECISIONS
-from fossil_export.onnx.modes import MODES
+from fossil_export.onnx.modes import MODES, Mode
 
 
 def check_mode(adapter: Adapter, mode: str, precision: str | None = None) -> None:
@@ -24,21 +26,38 @@ def check_mode(adapter: Adapter, mode: str, precision: str | None = None) -> Non
             f"{adapter.path}: was trained on repeated layers (layer_replication), which a graph of the base lacks; "
             "merge it, and export the merged model (optimum-cli export onnx)"
         )
-    if MODES[mode].low_rank and any(trained.form_rank is None for trained in adapter.trained.values()):
-        raise OnnxError(
-            f"{adapter.path}: is a {adapter.variant} adapter, whose update depends on the weight it changes and is no "
-            "branch beside it; use --mode tiled or merged, or approximate it by a LoRA"
-        )
-    if MODES[mode].swaps and not all(map(is_tiled, adapter.trained.values())):
-        raise OnnxError(
-            f"{adapter.path}: is a {adapter.variant} adapter, whose branch has two matrices, and a graph to swap in "
-            "has one input a layer; use --mode fused, tiled or merged"
-        )
-    if mode == "tiled" and any(one.form_rank is None and one.method != "bat" for one in adapter.trained.values()):
-        raise OnnxError(f"{adapter.path}: is a {adapter.variant} adapter, which --mode tiled cannot write; use merged")
+    formless = [trained for trained in adapter.trained.values() if trained.form_rank is None]
+    if MODES[mode].low_rank and formless:
+        _refuse_formless(adapter, formless, MODES[mode])
     codes = precision in PRECISIONS and PRECISIONS[precision].codes
     if codes and MODES[mode].floats and not MODES[mode].merges:
         raise OnnxError(
             f"--mode {mode} adds to float weights, and {precision} weights are codes; use --mode fused or swappable, "
             "or --mode merged, which quantizes the merged weights"
+        )
+
+
+def _refuse_formless(adapter: Adapter, formless: Sequence[Trained], mode: Mode) -> None:
+    """Raise OnnxError for what is no branch beside a linear layer, unless the mode takes it as blocks."""
+    others = [trained for trained in formless if not comes_in_blocks(trained)]
+    if others:
+        why = "is no branch beside a linear layer" if mode.name != "tiled" else "is no sum of a few constants"
+        raise OnnxError(
+            f"{adapter.path}: the update of {listed([trained.module for trained in others])} ({others[0].method}) "
+            f"{why}; use --mode merged"
+        )
+    if not mode.blocks:
+        raise OnnxError(
+            f"{adapter.path}: is a {adapter.variant} adapter, whose update depends on the weight it changes and is no "
+            "branch beside it; use --mode tiled or merged, or approximate it by a LoRA"
+        )
+
+
+def check_products(adapter: Adapter) -> None:
+    """Raise OnnxError for what is no product of a graph that is there already, and so is not changed in it."""
+    others = [trained.module for trained in adapter.trained.values() if not is_linear(trained)]
+    if others:
+        raise OnnxError(
+            f"{adapter.path}: trained more than weights of linear layers ({listed(others)}), and only these are "
+            "changed in a graph that is there; leave --onnx out, so that it is made of the merged model"
         )

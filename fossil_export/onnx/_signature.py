@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fossil_export.adapters import Adapter
 from fossil_export.errors import OnnxError
 from fossil_export.merging._plan import MergePlan
+from fossil_export.onnx._trained import is_the_bases
 from fossil_export.onnx.graph._file import MARK, load_graph
 from fossil_export.onnx.graph._match import Piece
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from fossil_export.onnx._places import OpenGraph
+    from fossil_export.onnx._places import OpenGraph, Place
     from fossil_export.onnx.graph._edit import Editor
+    from fossil_export.onnx.graph._sites import Site
 
 FORMAT = 1
 SAMPLED = 4
@@ -33,7 +34,9 @@ SAMPLED = 4
 
 @dataclass(frozen=True)
 class Slot:
-    """One optional input (r, `outputs`) of the graph; slots of one `kind` take trained tensors of one rank."""
+    """What a place takes: an optional input `name` (r, `outputs`) of the graph for a branch that sums its inputs, whose
+    slots of one `kind` take one rank; or two, LoRA's B (r, `outputs`) and, as `down`, A (`inputs`, r), whose rank is
+    this place's own. In a fused graph the two are constants."""
 
     name: str
     kind: str
@@ -41,6 +44,18 @@ class Slot:
     inputs: int
     outputs: int
     pieces: tuple[Piece, ...]
+    down: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The slot as the metadata holds it."""
+        return {name: value for name, value in asdict(self).items() if name != "down" or value}
+
+
+def lora_slot(place: Place, site: Site) -> Slot:
+    """The slot of a place for A and B."""
+    names = (f"{place.label}.lora_B", f"{place.label}.lora_A")
+    sizes = (place.inputs, place.outputs)
+    return Slot(names[0], place.kind, site.activation, *sizes, place.pieces, names[1])
 
 
 @dataclass(frozen=True)
@@ -64,19 +79,31 @@ class Signature:
     saved: Mapping[str, str]
 
     @property
+    def inputs(self) -> dict[str, str]:
+        """The names of the optional inputs and ONNX's types of them."""
+        return {name: slot.dtype for slot in self.slots for name in (slot.name, slot.down) if name}
+
+    @property
+    def takes_lora(self) -> bool:
+        """Whether its inputs are LoRA's, which what sums its inputs can be put into as well."""
+        return all(slot.down for slot in self.slots)
+
+    @property
     def version(self) -> int:
         """The fingerprint as adapter files can hold it, in `model_version`."""
         return int(self.fingerprint[:7], 16)
 
 
 def mark(graph: OpenGraph, editor: Editor, slots: Sequence[Slot] = ()) -> None:
-    """Write into the graph what was done to it and, with `slots`, what it takes."""
+    """Write into the graph what was done to it and, with `slots`, what it takes or has in its branches."""
     record: dict[str, Any] = {
         "format": FORMAT,
         "mode": graph.mode.name,
         "outlets": [asdict(outlet) for outlet in _outlets(graph, editor)],
     }
-    if slots:
+    if slots and not graph.mode.swaps:
+        record["branches"] = [slot.to_dict() for slot in slots]
+    elif slots:
         trained = graph.merge.modules
         signature = Signature(
             tuple(slots),
@@ -85,7 +112,7 @@ def mark(graph: OpenGraph, editor: Editor, slots: Sequence[Slot] = ()) -> None:
             graph.merge.base_name,
             saved_digests(graph.merge),
         )
-        record["signature"] = asdict(signature)
+        record["signature"] = asdict(signature) | {"slots": [slot.to_dict() for slot in slots]}
     graph.model.metadata_props[MARK] = json.dumps(record, separators=(",", ":"))
 
 
@@ -124,14 +151,23 @@ def read_signature(graph: Path) -> Signature:
     try:
         found = record.get("signature")
         if found is not None and record["format"] == FORMAT:
-            slots = tuple(
-                Slot(**{**slot, "pieces": tuple(Piece(**piece) for piece in slot["pieces"])}) for slot in found["slots"]
-            )
-            return Signature(**{**found, "slots": slots, "tensors": tuple(found["tensors"])})
+            return Signature(**{**found, "slots": _slots(found["slots"]), "tensors": tuple(found["tensors"])})
     except (ValueError, TypeError, KeyError, AttributeError) as problem:
         raise OnnxError(f"{graph}: its fossil_export metadata is damaged; export it again") from problem
     what = f"was made in --mode {record['mode']}" if record.get("mode") else "was not made by fossil-export"
     raise OnnxError(f"{graph}: takes no adapters, it {what}; export it with --mode swappable")
+
+
+def read_branches(graph: Path, record: Mapping[str, Any]) -> tuple[Slot, ...]:
+    """The constants A and B of a fused graph with that record. Raises OnnxError when it is damaged."""
+    try:
+        return _slots(record.get("branches", ()))
+    except (ValueError, TypeError, KeyError, AttributeError) as problem:
+        raise OnnxError(f"{graph}: its fossil_export metadata is damaged; export it again") from problem
+
+
+def _slots(entries: Iterable[Mapping[str, Any]]) -> tuple[Slot, ...]:
+    return tuple(Slot(**{**entry, "pieces": tuple(Piece(**piece) for piece in entry["pieces"])}) for entry in entries)
 
 
 def fingerprint(weights: Iterable[Any]) -> str:
@@ -144,15 +180,16 @@ def fingerprint(weights: Iterable[Any]) -> str:
 
 
 def saved_digests(plan: MergePlan) -> dict[str, str]:
-    """SHA-256 of each whole tensor that comes with the adapter and stands in the graph."""
+    """SHA-256 of each whole tensor that comes with the adapter and stands in the graph; of one that is also trained
+    beside, only if it is not the base's."""
     whole = {
-        tensor.name: _digest(plan.adapter, tensor.source)
+        tensor.name: digest(plan.adapter.array(tensor.source))
         for tensor in plan.tensors
-        if tensor.owner is not None and tensor.action != "merge"
+        if tensor.owner is not None and (tensor.action != "merge" or not is_the_bases(plan, tensor))
     }
     pieces = [(f"{tensor.name}[{one.first}]", one.source) for tensor in plan.tensors for one in tensor.pieces]
-    return whole | {name: _digest(plan.adapter, info) for name, info in pieces}
+    return whole | {name: digest(plan.adapter.array(info)) for name, info in pieces}
 
 
-def _digest(adapter: Adapter, info: Any) -> str:
-    return hashlib.sha256(np.ascontiguousarray(adapter.array(info), np.float32).tobytes()).hexdigest()
+def digest(values: Any) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values, np.float32).tobytes()).hexdigest()

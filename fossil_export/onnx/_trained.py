@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fossil_export.adapters import Adapter, Trained
+from fossil_export.checkpoints._dtypes import numpy_dtype
 from fossil_export.errors import OnnxError, listed
+from fossil_export.merging._layout import TensorPlan
 from fossil_export.merging._plan import MergePlan
 from fossil_export.methods import METHODS, LowRank, Tiling
 from fossil_export.onnx.graph._match import Piece
@@ -27,6 +29,22 @@ def without_updates(merge: MergePlan) -> MergePlan:
         for file in merge.files
     )
     return replace(merge, files=files)
+
+
+def base_values(merge: MergePlan, name: str) -> Array | None:
+    """A stored tensor of the base in float32, None if it has none of that name."""
+    info = merge.base.tensors.get(name)
+    if info is None:
+        return None
+    raw = merge.base.home.view(info.path.name, info.offset or 0, info.nbytes)
+    return np.asarray(raw.view(numpy_dtype(info.dtype)).reshape(info.shape), np.float32)
+
+
+def is_the_bases(merge: MergePlan, tensor: TensorPlan) -> bool:
+    """Whether a whole tensor that came with the adapter has the base's values: so PEFT saves the weight of a head or an
+    embedding that it trained beside."""
+    values = base_values(merge, tensor.name) if tensor.owner is not None else None
+    return values is not None and np.array_equal(np.asarray(merge.adapter.array(tensor.source), np.float32), values)
 
 
 def ranks_of(adapter: Adapter, pieces: Iterable[Piece]) -> set[int]:
@@ -46,17 +64,42 @@ def branch(adapter: Adapter, pieces: Iterable[Piece], outputs: int, inputs: int)
     """That of a weight (`outputs`, `inputs`) which has these pieces of modules; raises OnnxError for tilings of
     different ranks."""
     found = list(pieces)
-    if all(is_tiled(adapter.trained[piece.module]) for piece in found):
+    if is_tiling(adapter, found):
         up = joined(adapter, found, outputs)
         return Branch(up, Tiling(len(up)))
-    ups, downs = [], []
-    for piece in found:
+    up, down = lora_form(adapter, found, outputs, inputs)
+    return Branch(up, down)
+
+
+def lora_form(adapter: Adapter, pieces: Iterable[Piece], outputs: int, inputs: int) -> tuple[Array, Array]:
+    """The same as two arrays, whatever `down` is: B (r, `outputs`), times the scale, and A (r, `inputs`).
+
+    The rows of each piece come after those of the one before, with zeros in B beside its own columns; pieces with the
+    same A share its rows. Modules that `adapter` lacks stay zero, of rank 1 if it lacks all.
+    """
+    downs: list[Array] = []
+    ups: list[Array] = []
+    for piece in pieces:
+        if piece.module not in adapter.trained:
+            continue
         form = _low_rank(adapter, adapter.trained[piece.module], piece)
-        up = np.zeros((form.rank, outputs), np.float32)
-        up[:, piece.at : piece.at + piece.count] = np.asarray(form.up).T[:, piece.start : piece.start + piece.count]
-        ups.append(up)
-        downs.append(np.asarray(form.down_matrix(inputs)))
-    return Branch(np.concatenate(ups), np.concatenate(downs))
+        down = np.asarray(form.down_matrix(inputs), np.float32)
+        same = next((at for at, other in enumerate(downs) if np.array_equal(other, down)), len(downs))
+        if same == len(downs):
+            downs.append(down)
+            ups.append(np.zeros((form.rank, outputs), np.float32))
+        columns = slice(piece.start, piece.start + piece.count)
+        ups[same][:, piece.at : piece.at + piece.count] = np.asarray(form.up).T[:, columns]
+    if not downs:
+        return np.zeros((1, outputs), np.float32), np.zeros((1, inputs), np.float32)
+    return np.concatenate(ups), np.concatenate(downs)
+
+
+def is_linear(trained: Trained) -> bool:
+    """Whether a linear layer reads what it changes: not of a bias, a convolution or an embedding (whose methods have
+    names that end so)."""
+    is_matrix = trained.dimensions in (2, None) and trained.parameter.endswith(".weight")
+    return is_matrix and not trained.method.endswith("embedding")
 
 
 def is_tiling(adapter: Adapter, pieces: Iterable[Piece]) -> bool:
@@ -93,8 +136,8 @@ def joined(adapter: Adapter, pieces: Iterable[Piece], outputs: int, rank: int | 
 
 
 def _low_rank(adapter: Adapter, trained: Trained, piece: Piece) -> LowRank:
-    """The form of a whole module in float32."""
-    arrays = {role: np.asarray(adapter.array(info), np.float32) for role, info in trained.tensors.items()}
+    """The form of a whole module in float64, so that what is multiplied is rounded once, where it is put."""
+    arrays = {role: np.asarray(adapter.array(info), np.float64) for role, info in trained.tensors.items()}
     for role, values in arrays.items():
         if not np.isfinite(values).all():
             info = trained.tensors[role]
@@ -124,8 +167,12 @@ def merged_rows(adapter: Adapter, piece: Piece, base: Array) -> Array:
 
 
 def has_blocks(adapter: Adapter, pieces: Iterable[Piece]) -> bool:
-    """Whether the update of a module among them depends on the weight, as bat's, which comes in blocks."""
-    return any(adapter.trained[piece.module].form_rank is None for piece in pieces)
+    """Whether the update of a module among them comes in blocks that are multiplied by the weight, as bat's."""
+    return any(comes_in_blocks(adapter.trained[piece.module]) for piece in pieces)
+
+
+def comes_in_blocks(trained: Trained) -> bool:
+    return trained.method == "bat"
 
 
 def blocks(adapter: Adapter, pieces: Iterable[Piece], outputs: int, label: str, graph: Path) -> Array:

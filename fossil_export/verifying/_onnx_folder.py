@@ -34,10 +34,12 @@ class OnnxFolder:
 
     def incomparable(self) -> str | None:
         from fossil_export.verifying._quantized import is_quantized
+        from fossil_export.verifying._shards import has_pairs
 
-        if self._mode() == "swappable" or (self._mode() == "fused" and is_quantized(self.folder)):
+        mode = self._mode()
+        if mode == "swappable" or (mode == "fused" and (has_pairs(self.folder) or is_quantized(self.folder))):
             return None
-        return f"a {self._mode()} graph has no shards of its own; it is checked by running it, with --level forward"
+        return f"a {mode} graph has no shards of its own; it is checked by running it, with --level forward"
 
     def subject(self, base: Checkpoint, added: Sum, device: str) -> Subject:
         from fossil_export.verifying._onnx_models import OnnxRunner, providers

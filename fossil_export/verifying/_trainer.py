@@ -39,11 +39,16 @@ def open_trainer(
         loaded = "auto" if started else getattr(torch, dtype)
         model = load_model(kind, base, config, dtype=loaded, ignore_mismatched_sizes=True)
         resize(model, artifact)
+        kept: list[tuple[Any, torch.Tensor]] = []
         if change is not None and not merged:
             change(model)
+            heads = {name for one in added.adapters for name in one.trained if f"{name}.weight" in one.saved}
+            kept = [(part, part.weight.detach().clone()) for name, part in model.named_modules() if name in heads]
         wide = torch.float64 if dtype == "float64" else torch.float32
         if _is_for_peft(added, model):
             model = _with_peft(added, model, wide, getattr(torch, dtype) if started else None)
+            for module, weight in kept:  # with a head PEFT saves, and loads, the weight that it had
+                module.weight.data.copy_(weight)
         else:
             from fossil_export.verifying._layers import attach
 

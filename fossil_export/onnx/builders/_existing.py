@@ -19,6 +19,7 @@ from fossil_export.checkpoints._jsonfile import read_json
 from fossil_export.errors import CheckpointError, OnnxError, listed
 from fossil_export.merging._plan import MergePlan
 from fossil_export.onnx._places import OpenGraph
+from fossil_export.onnx._trained import is_the_bases
 from fossil_export.onnx.graph._file import external_files, load_graph
 from fossil_export.onnx.graph._weight import SAFETENSORS_NAME, stored
 from fossil_export.storage import resolve
@@ -132,13 +133,14 @@ def _check_links(graph: Path, names: Sequence[str]) -> None:
 
 
 def check_saved(graph: OpenGraph) -> None:
-    """Raise OnnxError unless every whole tensor that the adapter brought stands in the graph already."""
+    """Raise OnnxError unless every whole tensor that the adapter brought stands in the graph already, or is the
+    base's."""
     missing = []
     for tensor in graph.merge.tensors:
         for info in tensor.brought:
             values = np.asarray(graph.adapter.array(info), np.float32)
             if not any(_holds(value, values) for value in graph.model.graph.initializers.values()):
-                missing.append(tensor.name)
+                missing += [] if is_the_bases(graph.merge, tensor) else [tensor.name]
     if missing:
         raise OnnxError(
             f"{graph.path}: the adapter also trained {listed(missing)} whole, and the graph has the base's; export it "

@@ -21,16 +21,17 @@ class Mode:
     """What must be known of a mode before a graph is touched; `name` is that of its file (`_name.py`), `help` a line
     for users.
 
-    `opset` is the oldest that has its operators. `low_rank`: takes only updates of the exact low-rank form. `floats`:
-    adds to float weights, which codes are not. `new_weights`: may make weights anew, so that the base's data file is
-    of no more use. `merges`: a graph that is made here is made from the merged model. `swaps`: the trained tensors
-    are inputs, of one rank a kind, and lie in an adapter file beside the graph.
+    `opset` is the oldest that has its operators. `low_rank`: takes only updates of the exact low-rank form; `blocks`:
+    and bat's. `floats`: adds to float weights, which codes are not. `new_weights`: may make weights anew, so that the
+    base's data file is of no more use. `merges`: a graph that is made here is made from the merged model. `swaps`: the
+    trained tensors are inputs, and lie in an adapter file beside the graph.
     """
 
     name: str
     help: str
     opset: int
     low_rank: bool = False
+    blocks: bool = False
     floats: bool = False
     new_weights: bool = False
     merges: bool = False
@@ -53,7 +54,7 @@ MODES = {
     mode.name: mode
     for mode in (
         Mode("merged", "plain graph", 1, floats=True, new_weights=True, merges=True),
-        Mode("tiled", "base weights shared, sum folded at load", 13, floats=True),  # ReduceSum with axes as an input
+        Mode("tiled", "base weights shared, sum folded at load", 13, low_rank=True, blocks=True, floats=True),
         Mode("fused", "branches with the shards inside", 13, low_rank=True, new_weights=True),
         Mode("swappable", "adapters loaded while the session runs", 15, low_rank=True, swaps=True),  # Shape of a range
     )

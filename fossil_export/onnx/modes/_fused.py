@@ -3,7 +3,10 @@
     y = x Wᵀ + S(x) D        S(x)[k] = sum of x[j] over j with j mod r == k, x padded with zeros to a multiple of r
 
 S(x) depends on x and r alone: it is made once for all products that read the same x. Which forms were tried, and
-what each costs, is in docs/performance.md. A method whose `down` has weights of its own has x Aᵀ in its place.
+what each costs, is in docs/performance.md. A method whose `down` has weights of its own has x Aᵀ in its place:
+
+    y = x Wᵀ + (x Aᵀ) Bᵀ     A (r, in), B (out, r) times the scale; in a packed weight those of its layers one after
+                             the other, B with zeros beside the columns of each
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import onnx_ir as ir
 
 from fossil_export.methods import Tiling
 from fossil_export.onnx._places import OpenGraph, Place
-from fossil_export.onnx._signature import Slot
+from fossil_export.onnx._signature import Slot, lora_slot
 from fossil_export.onnx.graph._edit import Editor
 from fossil_export.onnx.graph._sites import Site
 from fossil_export.onnx.graph._weight import Weight, round_to, stored
@@ -25,19 +28,19 @@ if TYPE_CHECKING:
 
 
 def rewrite(graph: OpenGraph, editor: Editor) -> tuple[Slot, ...]:
-    """Beside float weights the trained tensors lengthen the product, [x, S(x)] [W; D]; beside quantized ones, and if x
-    is of unknown rank, they are in a Gemm whose C is the base's product."""
+    """Beside float weights the tiled tensors lengthen the product, [x, S(x)] [W; D]; beside quantized ones, and if x is
+    of unknown rank, they are in a Gemm whose C is the base's product, and so are those with an A. Gives the names of
+    the latter's constants."""
     sums: dict[tuple[int, int, bool], ir.Value] = {}
     constants: dict[str, ir.Value] = {}
+    pairs = _Pairs(editor)
     for place, site in graph.in_order():
         branch = graph.branch(place)
+        if not isinstance(branch.down, Tiling):
+            pairs.add(place, site, branch.up, branch.down)
+            continue
         trained = round_to(branch.up, site.activation, f"the shard of {place.label}")
         rank = trained.shape[0]
-        if not isinstance(branch.down, Tiling):
-            if place.label not in constants:
-                constants[place.label] = editor.constant(f"{place.label}.shard", trained)
-            _add(editor, site, place, _product(editor, site, place, branch.down), constants[place.label])
-            continue
         longer = _lengthens(site)
         key = (id(site.x), rank, longer)
         if key not in sums:
@@ -52,7 +55,34 @@ def rewrite(graph: OpenGraph, editor: Editor) -> tuple[Slot, ...]:
             if place.label not in constants:
                 constants[place.label] = editor.constant(f"{place.label}.shard", trained)
             _add(editor, site, place, sums[key], constants[place.label])
-    return ()
+    return tuple(pairs.slots.values())
+
+
+class _Pairs:
+    """Branches with constants A and B, of which each place has one pair however often its weight is read."""
+
+    def __init__(self, editor: Editor) -> None:
+        self._editor = editor
+        self._flat: dict[int, ir.Value] = {}
+        self._constants: dict[str, tuple[ir.Value, ir.Value]] = {}
+        self.slots: dict[str, Slot] = {}
+
+    def add(self, place: Place, site: Site, up: Array, down: Array) -> None:
+        editor, label = self._editor, place.label
+        if label not in self._constants:
+            slot = lora_slot(place, site)
+            first, second = (
+                editor.constant(name, round_to(values, site.activation, f"{name} of the adapter"))
+                for name, values in ((slot.down, down.T), (slot.name, up))
+            )
+            self._constants[label], self.slots[label] = (first, second), slot
+        first, second = self._constants[label]
+        if id(site.x) not in self._flat:
+            name = f"{site.x.name}/fossil/flat"
+            self._flat[id(site.x)] = editor.flat(site.x, name, place.inputs, before=site.node)
+        x, shape = self._flat[id(site.x)], [None, len(down)]
+        product = editor.node("MatMul", [x, first], f"{label}/fossil/MatMul", before=site.node, shape=shape)
+        _add(editor, site, place, product, second)
 
 
 def makes_weights(graph: OpenGraph) -> bool:
@@ -103,14 +133,6 @@ def _sum(editor: Editor, site: Site, rank: int) -> ir.Value:
     cut = editor.node("Reshape", [padded, shape], f"{name}/Reshape", before=before, shape=[None, times, rank])
     axis = editor.integers([1])
     return editor.node("ReduceSum", [cut, axis], f"{name}/ReduceSum", before=before, shape=[None, rank], keepdims=0)
-
-
-def _product(editor: Editor, site: Site, place: Place, down: Array) -> ir.Value:
-    """x Aᵀ (positions, r) for A (r, in), which is this place's own."""
-    name, before = f"{place.label}/fossil", site.node
-    flat = editor.flat(site.x, f"{name}/flat_in", place.inputs, before=before)
-    matrix = editor.constant(f"{place.label}.down", round_to(down.T, site.activation, f"the shard of {place.label}"))
-    return editor.node("MatMul", [flat, matrix], f"{name}/MatMul", before=before, shape=[None, len(down)])
 
 
 def _padded(editor: Editor, x: ir.Value, site: Site, rank: int) -> tuple[int, ir.Value]:

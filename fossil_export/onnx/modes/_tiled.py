@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from fossil_export.methods import Tiling
@@ -39,12 +38,13 @@ def _tile(graph: OpenGraph, editor: Editor, place: Place, name: str) -> ir.Value
     site = graph.sites[place.label][0]
     operand = site.node.inputs[1]
     branch = graph.branch(place)
-    round_to(branch.up, site.weight.dtype, f"the shard of {place.label}")
-    trained = editor.constant(f"{place.label}.shard", branch.up)
+    tiled = isinstance(branch.down, Tiling)
+    round_to(branch.up, site.weight.dtype, f"the {'shard' if tiled else 'lora_B'} of {place.label}")
+    trained = editor.constant(f"{place.label}.{'shard' if tiled else 'lora_B'}", branch.up)
     if isinstance(branch.down, Tiling):
         tiling = editor.tiling(place.inputs, int(trained.shape[0]))
     else:
-        tiling = editor.constant(f"{place.label}.down", np.ascontiguousarray(branch.down.T))
+        tiling = editor.constant(f"{place.label}.lora_A", branch.down.T)
     wide = _cast(editor, site, operand, f"{name}/Cast_in", ir.DataType.FLOAT)
     if site.inputs_first:
         added = editor.node("Gemm", [tiling, trained, wide], f"{name}/Gemm", before=site.node, shape=operand.shape)
