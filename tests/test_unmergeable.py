@@ -40,7 +40,7 @@ def test_a_refusal_is_one_line_that_says_why_and_what_to_do(name: str, base: Pat
     with pytest.raises(AdapterError) as refusal:
         load_adapter(tmp_path / "adapter")
     line = str(refusal.value)
-    assert f"peft_type is {name}; " in line and "\n" not in line and len(line) - len(str(tmp_path)) < 260
+    assert f"peft_type is {name!r}: " in line and "\n" not in line and len(line) - len(str(tmp_path)) < 260
     assert "PEFT" in UNMERGEABLE[name]
 
 

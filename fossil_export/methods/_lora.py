@@ -109,7 +109,7 @@ class Lora(Base):
                 raise AdapterError(
                     f"{where}: has what is saved with {field}, which the config does not have; mend the config"
                 )
-        if ".base_layer." in f".{module}.":
+        if re.search(r"\.base_layer\.(?!base_layer(\.|$))", module):
             raise AdapterError(
                 f"{where}: lies in an nn.MultiheadAttention, where PEFT adds each update in a way of its own (that of "
                 "out_proj twice), which fossil-export does not do; merge it with PEFT's merge_and_unload"
