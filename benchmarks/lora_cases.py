@@ -178,7 +178,7 @@ def make(case: Case, folder: Path) -> torch.Tensor | None:
     base, adapter = folder / "base", folder / "adapter"
     named = case.base or case.model
     getattr(transformers, named)(_config(named, dict(case.config))).save_pretrained(base)
-    model = getattr(transformers, case.model).from_pretrained(base)
+    model = load(case, base)
     if case.resize:
         model.resize_token_embeddings(case.resize, mean_resizing=False)
     more = {"target_modules": QV, **case.more}
@@ -200,8 +200,14 @@ def make(case: Case, folder: Path) -> torch.Tensor | None:
     if case.refused:
         return None
     if case.damage is not None:  # the trained model is what PEFT makes of the folder
-        live = PeftModel.from_pretrained(getattr(transformers, case.model).from_pretrained(base), adapter)
+        live = PeftModel.from_pretrained(load(case, base), adapter)
     return logits(live)
+
+
+def load(case: Case, folder: Path) -> Any:
+    # Grouped products of experts take no float64.
+    more = {"experts_implementation": "eager"} if case.model.startswith("Mixtral") else {}
+    return getattr(transformers, case.model).from_pretrained(folder, **more)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -214,8 +220,7 @@ def judge(case: Case, output: Path, wanted: torch.Tensor | None) -> str:
     if wanted is None:
         return "wrong: merged"
     try:
-        model = getattr(transformers, case.model).from_pretrained(output)
-        got = logits(model)
+        got = logits(load(case, output))
     except Exception as problem:
         return f"wrong: {type(problem).__name__}"
     if got.shape != wanted.shape:
@@ -234,7 +239,9 @@ def by_fossil_export(case: Case, folder: Path) -> str | None:
 
 def by_peft(case: Case, folder: Path) -> str | None:
     try:
-        model = getattr(transformers, case.model).from_pretrained(folder / "base")
+        model = load(case, folder / "base")
+        if case.resize:  # as its documentation says
+            model.resize_token_embeddings(case.resize, mean_resizing=False)
         merged = PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload()
         merged.save_pretrained(folder / "output")
     except Exception as problem:

@@ -29,7 +29,7 @@ from tuner_tools import assert_caught, assert_live, assert_rounded, biased_base,
 from fossil_export import FossilExportError, convert, export_onnx, load_adapter, merge, verify
 from fossil_export.errors import AdapterError, MergeError, OnnxError
 from fossil_export.methods import METHODS
-from fossil_export.verifying._models import open_trainer
+from fossil_export.verifying._trainer import open_trainer
 from fossil_export.verifying.reference import EXACT
 
 SETTINGS: dict[str, dict[str, Any]] = {
