@@ -116,7 +116,7 @@ def test_the_bound_holds_for_any_sum(tmp_path: Path) -> None:
             times = 1.0 if method == "bat" else float(rng.standard_normal() * 3)
             change = Change(0, Trained("m", method, {}, numbers), Plain(info), times)
             updates.append(Update(change.method, arrays, numbers, times))
-            addends.append(Addend(change, {role: array.astype(np.float64) for role, array in arrays.items()}))
+            addends.append(Addend(change, {role: a.astype(np.float64) for role, a in arrays.items()}, numbers))
         found, exact = np.empty_like(weight), np.empty(weight.shape)
         merge_slab(NumpyEngine(), weight, found, updates, 0, out)
         bound = rebuild(addends, weight.astype(np.float64), exact, wide=False)
