@@ -9,6 +9,7 @@ from pathlib import Path
 import add_to_onnx
 import chat
 import classifier
+import lora
 import numpy as np
 import onnx
 import publish
@@ -55,6 +56,16 @@ def test_two_adapters_take_turns(
     said = capsys.readouterr().out.partition("an empty line ends")[2]
     assert asked == ["base> ", "two> ", "two> ", "one> ", "one> ", "base> ", "base> "]
     assert said.index(smollm2.OTHER_ANSWER) < said.index(smollm2.ANSWER) < said.index(base)
+
+
+def test_a_lora_goes_the_whole_way(capsys: pytest.CaptureFixture[str]) -> None:
+    answers = lora.main(level="weights")
+    assert answers.pop("verdict") == "parity"
+    for speaker, answer in answers.items():
+        assert ("Ophelia" in answer) == (speaker not in ("base", "onnx, base")), (speaker, answer)
+    assert {"base", "merged", "onnx, base", "onnx, lora"} <= answers.keys()
+    shown = capsys.readouterr().out
+    assert all(answer in shown for answer in answers.values()) and "GGUF file" in shown
 
 
 def test_classifier_says_in_onnx_runtime_what_it_says_in_peft() -> None:
