@@ -25,6 +25,7 @@ class Kept:
         self._arrays: OrderedDict[Hashable, Any] = OrderedDict()
         self._making: dict[Hashable, threading.Lock] = {}
         self._lock = threading.Lock()
+        self._size = 0
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
         with self._lock:
@@ -39,8 +40,10 @@ class Kept:
                 array.flags.writeable = False
             with self._lock:
                 self._arrays[key] = array
-                while sum(one.nbytes for one in self._arrays.values()) > ROOM and len(self._arrays) > 1:
-                    old, _ = self._arrays.popitem(last=False)
+                self._size += array.nbytes
+                while self._size > ROOM and len(self._arrays) > 1:
+                    old, gone = self._arrays.popitem(last=False)
+                    self._size -= gone.nbytes
                     self._making.pop(old, None)
         return array
 
