@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -75,18 +76,22 @@ def effective(live: Any) -> dict[str, torch.Tensor]:
     layers = {name: module for name, module in plain.named_modules() if isinstance(module, BaseTunerLayer)}
     for name, value in plain.state_dict(keep_vars=True).items():
         beside = any(name.startswith(f"{layer}.") and not name.startswith(f"{layer}.base_layer.") for layer in layers)
-        if ".original_module." in name or beside:
-            continue
-        found[name.replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")] = value.detach()
+        if ".original_module." not in name and not beside:
+            found[_plain_name(name)] = value.detach()
     for name, module in layers.items():
         if ".original_module." not in name:
-            home = name.replace(".modules_to_save.default", "")
             alone = copy.deepcopy(module)  # a tied weight stays as it is
             with torch.no_grad():
                 alone.merge(adapter_names=["default"])
+            one = getattr(alone, "parameter_name", None)  # of several around one module
             for own, parameter in alone.get_base_layer().named_parameters(recurse=False):
-                found[f"{home}.{own}"] = parameter.detach()
+                if one in (None, own):
+                    found[_plain_name(f"{name}.{own}")] = parameter.detach()
     return found
+
+
+def _plain_name(name: str) -> str:
+    return re.sub(r"(\.base_layer)+\.", ".", name.replace(".modules_to_save.default.", "."))
 
 
 def difference(model: Any, wanted: Truth) -> str | None:
