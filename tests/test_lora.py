@@ -5,13 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import pytest
 import torch
 from conftest import LINEARS, edit_json, make_adapter, make_base, peft_merged, weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig
+from peft.tuners.lora.layer import Linear
 
 from fossil_export import load_adapter, merge, verify
 from fossil_export.errors import AdapterError, MergeError
+from fossil_export.merging._engine import NumpyEngine, TorchEngine, Update, merge_slab
+from fossil_export.methods import METHODS
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -81,3 +88,57 @@ def test_what_is_no_plain_update_is_refused_and_the_line_says_why(
     edit_json(tmp_path / "lora" / "adapter_config.json", **field)
     with pytest.raises(AdapterError, match=why):
         load_adapter(tmp_path / "lora")
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> tuple[torch.dtype, tuple[int, int], int, float, int]:
+    dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]))
+    shape = (draw(st.integers(1, 90)), draw(st.integers(1, 90)))
+    return (
+        dtype,
+        shape,
+        draw(st.integers(1, 40)),
+        draw(st.sampled_from([1, 3, 8, 16, 7.5])),
+        draw(st.integers(0, 2**31)),
+    )
+
+
+@settings(max_examples=80, deadline=None)
+@given(layers(), st.booleans())
+def test_any_shape_rank_and_dtype_has_pefts_bits_by_the_same_library(
+    layer: tuple[torch.dtype, tuple[int, int], int, float, int], rslora: bool
+) -> None:
+    dtype, shape, rank, alpha, seed = layer
+    generator = torch.Generator().manual_seed(seed)
+    linear = torch.nn.Linear(shape[1], shape[0], bias=False, dtype=dtype)
+    linear.weight.data = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    stored = linear.weight.data.clone()
+    config = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=rslora)
+    lora = Linear(linear, "default", config, r=rank, lora_alpha=alpha)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    arrays = {}
+    for role, part in (("A", lora.lora_A), ("B", lora.lora_B)):
+        part["default"].weight.data = torch.randn(part["default"].weight.shape, generator=generator).to(wide)
+        arrays[role] = part["default"].weight.data.numpy()
+    lora.merge()
+    method, shapes = METHODS["lora"], {role: array.shape for role, array in arrays.items()}
+    numbers = method.read({"r": rank, "lora_alpha": alpha, "use_rslora": rslora}, "m", shapes, "here")
+    assert numbers is not None
+    before = stored.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if dtype == torch.bfloat16 else stored.numpy()
+    results = []
+    for engine in (TorchEngine("cpu"), NumpyEngine()):
+        out = np.empty_like(before)
+        widened = {
+            role: engine.widen(array, "F64" if wide == torch.float64 else "F32") for role, array in arrays.items()
+        }
+        merge_slab(engine, before, out, [Update(method, widened, numbers)], 0, shape[0])
+        results.append(out.astype(np.float64))
+        engine.close()
+    theirs = linear.weight.data.double().numpy()
+    assert np.array_equal(results[0], theirs)
+    # Another library adds up the r products in another order.
+    size = (
+        (np.abs(arrays["B"]) @ np.abs(arrays["A"])) * abs(numbers["scale"]) * (rank + 2) * float(torch.finfo(wide).eps)
+    )
+    step = np.abs(theirs) * float(torch.finfo(dtype).eps) + float(torch.finfo(dtype).tiny)
+    assert (np.abs(results[1] - theirs) <= size + step).all()
