@@ -42,6 +42,8 @@ TOLERANCE = 1e-3
 """Relative error of logits: some 1e-6 between two implementations in float32, 3e-4 for Gemma, whose GELU llama.cpp
 looks up in a table of float16."""
 
+METHODS = ("MiSS", "LoRA")
+
 TOKENS = [5, 17, 99, 4, 63, 63, 20, 111]
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -72,7 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _real(outtypes: list[str], tokens: int) -> bool:
     """Answers of the real model in every number format."""
-    trained = ((smollm2.adapter(), smollm2.ANSWER), (smollm2.other_adapter(), smollm2.OTHER_ANSWER))
+    trained = [(smollm2.adapter(), smollm2.ANSWER), (smollm2.other_adapter(), smollm2.OTHER_ANSWER)]
+    trained.append((smollm2.adapter("lora", 16, 20), smollm2.ANSWER))
     answer = _answer(None, tokens)
     good = not any(expected in answer for _, expected in trained)
     print(common.header(HEADER))
@@ -99,15 +102,14 @@ def options(base: Path, outtype: str = "f32") -> Options:
 
 def _families() -> bool:
     """Logits of a tiny model of every family, by llama.cpp with the converted adapter and by PEFT."""
-    header = ("family", "llama.cpp's name", "base", "with the adapter", "the adapter changes", "verdict")
+    header = ("family", "adapter", "llama.cpp's name", "base", "with the adapter", "the adapter changes", "verdict")
     print(common.header(header))
     good = True
-    for kind in gguf_base.FAMILIES:
-        if kind == "gemma3":  # gemma3_text within a model that also sees
-            continue
+    # gemma3 is gemma3_text within a model that also sees
+    for kind, method in ((kind, method) for kind in gguf_base.FAMILIES if kind != "gemma3" for method in METHODS):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            plain, trained = _tiny(kind, folder)
+            plain, trained = _tiny(kind, method, folder)
             made = gguf_lora.write(load_adapter(folder / "adapter"), folder / "lora.gguf", options(folder / "base"))
             _write_gguf(folder / "base", folder / "base.gguf", gguf_base.FAMILIES[kind])
             before = _distance(_logits(folder / "base.gguf", None), plain)
@@ -115,15 +117,15 @@ def _families() -> bool:
         change = _distance(trained, plain)
         right = before < TOLERANCE and after < TOLERANCE and change > 100 * TOLERANCE
         good = good and right
-        cells = [kind, made["architecture"], f"{before:.0e}", f"{after:.0e}", f"{change:.0e}"]
+        cells = [kind, method, made["architecture"], f"{before:.0e}", f"{after:.0e}", f"{change:.0e}"]
         print(common.row([*cells, "as PEFT" if right else "WRONG"]), flush=True)
     return good
 
 
-def _tiny(kind: str, folder: Path) -> tuple[Array, Array]:
+def _tiny(kind: str, method: str, folder: Path) -> tuple[Array, Array]:
     """A random model in `base`, an adapter on all it has in `adapter`; logits (tokens, vocabulary) without and with."""
     import torch
-    from peft import MissConfig, get_peft_model
+    from peft import LoraConfig, MissConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -144,7 +146,8 @@ def _tiny(kind: str, folder: Path) -> tuple[Array, Array]:
     tokens = torch.tensor([TOKENS])
     with torch.no_grad():
         plain = model(tokens).logits[0].numpy()
-        trained = get_peft_model(model, MissConfig(r=10, target_modules=targets))
+        lora = LoraConfig(r=10, lora_alpha=7, rank_pattern={"q_proj": 4}, use_rslora=True, target_modules=targets)
+        trained = get_peft_model(model, lora if method == "LoRA" else MissConfig(r=10, target_modules=targets))
         for parameter in trained.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.1 * torch.randn(parameter.shape)
