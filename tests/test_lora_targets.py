@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import edit_json, make_adapter, make_base, weights
+from conftest import QV, edit_json, make_adapter, make_base, weights
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import LoHaConfig, LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from places_tools import edit_weights
 
@@ -160,3 +161,20 @@ def test_a_quantized_base_is_refused(tmp_path: Path) -> None:
     edit_weights(base, lambda tensors: tensors.update({f"{name}.weight": weights(base)[f"{name}.qweight"].char()}))
     with pytest.raises(MergeError, match="quantized"):
         merge(tmp_path / "lora", tmp_path / "merged")
+
+
+@pytest.mark.parametrize("kind, alpha", [(LoraConfig, "lora_alpha"), (LoHaConfig, "alpha")])
+def test_two_alphas_for_a_module_are_refused_because_peft_sorts_them(
+    kind: Any, alpha: str, base: Path, tmp_path: Path
+) -> None:
+    """The live model has the first alpha; PEFT itself takes the other one out of the file that it saved."""
+    pattern = {"q_proj": 3, r"layers\.1\..*": 5}
+    make_adapter(tmp_path / "adapter", base, kind=kind, target_modules=QV, alpha_pattern=pattern, **{alpha: 8})
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert list(config["alpha_pattern"]) != list(pattern)
+    with pytest.raises(AdapterError, match=r"layers.1.self_attn.q_proj.*alpha_pattern has several values .*: 5.*: 3"):
+        load_adapter(tmp_path / "adapter")
+    pattern = {"q_proj": 5, r"layers\.1\..*": 5}
+    make_adapter(tmp_path / "other", base, kind=kind, target_modules=QV, alpha_pattern=pattern, **{alpha: 8})
+    scales = [one.numbers["scale"] for one in load_adapter(tmp_path / "other").trained.values()]
+    assert sorted(scales) == [5 / 8, 5 / 8, 5 / 8, 1]
