@@ -12,9 +12,10 @@ import torch
 from conftest import QV, edit_json, make_adapter, make_base, weights
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoHaConfig, LoraConfig
+from peft import LoHaConfig, LoraConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from places_tools import edit_weights
+from transformers import AutoModelForCausalLM
 
 from fossil_export import load_adapter, merge
 from fossil_export.adapters._targets import is_targeted
@@ -178,3 +179,23 @@ def test_two_alphas_for_a_module_are_refused_because_peft_sorts_them(
     make_adapter(tmp_path / "other", base, kind=kind, target_modules=QV, alpha_pattern=pattern, **{alpha: 8})
     scales = [one.numbers["scale"] for one in load_adapter(tmp_path / "other").trained.values()]
     assert sorted(scales) == [5 / 8, 5 / 8, 5 / 8, 1]
+
+
+@pytest.mark.parametrize(
+    "config, lost, why",
+    [
+        ({"modules_to_save": ["norm"]}, "layers.1.input_layernorm", r"model.layers.1.input_layernorm.weight were"),
+        ({"modules_to_save": ["lm_head", "o_proj"]}, "lm_head", r"lm_head.weight were"),
+        ({"trainable_token_indices": [3, 4]}, "embed_tokens", r"rows of tokens were trained"),
+    ],
+)
+def test_what_the_config_says_was_trained_must_be_there(
+    config: dict[str, Any], lost: str, why: str, base: Path, tmp_path: Path
+) -> None:
+    make_adapter(tmp_path / "adapter", base, kind=LoraConfig, target_modules=["q_proj"], **config)
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    edit_weights(tmp_path / "adapter", lambda found: [found.pop(name) for name in list(found) if lost in name])
+    with pytest.raises(KeyError):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    with pytest.raises(MergeError, match=why):
+        merge(tmp_path / "adapter", tmp_path / "other", base=base)

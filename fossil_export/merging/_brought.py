@@ -68,6 +68,39 @@ def brought_by(adapter: Adapter, base: Checkpoint, naming: Naming) -> Brought:
     return brought
 
 
+def refuse_unsaved(adapter: Adapter, base: Checkpoint, naming: Naming, brought: Brought) -> None:
+    """Raise MergeError if the config says that something was trained which the file has nothing of.
+
+    PEFT trains, and saves, every module whose name ends so (`_set_trainable` in peft/utils/other.py).
+    """
+    config = adapter.config
+    ends = tuple(one for one in config.get("modules_to_save") or () if one)
+    root = f"{naming.part}." if naming.inner is not None else ""
+    lost = [
+        parameter
+        for parameter in [*naming.names.whole, *naming.names.converted]
+        if parameter.startswith(root) and parameter.endswith((".weight", ".bias")) and parameter not in brought.saved
+        if any(parent.endswith(ends) for parent in _parents(parameter))
+    ]
+    where = f"{adapter.path}: its config says that"
+    if lost:
+        raise MergeError(
+            f"{where} {listed(lost)} were trained whole (modules_to_save {list(ends)}), and the adapter does not hold "
+            "that; save it again, or take the name out of the config if it was not trained"
+        )
+    if config.get("trainable_token_indices") and not brought.rows:
+        raise MergeError(
+            f"{where} rows of tokens were trained (trainable_token_indices), and the adapter does not hold them; save "
+            "it again, or take the field out of the config if they were not"
+        )
+
+
+def _parents(parameter: str) -> list[str]:
+    """The names of the modules that a parameter lies in."""
+    parts = parameter.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
 def refuse_missing(
     adapter: Adapter, base: Checkpoint, naming: Naming, brought: Brought, copied: Mapping[str, str]
 ) -> None:

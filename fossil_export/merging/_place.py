@@ -13,6 +13,7 @@ from fossil_export.merging._brought import (
     as_class,
     brought_by,
     refuse_missing,
+    refuse_unsaved,
     refuse_untold,
     remedy,
     trained_whole,
@@ -55,6 +56,7 @@ def place(adapter: Adapter, base: Checkpoint, tied: bool | None = None, *, into_
     placement = Placement(tied=tied)
     brought = brought_by(adapter, base, naming)
     refuse_untold(adapter, base, naming, brought)
+    refuse_unsaved(adapter, base, naming, brought)
     copied = part(naming, adapter, base, brought, placement)
     refuse_missing(adapter, base, naming, brought, copied)
     for parameter, source in copied.items():
