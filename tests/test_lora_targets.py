@@ -187,6 +187,11 @@ def test_two_alphas_for_a_module_are_refused_because_peft_sorts_them(
         ({"modules_to_save": ["norm"]}, "layers.1.input_layernorm", r"model.layers.1.input_layernorm.weight were"),
         ({"modules_to_save": ["lm_head", "o_proj"]}, "lm_head", r"lm_head.weight were"),
         ({"trainable_token_indices": [3, 4]}, "embed_tokens", r"rows of tokens were trained"),
+        (
+            {"trainable_token_indices": {"embed_tokens": [3, 4], "lm_head": [5]}},
+            "lm_head",
+            r"rows of tokens were trained",
+        ),
     ],
 )
 def test_what_the_config_says_was_trained_must_be_there(
@@ -199,3 +204,22 @@ def test_what_the_config_says_was_trained_must_be_there(
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
     with pytest.raises(MergeError, match=why):
         merge(tmp_path / "adapter", tmp_path / "other", base=base)
+
+
+@pytest.mark.parametrize(
+    "extra, with_transformers",
+    [
+        ("model.layers.2.mlp.up_proj.weight", True),
+        ("model.layers.7.input_layernorm.weight", False),
+        ("model.layers.1.mlp.up_proj.bias", True),  # the table alone does not know which layers have one
+    ],
+)
+def test_a_saved_tensor_that_the_model_has_no_place_for_is_refused(
+    extra: str, with_transformers: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_adapter(tmp_path / "adapter", base, kind=LoraConfig, target_modules=["q_proj"])
+    edit_weights(tmp_path / "adapter", lambda found: found.update({f"base_model.model.{extra}": torch.ones(96, 48)}))
+    if not with_transformers:
+        monkeypatch.setattr("fossil_export.merging._place.exact_names", lambda *given: None)
+    with pytest.raises(MergeError, match=rf"saved tensor .*{extra} has no counterpart"):
+        merge(tmp_path / "adapter", tmp_path / "merged")

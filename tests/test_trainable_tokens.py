@@ -192,6 +192,8 @@ def test_rows_of_a_head_with_a_bias_are_refused_because_peft_leaves_the_bias_out
 
 def test_so_are_those_of_a_masked_model_whose_bias_is_stored_by_another_name(tmp_path: Path) -> None:
     sizes = {name: size for name, size in SMALL.items() if name != "num_key_value_heads"}
-    found = scene(tmp_path, BertForMaskedLM(BertConfig(**sizes)), trainable_token_indices=TOKENS, target_modules=["key"])
+    found = scene(
+        tmp_path, BertForMaskedLM(BertConfig(**sizes)), trainable_token_indices=TOKENS, target_modules=["key"]
+    )
     with pytest.raises(MergeError, match=r"leaves cls.predictions.decoder.bias of .* out"):
         found.merge()

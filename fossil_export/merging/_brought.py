@@ -88,7 +88,10 @@ def refuse_unsaved(adapter: Adapter, base: Checkpoint, naming: Naming, brought: 
             f"{where} {listed(lost)} were trained whole (modules_to_save {list(ends)}), and the adapter does not hold "
             "that; save it again, or take the name out of the config if it was not trained"
         )
-    if config.get("trainable_token_indices") and not brought.rows:
+    tokens = config.get("trainable_token_indices") or []
+    held = {one.numbers["tokens"] for one in brought.rows.values()}
+    wanted = tokens.values() if isinstance(tokens, dict) else [tokens] if tokens else []
+    if any(tuple(one) not in held for one in wanted):
         raise MergeError(
             f"{where} rows of tokens were trained (trainable_token_indices), and the adapter does not hold them; save "
             "it again, or take the field out of the config if they were not"
