@@ -211,7 +211,7 @@ def test_what_is_tied_to_a_head_began_with_it(start: str, tmp_path: Path) -> Non
     assert float((merged - answers(live)).norm() / merged.norm()) < 1e-5
     assert verify(tmp_path / "merged", level="weights").parity
     edit_weights(tmp_path / "adapter", lambda found: found.pop("base_model.model.lm_head.base_layer.weight"))
-    with pytest.raises(MergeError, match="lm_head.weight is tied to model.embed_tokens.weight, and training began"):
+    with pytest.raises(MergeError, match=r"lm_head.weight is tied to model.embed_tokens.weight, and training began"):
         merge(tmp_path / "adapter", tmp_path / "other")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from fossil_export import models
 from fossil_export.adapters import Adapter, Trained
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._header import TensorInfo
@@ -12,6 +13,7 @@ from fossil_export.checkpoints.layouts import find_matrix
 from fossil_export.errors import MergeError, listed
 from fossil_export.merging._guess import declared_tie, embedding_tensor, is_head
 from fossil_export.merging._naming import Naming
+from fossil_export.models._architecture import pattern_of
 
 REMEDY = "name the base model it was trained from with --base"
 
@@ -25,6 +27,7 @@ class Brought:
     trained: dict[str, Trained] = field(default_factory=dict)
     rows: dict[str, Trained] = field(default_factory=dict)
     below: dict[str, TensorInfo] = field(default_factory=dict)
+    idle: list[str] = field(default_factory=list)
 
     def __contains__(self, parameter: object) -> bool:
         return parameter in self.saved or parameter in self.trained or parameter in self.rows
@@ -65,6 +68,13 @@ def brought_by(adapter: Adapter, base: Checkpoint, naming: Naming) -> Brought:
             brought.below[parameter] = adapter.below[name]
         elif not trained_whole(info.name, parameter.rpartition(".")[0], adapter):
             brought.below[parameter] = info  # PEFT saved the embedding as it is, since it was resized
+    ends = models.bypassed(base.config or {})
+    for parameter in list(brought.trained) if ends else ():
+        module = parameter.rpartition(".")[0]
+        if ".".join(pattern_of(module).split(".")[-2:]) in ends:
+            # What was trained beside the call is no part of the live model.
+            del brought.trained[parameter]
+            brought.idle.append(module)
     return brought
 
 

@@ -155,8 +155,8 @@ def _differ(group: Group, naming: Naming, base: Checkpoint, brought: Brought, pl
     if begun and not any(member in brought.below for member in begun):
         raise MergeError(
             f"{base.location}: {begun[0]} is tied to {listed([one for one in group.members if one != begun[0]])}, and "
-            "training began from another weight, which PEFT gave all of them and did not save; convert the adapter with "
-            "PEFT where it was trained (save_pretrained with path_initial_model_for_weight_conversion)"
+            "training began from another weight, which PEFT gave all of them and did not save; convert the adapter "
+            "with PEFT where it was trained (save_pretrained with path_initial_model_for_weight_conversion)"
         )
     for member in [one for one in group.members if one in brought.below]:
         # What lies below is the tied tensor itself, which was resized, or from which training began.

@@ -159,14 +159,14 @@ def scaled(config: Mapping[str, Any], module: str, rank: int, where: str) -> Num
 def alpha_of(config: Mapping[str, Any], module: str, otherwise: Any, where: str) -> Any:
     """The alpha of a module; raises AdapterError if `alpha_pattern` has several for it.
 
-    Training took the first of them, but `save_pretrained` in peft/config.py sorts the keys, and no shape tells an alpha.
+    Training took the first of them, but `save_pretrained` in peft/config.py sorts them, and no shape tells an alpha.
     """
     found = matching(config.get("alpha_pattern"), module)
     if len(set(found.values())) > 1:
         several = ", ".join(f"{key!r}: {value}" for key, value in found.items())
         raise AdapterError(
-            f"{where}: alpha_pattern has several values for it ({several}); training took the first, but PEFT sorts them "
-            "when it saves; keep the one it was trained with"
+            f"{where}: alpha_pattern has several values for it ({several}); training took the first, but PEFT sorts "
+            "them when it saves; keep the one it was trained with"
         )
     return next(iter(found.values()), otherwise)
 
