@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import KasaConfig
 from peft.tuners.lora.layer import Linear
+from places_tools import edit_weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from verify_tools import flip, tamper
@@ -194,6 +195,24 @@ def test_a_head_that_peft_saves_beside_it_has_begun_already(start: str, tmp_path
     for key, value in weights(tmp_path / "merged").items():
         assert torch.equal(value, theirs[key]), key
     assert verify(tmp_path / "merged", level="weights").parity
+
+
+@pytest.mark.parametrize("start", list(STARTS))
+def test_what_is_tied_to_a_head_began_with_it(start: str, tmp_path: Path) -> None:
+    """PEFT changes the weight in place, which is the embedding's too."""
+    base = make_base(tmp_path / "base", tie=True)
+    config = {"kind": LoraConfig, "target_modules": ["lm_head", "q_proj"], **STARTS[start]}
+    live = make_adapter(tmp_path / "adapter", base, **config)
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    embedding = live.get_base_model().model.embed_tokens.weight
+    assert not torch.allclose(embedding, weights(base)["model.embed_tokens.weight"], atol=1e-3)
+    assert torch.equal(weights(tmp_path / "merged")["model.embed_tokens.weight"], embedding)
+    merged = answers(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    assert float((merged - answers(live)).norm() / merged.norm()) < 1e-5
+    assert verify(tmp_path / "merged", level="weights").parity
+    edit_weights(tmp_path / "adapter", lambda found: found.pop("base_model.model.lm_head.base_layer.weight"))
+    with pytest.raises(MergeError, match=r"lm_head.weight is tied to model.embed_tokens.weight, and training began"):
+        merge(tmp_path / "adapter", tmp_path / "other")
 
 
 def test_an_embedding_is_targeted_without_such_a_start(tmp_path: Path, base: Path) -> None:

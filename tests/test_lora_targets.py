@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import edit_json, make_adapter, make_base, weights
+from conftest import QV, edit_json, make_adapter, make_base, weights
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import LoHaConfig, LoraConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from places_tools import edit_weights
+from transformers import AutoModelForCausalLM
 
 from fossil_export import load_adapter, merge
 from fossil_export.adapters._targets import is_targeted
@@ -160,3 +162,64 @@ def test_a_quantized_base_is_refused(tmp_path: Path) -> None:
     edit_weights(base, lambda tensors: tensors.update({f"{name}.weight": weights(base)[f"{name}.qweight"].char()}))
     with pytest.raises(MergeError, match="quantized"):
         merge(tmp_path / "lora", tmp_path / "merged")
+
+
+@pytest.mark.parametrize("kind, alpha", [(LoraConfig, "lora_alpha"), (LoHaConfig, "alpha")])
+def test_two_alphas_for_a_module_are_refused_because_peft_sorts_them(
+    kind: Any, alpha: str, base: Path, tmp_path: Path
+) -> None:
+    """The live model has the first alpha; PEFT itself takes the other one out of the file that it saved."""
+    pattern = {"q_proj": 3, r"layers\.1\..*": 5}
+    make_adapter(tmp_path / "adapter", base, kind=kind, target_modules=QV, alpha_pattern=pattern, **{alpha: 8})
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert list(config["alpha_pattern"]) != list(pattern)
+    with pytest.raises(AdapterError, match=r"layers.1.self_attn.q_proj.*alpha_pattern has several values .*: 5.*: 3"):
+        load_adapter(tmp_path / "adapter")
+    pattern = {"q_proj": 5, r"layers\.1\..*": 5}
+    make_adapter(tmp_path / "other", base, kind=kind, target_modules=QV, alpha_pattern=pattern, **{alpha: 8})
+    scales = [one.numbers["scale"] for one in load_adapter(tmp_path / "other").trained.values()]
+    assert sorted(scales) == [5 / 8, 5 / 8, 5 / 8, 1]
+
+
+@pytest.mark.parametrize(
+    "config, lost, why",
+    [
+        ({"modules_to_save": ["norm"]}, "layers.1.input_layernorm", r"model.layers.1.input_layernorm.weight were"),
+        ({"modules_to_save": ["lm_head", "o_proj"]}, "lm_head", r"lm_head.weight were"),
+        ({"trainable_token_indices": [3, 4]}, "embed_tokens", r"rows of tokens were trained"),
+        (
+            {"trainable_token_indices": {"embed_tokens": [3, 4], "lm_head": [5]}},
+            "lm_head",
+            r"rows of tokens were trained",
+        ),
+    ],
+)
+def test_what_the_config_says_was_trained_must_be_there(
+    config: dict[str, Any], lost: str, why: str, base: Path, tmp_path: Path
+) -> None:
+    make_adapter(tmp_path / "adapter", base, kind=LoraConfig, target_modules=["q_proj"], **config)
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    edit_weights(tmp_path / "adapter", lambda found: [found.pop(name) for name in list(found) if lost in name])
+    with pytest.raises(KeyError):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    with pytest.raises(MergeError, match=why):
+        merge(tmp_path / "adapter", tmp_path / "other", base=base)
+
+
+@pytest.mark.parametrize(
+    "extra, with_transformers",
+    [
+        ("model.layers.2.mlp.up_proj.weight", True),
+        ("model.layers.7.input_layernorm.weight", False),
+        ("model.layers.1.mlp.up_proj.bias", True),  # the table alone does not know which layers have one
+    ],
+)
+def test_a_saved_tensor_that_the_model_has_no_place_for_is_refused(
+    extra: str, with_transformers: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_adapter(tmp_path / "adapter", base, kind=LoraConfig, target_modules=["q_proj"])
+    edit_weights(tmp_path / "adapter", lambda found: found.update({f"base_model.model.{extra}": torch.ones(96, 48)}))
+    if not with_transformers:
+        monkeypatch.setattr("fossil_export.merging._place.exact_names", lambda *given: None)
+    with pytest.raises(MergeError, match=rf"saved tensor .*{extra} has no counterpart"):
+        merge(tmp_path / "adapter", tmp_path / "merged")

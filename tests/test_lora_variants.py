@@ -11,7 +11,7 @@ from conftest import QV, edit_json, make_adapter, make_base, peft_merged, random
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import BdLoraConfig, VeloraConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, SiglipVisionConfig, SiglipVisionModel
 from verify_tools import flip, tamper
 
 from fossil_export import convert, load_adapter, merge, verify
@@ -161,3 +161,23 @@ def test_what_is_no_matrix_is_refused(field: dict[str, Any], why: str, tmp_path:
     edit_json(tmp_path / "adapter" / "adapter_config.json", **field)
     with pytest.raises(AdapterError, match=f"{next(iter(field))}.*{why}"):
         load_adapter(tmp_path / "adapter")
+
+
+def test_an_out_proj_that_an_attention_of_pytorch_never_calls_is_left_out(tmp_path: Path) -> None:
+    """SigLIP's head is an nn.MultiheadAttention, which computes with the weight of its `out_proj` itself."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = SiglipVisionConfig(**sizes, image_size=16, patch_size=8)
+    torch.manual_seed(0)
+    SiglipVisionModel(config).save_pretrained(tmp_path / "base")
+    live = make_adapter(
+        tmp_path / "adapter", tmp_path / "base", kind=LoraConfig, target_modules=["out_proj"], bias="all",
+        model_class=SiglipVisionModel,
+    )  # fmt: skip
+    result = merge(tmp_path / "adapter", tmp_path / "merged")
+    assert "head.attention.out_proj" in result.plan.warnings[0]
+    pixels = torch.randn(1, 3, 16, 16)
+    merged, plain = (SiglipVisionModel.from_pretrained(tmp_path / name).eval() for name in ("merged", "base"))
+    wanted, found, before = (one(pixel_values=pixels).pooler_output for one in (live, merged, plain))
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert not torch.allclose(before, wanted, atol=1e-3)
+    assert verify(tmp_path / "merged", level="weights").parity

@@ -236,7 +236,7 @@ def test_a_base_without_its_head_is_told(tmp_path: Path) -> None:
     assert LlamaForCausalLM.from_pretrained(base, output_loading_info=True)[1]["missing_keys"]
 
 
-def test_shards_that_did_nothing_in_training_are_told(tmp_path: Path) -> None:
+def test_shards_that_did_nothing_in_training_are_told_and_left_out(tmp_path: Path) -> None:
     """Mamba computes with `dt_proj.weight` and never calls the layer, beside which PEFT puts its shard."""
     config = MambaConfig(vocab_size=60, hidden_size=32, state_size=4, num_hidden_layers=1, intermediate_size=64)
     MambaForCausalLM(config).save_pretrained(tmp_path / "base")
@@ -245,6 +245,13 @@ def test_shards_that_did_nothing_in_training_are_told(tmp_path: Path) -> None:
     assert torch.equal(live(IDS).logits, plain(IDS).logits)
     (warning,) = plan_merge(tmp_path / "adapter").warnings
     assert "backbone.layers.0.mixer.dt_proj: this model computes with the weights of these layers and never" in warning
+    assert "left out" in warning
+    live = make_adapter(tmp_path / "both", tmp_path / "base", r=2, target_modules=["dt_proj", "x_proj"])
+    merge(tmp_path / "both", tmp_path / "merged")
+    merged = MambaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert torch.allclose(live(IDS).logits, merged(IDS).logits, atol=1e-5)
+    assert not torch.allclose(plain(IDS).logits, merged(IDS).logits, atol=1e-3)
+    assert verify(tmp_path / "merged", level="weights").parity
     make_adapter(tmp_path / "other", tmp_path / "base", r=2, target_modules=["x_proj"])
     assert not plan_merge(tmp_path / "other").warnings
 

@@ -14,10 +14,14 @@ from hypothesis import strategies as st
 from peft import LoraConfig, TrainableTokensConfig
 from places_tools import SMALL, edit_weights, saved, scene
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -168,3 +172,28 @@ def test_rows_are_no_branch(base: Path, tmp_path: Path) -> None:
         check_mode(load_adapter(tmp_path / "a"), "merged")
     with pytest.raises(FossilExportError):
         convert(tmp_path / "a", tmp_path / "out", to="lora", base=base)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("name", ["a list", "both, other tokens", "the head", "a type of its own"])
+def test_rows_of_a_head_with_a_bias_are_refused_because_peft_leaves_the_bias_out(
+    name: str, tie: bool, tmp_path: Path
+) -> None:
+    model = PhiForCausalLM(PhiConfig(**SMALL, tie_word_embeddings=tie))
+    saved(model, tmp_path)
+    edit_weights(tmp_path / "base", lambda tensors: tensors["lm_head.bias"].add_(1))
+    found = scene(tmp_path, model, **CASES[name])
+    if not tie and name in ("a list", "a type of its own"):
+        found.merge()  # nothing touches the head
+        return
+    with pytest.raises(MergeError, match=r"lm_head.weight .* leaves lm_head.bias of .* out"):
+        found.merge()
+
+
+def test_so_are_those_of_a_masked_model_whose_bias_is_stored_by_another_name(tmp_path: Path) -> None:
+    sizes = {name: size for name, size in SMALL.items() if name != "num_key_value_heads"}
+    found = scene(
+        tmp_path, BertForMaskedLM(BertConfig(**sizes)), trainable_token_indices=TOKENS, target_modules=["key"]
+    )
+    with pytest.raises(MergeError, match=r"leaves cls.predictions.decoder.bias of .* out"):
+        found.merge()

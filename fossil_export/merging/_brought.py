@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from fossil_export import models
 from fossil_export.adapters import Adapter, Trained
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._header import TensorInfo
@@ -12,6 +13,7 @@ from fossil_export.checkpoints.layouts import find_matrix
 from fossil_export.errors import MergeError, listed
 from fossil_export.merging._guess import declared_tie, embedding_tensor, is_head
 from fossil_export.merging._naming import Naming
+from fossil_export.models._architecture import pattern_of
 
 REMEDY = "name the base model it was trained from with --base"
 
@@ -25,6 +27,7 @@ class Brought:
     trained: dict[str, Trained] = field(default_factory=dict)
     rows: dict[str, Trained] = field(default_factory=dict)
     below: dict[str, TensorInfo] = field(default_factory=dict)
+    idle: list[str] = field(default_factory=list)
 
     def __contains__(self, parameter: object) -> bool:
         return parameter in self.saved or parameter in self.trained or parameter in self.rows
@@ -65,7 +68,50 @@ def brought_by(adapter: Adapter, base: Checkpoint, naming: Naming) -> Brought:
             brought.below[parameter] = adapter.below[name]
         elif not trained_whole(info.name, parameter.rpartition(".")[0], adapter):
             brought.below[parameter] = info  # PEFT saved the embedding as it is, since it was resized
+    ends = models.bypassed(base.config or {})
+    for parameter in list(brought.trained) if ends else ():
+        module = parameter.rpartition(".")[0]
+        if ".".join(pattern_of(module).split(".")[-2:]) in ends:
+            # What was trained beside the call is no part of the live model.
+            del brought.trained[parameter]
+            brought.idle.append(module)
     return brought
+
+
+def refuse_unsaved(adapter: Adapter, base: Checkpoint, naming: Naming, brought: Brought) -> None:
+    """Raise MergeError if the config says that something was trained which the file has nothing of.
+
+    PEFT trains, and saves, every module whose name ends so (`_set_trainable` in peft/utils/other.py).
+    """
+    config = adapter.config
+    ends = tuple(one for one in config.get("modules_to_save") or () if one)
+    root = f"{naming.part}." if naming.inner is not None else ""
+    lost = [
+        parameter
+        for parameter in [*naming.names.whole, *naming.names.converted]
+        if parameter.startswith(root) and parameter.endswith((".weight", ".bias")) and parameter not in brought.saved
+        if any(parent.endswith(ends) for parent in _parents(parameter))
+    ]
+    where = f"{adapter.path}: its config says that"
+    if lost:
+        raise MergeError(
+            f"{where} {listed(lost)} were trained whole (modules_to_save {list(ends)}), and the adapter does not hold "
+            "that; save it again, or take the name out of the config if it was not trained"
+        )
+    tokens = config.get("trainable_token_indices") or []
+    held = {one.numbers["tokens"] for one in brought.rows.values()}
+    wanted = tokens.values() if isinstance(tokens, dict) else [tokens] if tokens else []
+    if any(tuple(one) not in held for one in wanted):
+        raise MergeError(
+            f"{where} rows of tokens were trained (trainable_token_indices), and the adapter does not hold them; save "
+            "it again, or take the field out of the config if they were not"
+        )
+
+
+def _parents(parameter: str) -> list[str]:
+    """The names of the modules that a parameter lies in."""
+    parts = parameter.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
 def refuse_missing(

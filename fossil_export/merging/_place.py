@@ -13,6 +13,7 @@ from fossil_export.merging._brought import (
     as_class,
     brought_by,
     refuse_missing,
+    refuse_unsaved,
     refuse_untold,
     remedy,
     trained_whole,
@@ -55,6 +56,7 @@ def place(adapter: Adapter, base: Checkpoint, tied: bool | None = None, *, into_
     placement = Placement(tied=tied)
     brought = brought_by(adapter, base, naming)
     refuse_untold(adapter, base, naming, brought)
+    refuse_unsaved(adapter, base, naming, brought)
     copied = part(naming, adapter, base, brought, placement)
     refuse_missing(adapter, base, naming, brought, copied)
     for parameter, source in copied.items():
@@ -96,7 +98,7 @@ def _place_saved(
     old = base.tensors[target] if target is not None else None
     of_tokens = is_vocabulary(parameter, naming, base)
     if target is None or old is None:
-        if not naming.model.has(parameter):
+        if not naming.model.has(parameter) or _is_beyond(parameter, base, naming):
             raise MergeError(
                 f"{adapter.path}: saved tensor {info.name} has no counterpart in {base.location}{as_class(naming)}; "
                 f"{remedy(naming, base)}"
@@ -126,6 +128,21 @@ def _place_saved(
     ):
         placement.labels = info.shape[0]
     placement.saved[target] = info
+
+
+def _is_beyond(parameter: str, base: Checkpoint, naming: Naming) -> bool:
+    """Whether the class has a parameter of this kind, but not this one: it has fewer layers, say, or no biases."""
+    exact = exact_names(naming.model.name, base) if naming.known and naming.model.shapes is None else None
+    if exact is not None:
+        return not exact.model.has(parameter)
+    parts = parameter.split(".")
+    lists = [parts[:at] for at, part in enumerate(parts) if part.isdigit()]
+    known = [name.split(".") for name in (*naming.names.whole, *naming.names.converted)]
+    return any(
+        any(name[: len(one)] == one for name in known)
+        and not any(name[: len(one) + 1] == parts[: len(one) + 1] for name in known)
+        for one in lists
+    )
 
 
 def _place_pieces(

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Protocol
 
-from fossil_export.adapters import Adapter
+from fossil_export.adapters import Adapter, Trained
 from fossil_export.adapters._targets import is_targeted
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._dtypes import element_count
@@ -95,6 +95,7 @@ def rows_differ(group: Tied, brought: Brought) -> bool:
 def place_rows(adapter: Adapter, base: Checkpoint, naming: Naming, brought: Brought, placement: Placement) -> None:
     """Put rows of tokens where the base has them, or what the adapter brings in its place."""
     for parameter, one in brought.rows.items():
+        _refuse_bias(parameter, one, adapter, base, naming)
         name = naming.names.whole.get(parameter, parameter)
         if name not in base.tensors:
             name = naming.names.spelling(parameter) or name
@@ -126,3 +127,15 @@ def place_rows(adapter: Adapter, base: Checkpoint, naming: Naming, brought: Brou
         )
         assert sum(element_count(piece.source.shape) for piece in pieces) == element_count(info.shape)
         placement.pieces[name] = (*placement.pieces.get(name, ()), *pieces)
+
+
+def _refuse_bias(parameter: str, one: Trained, adapter: Adapter, base: Checkpoint, naming: Naming) -> None:
+    """Raise MergeError for rows of a layer with a bias: PEFT computes with the weight alone
+    (`TrainableTokensLayer.forward_adapters` in peft/tuners/trainable_tokens/layer.py)."""
+    bias = f"{parameter.rpartition('.')[0]}.bias"
+    tied = any(bias in (tie.target, tie.source) for tie in naming.model.ties if tie.on)
+    if bias in naming.names or tied:
+        raise MergeError(
+            f"{adapter.path}: has rows of {parameter} ({one.label}), and PEFT leaves {bias} of {base.location} out of "
+            "the model while it trains these; no model of this class has none, so run the adapter beside it, with PEFT"
+        )

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._header import TensorInfo
-from fossil_export.errors import MergeError
+from fossil_export.errors import MergeError, listed
 from fossil_export.merging._brought import Brought
 from fossil_export.merging._naming import Naming
 from fossil_export.merging._placement import Pair, Placement
 from fossil_export.merging._rows import follow, refuse_unfollowed, rows_differ
+from fossil_export.methods import starts_elsewhere
 from fossil_export.models import Tie
 
 
@@ -150,12 +151,19 @@ def _differ(group: Group, naming: Naming, base: Checkpoint, brought: Brought, pl
     own = {
         member: _stored(member if member in stored else stored[0], naming, base) for member in group.members if stored
     }
+    begun = [member for member in trained if starts_elsewhere(brought.trained[member].method)]
+    if begun and not any(member in brought.below for member in begun):
+        raise MergeError(
+            f"{base.location}: {begun[0]} is tied to {listed([one for one in group.members if one != begun[0]])}, and "
+            "training began from another weight, which PEFT gave all of them and did not save; convert the adapter "
+            "with PEFT where it was trained (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     for member in [one for one in group.members if one in brought.below]:
-        # What lies below is the tied tensor itself, which was resized.
+        # What lies below is the tied tensor itself, which was resized, or from which training began.
         below = brought.below[member]
         for other in group.members:
             old = own.get(other)
-            if other not in brought.saved and (old is None or old.shape != below.shape):
+            if other not in brought.saved and (begun or old is None or old.shape != below.shape):
                 brought.saved[other] = below
     if trained or rows_differ(group, brought):
         return True

@@ -5,32 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from fossil_export import models
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.errors import listed
 from fossil_export.merging._brought import Brought
 from fossil_export.merging._naming import Naming, exact_names
-from fossil_export.models._architecture import pattern_of
 
 
 def warnings_of(adapter: Adapter, base: Checkpoint, naming: Naming, brought: Brought) -> Iterator[str]:
     yield from _incomplete(adapter, base, naming, brought)
     yield from _headless(base, naming, brought)
-    yield from _bypassed(base, brought)
+    yield from _bypassed(brought)
     yield from _untold(base, naming, brought)
 
 
-def _bypassed(base: Checkpoint, brought: Brought) -> Iterator[str]:
+def _bypassed(brought: Brought) -> Iterator[str]:
     """Shards that did nothing while they were trained."""
-    ends = models.bypassed(base.config or {})
-    modules = [parameter.removesuffix(".weight") for parameter in brought.trained] if ends else []
-    found = [module for module in modules if ".".join(pattern_of(module).split(".")[-2:]) in ends]
-    if found:
+    if brought.idle:
         yield (
-            f"{listed(found)}: this model computes with the weights of these layers and never calls them, so their "
-            "shards did nothing in training; merged they do, and the model is not the one that was trained "
-            "(exclude_modules leaves them out)"
+            f"{listed(brought.idle)}: this model computes with the weights of these layers and never calls them, so "
+            "their shards did nothing in training; they are left out, as the trained model has them"
         )
 
 
@@ -40,7 +34,7 @@ def _incomplete(adapter: Adapter, base: Checkpoint, naming: Naming, brought: Bro
     narrowed = any(adapter.config.get(key) for key in ("layers_to_transform", "exclude_modules", "layers_pattern"))
     if not isinstance(targets, list) or narrowed:
         return
-    placed = {parameter.removesuffix(".weight") for parameter in [*brought.trained, *brought.saved]}
+    placed = {parameter.removesuffix(".weight") for parameter in [*brought.trained, *brought.saved]} | {*brought.idle}
     heads = tuple({_up_to_number(module) for module in placed})
     modules = (
         parameter.removesuffix(".weight")

@@ -19,7 +19,7 @@ from typing import Any
 
 from fossil_export.errors import AdapterError
 from fossil_export.methods._base import Base
-from fossil_export.methods._lora import FIELDS, PATTERN, SWITCH, of_pattern, unlike
+from fossil_export.methods._lora import FIELDS, PATTERN, SWITCH, alpha_of, of_pattern, unlike
 from fossil_export.methods._method import POSITIVE, Arrays, Field, Numbers, Shapes
 
 LYCORIS: Mapping[str, Field] = {
@@ -121,5 +121,5 @@ def rank_and_scale(config: Mapping[str, Any], module: str, where: str, rank: int
     said = of_pattern(config.get("rank_pattern"), module, config.get("r", LYCORIS["r"].default))
     if not POSITIVE.holds(said) or rank not in (None, said):
         raise AdapterError(f"{where} has rank {rank}, but the config says r={said}; mend the config")
-    alpha = of_pattern(config.get("alpha_pattern"), module, config.get("alpha", LYCORIS["alpha"].default))
+    alpha = alpha_of(config, module, config.get("alpha", LYCORIS["alpha"].default), where)
     return said, alpha / said

@@ -152,19 +152,40 @@ def scaled(config: Mapping[str, Any], module: str, rank: int, where: str) -> Num
     said = of_pattern(config.get("rank_pattern"), module, config["r"])
     if said != rank:
         raise AdapterError(f"{where} has rank {rank}, but the config says r={said}")
-    alpha = of_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", FIELDS["lora_alpha"].default))
+    alpha = alpha_of(config, module, config.get("lora_alpha", FIELDS["lora_alpha"].default), where)
     return {"r": rank, "scale": alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank}
+
+
+def alpha_of(config: Mapping[str, Any], module: str, otherwise: Any, where: str) -> Any:
+    """The alpha of a module; raises AdapterError if `alpha_pattern` has several for it.
+
+    Training took the first of them, but `save_pretrained` in peft/config.py sorts them, and no shape tells an alpha.
+    """
+    found = matching(config.get("alpha_pattern"), module)
+    if len(set(found.values())) > 1:
+        several = ", ".join(f"{key!r}: {value}" for key, value in found.items())
+        raise AdapterError(
+            f"{where}: alpha_pattern has several values for it ({several}); training took the first, but PEFT sorts "
+            "them when it saves; keep the one it was trained with"
+        )
+    return next(iter(found.values()), otherwise)
 
 
 def of_pattern(pattern: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
     """The value of the first key that matches a module's name or its end (`get_pattern_key` in peft/utils/other.py)."""
+    return next(iter(matching(pattern, module).values()), otherwise)
+
+
+def matching(pattern: Mapping[str, Any] | None, module: str) -> dict[str, Any]:
+    """The keys that match a module's name or its end, and their values."""
+    found = {}
     for key, value in (pattern or {}).items():
         try:
             if re.match(rf"(.*\.)?({key})$", module):
-                return value
+                found[key] = value
         except (re.error, OverflowError, RecursionError) as problem:
             raise AdapterError(f"{key!r}, in a pattern of the config, is no regular expression: {problem}") from problem
-    return otherwise
+    return found
 
 
 def unlike(found: tuple[int, ...], weight: tuple[int, ...]) -> str | None:
