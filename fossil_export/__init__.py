@@ -1,4 +1,4 @@
-"""Take a model fine-tuned with FOSSIL (Bone, DiSHA, MiSS) to where it is used.
+"""Take a model fine-tuned with FOSSIL (Bone, DiSHA, MiSS), LoRA or its family to where it is used.
 
 >>> import fossil_export
 >>> result = fossil_export.merge("my-adapter", "my-model")    # doctest: +SKIP

@@ -71,7 +71,7 @@ def _fail(ctx: click.Context, message: str) -> None:
 @click.version_option(__version__, prog_name="fossil-export")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
-    """Take a model fine-tuned with FOSSIL (Bone, DiSHA, MiSS) to where it is used."""
+    """Take a model fine-tuned with FOSSIL (Bone, DiSHA, MiSS), LoRA or its family to where it is used."""
     quiet_hub()
     # `kill` must leave no half-written folder behind either.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

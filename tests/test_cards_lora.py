@@ -100,6 +100,23 @@ def test_vllm_is_named_for_what_it_takes() -> None:
     assert "vllm serve" in model_card(facts("lora", config={**CONFIGS["lora"], "rank_pattern": {"q": 1}}))
 
 
+@pytest.mark.parametrize(
+    ("trained_in", "opened"),
+    [
+        ("LlamaForCausalLM", "AutoModelForCausalLM"),
+        ("BertForSequenceClassification", "AutoModelForSequenceClassification"),
+        ("LlamaModel", "AutoModel"),
+        (3, "AutoModel"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["adapter", "lora"])
+def test_without_a_task_type_the_class_tells_what_to_open(kind: str, trained_in: Any, opened: str) -> None:
+    mapping = {"base_model_class": trained_in, "parent_library": "transformers"}
+    config = {**CONFIGS[kind], "task_type": None, "auto_mapping": mapping}
+    card = model_card(facts(kind, config=config, base_card=None))
+    assert f"base = {opened}.from_pretrained(" in card
+
+
 @pytest.mark.parametrize("converted", [True, False])
 def test_the_snippet_runs(converted: bool, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")

@@ -93,7 +93,8 @@ def load_mlx(
     for tensor in header.tensors:
         if tensor.dtype not in FLOATS:
             raise AdapterError(
-                f"{weights}: tensor {tensor.name} is {tensor.dtype}, expected one of {', '.join(FLOATS)}"
+                f"{weights}: tensor {tensor.name} is {tensor.dtype}, expected one of {', '.join(FLOATS)}; "
+                "save the adapter again"
             )
         ending = tensor.name.rpartition(".")[2]
         split = split_key(tensor.name, _ROLES)

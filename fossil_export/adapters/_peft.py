@@ -163,7 +163,8 @@ def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
             allowed = ("I64", "I32")
         if tensor.dtype not in allowed and not whole:
             raise AdapterError(
-                f"{weights}: tensor {tensor.name} is {tensor.dtype}, expected one of {', '.join(allowed)}"
+                f"{weights}: tensor {tensor.name} is {tensor.dtype}, expected one of {', '.join(allowed)}; "
+                "save the adapter again"
             )
         if found is not None:
             parts[found[0]][found[1]] = tensor

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from fossil_export.artifacts._kinds import KINDS
 from fossil_export.cards._facts import Facts
 
@@ -35,7 +38,7 @@ def task(facts: Facts) -> str | None:
     given = config.get("architectures") or (edits.get("architectures") if isinstance(edits, dict) else None)
     name = str(given[0]) if isinstance(given, list) and given else ""
     for ending, found in _HEADS.items():
-        if name.endswith(ending):
+        if (name or _trained_in(config)).endswith(ending):
             return found
     if name.endswith("ForConditionalGeneration"):
         if "vision_config" in config:
@@ -46,6 +49,13 @@ def task(facts: Facts) -> str | None:
     if not name and "genai_config.json" in facts.files:
         return "text-generation"
     return None if name else KINDS[facts.kind].task
+
+
+def _trained_in(config: Mapping[str, Any]) -> str:
+    """The class that PEFT writes down for an adapter without a task type."""
+    mapping = config.get("auto_mapping")
+    found = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    return found if isinstance(found, str) else ""
 
 
 def pipeline_tag(facts: Facts) -> str | None:

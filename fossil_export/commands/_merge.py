@@ -76,7 +76,7 @@ def merge(
 ) -> None:
     """Merge ADAPTER into its base model: a plain checkpoint that every runtime loads.
 
-    ADAPTER is a folder that PEFT saved (MISS or BONE), or the id of one on the Hub: user/repo[@revision] or
+    ADAPTER is a folder that PEFT saved (FOSSIL, LoRA, DoRA, …), or the id of one on the Hub: user/repo[@revision] or
     hf://user/repo/folder. The base is streamed, never loaded; it and the adapter are only read.
 
     ADAPTER=0.7 adds 0.7 times its update. Of several adapters (--adapter) the updates are added in their order, as PEFT

@@ -27,7 +27,7 @@ from fossil_export.verifying._levels import LEVELS, Level
     type=click.Choice(LEVELS),
     default="all",
     show_default=True,
-    help="weights: every tensor (the shards, of a graph with branches); forward: logits against the trainer's.",
+    help="weights: every tensor (what was trained, of a graph with branches); forward: logits against the trainer's.",
 )
 @click.option(
     "--device", default="cpu", show_default=True, metavar="DEVICE", help="Where to run models: cpu, cuda, cuda:1."

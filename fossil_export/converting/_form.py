@@ -174,5 +174,7 @@ def finite(adapter: Adapter, module: str) -> dict[str, Array]:
     for role, values in arrays.items():
         if not np.isfinite(np.asarray(values, np.float32)).all():
             info = adapter.trained[module].tensors[role]
-            raise AdapterError(f"{info.path}: {info.name} holds infinite or NaN values; training diverged")
+            raise AdapterError(
+                f"{info.path}: {info.name} holds infinite or NaN values; training diverged, take an earlier adapter"
+            )
     return arrays

@@ -71,8 +71,8 @@ def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
     if asked:
         from fossil_export.converting._nearest import nearest_lora
 
-        rank, cut, report = nearest_lora(adapter, parts, shapes, options)
-        parts = [replace(part, rank=rank, scale=1.0) if part.name in cut else part for part in parts]
+        _, cut, report = nearest_lora(adapter, parts, shapes, options)
+        parts = [replace(part, rank=len(cut[part.name][0]), scale=1.0) if part.name in cut else part for part in parts]
         details |= report
     layout = _layout(adapter, parts, bool(cut))
     error = _write_weights(output / "adapter_model.safetensors", adapter, layout, shapes, cut)
@@ -85,7 +85,7 @@ def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
     for name, path in adapter.tokenizer().items():
         (output / name).write_bytes(path.read_bytes())
     write_record(output, adapter, options, "lora", {"rank": layout.rank, **details})
-    warnings = list(_warnings(adapter, layout, options.base_folder, error if not asked else 0.0))
+    warnings = list(_warnings(adapter, layout, options.base_folder, error if not asked else 0.0, bool(cut)))
     modules = len({part.module for part in parts})
     return {"rank": layout.rank, "modules": modules, **details, "warnings": warnings}
 
@@ -209,7 +209,7 @@ def _sizes(adapter: Adapter, part: Part, weight: tuple[int, int]) -> tuple[tuple
     return ((rank, outputs), (inputs, rank)) if part.kind == "embedding" else ((rank, inputs), (outputs, rank))
 
 
-def _warnings(adapter: Adapter, layout: _Layout, folder: str | None, error: float) -> Iterator[str]:
+def _warnings(adapter: Adapter, layout: _Layout, folder: str | None, error: float, near: bool) -> Iterator[str]:
     rank = layout.rank
     if rank > SERVED[-1]:
         yield f"rank {rank} is more than the {SERVED[-1]} that vLLM serves; PEFT and SGLang take it"
@@ -219,7 +219,7 @@ def _warnings(adapter: Adapter, layout: _Layout, folder: str | None, error: floa
         yield f"vLLM needs --max-lora-rank {rank} (its default is 16)"
     if error:
         yield f"scales that are no powers of two are in its B, rounded to {layout.dtype} (relative error {error:.1g})"
-    plain = not any(adapter.config.get(name) for name in ("use_rslora", "alpha_pattern", "rank_pattern"))
+    plain = not near and not any(adapter.config.get(name) for name in ("use_rslora", "alpha_pattern", "rank_pattern"))
     if plain and all(part.own and factor == 1 for part, factor in zip(layout.parts, layout.factors, strict=True)):
         yield "it was such a LoRA already, and its tensors are as they were"
     if len({part.rank for part in layout.parts if part.kind != "bias"}) > 1:

@@ -40,7 +40,7 @@ def nearest_lora(
     adapter: Adapter, parts: Sequence[Part], shapes: Shapes, options: Options
 ) -> tuple[int, dict[str, tuple[Array, Array]], dict[str, Any]]:
     """The rank, A and B in float32 of each part that is cut to it, as PEFT stores them, and the errors by module and in
-    total. A part of no larger rank stays as it is.
+    total. A part of no larger rank stays as it is; one with a shorter side gets no more than that.
 
     `options.rank` is the rank; `options.energy` asks for the smallest at which every layer keeps that share of
     the sum of its squared singular values. Raises FossilExportError for values that make no sense, AdapterError if

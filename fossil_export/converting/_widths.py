@@ -37,6 +37,11 @@ def layer_shapes(adapter: Adapter, options: Options) -> tuple[Shapes, frozenset[
     with options.base.by_name():
         placement = place(adapter, base, into_floats=False)
     found = {trained.module: placement.into[name].shape for name, trained in placement.trained.items()}
+    if idle := [module for module in adapter.trained if module not in found]:
+        raise MergeError(
+            f"{adapter.path}: trained {listed(idle)}, which this model never calls, so that they did nothing; a server may "
+            "call them: merge the adapter instead"
+        )
     renamed = {name.removesuffix(".weight"): trained.module for name, trained in placement.trained.items()}
     matrices = (info for info in base.tensors.values() if info.name.endswith(".weight") and len(info.shape) > 1)
     modules = (info.name.removesuffix(".weight") for info in matrices)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fossil_export import models
 from fossil_export.adapters import Adapter, Trained
@@ -12,7 +12,7 @@ from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints.layouts import find_matrix
 from fossil_export.errors import MergeError, listed
 from fossil_export.merging._guess import declared_tie, embedding_tensor, is_head
-from fossil_export.merging._naming import Naming
+from fossil_export.merging._naming import Naming, exact_names
 from fossil_export.models._architecture import pattern_of
 
 REMEDY = "name the base model it was trained from with --base"
@@ -50,7 +50,7 @@ def brought_by(adapter: Adapter, base: Checkpoint, naming: Naming) -> Brought:
         else:
             brought.trained[parameter] = trained
         bias = trained.beside
-        if bias is not None and (parameter := _parameter(bias.parameter, naming, base)) is not None:
+        if bias is not None and (parameter := _bias(bias.parameter, naming, base)) is not None:
             brought.trained[parameter] = bias
     if missing:
         raise MergeError(_no_weights(missing, adapter, base, naming))
@@ -146,6 +146,16 @@ def _parameter(name: str, naming: Naming, base: Checkpoint) -> str | None:
         # A class of the model's own code has the names of its files.
         return next((one for one, stored in naming.names.whole.items() if stored == name), name)
     return None
+
+
+def _bias(name: str, naming: Naming, base: Checkpoint) -> str | None:
+    """The bias that changes with its weight, if there is one. The table of classes names those of every config; of one
+    that the base does not hold the class itself is asked."""
+    found = _parameter(name, naming, base)
+    if found is None or found in naming.names or naming.model.shapes is not None:
+        return found
+    exact = exact_names(naming.model.name, base)
+    return found if exact is None else replace(naming, names=exact).parameter(name)
 
 
 def as_class(naming: Naming) -> str:

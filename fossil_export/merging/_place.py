@@ -277,6 +277,8 @@ def _homeless(name: str, trained: Trained, adapter: Adapter, base: Checkpoint) -
     where = f"{base.location}: has no {name}, which shard {trained.label} of {adapter.path} changes"
     if set(beside) - {"bias"}:
         return f"{where}, but {listed(beside)}: {QUANTIZED}"
+    if name.endswith(".bias"):
+        return f"{where}, and a merge adds none; {REMEDY}, or run the adapter with PEFT"
     return (
         f"{where}; if it is tied to another tensor, save the base with both tensors and tie_word_embeddings=false, "
         "and merge into that"

@@ -40,7 +40,7 @@ class Deft(Base):
         if len(shapes["P"]) != 2 or (not para and (len(shapes["R"]) != 2 or shapes["R"][0] != rank)):
             raise AdapterError(f"{where}: these do not go together; save the adapter again")
         if rank != min(config["r"], shapes["P"][0]):
-            raise AdapterError(f"{where} has rank {rank}, but the config says r={config['r']}")
+            raise AdapterError(f"{where} has rank {rank}, but the config says r={config['r']}; mend the config")
         scale = config["alpha"] / rank if config.get("alpha") else 1.0
         return {"r": rank, "way": config.get("decomposition_method", "relu"), "inject": scale}
 

@@ -38,7 +38,7 @@ class Delora(Base):
             raise AdapterError(f"{where}: these do not go together; save the adapter again")
         said = of_pattern(config.get("rank_pattern"), module, config["r"])
         if said != down[0]:
-            raise AdapterError(f"{where} has rank {down[0]}, but the config says r={said}")
+            raise AdapterError(f"{where} has rank {down[0]}, but the config says r={said}; mend the config")
         return {"r": down[0]}
 
     def block_rows(self, shapes: Shapes) -> int:

@@ -44,7 +44,7 @@ def state_dict_keys(role: str) -> Mapping[str, str]:
 def ranked(rank: int, config: Mapping[str, Any], where: str) -> Numbers:
     """The rank that a tensor has; raises AdapterError if the config says another."""
     if config and rank != config["r"]:
-        raise AdapterError(f"{where} has rank {rank}, but the config says r={config['r']}")
+        raise AdapterError(f"{where} has rank {rank}, but the config says r={config['r']}; mend the config")
     return {"r": rank}
 
 

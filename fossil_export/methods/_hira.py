@@ -39,7 +39,7 @@ class Hira(Base):
             raise AdapterError(f"{where}: the two do not go together; save the adapter again")
         said = of_pattern(config.get("rank_pattern"), module, config["r"])
         if down[0] not in (said, config["r"]):  # PEFT up to 0.21 gives every module the rank r
-            raise AdapterError(f"{where} has rank {down[0]}, but the config says r={said}")
+            raise AdapterError(f"{where} has rank {down[0]}, but the config says r={said}; mend the config")
         return {"r": down[0]}
 
     def mismatch(self, shapes: Shapes, numbers: Numbers, weight: tuple[int, int]) -> str | None:

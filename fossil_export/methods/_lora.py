@@ -151,7 +151,7 @@ def scaled(config: Mapping[str, Any], module: str, rank: int, where: str) -> Num
     """
     said = of_pattern(config.get("rank_pattern"), module, config["r"])
     if said != rank:
-        raise AdapterError(f"{where} has rank {rank}, but the config says r={said}")
+        raise AdapterError(f"{where} has rank {rank}, but the config says r={said}; mend the config")
     alpha = alpha_of(config, module, config.get("lora_alpha", FIELDS["lora_alpha"].default), where)
     return {"r": rank, "scale": alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank}
 

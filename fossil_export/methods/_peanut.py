@@ -60,7 +60,7 @@ class Peanut(Base):
         if len(shapes["A"]) != 2 or shapes["B"] != shapes["A"][::-1] or not square:
             raise AdapterError(f"{where}: these do not go together; save the adapter again")
         if rank != config["r"]:
-            raise AdapterError(f"{where} has rank {rank}, but the config says r={config['r']}")
+            raise AdapterError(f"{where} has rank {rank}, but the config says r={config['r']}; mend the config")
         given = {"act_fn": config.get("act_fn", "relu"), "scale": config.get("scaling", 1.0)}
         return {"r": rank, "depth": depth, **given}
 

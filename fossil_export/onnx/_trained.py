@@ -141,7 +141,9 @@ def _low_rank(adapter: Adapter, trained: Trained, piece: Piece) -> LowRank:
     for role, values in arrays.items():
         if not np.isfinite(values).all():
             info = trained.tensors[role]
-            raise OnnxError(f"{info.path}: {info.name} holds infinite or NaN values; training diverged")
+            raise OnnxError(
+                f"{info.path}: {info.name} holds infinite or NaN values; training diverged, take an earlier adapter"
+            )
     outputs = max(piece.start + piece.count, *(values.shape[-1] for values in arrays.values()))
     form = METHODS[trained.method].low_rank(arrays, trained.numbers, outputs)
     assert form is not None, trained.method  # refused when the plan was made

@@ -8,7 +8,7 @@ import click
 
 from fossil_export._console import print_pairs, print_table, readable_bytes
 from fossil_export.errors import listed
-from fossil_export.tables._shared import named_at, print_grouped
+from fossil_export.tables._shared import described, named_at, print_grouped
 
 if TYPE_CHECKING:
     from fossil_export.converting._conversion import Conversion
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def print_export(result: OnnxResult) -> None:
     made = "brought" if result.runtime == "onnx" else f"{result.runtime}, {result.precision}"
     pairs = [("mode", result.mode), ("graph", f"{result.graph.name} ({made})")]
-    pairs += [("weights", f"{result.targets} with shards"), ("folder", readable_bytes(result.nbytes))]
+    pairs += [("weights", f"{result.targets} with what was trained"), ("folder", readable_bytes(result.nbytes))]
     pairs += [("adapter", str(result.adapter_file))] if result.adapter_file else []
     print_pairs([*pairs, ("time", f"{result.seconds:.1f} s"), ("model", str(result.output))])
 
@@ -53,7 +53,7 @@ def print_onnx_plan(plan: OnnxPlan, every: bool = False) -> None:
     made = f"to be made by {plan.runtime} from {what}, {plan.precision}, for {plan.device}"
     print_pairs(
         [
-            ("adapter", f"{named_at(adapter.name, adapter.revision)} ({adapter.variant}, r={adapter.rank})"),
+            ("adapter", f"{named_at(adapter.name, adapter.revision)} ({described(adapter)})"),
             ("base", named_at(merge.base_name, merge.base_revision)),
             ("mode", f"{mode.name}: {mode.help}"),
             ("graph", made if plan.graph is None else str(plan.graph)),

@@ -26,7 +26,8 @@ def print_inspection(found: Inspection, every: bool = False) -> None:
         if every:
             places = found.plan.modules if found.plan is not None else {}
             for name in kind.members:
-                place = places[name].name if name in places else kind.tensor
+                whole = kind.method == "whole" and found.plan is not None
+                place = places[name].name if name in places else name if whole else kind.tensor
                 rows.append((name, how, kind.shapes, _after(place, name), _ratios([found.sizes.get(name)]), ""))
         else:
             place = _after(kind.tensor, kind.name)

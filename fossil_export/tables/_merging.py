@@ -9,7 +9,7 @@ import click
 from fossil_export._console import print_pairs, print_table, readable_bytes
 from fossil_export.errors import listed
 from fossil_export.tables._exits import push_pairs
-from fossil_export.tables._shared import named_at, print_grouped
+from fossil_export.tables._shared import described, named_at, print_grouped
 
 if TYPE_CHECKING:
     from fossil_export.merging import MergePlan, MergeResult
@@ -52,7 +52,7 @@ def print_plan_summary(plan: MergePlan) -> None:
     print_pairs(
         [
             *(
-                ("adapter", f"{named_at(adapter.name, adapter.revision)} ({adapter.variant}, r={adapter.rank}{times})")
+                ("adapter", f"{named_at(adapter.name, adapter.revision)} ({described(adapter)}{times})")
                 for adapter, times in zip(plan.adapters, _times(plan), strict=True)
             ),
             ("base", named_at(plan.base_name, plan.base_revision)),
@@ -78,7 +78,7 @@ def _times(plan: MergePlan) -> list[str]:
 
 def _trained_as(plan: MergePlan) -> str:
     pairs = zip(plan.adapters, _times(plan), strict=True)
-    return " + ".join(f"{adapter.variant}, r={adapter.rank}{times}" for adapter, times in pairs)
+    return " + ".join(f"{described(adapter)}{times}" for adapter, times in pairs)
 
 
 def print_result(result: MergeResult) -> None:

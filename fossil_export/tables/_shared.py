@@ -1,13 +1,17 @@
-"""Rows of a kind as one, and names with their revision."""
+"""Rows of a kind as one, names with their revision, and adapters in a few words."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from fossil_export._console import print_table
 from fossil_export._grouping import grouped
+
+if TYPE_CHECKING:
+    from fossil_export.adapters import Adapter
 
 GROUPS = 60
 """Kinds of rows that a table shows; more are told by their number."""
@@ -27,3 +31,8 @@ def print_grouped(header: Sequence[str], rows: Sequence[Sequence[str]], every: b
 
 def named_at(name: str, revision: str | None) -> str:
     return name + (f" at {revision}" if revision else "")
+
+
+def described(adapter: Adapter) -> str:
+    """Its method, and its rank if it has one."""
+    return adapter.variant + (f", r={adapter.rank}" if adapter.rank else "")

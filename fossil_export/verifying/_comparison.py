@@ -168,7 +168,7 @@ def compare(job: Job, start: int, stop: int, added: Sum, files: Files, progress:
             stored = _whole(job.part.unchanged_rows(job.source, rows_of, start, stop))
             found = _whole(replace(job.part, piece=None).unchanged_rows(job.found, rows_of, start, stop))
         addends = [
-            _addend(change, job, start, stop, added.adapters[change.adapter], files) for change in job.part.changes
+            addend(change, job, start, stop, added.adapters[change.adapter], files) for change in job.part.changes
         ]
         part = _values(job, start, stored, found, addends)
     progress((stop - start) * size)
@@ -255,7 +255,7 @@ def _first(job: Job, start: int, marks: Array) -> int:
     return min(one.offset + int(one.values.argmax()) for one in stored if one.values.any())
 
 
-def _addend(change: Change, job: Job, start: int, stop: int, adapter: Adapter, files: Files) -> Addend:
+def addend(change: Change, job: Job, start: int, stop: int, adapter: Adapter, files: Files) -> Addend:
     """What rows [start, stop) need of the trained tensors as the merge sees them (float32, but for float64 weights), in
     float64; whole numbers in int64."""
     import numpy as np

@@ -23,6 +23,7 @@ from fossil_export.merging._planning import plan_merge, settled
 from fossil_export.verifying._folder import check_record
 from fossil_export.verifying._forward import Subject
 from fossil_export.verifying._models import Tokens, TorchRunner, open_lora
+from fossil_export.verifying._nearest import Nearest, far_from
 from fossil_export.verifying._stored import stored_dtype
 from fossil_export.verifying._sum import Sum
 from fossil_export.verifying._weights import TensorCheck
@@ -124,6 +125,7 @@ def _check(folder: Path, adapter: Adapter, plan: MergePlan) -> Iterator[str]:
             yield f"{info.name} is not the trained one"
     cut: list[str] = []
     scaled: list[str] = []
+    unlike: dict[str, Nearest] = {}
     for module, trained in adapter.trained.items():
         names = [f"{_PREFIX}{trained.owner}.{ending}" for ending in _endings(trained, tensors)]
         if any(name not in tensors for name in names):
@@ -137,6 +139,8 @@ def _check(folder: Path, adapter: Adapter, plan: MergePlan) -> Iterator[str]:
             continue
         if problem == _CUT:
             cut.append(module)
+        elif problem == _FULL:
+            unlike[module] = Nearest(ours, _scale(config, trained.owner, adapter.array(ours[0]).shape[0]))
         elif off_by is not None:
             scaled.append(module)
         elif problem is not None:
@@ -146,9 +150,16 @@ def _check(folder: Path, adapter: Adapter, plan: MergePlan) -> Iterator[str]:
         yield f"adapter_config.json says {said}; its update would be scaled, that of {listed(scaled)}"
     if cut:
         yield f"{listed(cut)} were {_CUT}"
+    if unlike and (far := far_from(adapter, plan, unlike)):
+        how = "+".join(dict.fromkeys(adapter.trained[module].method for module in far))
+        yield (
+            f"{listed(list(far))} are off, by up to {max(far.values()):.2g} of what was trained ({how}), as the "
+            "nearest LoRA is; --level forward says what that does to the logits"
+        )
 
 
 _CUT = "cut to a smaller rank than was trained"
+_FULL = "is not of the low rank of a LoRA"
 
 
 def _module(
@@ -208,11 +219,11 @@ def _scale(config: Mapping[str, Any], module: str, rank: int | None) -> float:
 def _matrices(
     trained: Trained, adapter: Adapter, found: list[Array], dtypes: list[str], scale: float
 ) -> tuple[str | None, float | None]:
-    """The same of A (r, in) and B (out, r), or c (out); of a method that is no LoRA, they must be something."""
+    """The same of A (r, in) and B (out, r), or c (out); of a method that is no LoRA, only that it is none."""
     arrays = {role: np.asarray(array, np.float64) for role, array in adapter.arrays(trained.module).items()}
     wanted = _wanted(trained, arrays, found)
     if wanted is None:
-        return ("its matrices are zero" if not all(array.any() for array in found) else None), None
+        return _FULL, None
     if len(found) == 2 and not _rounded_to(found[0], wanted[0], dtypes[0]):
         return f"its lora_A does not sum the inputs as {trained.method} does", None
     last, exact = np.asarray(found[-1], np.float64), wanted[-1]

@@ -55,7 +55,7 @@ MODES = {
     for mode in (
         Mode("merged", "plain graph", 1, floats=True, new_weights=True, merges=True),
         Mode("tiled", "base weights shared, sum folded at load", 13, low_rank=True, blocks=True, floats=True),
-        Mode("fused", "branches with the shards inside", 13, low_rank=True, new_weights=True),
+        Mode("fused", "branches with what was trained inside", 13, low_rank=True, new_weights=True),
         Mode("swappable", "adapters loaded while the session runs", 15, low_rank=True, swaps=True),  # Shape of a range
     )
 }
