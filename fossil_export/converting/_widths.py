@@ -39,8 +39,8 @@ def layer_shapes(adapter: Adapter, options: Options) -> tuple[Shapes, frozenset[
     found = {trained.module: placement.into[name].shape for name, trained in placement.trained.items()}
     if idle := [module for module in adapter.trained if module not in found]:
         raise MergeError(
-            f"{adapter.path}: trained {listed(idle)}, which this model never calls, so that they did nothing; a server may "
-            "call them: merge the adapter instead"
+            f"{adapter.path}: trained {listed(idle)}, which this model never calls, so that they did nothing; a server "
+            "may call them: merge the adapter instead"
         )
     renamed = {name.removesuffix(".weight"): trained.module for name, trained in placement.trained.items()}
     matrices = (info for info in base.tensors.values() if info.name.endswith(".weight") and len(info.shape) > 1)

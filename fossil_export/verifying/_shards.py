@@ -20,6 +20,7 @@ from fossil_export.onnx.builders._existing import find_graph
 from fossil_export.onnx.graph._file import load_graph
 from fossil_export.onnx.graph._match import Piece
 from fossil_export.onnx.graph._weight import stored
+from fossil_export.verifying._constants import check_saved
 from fossil_export.verifying.reference import EXACT
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ def check_shards(folder: Path, adapter: Adapter) -> list[str]:
     mark = read_mark(graph, model)
     if mark.get("mode") not in ("fused", "swappable"):
         return []
+    return [*check_saved(model, adapter), *_check_branches(folder, graph, model, mark, adapter)]
+
+
+def _check_branches(folder: Path, graph: Path, model: ir.Model, mark: Mapping[str, Any], adapter: Adapter) -> list[str]:
     if mark["mode"] == "swappable":
         slots = read_signature(graph).slots
         return [
