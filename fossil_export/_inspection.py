@@ -163,7 +163,11 @@ class Kind:
 
 def _kinds(found: Inspection) -> tuple[Kind, ...]:
     adapter = found.adapter
-    touched = {module: tensor.name for module, tensor in found.plan.modules.items()} if found.plan is not None else {}
+    touched = (
+        {module: tensor.name for module, tensor in (found.plan.modules | found.plan.rows).items()}
+        if found.plan is not None
+        else {}
+    )
     rows: list[tuple[str, ...]] = []
     names: list[str] = []
     numbers: list[tuple[int, float | None]] = []

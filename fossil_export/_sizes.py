@@ -8,10 +8,11 @@ rows, evenly spread, stands for all.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._dtypes import BITS, FLOATS, element_count, numpy_dtype
 from fossil_export.checkpoints._folder import LocalFolder
 from fossil_export.checkpoints._header import TensorInfo
@@ -51,6 +52,12 @@ class Size:
             return None
         return self.update / self.weight
 
+    def beside(self, other: Size) -> Size:
+        """Of two weights of one module, such as experts, together."""
+        pairs = ((self.update, other.update), (self.weight, other.weight))
+        update, weight = (None if None in pair else math.hypot(*(one or 0.0 for one in pair)) for pair in pairs)
+        return Size(update, weight, min(self.share, other.share))
+
 
 def sizes_of(plan: MergePlan) -> dict[str, Size]:
     """By module, and by name for a tensor that comes whole. Of a base, or an adapter, that is not on this machine no
@@ -64,10 +71,36 @@ def sizes_of(plan: MergePlan) -> dict[str, Size]:
         for part in tensor.parts:
             for change in part.changes:
                 if plan.adapters[change.adapter].is_here:
-                    found[change.trained.module] = _of_change(plan, tensor, part, change, limit, base_is_here)
+                    size, module = _of_change(plan, tensor, part, change, limit, base_is_here), change.trained.module
+                    found[module] = found[module].beside(size) if module in found else size
         if tensor.action == "replace" and tensor.owner is not None and plan.adapters[tensor.owner].is_here:
             found[tensor.name] = _of_replaced(plan, tensor, limit, base_is_here)
+    found |= {module: _of_rows(plan, module, tensor, base_is_here) for module, tensor in plan.rows.items()}
     return found
+
+
+def _of_rows(plan: MergePlan, module: str, tensor: TensorPlan, base_is_here: bool) -> Size:
+    """Of rows that take the place of the base's: what they differ by, beside the norm of those rows."""
+    import numpy as np
+
+    difference = weight = 0.0
+    own = {info.name for adapter in plan.adapters for info in _tensors(adapter, module)}
+    for piece in tensor.pieces:
+        if piece.source.name not in own:
+            continue
+        if not base_is_here or not plan.adapters[piece.adapter].is_here or tensor.owner is not None:
+            return Size(None, None)
+        width = tensor.shape[-1]
+        first, last = piece.first // width, piece.last // width
+        new = plan.adapters[piece.adapter].array(piece.source).astype(np.float32).reshape(-1, width)
+        old = _read(plan, tensor.source, None, first, last).astype(np.float32).reshape(-1, width)
+        difference += _square(new - old)
+        weight += _square(old)
+    return Size(math.sqrt(difference), math.sqrt(weight))
+
+
+def _tensors(adapter: Adapter, module: str) -> Iterable[TensorInfo]:
+    return adapter.trained[module].tensors.values() if module in adapter.trained else ()
 
 
 def _of_change(plan: MergePlan, tensor: TensorPlan, part: Part, change: Change, limit: int, base_is_here: bool) -> Size:
@@ -75,9 +108,14 @@ def _of_change(plan: MergePlan, tensor: TensorPlan, part: Part, change: Change, 
 
     adapter = plan.adapters[change.adapter]
     trained, method, (outputs, inputs) = change.trained, change.method, change.into.shape
-    arrays = {role: array.astype(np.float64) for role, array in adapter.arrays(trained.module).items()}
+    arrays = {
+        role: array if array.dtype.kind in "iu" else array.astype(np.float64)
+        for role, info in trained.tensors.items()
+        for array in (trained.meant(role, adapter.array(info))[:],)
+    }
     update = _from_form(arrays, change, outputs, inputs)
     source, owner = tensor.origin(part)
+    numbers = change.numbers(part.dtype, owner is not None)
     if owner is None and not base_is_here:
         return Size(update, None)
 
@@ -86,7 +124,7 @@ def _of_change(plan: MergePlan, tensor: TensorPlan, part: Part, change: Change, 
 
     of_update = of_weight = 0.0
     read = 0
-    unit = change.into.unit(method.block_rows(trained.shapes))
+    unit = change.into.unit(trained.block_rows)
     bits = BITS[source.dtype]
     for start, stop in _slices(outputs, unit, limit * 8 // max(1, inputs * bits)):
         weight = part.matrix_rows(rows_of, start, stop)[:].astype(np.float32)
@@ -94,7 +132,7 @@ def _of_change(plan: MergePlan, tensor: TensorPlan, part: Part, change: Change, 
         read += stop - start
         if update is None:
             own = method.part(arrays, start, stop)
-            of_update += _square(method.update(weight.astype(np.float64), own, trained.numbers, 0))
+            of_update += _square(method.update(weight.astype(np.float64), own, numbers, 0))
     share = read / outputs
     size = math.sqrt(of_update / share) if update is None else update
     return Size(size * abs(change.weight), math.sqrt(of_weight / share), share)

@@ -103,6 +103,23 @@ class MergePlan:
         return {change.trained.module: tensor for tensor in self.tensors for change in tensor.changes}
 
     @property
+    def rows(self) -> dict[str, TensorPlan]:
+        """The tensor that the trained rows of each such module go to, by the module's name."""
+        wanted = {
+            info.name: one.module
+            for adapter in self.adapters
+            for one in adapter.trained.values()
+            if one.is_rows
+            for info in one.tensors.values()
+        }
+        found: dict[str, TensorPlan] = {}
+        for tensor in self.tensors if wanted else ():
+            for piece in tensor.pieces:
+                if piece.source.name in wanted:
+                    found.setdefault(wanted[piece.source.name], tensor)
+        return found
+
+    @property
     def matrices(self) -> dict[str, Matrix]:
         """Where the weight of each trained module lies, by the module's name."""
         return {change.trained.module: change.into for tensor in self.tensors for change in tensor.changes}

@@ -24,7 +24,7 @@ def print_inspection(found: Inspection, every: bool = False) -> None:
     for kind in kinds if every else kinds[:GROUPS]:
         how = _how(kind)
         if every:
-            places = found.plan.modules if found.plan is not None else {}
+            places = found.plan.modules | found.plan.rows if found.plan is not None else {}
             for name in kind.members:
                 whole = kind.method == "whole" and found.plan is not None
                 place = places[name].name if name in places else name if whole else kind.tensor
