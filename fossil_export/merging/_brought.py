@@ -50,7 +50,9 @@ def brought_by(adapter: Adapter, base: Checkpoint, naming: Naming) -> Brought:
         else:
             brought.trained[parameter] = trained
         bias = trained.beside
-        if bias is not None and (parameter := _parameter(bias.parameter, naming, base)) is not None:
+        parameter = _parameter(bias.parameter, naming, base) if bias is not None else None
+        # A class may have a bias by some configs alone: the base tells whether it is there.
+        if bias is not None and parameter is not None and (parameter in base.tensors or naming.names.holds(parameter)):
             brought.trained[parameter] = bias
     if missing:
         raise MergeError(_no_weights(missing, adapter, base, naming))
