@@ -12,7 +12,7 @@ from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints.layouts import find_matrix
 from fossil_export.errors import MergeError, listed
 from fossil_export.merging._guess import declared_tie, embedding_tensor, is_head
-from fossil_export.merging._naming import Naming
+from fossil_export.merging._naming import Naming, exact_names
 from fossil_export.models._architecture import pattern_of
 
 REMEDY = "name the base model it was trained from with --base"
@@ -51,8 +51,7 @@ def brought_by(adapter: Adapter, base: Checkpoint, naming: Naming) -> Brought:
             brought.trained[parameter] = trained
         bias = trained.beside
         parameter = _parameter(bias.parameter, naming, base) if bias is not None else None
-        # A class may have a bias by some configs alone: the base tells whether it is there.
-        if bias is not None and parameter is not None and (parameter in base.tensors or naming.names.holds(parameter)):
+        if bias is not None and parameter is not None and _is_there(parameter, naming, base):
             brought.trained[parameter] = bias
     if missing:
         raise MergeError(_no_weights(missing, adapter, base, naming))
@@ -148,6 +147,14 @@ def _parameter(name: str, naming: Naming, base: Checkpoint) -> str | None:
         # A class of the model's own code has the names of its files.
         return next((one for one, stored in naming.names.whole.items() if stored == name), name)
     return None
+
+
+def _is_there(parameter: str, naming: Naming, base: Checkpoint) -> bool:
+    """Whether the model has a bias: the table of classes has those of other configs too (Llama's attention_bias)."""
+    if parameter in base.tensors or naming.names.holds(parameter):
+        return True
+    exact = exact_names(naming.model.name, base) if naming.known else None
+    return exact is not None and exact.model.has(parameter)
 
 
 def as_class(naming: Naming) -> str:
