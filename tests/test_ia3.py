@@ -57,6 +57,14 @@ def test_in_float64_the_merged_model_is_the_live_one(name: str, tmp_path: Path) 
     assert torch.equal(after[key], before[key]) == (name not in BIASES)
 
 
+@pytest.mark.parametrize("name", ["ia3, of outputs alone", "road_2"])
+def test_a_class_that_has_biases_by_its_config_alone_may_have_none(name: str, tmp_path: Path) -> None:
+    """Llama's projections have biases if attention_bias says so, and nearly no Llama does."""
+    base = make_base(tmp_path / "base", torch.float64)
+    after = assert_live(base, tmp_path, **SETTINGS[name])
+    assert after.keys() == weights(base).keys()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["ia3", "road_4", "norms"])
 def test_merged_weights_are_the_truth_rounded_once(name: str, dtype: torch.dtype, tmp_path: Path) -> None:

@@ -38,12 +38,22 @@ def peft_keys(file: Path, tensors: Sequence[TensorInfo], endings: Iterable[str])
         plain = [PREFIX + name for name in plain]
     found: dict[str, TensorInfo] = {}
     for name, tensor in zip(plain, tensors, strict=True):
-        if name in found:
+        other = found.get(name)
+        if other is not None and _is_copy(tensor) != _is_copy(other) and tensor.shape == other.shape:
+            found[name] = other if _is_copy(tensor) else tensor
+            continue
+        if other is not None:
             raise AdapterError(
-                f"{file}: holds {name} twice, as {found[name].name} and {tensor.name}; keep the tensors of one adapter"
+                f"{file}: holds {name} twice, as {other.name} and {tensor.name}; keep the tensors of one adapter"
             )
         found[name] = tensor
     return found
+
+
+def _is_copy(tensor: TensorInfo) -> bool:
+    """Whether PEFT wrote it beside the same tensor by its plain name: with bias="all" it collects by name the biases
+    within modules_to_save, and then those modules once more."""
+    return f".{_KEPT}.{_NAME}." in tensor.name
 
 
 def are_pefts(keys: Mapping[str, TensorInfo]) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 
 from fossil_export.errors import AdapterError
 from fossil_export.methods._base import Base
-from fossil_export.methods._lora import FIELDS, PATTERN, SWITCH, alpha_of, of_pattern, unlike
+from fossil_export.methods._lora import FIELDS, PATTERN, SWITCH, alpha_of, matching, of_pattern, unlike
 from fossil_export.methods._method import POSITIVE, Arrays, Field, Numbers, Shapes
 
 LYCORIS: Mapping[str, Field] = {
@@ -118,7 +118,13 @@ def rank_and_scale(config: Mapping[str, Any], module: str, where: str, rank: int
 
     Source: `_create_and_replace` in peft/tuners/{loha,lokr}/model.py.
     """
-    said = of_pattern(config.get("rank_pattern"), module, config.get("r", LYCORIS["r"].default))
+    pattern = config.get("rank_pattern")
+    said = of_pattern(pattern, module, config.get("r", LYCORIS["r"].default), rank)
+    if rank is None and len(set(matching(pattern, module).values())) > 1:
+        raise AdapterError(
+            f"{where}: rank_pattern has several values for it, and its tensors do not tell which; training took the "
+            "first, but PEFT sorts them when it saves; keep the one it was trained with"
+        )
     if not POSITIVE.holds(said) or rank not in (None, said):
         raise AdapterError(f"{where} has rank {rank}, but the config says r={said}; mend the config")
     alpha = alpha_of(config, module, config.get("alpha", LYCORIS["alpha"].default), where)

@@ -149,7 +149,7 @@ def scaled(config: Mapping[str, Any], module: str, rank: int, where: str) -> Num
 
     Source: `_create_and_replace` in peft/tuners/lora/model.py.
     """
-    said = of_pattern(config.get("rank_pattern"), module, config["r"])
+    said = of_pattern(config.get("rank_pattern"), module, config["r"], rank)
     if said != rank:
         raise AdapterError(f"{where} has rank {rank}, but the config says r={said}; mend the config")
     alpha = alpha_of(config, module, config.get("lora_alpha", FIELDS["lora_alpha"].default), where)
@@ -171,9 +171,13 @@ def alpha_of(config: Mapping[str, Any], module: str, otherwise: Any, where: str)
     return next(iter(found.values()), otherwise)
 
 
-def of_pattern(pattern: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
-    """The value of the first key that matches a module's name or its end (`get_pattern_key` in peft/utils/other.py)."""
-    return next(iter(matching(pattern, module).values()), otherwise)
+def of_pattern(pattern: Mapping[str, Any] | None, module: str, otherwise: Any, told: int | None = None) -> Any:
+    """The value of the first key that matches a module's name or its end (`get_pattern_key` in peft/utils/other.py).
+
+    Of several it is the one that the tensors have `told`, as PEFT sorts the keys when it saves them.
+    """
+    values = list(matching(pattern, module).values())
+    return told if told in values else next(iter(values), otherwise)
 
 
 def matching(pattern: Mapping[str, Any] | None, module: str) -> dict[str, Any]:
