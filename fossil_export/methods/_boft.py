@@ -47,7 +47,8 @@ class Boft(Base):
             raise AdapterError(
                 f"{where} has {blocks[0]} factors, but the config says boft_n_butterfly_factor={said}; mend the config"
             )
-        return {"r": blocks[2], "factors": blocks[0]}
+        # Rotations are made anew for each lot of rows: fewer would take longer than the product.
+        return {"r": blocks[2], "factors": blocks[0], "block_rows": blocks[2]}
 
     def mismatch(self, shapes: Shapes, numbers: Numbers, weight: tuple[int, int]) -> str | None:
         found = shapes["s"][0], shapes["X"][1] * shapes["X"][2]

@@ -50,5 +50,5 @@ class C3a(Base):
         size = arrays["w"].shape[2]
         blocks = arrays["w"][start // size : (start + len(weight)) // size]
         turned = (np.arange(size) - np.arange(size)[:, None]) % size
-        found = blocks[:, :, turned.tolist()] / weight.shape[1]  # (out/b, in/b, b, b)
+        found = blocks[:, :, turned] / weight.shape[1]  # (out/b, in/b, b, b)
         return found.swapaxes(1, 2).reshape(weight.shape)

@@ -69,6 +69,8 @@ class Oft(Base):
             "shared": shared,
             "terms": config.get("num_cayley_neumann_terms", 5) if series else None,
             "eps": config.get("eps", 6e-5) if config.get("coft") else None,
+            # Rotations are made anew for each lot of rows: fewer would take longer than the product.
+            "block_rows": size,
         }
 
     def mismatch(self, shapes: Shapes, numbers: Numbers, weight: tuple[int, int]) -> str | None:
