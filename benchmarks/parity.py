@@ -2,7 +2,7 @@
 
     python benchmarks/parity.py
 
-merges the demo's adapters (examples/smollm2.py trains them with PEFT: tile, ragged r, mini, bat) in several
+merges the demo's adapters (examples/smollm2.py trains them with PEFT: tile, ragged r, mini, bat, LoRA) in several
 dtypes, runs `fossil-export verify` on each and prints Markdown.
 """
 
@@ -26,6 +26,7 @@ ADAPTERS = {
     "tile, r = 50 (ragged)": ("tile", 50, 4),
     "mini, r = 64": ("mini", 64, 4),
     "bat, r = 64": ("bat", 64, 4),
+    "LoRA, r = 16": ("lora", 16, 20),
 }
 COLUMNS = ["adapter", "result", "worst step", "trainer", "artifact", "ratio", "KL trainer", "KL artifact"]
 COLUMNS += ["top-1", "same text"]
