@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -40,3 +40,14 @@ def in_order(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]], ahead: 
         for future in waiting:
             future.cancel()
         wait(waiting)
+
+
+@contextmanager
+def one_torch_thread(torch: Any) -> Iterator[None]:
+    """PyTorch computes in this thread alone, so that its sums are the same on any number of cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -4,6 +4,7 @@ on each load, and so does the merge."""
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,15 @@ def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 SCALED = {"use_rslora": True, "lora_alpha": 12, "rank_pattern": {"q_proj": 3}}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Decompositions by several threads, of which the machine may give fewer, have other last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype, more", [(torch.float32, {}), (torch.float16, {}), (torch.bfloat16, SCALED)])

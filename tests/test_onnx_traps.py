@@ -232,7 +232,10 @@ def test_lora_that_is_another_model(tmp_path: Path) -> None:
 
     name = "base_model.model.layers.0.q_proj.lora_A.weight"
     assert problems(lambda config, state: None) == ()
-    assert "alpha_pattern" in problems(lambda config, state: config.update(alpha_pattern={"q_proj": 400}))[0]
+    assert (
+        "its update would be scaled, that of layers.0.q_proj"
+        in problems(lambda config, state: config.update(alpha_pattern={"q_proj": 400}))[0]
+    )
     assert "does not cover" in problems(lambda config, state: config.update(target_modules=["q_proj"]))[0]
     assert "do not fit" in problems(lambda config, state: state.update({name: state[name][:, :20].clone()}))[0]
     more = {"base_model.model.layers.0.extra.lora_A.weight": torch.ones(4, 24)}

@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from fossil_export.checkpoints._folder import Folder, LocalFolder
+from fossil_export.checkpoints._folder import Folder
 from fossil_export.checkpoints._jsonfile import read_json
 from fossil_export.errors import AdapterError, listed
 
@@ -86,7 +86,7 @@ def refuse_lost(home: Folder, name: str) -> None:
 
 def _below(home: Folder) -> tuple[str, ...]:
     """The files in `home` and in its folders; on this machine in no deeper ones, of which there may be any number."""
-    if not isinstance(home, LocalFolder):
+    if not home.is_here:
         return tuple(home.names())
     found = (*home.path.glob("*"), *home.path.glob("*/*"))
     return tuple(sorted(path.relative_to(home.path).as_posix() for path in found if path.is_file()))

@@ -22,6 +22,8 @@ def weighted(given: str) -> str | tuple[str, float]:
     try:
         weight = float(number)
     except ValueError:
+        if "://" in given:  # an address, which may have a "=" in it
+            return given
         weight = math.nan
     if not name or not math.isfinite(weight):
         raise click.UsageError(

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fossil_export._extras import required
+from fossil_export._threads import one_torch_thread
 from fossil_export.errors import AdapterError, MergeError
 from fossil_export.methods import _lora as lora
 from fossil_export.methods._base import Base, needs
@@ -90,7 +91,7 @@ class Started(Base):
     def _began(self, weight: Any, numbers: Numbers) -> Any:
         torch = required("torch", "torch", f"merging {self.NAME}")
         own = hasattr(weight, "device") and hasattr(weight, "requires_grad")
-        with torch.no_grad():
+        with torch.no_grad(), one_torch_thread(torch):
             tensor = weight if own else torch.from_numpy(weight)
             found = self.residual(torch, tensor.to(torch.float32), int(numbers["r"]), numbers["scale"])
             rounded = found.to(getattr(torch, _DTYPES[numbers["dtype"]])).to(tensor.dtype)

@@ -19,15 +19,15 @@ def check_saved(model: Any, adapter: Adapter) -> Iterator[str]:
     One of them is wrong if the graph has floats of its shape, either way round, and none of them are its values. In a
     graph that has none of its shape it lies as codes, and is seen by running the graph alone.
     """
-    constants: dict[tuple[int, ...], list[Any]] = {}
+    by_shape: dict[tuple[int, ...], list[Any]] = {}
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if tensor is not None and tensor.dtype.name in _FLOATS and len(tensor.shape) == 2:
-            constants.setdefault(tuple(sorted(map(int, tensor.shape))), []).append(tensor)
+            by_shape.setdefault(tuple(sorted(map(int, tensor.shape))), []).append(tensor)
     for name, info in adapter.saved.items():
         if len(info.shape) != 2 or name.rpartition(".")[0] in adapter.trained:
             continue
-        same = constants.get(tuple(sorted(info.shape)), [])
+        same = by_shape.get(tuple(sorted(info.shape)), [])
         wanted = np.asarray(adapter.array(info), np.float32)
         if same and not any(_is(wanted, stored(tensor)) for tensor in same):
             yield f"{name}: is not in the graph as it was trained"

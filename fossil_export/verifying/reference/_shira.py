@@ -26,10 +26,10 @@ def rebuild(weight: Array, part: Arrays, numbers: Mapping[str, Any], exact: Arra
     import numpy as np
 
     rows, columns = part["#i"].astype(np.int64)
-    return _sparse(weight, rows, columns, part["v"], exact)
+    return sparse(weight, rows, columns, part["v"], exact)
 
 
-def _sparse(weight: Array, rows: Array, columns: Array, values: Array, exact: Array) -> Array:
+def sparse(weight: Array, rows: Array, columns: Array, values: Array, exact: Array) -> Array:
     import numpy as np
 
     exact[:] = weight

@@ -25,7 +25,7 @@ def rebuild(weight: Array, part: Arrays, numbers: Mapping[str, Any], exact: Arra
     import numpy as np
 
     rows, columns = np.divmod(part["#i"].astype(np.int64), weight.shape[1])
-    bound = shira._sparse(weight, rows, columns, part["v"], exact)
+    bound = shira.sparse(weight, rows, columns, part["v"], exact)
     if "A" not in part:
         return bound
     share = numbers["share"]
