@@ -168,5 +168,5 @@ def test_incomplete_adapter_is_warned_of(base: Path, adapter: Path, tmp_path: Pa
     save_file({name: value for name, value in state.items() if name != gone}, path)
     result = merge(adapter, tmp_path / "merged")
     assert "model.layers.1.mlp.down_proj" in result.warnings[0]
-    edit_json(adapter / "adapter_config.json", layers_to_transform=[0])
+    edit_json(adapter / "adapter_config.json", exclude_modules=["model.layers.1.mlp.down_proj"])
     assert not merge(adapter, tmp_path / "narrowed").warnings

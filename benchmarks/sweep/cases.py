@@ -140,6 +140,8 @@ def _case(scene: _Scene, kind: str, recipe: Recipe) -> Row:
     bits = {name: value.clone() for name, value in state(ours).items()} if ours is not None else {}
     if wrong is None and ours is not None:
         wrong = _answers(ours, wanted)
+    elif ours is not None and judging.unused(scene.base.model, wanted) and _answers(ours, wanted) is None:
+        return row(UNUSED, NOT_COMPUTED)  # it is left out
     peft, theirs = _peft(scene, live, wanted, (wrong, bits) if bits else None)
     forward = wanted.sensible
     if (wrong is None or judging.ANSWERS_DIFFER in wrong) and _unused(scene, wanted, wrong or ""):

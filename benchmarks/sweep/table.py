@@ -31,7 +31,7 @@ _MEANINGS = {
     RIGHT: "the values are the trainer's within float32's rounding, not PEFT's bits",
     REFUSED: "refused with a line that says why",
     IMPOSSIBLE: "PEFT cannot train or save this",
-    UNUSED: "the trainer does not compute with what it trained, so that no merge can agree with it",
+    UNUSED: "the trainer does not compute with all that it trained; what it does not is left out, its answers are kept",
     WRONG: "wrong without a word",
     CRASH: "an error that is not one line",
 }
