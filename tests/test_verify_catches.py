@@ -180,6 +180,7 @@ def test_artifact_of_another_base_or_adapter_by_its_record(bf16: Path, tmp_path:
     )
     state = {name.replace("layers.1", "layers.9"): value for name, value in weights(tmp_path / "wide").items()}
     save_file(state, tmp_path / "wide" / "adapter_model.safetensors")
+    edit_json(tmp_path / "wide" / "adapter_config.json", layers_to_transform=[9])
     assert "layers.9" in verify(bf16, adapter=tmp_path / "wide").problems[0]
 
 
