@@ -19,7 +19,7 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
 
-from fossil_export import FossilExportError, merge
+from fossil_export import FossilExportError, merge, models
 from sweep import judging
 from sweep.building import Base, Unbuilt, line, randomise, saved, state
 from sweep.catalogue import Entry
@@ -140,8 +140,8 @@ def _case(scene: _Scene, kind: str, recipe: Recipe) -> Row:
     bits = {name: value.clone() for name, value in state(ours).items()} if ours is not None else {}
     if wrong is None and ours is not None:
         wrong = _answers(ours, wanted)
-    elif ours is not None and judging.unused(scene.base.model, wanted) and _answers(ours, wanted) is None:
-        return row(UNUSED, NOT_COMPUTED)  # it is left out
+    elif ours is not None and _is_left_out(scene, wanted, wrong or "") and _answers(ours, wanted) is None:
+        return row(UNUSED, NOT_COMPUTED)
     peft, theirs = _peft(scene, live, wanted, (wrong, bits) if bits else None)
     forward = wanted.sensible
     if (wrong is None or judging.ANSWERS_DIFFER in wrong) and _unused(scene, wanted, wrong or ""):
@@ -160,6 +160,13 @@ def _unused(scene: _Scene, wanted: judging.Truth, wrong: str) -> bool:
     """Looked at where the answers ask for it: they are the base's, or differ at equal values."""
     suspicious = not wanted.sensible or judging.ANSWERS_DIFFER in wrong
     return suspicious and judging.unused(scene.base.model, wanted)
+
+
+def _is_left_out(scene: _Scene, wanted: judging.Truth, wrong: str) -> bool:
+    """Whether a value is the base's because the model never calls that layer; the answers have the last word."""
+    module = wrong.partition(" ")[0].removesuffix(".weight")
+    known = models.bypassed(scene.base.model.config.to_dict())
+    return any(f".{module}".endswith(f".{name}") for name in known) or judging.unused(scene.base.model, wanted)
 
 
 def _trained(scene: _Scene, kind: str, recipe: Recipe) -> Any:
