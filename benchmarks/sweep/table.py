@@ -100,8 +100,8 @@ def support(rows: list[Row], kinds: Sequence[str] = ALL_KINDS) -> str:
         "",
         "A cell has the number of classes where there are several, and is empty where a model has no such part. "
         "`embedding`, `head`, `norm` and `classifier` are whole modules (`modules_to_save`) beside shards on one of "
-        "attention's layers. Kinds without another name are MiSS's (tile), in [support.md](support.md); those of LoRA and "
-        "DoRA are in [support-lora.md](support-lora.md).",
+        "attention's layers. Kinds without another name are MiSS's (tile), in [support.md](support.md); those of LoRA "
+        "and DoRA are in [support-lora.md](support-lora.md).",
         "",
         "| model type | " + " | ".join(columns) + " |",
         "|---|" + "---|" * len(columns),
