@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_adapter, make_base, weights
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from peft import LoHaConfig, LoKrConfig
 from peft.tuners.loha.layer import Linear as LoHaLinear
@@ -128,7 +128,11 @@ def test_any_shape_gives_pefts_update_in_numpy_and_pytorch_in_any_rows(data: st.
     method, exact = METHODS[name], EXACT[name]
     numbers = method.read({"r": rank, "alpha": 5}, "m", shapes, "here")
     assert numbers is not None
-    truth = layer.get_delta_weight("default").detach().reshape(outputs, -1)
+    try:
+        truth = layer.get_delta_weight("default").detach().reshape(outputs, -1)
+    except RuntimeError:  # PyTorch's kron does not take every view of a convolution of rank 1
+        assert made == "conv1d"
+        reject()
     assert method.mismatch(shapes, numbers, tuple(truth.shape)) is None
     assert method.mismatch(shapes, numbers, (outputs, truth.shape[1] + 1)) is not None
     dimensions = method.dimensions(shapes)
