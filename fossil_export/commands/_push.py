@@ -29,7 +29,7 @@ def push(
 ) -> None:
     """Publish DIR as REPO_ID on the Hub, with a model card, in one commit.
 
-    DIR is a merged model, a LoRA or MISS adapter, an ONNX folder, or a GGUF file. What is no part of the model
+    DIR is a merged model, an adapter of PEFT, an ONNX folder, or a GGUF file. What is no part of the model
     stays behind. Log in with `hf auth login`, or set HF_TOKEN.
     """
     from fossil_export import publishing as hub
