@@ -65,6 +65,8 @@ RENAMES: dict[str, Rename] = {
         "_orig_mod._fsdp_wrapped_module." + named(name).replace(".layers.1.", ".layers.1._checkpoint_wrapped_module.")
     ),
     "adapter's name": named,
+    "another adapter's name": lambda name: named(name).replace(".default.", ".policy."),
+    "data in parallel": lambda name: f"module.{name}",
     "transformers without PEFT's prefix": lambda name: name.removeprefix("base_model.model."),
     "ms-swift": lambda name: re.sub(r"(lora_[AB])", r"\1.default", name.removeprefix("base_model.model.")),
 }
