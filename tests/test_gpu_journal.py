@@ -22,11 +22,11 @@ def test_it_stops_before_its_time_is_up_and_says_how_to_go_on(
     for count in (1, 2):
         assert here(*options, "--seconds", "0") == main.CUT
         captured = capsys.readouterr()
-        assert f"{16 - count} rows are left: the same command goes on" in captured.err
-        assert f"not run: layers, float32: {16 - count} rows" in captured.out
+        assert f"{24 - count} rows are left: the same command goes on" in captured.err
+        assert f"not run: layers, float32: {24 - count} rows" in captured.out
         assert len(entries(tmp_path / "gpu.jsonl")) == count
     assert here(*options) == 0
-    assert len(findings(tmp_path / "gpu.jsonl")) == len(entries(tmp_path / "gpu.jsonl")) == 16
+    assert len(findings(tmp_path / "gpu.jsonl")) == len(entries(tmp_path / "gpu.jsonl")) == 24
 
 
 def test_an_error_is_its_row_and_is_tried_again(
@@ -46,9 +46,9 @@ def test_an_error_is_its_row_and_is_tried_again(
     captured = capsys.readouterr()
     line = "down 128×192, mini r=16, float32: failed: MemoryError: out of memory"
     assert f"- {line}\n" in captured.out and line in captured.err and "FAILED" in captured.out
-    assert len(entries(tmp_path / "gpu.jsonl")) == 16
+    assert len(entries(tmp_path / "gpu.jsonl")) == 24
     assert here(*options) == 0
-    assert "15 of 16 rows are in" in capsys.readouterr().err
+    assert "23 of 24 rows are in" in capsys.readouterr().err
     assert len(entries(tmp_path / "gpu.jsonl")) == 17
 
 

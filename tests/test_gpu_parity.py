@@ -11,7 +11,7 @@ from pathlib import Path
 
 import gpu_parity
 import pytest
-from gpu.cases import DTYPES, cases, row_of, small_setup
+from gpu.cases import DTYPES, PRODUCTS, cases, row_of, small_setup
 from gpu_tools import BARE, SMALL, entries, findings, run
 
 
@@ -32,10 +32,10 @@ def test_every_variant_and_dtype_is_the_model_that_was_trained(whole: Path) -> N
     assert "Every row is within its bounds." in (whole / "gpu.md").read_text()
     record = json.loads((whole / "gpu.json").read_text())
     assert record["problems"] == []
-    found = set(itertools.product(("tile", "ragged", "mini", "bat"), DTYPES))
-    exported = record["onnx"]  # four modes for the variants that are branches, two for bat, two layers, no bfloat16
-    assert len(exported) == (3 * 4 + 2) * 2 * 2 and all(row["swapped_out"] is not False for row in exported)
-    assert sum(row["swapped_out"] is True for row in exported) == 3 * 2  # not float16
+    found = set(itertools.product(("tile", "ragged", "mini", "bat", "lora", "dora"), DTYPES))
+    exported = record["onnx"]  # four modes for the variants that are branches, two for bat, one for DoRA
+    assert len(exported) == (4 * 4 + 2 + 1) * 2 * 2 and all(row["swapped_out"] is not False for row in exported)
+    assert sum(row["swapped_out"] is True for row in exported) == 4 * 2  # not float16
     for part, count in (("layers", 4), ("models", 1)):
         rows = record[part]
         assert len(rows) == count * len(found)
@@ -43,7 +43,7 @@ def test_every_variant_and_dtype_is_the_model_that_was_trained(whole: Path) -> N
         for row in rows:
             assert not row["diverged"]
             assert row["devices"]["total"] > 0
-            assert row["variant"] == "bat" or row["devices"]["elements"] == 0
+            assert row["variant"] in PRODUCTS or row["devices"]["elements"] == 0
     assert all(row["losses"][1] < row["losses"][0] for row in record["models"])
 
 
@@ -52,7 +52,7 @@ def test_what_is_left_out_is_said_before_the_first_row_and_in_the_report(whole: 
     said = next(number for number, line in enumerate(lines) if line.startswith("left out: onnx, bfloat16: onnxruntime"))
     assert said < next(number for number, line in enumerate(lines) if line.startswith("[1/"))
     assert lines[said].removeprefix("left out: ") in (whole / "gpu.md").read_text()
-    assert json.loads((whole / "gpu.json").read_text())["missing"] == ["onnx, bfloat16: 28 rows"]
+    assert json.loads((whole / "gpu.json").read_text())["missing"] == ["onnx, bfloat16: 38 rows"]
 
 
 def test_files_are_few_and_none_stay(whole: Path) -> None:
@@ -60,7 +60,7 @@ def test_files_are_few_and_none_stay(whole: Path) -> None:
     found = entries(whole / "gpu.jsonl")
     for entry in (entry for entry in found if entry["case"]["part"] == "models"):
         case, nbytes = entry["case"], entry["row"]["nbytes"]
-        timed = case["dtype"] == "bfloat16" and case["variant"] in ("tile", "bat")  # three times on both devices
+        timed = case["dtype"] == "bfloat16" and case["variant"] in ("tile", "bat", "lora")  # three times on both
         models = (6 if timed else 2) + (case["variant"] == "tile")  # the first writes the base
         assert models * nbytes < entry["written"] < (models + 0.25) * nbytes  # and an adapter
         assert 3 * nbytes < entry["peak"] < 3.25 * nbytes  # base, CPU's, device's

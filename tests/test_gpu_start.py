@@ -24,7 +24,7 @@ def test_it_starts_from_a_plain_checkout_in_any_folder(tmp_path: Path) -> None:
     done = run(*QUICK, script=checkout / "benchmarks" / "gpu_parity.py", cwd=elsewhere)
     assert done.returncode == 0, done.stderr
     assert "fossil-export of this checkout" in done.stderr
-    assert len(entries(elsewhere / "gpu_parity.jsonl")) == 16
+    assert len(entries(elsewhere / "gpu_parity.jsonl")) == 24
 
 
 def test_missing_packages_are_named_in_one_line() -> None:

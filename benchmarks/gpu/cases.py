@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,16 @@ from fossil_export.verifying._forward import FACTOR, FLOOR
 PARTS = ("layers", "models", "onnx")
 DTYPES = ("bfloat16", "float16", "float32")
 MODES = ("merged", "tiled", "fused", "swappable")
+GRAPHS = {"bat": MODES[:2], "dora": MODES[:1]}
+"""The modes of what cannot be a branch."""
 GRAPH_LAYERS = ("q, o", "gate, up")
 SEED = 20240915
 REPEATS = 3
 """Runs whose median is a timing."""
+
+
+PRODUCTS = ("bat", "lora", "dora")
+"""Methods with a matrix product, whose sums another device makes in another order."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +31,13 @@ class Variant:
     name: str
     method: str
     rank: int
-    init: bool | str
-    mini_r: int = 1
+    options: Mapping[str, Any]
+    kind: str = "MissConfig"
 
     def config(self, **more: Any) -> Any:
-        from peft import MissConfig
+        import peft
 
-        return MissConfig(r=self.rank, init_weights=self.init, mini_r=self.mini_r, **more)
+        return getattr(peft, self.kind)(r=self.rank, **self.options, **more)
 
 
 @dataclass(frozen=True)
@@ -73,10 +79,12 @@ class Setup:
     @property
     def variants(self) -> dict[str, Variant]:
         return {
-            "tile": Variant("tile", "tile", self.rank, True),
-            "ragged": Variant("ragged", "tile", self.ragged, True),
-            "mini": Variant("mini", "mini", self.rank, "mini", self.rank),
-            "bat": Variant("bat", "bat", self.rank, "bat"),
+            "tile": Variant("tile", "tile", self.rank, {"init_weights": True}),
+            "ragged": Variant("ragged", "tile", self.ragged, {"init_weights": True}),
+            "mini": Variant("mini", "mini", self.rank, {"init_weights": "mini", "mini_r": self.rank}),
+            "bat": Variant("bat", "bat", self.rank, {"init_weights": "bat"}),
+            "lora": Variant("lora", "lora", self.ragged, {"lora_alpha": 2 * self.ragged}, "LoraConfig"),
+            "dora": Variant("dora", "dora", self.rank, {"lora_alpha": self.rank, "use_dora": True}, "LoraConfig"),
         }
 
     @property
@@ -124,7 +132,7 @@ def _cases(setup: Setup, part: str, dtype: str) -> Iterator[Case]:
     else:
         for layer in GRAPH_LAYERS:
             for variant in variants:
-                modes = MODES[:2] if variant.method == "bat" else MODES  # bat is no branch
+                modes = GRAPHS.get(variant.method, MODES)
                 yield from (Case(part, dtype, variant.name, layer, mode) for mode in modes)
 
 
@@ -165,7 +173,7 @@ class Row:
             for trainer, merged in self.errors
             if not merged <= FACTOR * trainer + FLOOR
         ]
-        if self.variant != "bat" and self.devices is not None and self.devices.elements:
+        if self.variant not in PRODUCTS and self.devices is not None and self.devices.elements:
             found.append(f"{self.where}: CPU and device differ in {self.devices}")
         return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,10 +17,11 @@ from safetensors.torch import save_file
 from fossil_export import export_onnx
 from fossil_export.onnx.modes import ModeName
 from gpu.cases import Case, OnnxRow, Setup, Variant, blank
-from gpu.layers import trained_layer
+from gpu.layers import adapter_of, trained_layer
 from gpu.tools import Array, Scratch, free, line_of, relative, stored
 
 KINDS = {"bfloat16": TensorProto.BFLOAT16, "float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}
+ADAPTER = "adapter_model.safetensors"
 FOLDERS = ("base", "plain", "adapter", "exported")
 
 
@@ -67,7 +67,7 @@ class Graphs:
         free()
         shape = setup.model.layers[case.layer]
         layer = trained_layer(setup, variant, case.dtype, shape)
-        self._diverged = not bool(torch.isfinite(layer.miss_block["default"]).all())
+        self._diverged = not all(bool(torch.isfinite(tensor).all()) for tensor in adapter_of(layer).values())
         if not self._diverged:
             if self._written != (case.dtype, case.layer):
                 self._written = None
@@ -91,10 +91,9 @@ class Graphs:
 
     def _write_adapter(self, layer: Any, variant: Variant) -> None:
         folder = self._scratch.empty("adapter")
-        shard = layer.miss_block["default"].detach().cpu().contiguous()
-        save_file({"base_model.model.layer.miss_block": shard}, folder / "adapter_model.safetensors")
-        config = {"peft_type": "MISS", "r": variant.rank, "mini_r": variant.mini_r, "init_weights": variant.init}
-        (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["layer"]}))
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_of(layer).items()}
+        save_file({f"base_model.model.layer.{name}": tensor for name, tensor in tensors.items()}, folder / ADAPTER)
+        variant.config(target_modules=["layer"]).save_pretrained(folder)
 
 
 def plain_graph(weight: Any, dtype: str) -> Any:

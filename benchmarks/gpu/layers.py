@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ TIMED = "gate, up"
 
 
 def trained_layer(setup: Setup, variant: Variant, dtype: str, shape: tuple[int, int]) -> Any:
-    """A random linear layer (out, in) in PEFT's wrapper, its shard, in float32 as PEFT keeps it, trained a little.
+    """A random linear layer (out, in) in PEFT's wrapper, its adapter, in float32 as PEFT keeps it, trained a little.
 
     The weight depends on the seed, the dtype and the shape alone.
     """
@@ -33,17 +34,27 @@ def trained_layer(setup: Setup, variant: Variant, dtype: str, shape: tuple[int, 
     # The constructor of PEFT's wrapper changes from release to release; this way in does not.
     holder = torch.nn.ModuleDict({"layer": linear})
     layer = inject_adapter_in_model(variant.config(target_modules=["layer"]), holder)["layer"]
-    shard = layer.miss_block["default"]
-    shard.data = shard.data.float()
+    tensors = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    for tensor in tensors:
+        tensor.data = tensor.data.float()
     inputs = torch.randn(setup.tokens, shape[1], device=setup.device).to(kind)
     wanted = linear(inputs).float() + torch.randn(setup.tokens, shape[0], device=setup.device)
-    optimizer = torch.optim.AdamW([shard], lr=setup.rate)
+    optimizer = torch.optim.AdamW(tensors, lr=setup.rate)
     for _ in range(setup.steps):
         optimizer.zero_grad()
         # A sum: the mean's gradients would be too small for float16.
         (layer(inputs).float() - wanted).square().sum().backward()
         optimizer.step()
     return layer
+
+
+def adapter_of(layer: Any) -> dict[str, Any]:
+    """What was trained, by the end of its key in PEFT's file."""
+    named = (
+        (name.replace(".default", ""), tensor) for name, tensor in layer.named_parameters() if tensor.requires_grad
+    )
+    # PEFT saves this one without its module's last name (peft/tuners/lora/dora.py).
+    return {name.replace("magnitude_vector.weight", "magnitude_vector"): tensor for name, tensor in named}
 
 
 class Layers:
@@ -59,16 +70,17 @@ class Layers:
         assert isinstance(row, LayerRow)
         shape = setup.layer.layers[case.layer]
         layer = trained_layer(setup, variant, case.dtype, shape)
-        weight, shard = stored(layer.base_layer.weight).copy(), stored(layer.miss_block["default"])
+        weight = stored(layer.base_layer.weight).copy()
+        trained = {name: stored(tensor) for name, tensor in adapter_of(layer).items()}
         outs, speeds = (np.empty_like(weight), np.empty_like(weight)), []
         with torch.no_grad(), threadpool_limits(1):
             engines: tuple[Engine, ...] = (NumpyEngine(), TorchEngine(setup.engine_device))
             for engine, out in zip(engines, outs, strict=True):
-                _merge(engine, weight, shard, variant.method, out)
+                _merge(engine, weight, trained, variant, out)
                 if case.layer == TIMED:
-                    speeds.append(_speed(engine, weight, shard, variant.method, out))
+                    speeds.append(_speed(engine, weight, trained, variant, out))
                 engine.close()
-        if not is_finite(shard) or not is_finite(outs[0]):
+        if not all(map(is_finite, trained.values())) or not is_finite(outs[0]):
             return replace(row, diverged=True)
         inputs = torch.randn(setup.tokens, shape[1], device=setup.device).to(getattr(torch, case.dtype))
         with torch.no_grad():
@@ -84,16 +96,19 @@ class Layers:
         """Nothing is kept from row to row."""
 
 
-def _merge(engine: Engine, weight: Array, shard: Array, method: str, out: Array) -> None:
-    arrays = {next(iter(METHODS[method].PEFT["MISS"].values())): engine.widen(shard, "F32")}
-    merge_slab(engine, weight, out, [Update(METHODS[method], arrays, {})], 0, len(weight))
+def _merge(engine: Engine, weight: Array, trained: Mapping[str, Array], variant: Variant, out: Array) -> None:
+    method, config = METHODS[variant.method], variant.config().to_dict()
+    roles = method.PEFT[config["peft_type"].value]
+    arrays = {roles[name]: engine.widen(array, "F32") for name, array in trained.items()}
+    numbers = method.read(config, "layer", {role: array.shape for role, array in arrays.items()}, "layer")
+    merge_slab(engine, weight, out, [Update(method, arrays, numbers or {})], 0, len(weight))
 
 
-def _speed(engine: Engine, weight: Array, shard: Array, method: str, out: Array) -> float:
+def _speed(engine: Engine, weight: Array, trained: Mapping[str, Array], variant: Variant, out: Array) -> float:
     """Bytes of weight a second, median of `REPEATS` merges with all transfers."""
     seconds = []
     for _ in range(REPEATS):
         started = time.perf_counter()
-        _merge(engine, weight, shard, method, out)
+        _merge(engine, weight, trained, variant, out)
         seconds.append(time.perf_counter() - started)
     return weight.nbytes / statistics.median(seconds)

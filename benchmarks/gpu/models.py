@@ -48,7 +48,7 @@ class Models:
         truth = _logits(model.double(), prompts)
         del model
         free()
-        repeats = REPEATS if case.dtype == "bfloat16" and case.variant in ("tile", "bat") else 1
+        repeats = REPEATS if case.dtype == "bfloat16" and case.variant in ("tile", "bat", "lora") else 1
         folders, seconds, nbytes = [], [], 0
         for name, device in (("cpu", "cpu"), ("device", setup.engine_device)):
             folders.append(scratch.folder / name)

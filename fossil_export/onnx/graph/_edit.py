@@ -104,6 +104,18 @@ class Editor:
             return value
         return self.node("Reshape", [value, self.integers([-1, width])], name, shape=[None, width], **where)
 
+    def cast(self, value: ir.Value, dtype: Any, name: str, **where: Any) -> ir.Value:
+        """`value` in `dtype`; itself if it is. `where` is for `node`."""
+        if value.dtype == dtype:
+            return value
+        return self.node("Cast", [value], name, shape=value.shape, dtype=dtype, to=int(dtype), **where)
+
+    def padded(self, value: ir.Value, pads: ir.Value, name: str, shape: Iterable[Any], **where: Any) -> ir.Value:
+        """`value` with zeros around it, in float32 if it is bfloat16, which no provider of ONNX Runtime pads."""
+        if value.dtype == ir.DataType.BFLOAT16:
+            value = self.cast(value, ir.DataType.FLOAT, f"{name}/Cast", **where)
+        return self.node("Pad", [value, pads], name, shape=shape, **where)
+
     def with_last(self, x: ir.Value, width: int, before: ir.Node) -> ir.Value:
         """The shape of `x` with its last dimension made `width`; made once for all values of the same dimensions."""
         dims = None if x.shape is None else tuple(str(dim) for dim in list(x.shape)[:-1])

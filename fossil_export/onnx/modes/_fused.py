@@ -105,6 +105,7 @@ def _lengthened(editor: Editor, site: Site, rank: int) -> ir.Value:
     summed = editor.node(
         "ReduceSum", [cut, axis], f"{name}/ReduceSum", before=before, shape=[*dims[:-1], rank], keepdims=0
     )
+    summed = editor.cast(summed, site.x.dtype, f"{name}/Cast", before=before)
     length = [*dims[:-1], site.weight.inputs + rank]
     return editor.node("Concat", [site.x, summed], f"{name}/Concat", before=before, shape=length, axis=-1)
 
@@ -132,17 +133,18 @@ def _sum(editor: Editor, site: Site, rank: int) -> ir.Value:
     shape = editor.integers([-1, times, rank])
     cut = editor.node("Reshape", [padded, shape], f"{name}/Reshape", before=before, shape=[None, times, rank])
     axis = editor.integers([1])
-    return editor.node("ReduceSum", [cut, axis], f"{name}/ReduceSum", before=before, shape=[None, rank], keepdims=0)
+    summed = editor.node("ReduceSum", [cut, axis], f"{name}/ReduceSum", before=before, shape=[None, rank], keepdims=0)
+    return editor.cast(summed, site.x.dtype, f"{name}/Cast", before=before)
 
 
 def _padded(editor: Editor, x: ir.Value, site: Site, rank: int) -> tuple[int, ir.Value]:
-    """How often r fits into x, and x with zeros up to that."""
+    """How often r fits into x, and x with zeros up to that (`Editor.padded`)."""
     inputs = site.weight.inputs
     times = -(-inputs // rank)
     if times * rank != inputs:
         pads = [0] * (2 * len(x.shape) - 1) + [times * rank - inputs]
         dims = [*list(x.shape)[:-1], times * rank]
-        x = editor.node("Pad", [x, editor.integers(pads)], f"{site.x.name}/fossil/Pad", before=site.node, shape=dims)
+        x = editor.padded(x, editor.integers(pads), f"{site.x.name}/fossil/Pad", dims, before=site.node)
     return times, x
 
 

@@ -122,10 +122,11 @@ def _branch(editor: Editor, members: list[tuple[Place, Site]], inputs: Mapping[s
     name, rank = f"{site.x.name}/fossil", f"rank_{place.kind}"
     taken: list[ir.Node] = []
     flat = editor.flat(site.x, f"{name}/flat", place.inputs, into=taken)
-    padded = editor.node("Pad", [flat, form.pads], f"{name}/Pad", into=taken, shape=[None, None])
+    padded = editor.padded(flat, form.pads, f"{name}/Pad", [None, None], into=taken)
     cut = editor.node("Reshape", [padded, form.shape], f"{name}/Reshape", into=taken, shape=[None, None, rank])
     axis = editor.integers([1])
     summed = editor.node("ReduceSum", [cut, axis], f"{name}/ReduceSum", into=taken, shape=[None, rank], keepdims=0)
+    summed = editor.cast(summed, flat.dtype, f"{name}/Cast", into=taken)
     _choose(editor, members, form.loaded, taken, {one.label: (summed, inputs[one.label]) for one, _ in members})
 
 

@@ -10,8 +10,6 @@ dtype, as the merge does.
 
 from __future__ import annotations
 
-from typing import Any
-
 import onnx_ir as ir
 
 from fossil_export.methods import Tiling
@@ -45,14 +43,14 @@ def _tile(graph: OpenGraph, editor: Editor, place: Place, name: str) -> ir.Value
         tiling = editor.tiling(place.inputs, int(trained.shape[0]))
     else:
         tiling = editor.constant(f"{place.label}.lora_A", branch.down.T)
-    wide = _cast(editor, site, operand, f"{name}/Cast_in", ir.DataType.FLOAT)
+    wide = editor.cast(operand, ir.DataType.FLOAT, f"{name}/Cast_in", before=site.node)
     if site.inputs_first:
         added = editor.node("Gemm", [tiling, trained, wide], f"{name}/Gemm", before=site.node, shape=operand.shape)
     else:
         added = editor.node(
             "Gemm", [trained, tiling, wide], f"{name}/Gemm", before=site.node, shape=operand.shape, transA=1, transB=1
         )
-    return _cast(editor, site, added, f"{name}/Cast_out", operand.dtype)
+    return editor.cast(added, operand.dtype, f"{name}/Cast_out", before=site.node)
 
 
 def _bat(graph: OpenGraph, editor: Editor, place: Place, name: str) -> ir.Value:
@@ -69,23 +67,17 @@ def _bat(graph: OpenGraph, editor: Editor, place: Place, name: str) -> ir.Value:
         shape = (count, rank, across, rank)
         values = editor.constant(f"{place.label}.shard", trained[:, None])
     cut = _reshape(editor, site, node.inputs[1], f"{name}/Reshape_in", shape)
-    wide = _cast(editor, site, cut, f"{name}/Cast_in", ir.DataType.FLOAT)
+    wide = editor.cast(cut, ir.DataType.FLOAT, f"{name}/Cast_in", before=site.node)
     wide = editor.node("Transpose", [wide], f"{name}/Transpose", before=node, perm=[0, 2, 1, 3])
     order = [values, wide] if site.inputs_first else [wide, values]
     product = editor.node("MatMul", order, f"{name}/MatMul", before=node)
     added = editor.node("Add", [wide, product], f"{name}/Add", before=node)
     added = editor.node("Add", [added, values], f"{name}/Add_shard", before=node)
     added = editor.node("Transpose", [added], f"{name}/Transpose_back", before=node, perm=[0, 2, 1, 3])
-    added = _cast(editor, site, added, f"{name}/Cast_out", node.inputs[1].dtype)
+    added = editor.cast(added, node.inputs[1].dtype, f"{name}/Cast_out", before=site.node)
     whole = (inputs, outputs) if site.inputs_first else (outputs, inputs)
     return _reshape(editor, site, added, f"{name}/Reshape", whole)
 
 
 def _reshape(editor: Editor, site: Site, value: ir.Value, name: str, shape: tuple[int, ...]) -> ir.Value:
     return editor.node("Reshape", [value, editor.integers(shape)], name, before=site.node, shape=shape)
-
-
-def _cast(editor: Editor, site: Site, value: ir.Value, name: str, dtype: Any) -> ir.Value:
-    if value.dtype == dtype:
-        return value
-    return editor.node("Cast", [value], name, before=site.node, shape=value.shape, dtype=dtype, to=int(dtype))
