@@ -49,7 +49,7 @@ def test_an_error_is_its_row_and_is_tried_again(
     assert len(entries(tmp_path / "gpu.jsonl")) == 24
     assert here(*options) == 0
     assert "23 of 24 rows are in" in capsys.readouterr().err
-    assert len(entries(tmp_path / "gpu.jsonl")) == 17
+    assert len(entries(tmp_path / "gpu.jsonl")) == 25
 
 
 def test_a_run_that_is_ended_leaves_its_rows_and_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

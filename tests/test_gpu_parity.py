@@ -62,8 +62,8 @@ def test_files_are_few_and_none_stay(whole: Path) -> None:
         case, nbytes = entry["case"], entry["row"]["nbytes"]
         timed = case["dtype"] == "bfloat16" and case["variant"] in ("tile", "bat", "lora")  # three times on both
         models = (6 if timed else 2) + (case["variant"] == "tile")  # the first writes the base
-        assert models * nbytes < entry["written"] < (models + 0.25) * nbytes  # and an adapter
-        assert 3 * nbytes < entry["peak"] < 3.25 * nbytes  # base, CPU's, device's
+        assert models * nbytes < entry["written"] < (models + 0.5) * nbytes  # and an adapter
+        assert 3 * nbytes < entry["peak"] < 3.5 * nbytes  # base, CPU's, device's
     for entry in (entry for entry in found if entry["case"]["part"] == "onnx" and entry["case"]["mode"] == "tiled"):
         rows, columns = (128, 128) if entry["case"]["layer"] == "q, o" else (192, 128)
         assert 0 < entry["written"] < rows * columns * (2 if entry["case"]["dtype"] == "float16" else 4)  # no weight
