@@ -10,10 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fossil_export.adapters import Adapter
-from fossil_export.checkpoints._dtypes import BITS, FLOATS, element_count, numpy_dtype
+from fossil_export.checkpoints._checkpoint import view_rows
+from fossil_export.checkpoints._coding import read_rows
+from fossil_export.checkpoints._dtypes import BITS, FLOATS, element_count
 from fossil_export.checkpoints._folder import LocalFolder
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.errors import FossilExportError
@@ -191,11 +194,10 @@ def _read(plan: MergePlan, info: TensorInfo, owner: int | None, start: int, stop
     """Rows [start, stop) of a stored tensor's first axis."""
     if owner is not None:
         return plan.adapters[owner].array(info, start, stop)
-    if info.offset is None:
+    if info.offset is None and info.coding is None:
         raise FossilExportError(f"{info.path}: {info.name} cannot be read by parts")
-    row = info.nbytes // max(1, info.shape[0])
-    raw = LocalFolder(info.path.parent).view(info.path.name, info.offset + start * row, (stop - start) * row)
-    return raw.view(numpy_dtype(info.dtype)).reshape(stop - start, *info.shape[1:])
+    found: Array = read_rows(info, start, stop, partial(view_rows, LocalFolder(info.path.parent)))[:]
+    return found
 
 
 def _square(values: Array) -> float:

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fossil_export.checkpoints._dtypes import numpy_dtype
+from fossil_export.checkpoints._coding import read_rows
+from fossil_export.checkpoints._dtypes import stored_dtype
 from fossil_export.checkpoints._folder import Folder, LocalFolder
 from fossil_export.checkpoints._header import Header, TensorInfo
 from fossil_export.checkpoints._jsonfile import parse_json
 from fossil_export.checkpoints.layouts import find_matrix
+from fossil_export.checkpoints.quantized import FORMATS, Stored, settings_of
 from fossil_export.errors import CheckpointError, listed
 
 WEIGHTS = "model.safetensors"
 INDEX_ENDING = ".safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """How a checkpoint is quantized: the `format` (a key of `quantized.FORMATS`), the `settings` that its config has
+    for it, and the checkpoint as it is `stored`."""
+
+    format: str
+    settings: Mapping[str, Any]
+    stored: Checkpoint
 
 
 @dataclass(frozen=True)
@@ -25,6 +38,8 @@ class Checkpoint:
 
     `home` is the folder that all of it is read from; `folder` is None for a lone weights file, which has no companions
     (config, tokenizer). `index_path` is None when one file holds everything. `found` keeps what others work out of it.
+
+    Of a model whose weights are `quantized`, tensors and config are those of the dequantized model.
     """
 
     home: Folder
@@ -34,6 +49,7 @@ class Checkpoint:
     index: Mapping[str, Any] | None
     config: Mapping[str, Any] | None
     tensors: Mapping[str, TensorInfo]
+    quantized: Quantized | None = None
     found: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __repr__(self) -> str:
@@ -66,14 +82,19 @@ class WeightRows:
     def __getitem__(self, rows: Iterable[int]) -> Any:
         import numpy as np
 
-        if self._matrix.unit(1) > 1:  # it cannot be had by rows
+        if self._matrix.unit(1) > 1 or self._matrix.stored[0].coding is not None:  # it cannot be had by rows
             return self._matrix.read(self._rows_of, 0, len(self))[:][list(rows)]
         return np.concatenate([self._matrix.read(self._rows_of, int(row), int(row) + 1)[:] for row in rows])
 
     def _rows_of(self, info: TensorInfo, start: int, stop: int) -> Any:
-        size = info.nbytes // max(1, info.shape[0])
-        raw = self._home.view(info.path.name, (info.offset or 0) + start * size, (stop - start) * size)
-        return raw.view(numpy_dtype(info.dtype)).reshape(-1, *info.shape[1:])
+        return read_rows(info, start, stop, partial(view_rows, self._home))
+
+
+def view_rows(home: Folder, info: TensorInfo, start: int, stop: int) -> Any:
+    """Rows [start, stop) of a stored tensor's first axis, read from its folder."""
+    size = info.nbytes // max(1, info.shape[0])
+    raw = home.view(info.path.name, (info.offset or 0) + start * size, (stop - start) * size)
+    return raw.view(stored_dtype(info.dtype)).reshape(stop - start, *info.shape[1:])
 
 
 def open_checkpoint(where: Path | Folder, file: str | None = None) -> Checkpoint:
@@ -117,7 +138,41 @@ def open_checkpoint(where: Path | Folder, file: str | None = None) -> Checkpoint
     if folder is not None and "config.json" in root:
         config = _json(home, "config.json")
         _check_config(folder / "config.json", config)
-    return Checkpoint(home, folder, files, index_path, index, config, tensors)
+    return dequantized(Checkpoint(home, folder, files, index_path, index, config, tensors))
+
+
+def dequantized(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with its quantized weights as floats under their plain names; itself if it has none that are
+    known. Raises CheckpointError if its quantization is damaged, or contradicts the config."""
+    settings = settings_of(checkpoint.config)
+    where = str(checkpoint.location)
+    stored = Stored(where, checkpoint.tensors, checkpoint.config or {}, settings, partial(view_rows, checkpoint.home))
+    name = next((name for name, one in FORMATS.items() if one.describes(stored)), None)
+    if name is None:
+        return checkpoint
+    coded = list(FORMATS[name].read(stored))
+    by_first = {one.coding.stored[0].name: one for one in coded if one.coding is not None}
+    taken = {info.name for one in coded if one.coding is not None for info in one.coding.stored}
+    for one in coded:
+        if one.name in checkpoint.tensors and one.name not in taken:
+            raise CheckpointError(f"{where}: has {one.name} twice, quantized and as it is; fetch it again")
+
+    def shown(info: TensorInfo) -> list[TensorInfo]:
+        if info.name in by_first:
+            return [by_first[info.name]]
+        return [] if info.name in taken or FORMATS[name].passes_over(info, stored) else [info]
+
+    files = tuple(
+        replace(header, tensors=tuple(one for info in header.tensors for one in shown(info)), derived=True)
+        for header in checkpoint.files
+    )
+    return replace(
+        checkpoint,
+        files=files,
+        config=None if checkpoint.config is None else FORMATS[name].plain_config(checkpoint.config),
+        tensors=_by_name(files),
+        quantized=Quantized(name, settings or {}, checkpoint),
+    )
 
 
 def _json(home: Folder, name: str) -> dict[str, Any]:

@@ -65,6 +65,26 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     return found
 
 
+def stored_dtype(name: str) -> np.dtype[Any]:
+    """NumPy's dtype for any dtype of the format that has whole bytes."""
+    import ml_dtypes
+    import numpy as np
+
+    narrow: dict[str, Any] = {
+        "BOOL": np.bool_,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+        "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+        "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
+        "I16": "i2",
+        "U16": "u2",
+        "U32": "u4",
+        "U64": "u8",
+    }
+    return np.dtype(narrow[name]) if name in narrow else numpy_dtype(name)
+
+
 def itemsize(dtype: str) -> int:
     """Bytes of one element of a dtype that has whole ones."""
     return BITS[dtype] // 8

@@ -11,11 +11,14 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fossil_export.checkpoints._dtypes import BITS, byte_count, element_count
 from fossil_export.checkpoints._stamp import Stamp
 from fossil_export.errors import CheckpointError, FossilExportError
+
+if TYPE_CHECKING:
+    from fossil_export.checkpoints._coding import Coding
 
 MAX_HEADER = 100_000_000
 """Bytes; the same bound as the safetensors library's."""
@@ -26,7 +29,9 @@ class TensorInfo:
     """Where one tensor lies.
 
     `offset` is absolute in `path`, in bytes; None when the tensor is not a byte range of a file (pickled
-    adapters), in which case the owner keeps the array, and `first` is the element of it with which this begins.
+    adapters), in which case the owner keeps the array, and `first` is the element of it with which this begins. One
+    with a `coding` is not stored as it is (quantized weights): its values are computed from other tensors, it has no
+    offset either, and `path` is where the first of these lie.
     """
 
     name: str
@@ -35,6 +40,7 @@ class TensorInfo:
     path: Path
     offset: int | None
     first: int = 0
+    coding: Coding | None = None
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +68,8 @@ class Header:
     """One safetensors file: `encoded` is what stands before the tensors, `size` the whole file in bytes.
 
     `stamp` tells the file that was read from a later one at the same path; None for a header that came alone, by a
-    range of a file on the Hub. The tensors of one that is `derived` are not those that `encoded` tells of.
+    range of a file on the Hub. The tensors of one that is `derived` are not those that `encoded` tells of. A merged
+    file is called `written_as`, where it cannot have the name of this one.
     """
 
     path: Path
@@ -72,6 +79,11 @@ class Header:
     metadata: Mapping[str, str]
     stamp: Stamp | None = None
     derived: bool = False
+    written_as: str = ""
+
+    @property
+    def output_name(self) -> str:
+        return self.written_as or self.path.name
 
 
 def read_header(path: Path, error: type[FossilExportError] = CheckpointError) -> Header:

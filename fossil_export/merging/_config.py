@@ -88,8 +88,9 @@ def _part(config: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
 
 
 def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of `after` whose values are new, for the plan and the record."""
-    return {key: value for key, value in after.items() if key not in before or not _same(before[key], value)}
+    """The keys of `after` whose values are new, and None for those that are gone, for the plan and the record."""
+    gone = {key: None for key in before if key not in after}
+    return {key: value for key, value in after.items() if key not in before or not _same(before[key], value)} | gone
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -51,13 +51,15 @@ class TensorPlan:
 
     @property
     def action(self) -> str:
-        """merge, add, replace, cast or copy."""
+        """merge, add, replace, dequantize, cast or copy."""
         if self.changes:
             return "merge"
         if self.added:
             return "add"
         if self.brought:
             return "replace"
+        if self.source.coding is not None:
+            return "dequantize"
         return "copy" if self.dtype == self.source.dtype else "cast"
 
     @property
@@ -115,7 +117,7 @@ def lay_out(
     """
     if max_shard_size is not None:
         by_file = _cut([tensor for tensors in by_file.values() for tensor in tensors], max_shard_size)
-    headers = {header.path.name: header for header in base.files}
+    headers = {header.output_name: header for header in base.files}
     metadata = base.files[0].metadata
     files = tuple(_file(name, tensors, headers.get(name), metadata) for name, tensors in by_file.items())
     if (len(files) == 1 and base.index is None) or (len(files) == 1 and max_shard_size is not None):

@@ -22,7 +22,7 @@ from fossil_export.storage import Needed
 if TYPE_CHECKING:
     pass
 
-ACTIONS = ("merge", "replace", "add", "cast", "copy")
+ACTIONS = ("merge", "replace", "add", "dequantize", "cast", "copy")
 """What can be done to a tensor (`TensorPlan.action`)."""
 
 

@@ -129,16 +129,18 @@ def planned(asked: MergePlan, dtype: str, tied: Sequence[bool | None]) -> MergeP
     places = together(adapters, placements, asked.weights)
     by_file: dict[str, list[TensorPlan]] = {}
     for header in base.files:
-        tensors = by_file.setdefault(header.path.name, [])
+        tensors = by_file.setdefault(header.output_name, [])
         for info in header.tensors:
             tensors.append(_tensor_plan(info.name, info, places, dtype))
     for name in places.added:
-        by_file[base.files[-1].path.name].append(_tensor_plan(name, None, places, dtype))
+        by_file[base.files[-1].output_name].append(_tensor_plan(name, None, places, dtype))
     if any(header.derived for header in base.files):  # a file may have held nothing but layers that are left out
         by_file = {name: tensors for name, tensors in by_file.items() if tensors}
     files, index = lay_out(base, by_file, asked.max_shard_size)
 
-    config_edits, config = _config(base, asked.base.config or {}, places, dtype)
+    # What is written over is the config as it is stored.
+    before = (asked.base.quantized.stored if asked.base.quantized else asked.base).config or {}
+    config_edits, config = _config(base, before, places, dtype)
     held = {tensor.name: tensor.shape for file in files for tensor, _ in file.tensors}
     if wrong := list(look(adapters, base, held, {**(base.config or {}), **config_edits})):
         raise MergeError(

@@ -11,9 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from fossil_export.adapters import Adapter
-from fossil_export.checkpoints._checkpoint import Checkpoint
+from fossil_export.checkpoints._checkpoint import Checkpoint, view_rows
+from fossil_export.checkpoints._coding import read_rows
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.errors import MergeError, listed
 from fossil_export.merging._brought import Brought
@@ -209,9 +211,8 @@ def are_equal(adapter: Adapter, base: Checkpoint, placement: Placement) -> bool 
 def _values(info: TensorInfo, start: int, stop: int, adapter: Adapter, base: Checkpoint) -> bytes:
     if base.tensors.get(info.name) is not info:
         return adapter.array(info, start, stop).tobytes()
-    size = info.nbytes // max(1, info.shape[0])
-    view = base.home.view(info.path.name, (info.offset or 0) + start * size, (stop - start) * size)
-    return view.tobytes()
+    found: bytes = read_rows(info, start, stop, partial(view_rows, base.home))[:].tobytes()
+    return found
 
 
 def _home(parameter: str, naming: Naming) -> str:

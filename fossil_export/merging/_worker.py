@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fossil_export.checkpoints._dtypes import FLOATS, numpy_dtype
+from fossil_export.checkpoints._coding import CodedRows
+from fossil_export.checkpoints._dtypes import FLOATS, numpy_dtype, stored_dtype
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints._input import InputFile, StoredArray
 from fossil_export.checkpoints._output import ALIGNMENT, OutputFile
@@ -112,8 +113,10 @@ class Worker:
                 np.copyto(written.view(out.dtype).reshape(stored.values.shape), stored.values)
             output.write(target, written)
 
-    def _read(self, info: TensorInfo, start: int, stop: int, *, owner: int | None) -> Array | StoredArray:
+    def _read(self, info: TensorInfo, start: int, stop: int, *, owner: int | None) -> Rows:
         """Rows [start, stop) of the first axis of a tensor that the base or an adapter stores."""
+        if info.coding is not None:
+            return CodedRows(info, self._codes, start, stop)
         if info.offset is None:
             assert owner is not None
             return self._adapters[owner].array(info)[start:stop]
@@ -121,10 +124,21 @@ class Worker:
         offset = info.offset + start * (info.nbytes // max(1, info.shape[0]))
         return StoredArray(self._source(info.path), offset, shape, dtype, partial(self._buffer, "read"))
 
+    def _codes(self, info: TensorInfo, start: int, stop: int) -> StoredArray:
+        """The same for what values are decoded from: each into a buffer of its own, since several are needed at once."""
+        assert info.offset is not None
+        shape, dtype = (stop - start, *info.shape[1:]), stored_dtype(info.dtype)
+        offset = info.offset + start * (info.nbytes // max(1, info.shape[0]))
+        return StoredArray(self._source(info.path), offset, shape, dtype)
+
     def _cast(self, tensor: TensorPlan, part: Part, stored: Rows, out: Array) -> None:
         """Rows as they are, in the dtype of `out`."""
         import numpy as np
 
+        if isinstance(stored, CodedRows):
+            for start, block in stored.blocks():
+                self._cast(tensor, part, block, out[start : start + len(block)])
+            return
         data = stored[:]
         with np.errstate(over="ignore", invalid="ignore"):
             np.copyto(out, data, casting="unsafe")

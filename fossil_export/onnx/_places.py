@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fossil_export.adapters import Adapter
-from fossil_export.checkpoints._dtypes import numpy_dtype
+from fossil_export.checkpoints._coding import read_rows
+from fossil_export.checkpoints._dtypes import stored_dtype
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints.layouts import Matrix, find_matrix
 from fossil_export.errors import OnnxError, listed
@@ -156,10 +157,15 @@ def _weight(adapter: Adapter, matrix: Matrix) -> Array:
     """A weight (out, in) that may be the base's: mapped, since all of them are looked at here and there, at once."""
 
     def rows_of(info: TensorInfo, start: int, stop: int) -> Array:
-        if info.offset is None or info.path in adapter.files:
+        if info.coding is None and (info.offset is None or info.path in adapter.files):
             return adapter.array(info, start, stop)
+        found: Array = read_rows(info, start, stop, mapped)[:]
+        return found
+
+    def mapped(info: TensorInfo, start: int, stop: int) -> Array:
+        assert info.offset is not None
         raw = np.memmap(info.path, np.uint8, "r", info.offset, (info.nbytes,))
-        return raw.view(numpy_dtype(info.dtype)).reshape(info.shape)[start:stop]
+        return raw.view(stored_dtype(info.dtype)).reshape(info.shape)[start:stop]
 
     return np.asarray(matrix.read(rows_of, 0, matrix.shape[0]))
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fossil_export.adapters import Adapter, Trained
-from fossil_export.checkpoints._dtypes import numpy_dtype
+from fossil_export.checkpoints._checkpoint import view_rows
+from fossil_export.checkpoints._coding import read_rows
 from fossil_export.errors import OnnxError, listed
 from fossil_export.merging._layout import TensorPlan
 from fossil_export.merging._plan import MergePlan
@@ -36,8 +38,10 @@ def base_values(merge: MergePlan, name: str) -> Array | None:
     info = merge.base.tensors.get(name)
     if info is None:
         return None
-    raw = merge.base.home.view(info.path.name, info.offset or 0, info.nbytes)
-    return np.asarray(raw.view(numpy_dtype(info.dtype)).reshape(info.shape), np.float32)
+    rows_of = partial(view_rows, merge.base.home)
+    if info.coding is None and not info.shape:
+        return np.asarray(rows_of(replace(info, shape=(1,)), 0, 1), np.float32).reshape(())
+    return np.asarray(read_rows(info, 0, info.shape[0], rows_of)[:], np.float32)
 
 
 def is_the_bases(merge: MergePlan, tensor: TensorPlan) -> bool:

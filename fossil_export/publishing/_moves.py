@@ -148,7 +148,9 @@ def _is_large(merge: MergePlan, name: str) -> bool:
 
 def _sources(file: FilePlan) -> tuple[str, ...]:
     """The base's files that `file` is written from."""
-    return tuple(sorted({tensor.source.path.name for tensor, _ in file.tensors if tensor.owner is None}))
+    own = [tensor.source for tensor, _ in file.tensors if tensor.owner is None]
+    stored = [one for info in own for one in (info.coding.stored if info.coding is not None else (info,))]
+    return tuple(sorted({info.path.name for info in stored}))
 
 
 def _moves(ways: list[tuple[FilePlan, str, tuple[str, ...]]], sizes: Mapping[str, int]) -> list[Move]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export.adapters import Adapter
-from fossil_export.checkpoints._dtypes import BITS, element_count, numpy_dtype
+from fossil_export.checkpoints._coding import CodedRows
+from fossil_export.checkpoints._dtypes import BITS, element_count, numpy_dtype, stored_dtype
 from fossil_export.checkpoints._header import Header, TensorInfo
 from fossil_export.checkpoints._input import InputFile, StoredArray
 from fossil_export.checkpoints.layouts import ReadRows, Rows
@@ -143,9 +144,15 @@ class Files:
         """Rows of stored tensors, of which the adapter may be the owner."""
 
         def read(info: TensorInfo, start: int, stop: int) -> Any:
+            if info.coding is not None:
+                return CodedRows(info, self._codes, start, stop)
             return self.array(info, adapter)[start:stop]
 
         return read
+
+    def _codes(self, info: TensorInfo, start: int, stop: int) -> Any:
+        assert info.offset is not None
+        return StoredArray(self._file(info), info.offset, info.shape, stored_dtype(info.dtype))[start:stop]
 
     def check(self) -> None:
         for file in self._open.values():
