@@ -125,7 +125,7 @@ class Worker:
         return StoredArray(self._source(info.path), offset, shape, dtype, partial(self._buffer, "read"))
 
     def _codes(self, info: TensorInfo, start: int, stop: int) -> StoredArray:
-        """The same for what values are decoded from: each into a buffer of its own, since several are needed at once."""
+        """The same for what values are decoded from, each in memory of its own: several are needed at once."""
         assert info.offset is not None
         shape, dtype = (stop - start, *info.shape[1:]), stored_dtype(info.dtype)
         offset = info.offset + start * (info.nbytes // max(1, info.shape[0]))

@@ -72,7 +72,8 @@ class Blocks:
                 found.reshape(len(own), -1, self.block[1])[:] *= own[:, :, None]
             else:
                 found *= own.repeat(self.block[1], 1)[:, :width]
-            return found.astype(numpy_dtype(self.dtype))
+            rounded: Array = found.astype(numpy_dtype(self.dtype))
+            return rounded
 
         return decode
 
@@ -80,7 +81,9 @@ class Blocks:
         import numpy as np
 
         raw = rows_of(_flat(self.scales), start, stop)[:]
-        found = np.exp2(raw.astype(np.float32) - 127) if self.scales.dtype == "U8" else raw.astype(np.float32)
+        found: Array = raw.astype(np.float32)
+        if self.scales.dtype == "U8":
+            found = np.exp2(found - 127)
         if not np.isfinite(found).all():
             raise CheckpointError(
                 f"{self.scales.path}: {self.scales.name} holds infinite or NaN values; the base is damaged, fetch it "
@@ -128,10 +131,7 @@ class BlockFp8(BaseFormat):
 
     def _block(self, stored: Stored) -> tuple[int, int]:
         found = (stored.settings or {}).get("weight_block_size", BLOCK)
-        if (
-            not isinstance(found, (list, tuple))
-            or len(found) != 2
-            or not all(type(one) is int and one > 0 for one in found)
-        ):
+        sizes = found if isinstance(found, (list, tuple)) else ()
+        if len(sizes) != 2 or not all(type(one) is int and one > 0 for one in sizes):
             raise stored.error("weight_block_size", f"is {found!r} in config.json, not two sizes; mend it")
-        return found[0], found[1]
+        return sizes[0], sizes[1]
