@@ -35,6 +35,13 @@ DTYPES = ("auto", *(name for name in BY_TORCH_NAME if name != "float64"))
     help="Of the result; auto: each tensor keeps its own.",
 )
 @click.option("--max-shard-size", metavar="SIZE", help="Cut the weights anew, e.g. 5GB.  [default: the base's files]")
+@click.option("--requantize", is_flag=True, help="Keep a quantized base's format.  [default: full precision]")
+@click.option(
+    "--min-survival",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="With --requantize: of the update, what must be left.  [default: 0.5]",
+)
 @click.option(
     "--device", default="cpu", show_default=True, metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:1."
 )
@@ -59,6 +66,8 @@ def merge(
     base: str | None,
     dtype: str,
     max_shard_size: str | None,
+    requantize: bool,
+    min_survival: float | None,
     device: str,
     with_hash: bool,
     dry_run: bool,
@@ -95,6 +104,11 @@ def merge(
             push_to_hub is None and (stream or any(target.values())),
             "--stream, --private, --revision, --create-pr and --commit-message want --push-to-hub.",
         ),
+        (min_survival is not None and not requantize, "--min-survival wants --requantize."),
+        (
+            stream and requantize,
+            "--stream cannot take back what is sent if too little survives; leave out --requantize.",
+        ),
         (not stream and (max_disk or cache_dir), "--max-disk and --cache-dir want --stream."),
         (
             stream and (output is not None or overwrite),
@@ -129,8 +143,16 @@ def merge(
         print_warnings(streamed.push.warnings)
         return
     from fossil_export.merging import plan_merge, run_merge
+    from fossil_export.merging._requantize import LEAST
 
-    plan = plan_merge(adapters, base, dtype=dtype, max_shard_size=max_shard_size)
+    plan = plan_merge(
+        adapters,
+        base,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        requantize=requantize,
+        min_survival=LEAST if min_survival is None else min_survival,
+    )
     if dry_run or output is None:
         show(plan.to_dict() if as_json else None, partial(print_plan, every=every), plan)
         print_warnings(plan.warnings)

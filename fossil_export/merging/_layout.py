@@ -23,7 +23,7 @@ class TensorPlan:
     `dtype`.
 
     `owner` is the number of the adapter that `source` comes with, None for the base's; `added` says that the base has
-    no tensor of that name.
+    no tensor of that name. One that `encodes` a weight has its own values of it quantized again.
     """
 
     name: str
@@ -34,6 +34,12 @@ class TensorPlan:
     changes: tuple[Change, ...] = ()
     pieces: tuple[Piece, ...] = ()
     added: bool = False
+    encodes: TensorPlan | None = None
+
+    @property
+    def weight(self) -> TensorPlan:
+        """The floats that it holds: itself, or what it encodes."""
+        return self.encodes or self
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -51,7 +57,9 @@ class TensorPlan:
 
     @property
     def action(self) -> str:
-        """merge, add, replace, dequantize, cast or copy."""
+        """merge, add, replace, requantize, dequantize, cast or copy."""
+        if self.encodes is not None:
+            return "requantize"
         if self.changes:
             return "merge"
         if self.added:
@@ -79,7 +87,7 @@ def tensor_record(tensor: TensorPlan) -> dict[str, Any]:
         record["source"] = {"of": "base" if tensor.owner is None else "adapter", "tensor": tensor.source.name}
     if tensor.pieces:
         record["pieces"] = [_piece_record(piece) for piece in tensor.pieces]
-    found = [_change_record(change) for change in tensor.changes]
+    found = [_change_record(change) for change in tensor.weight.changes]
     return record | found[0] if len(found) == 1 else record | ({"changes": found} if found else {})
 
 

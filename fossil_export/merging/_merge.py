@@ -21,6 +21,7 @@ from fossil_export.merging._layout import TensorPlan
 from fossil_export.merging._plan import MergePlan
 from fossil_export.merging._planning import plan_merge, settled
 from fossil_export.merging._provenance import provenance, survival_record
+from fossil_export.merging._requantize import LEAST
 from fossil_export.merging._run import run
 from fossil_export.merging._survival import WARNING_BELOW, Survival
 from fossil_export.storage import expanded, fetch
@@ -74,6 +75,8 @@ def merge(
     weights: Sequence[float] | None = None,
     dtype: str | torch.dtype = "auto",
     max_shard_size: int | str | None = None,
+    requantize: bool = False,
+    min_survival: float = LEAST,
     device: str = "cpu",
     overwrite: bool = False,
     hash: bool = False,  # noqa: A002  named as the command's option
@@ -94,7 +97,15 @@ def merge(
     0.998
     """
     started = time.perf_counter()
-    plan = plan_merge(adapter, base, weights=weights, dtype=dtype, max_shard_size=max_shard_size)
+    plan = plan_merge(
+        adapter,
+        base,
+        weights=weights,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        requantize=requantize,
+        min_survival=min_survival,
+    )
     return run_merge(plan, output, device=device, overwrite=overwrite, hash=hash, progress=progress, started=started)
 
 
@@ -141,7 +152,7 @@ def run_merge(
 
 
 def _modules(tensor: TensorPlan) -> list[str]:
-    return [change.trained.module for change in tensor.changes]
+    return [change.trained.module for change in tensor.weight.changes]
 
 
 def peak_memory() -> int:

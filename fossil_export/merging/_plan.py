@@ -22,7 +22,7 @@ from fossil_export.storage import Needed
 if TYPE_CHECKING:
     pass
 
-ACTIONS = ("merge", "replace", "add", "dequantize", "cast", "copy")
+ACTIONS = ("merge", "replace", "add", "requantize", "dequantize", "cast", "copy")
 """What can be done to a tensor (`TensorPlan.action`)."""
 
 
@@ -35,7 +35,8 @@ class MergePlan:
     base's revision as it was typed. `config` is the edited config.json, None where the base's is taken as it is;
     `left_behind` lists the base's files that do not belong in the result; `warnings` is what the user should know, and
     `notes` the part of it on where adapters and base were found; `stamps` are those of the files that were here when
-    the plan was made.
+    the plan was made. With `min_survival` the base's quantization is kept, if quantizing again leaves so much of the
+    update.
     """
 
     adapters: tuple[Adapter, ...]
@@ -56,6 +57,7 @@ class MergePlan:
     notes: tuple[str, ...]
     undecided: tuple[tuple[str, str] | None, ...]
     stamps: Mapping[Path, Stamp]
+    min_survival: float | None = None
 
     def __repr__(self) -> str:
         done = ", ".join(f"{action} {count}" for action in ACTIONS if (count := self.count(action)))

@@ -24,6 +24,7 @@ from fossil_export.merging._place import place
 from fossil_export.merging._placement import Places, together
 from fossil_export.merging._plan import MergePlan
 from fossil_export.merging._replication import replicated
+from fossil_export.merging._requantize import LEAST, as_stored, stored_plans
 from fossil_export.merging._ties import are_equal
 from fossil_export.storage import Origin, find_origin, is_path, pinned
 
@@ -38,6 +39,8 @@ def plan_merge(
     weights: Sequence[float] | None = None,
     dtype: str | torch.dtype = "auto",
     max_shard_size: int | str | None = None,
+    requantize: bool = False,
+    min_survival: float = LEAST,
 ) -> MergePlan:
     """Decide how `adapter` is merged into `base`, reading only headers and configs.
 
@@ -45,11 +48,14 @@ def plan_merge(
     names. Of a base on the Hub only headers are read, by ranges. Of several adapters all updates are added in their
     order, at `weights`, or given as pairs of an adapter and its weight (default: 1). `dtype` is "auto" (each tensor
     keeps its own) or a torch dtype, or its name, for all floating-point tensors; `max_shard_size` is in bytes or like
-    "5GB", and re-cuts the files; None keeps the base's.
+    "5GB", and re-cuts the files; None keeps the base's. A quantized base is dequantized, or with `requantize` kept in
+    its format, which is an error if less than the share `min_survival` of the update is left by that.
     Raises AdapterError, CheckpointError, HubError or MergeError.
     """
     adapters, found_weights = loaded(adapter, weights)
     dtype = torch_name(dtype)
+    if requantize and dtype != "auto":
+        raise MergeError("--requantize keeps the base's dtypes; leave out --dtype")
     if dtype != "auto" and dtype not in BY_TORCH_NAME:
         raise MergeError(f"dtype is {dtype!r}, expected auto, {', '.join(BY_TORCH_NAME)}")
     bases = list(dict.fromkeys(one.base_model for one in adapters if one.base_model))
@@ -88,6 +94,7 @@ def plan_merge(
         ),
         undecided=(),
         stamps={},
+        min_survival=min_survival if requantize else None,
     )
     return planned(asked, dtype, [None] * len(adapters))
 
@@ -127,21 +134,24 @@ def planned(asked: MergePlan, dtype: str, tied: Sequence[bool | None]) -> MergeP
     base, adapters = replicated(asked.adapters, asked.base), asked.adapters
     placements = [place(adapter, base, equal) for adapter, equal in zip(adapters, tied, strict=True)]
     places = together(adapters, placements, asked.weights)
-    by_file: dict[str, list[TensorPlan]] = {}
-    for header in base.files:
-        tensors = by_file.setdefault(header.output_name, [])
-        for info in header.tensors:
-            tensors.append(_tensor_plan(info.name, info, places, dtype))
+    plans = {name: _tensor_plan(name, info, places, dtype) for name, info in base.tensors.items()}
+    stored = base if asked.min_survival is None else as_stored(base, asked.base)
+    if stored is base:
+        by_file = {one.output_name: [plans[info.name] for info in one.tensors] for one in base.files}
+    else:
+        by_file = stored_plans(base, plans)
     for name in places.added:
         by_file[base.files[-1].output_name].append(_tensor_plan(name, None, places, dtype))
     if any(header.derived for header in base.files):  # a file may have held nothing but layers that are left out
         by_file = {name: tensors for name, tensors in by_file.items() if tensors}
-    files, index = lay_out(base, by_file, asked.max_shard_size)
+    files, index = lay_out(stored, by_file, asked.max_shard_size)
 
     # What is written over is the config as it is stored.
     before = (asked.base.quantized.stored if asked.base.quantized else asked.base).config or {}
-    config_edits, config = _config(base, before, places, dtype)
-    held = {tensor.name: tensor.shape for file in files for tensor, _ in file.tensors}
+    config_edits, config = _config(stored, before, places, dtype)
+    held = {name: plan.shape for name, plan in plans.items()} | {
+        tensor.name: tensor.shape for tensors in by_file.values() for tensor in tensors if tensor.added
+    }
     if wrong := list(look(adapters, base, held, {**(base.config or {}), **config_edits})):
         raise MergeError(
             f"{base.location}: the merged model would not be what was trained: {wrong[0]}"

@@ -39,6 +39,7 @@ def provenance(
             "configs": _configs(plan),
         },
         "dtype": plan.dtype,
+        **({"quantization": _quantization(plan)} if base.quantized is not None else {}),
         "config_edits": dict(plan.config_edits),
         "companions": sorted(plan.companions),
         "left_behind": list(plan.left_behind),
@@ -54,6 +55,12 @@ def provenance(
     if digests is not None:
         record["files"] = [{"file": file.name, "size": file.size, "sha256": digests[file.name]} for file in plan.files]
     return record
+
+
+def _quantization(plan: MergePlan) -> dict[str, Any]:
+    """The base's format, and whether the result is in it."""
+    assert plan.base.quantized is not None
+    return {"base": plan.base.quantized.format, "kept": plan.min_survival is not None}
 
 
 def _adapter_record(adapter: Adapter) -> dict[str, Any]:

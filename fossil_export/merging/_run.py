@@ -22,7 +22,8 @@ from fossil_export.checkpoints._output import OutputFile
 from fossil_export.merging._engine import choose_engine
 from fossil_export.merging._layout import FilePlan
 from fossil_export.merging._plan import MergePlan
-from fossil_export.merging._slabs import CopySlab, RowsSlab, slabs
+from fossil_export.merging._requantize import refuse_lost
+from fossil_export.merging._slabs import CopySlab, Slab, slabs
 from fossil_export.merging._survival import Survival
 from fossil_export.merging._worker import Worker
 
@@ -53,6 +54,7 @@ def run(
     with Writer(plan, device, progress) as runner:
         for file in plan.files:
             survival |= runner.write(file, folder / file.name)
+    refuse_lost(plan, survival)
     return survival
 
 
@@ -88,7 +90,7 @@ class Writer:
         self,
         file: FilePlan,
         output: OutputFile,
-        wanted: Iterable[CopySlab | RowsSlab],
+        wanted: Iterable[Slab],
         moved: Mapping[Path, Path],
     ) -> dict[str, Survival]:
         worker = Worker(self._plan, self._engine, moved)
@@ -98,13 +100,15 @@ class Writer:
             worker.check()
         finally:
             worker.close()
-        return {tensor.name: worker.survival(tensor) for tensor, _ in file.tensors if tensor.changes}
+        merged = (tensor for tensor, _ in file.tensors if tensor.weight.changes and tensor.name in worker.measured)
+        return {tensor.name: worker.survival(tensor) for tensor in merged}
 
 
 def in_place(file: FilePlan, base: Header) -> bool:
     """Whether `file` is the base's file with other values: same header, every tensor where it was."""
     return file.header == base.encoded and all(
-        tensor.owner is not None or (tensor.source.path, tensor.source.offset) == (base.path, offset)
+        tensor.encodes is None
+        and (tensor.owner is not None or (tensor.source.path, tensor.source.offset) == (base.path, offset))
         for tensor, offset in file.tensors
     )
 
@@ -112,7 +116,7 @@ def in_place(file: FilePlan, base: Header) -> bool:
 def _write_file(
     file: FilePlan,
     output: OutputFile,
-    wanted: Iterable[CopySlab | RowsSlab],
+    wanted: Iterable[Slab],
     worker: Worker,
     pool: ThreadPoolExecutor,
     progress: Callable[[int], None],
@@ -121,7 +125,7 @@ def _write_file(
 
     done = False
 
-    def work(slab: CopySlab | RowsSlab) -> None:
+    def work(slab: Slab) -> None:
         worker.do(slab, output)
         progress(slab.nbytes)
 

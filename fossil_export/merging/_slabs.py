@@ -50,16 +50,37 @@ class RowsSlab:
         return self.offset + (self.part.first + self.start * self.part.width) * itemsize(self.tensor.dtype)
 
 
-def slabs(file: FilePlan) -> Iterator[CopySlab | RowsSlab]:
+@dataclass(frozen=True, slots=True)
+class EncodeSlab:
+    """A weight that is merged and quantized again as a whole: its stored tensors in this file, with their offsets."""
+
+    weight: TensorPlan
+    tensors: tuple[tuple[TensorPlan, int], ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor, _ in self.tensors)
+
+
+Slab = CopySlab | RowsSlab | EncodeSlab
+
+
+def slabs(file: FilePlan) -> Iterator[Slab]:
     """The slabs of `file` in its order; neighbouring untouched tensors become one range."""
     pending: CopySlab | None = None
+    encoded: dict[str, list[tuple[TensorPlan, int]]] = {}
     for tensor, offset in file.tensors:
-        if tensor.nbytes == 0:
+        if tensor.encodes is not None:
+            encoded.setdefault(tensor.encodes.name, []).append((tensor, offset))
+    for own in encoded.values():
+        yield EncodeSlab(own[0][0].weight, tuple(own))
+    for tensor, offset in file.tensors:
+        if tensor.nbytes == 0 or tensor.encodes is not None:
             continue
         for part in tensor.parts:
             slab = _copied(tensor, part, offset)
             if slab is None:
-                yield from _row_slabs(tensor, part, offset)
+                yield from row_slabs(tensor, part, offset)
             elif pending is not None and _follows(pending, slab):
                 pending = CopySlab(pending.path, pending.read_at, pending.write_at, pending.nbytes + slab.nbytes)
             else:
@@ -97,7 +118,7 @@ def _copy_slabs(whole: CopySlab) -> Iterator[CopySlab]:
         start = stop
 
 
-def _row_slabs(tensor: TensorPlan, part: Part, offset: int) -> Iterator[RowsSlab]:
+def row_slabs(tensor: TensorPlan, part: Part, offset: int) -> Iterator[RowsSlab]:
     unit = part.unit
     rows = max(1, SLAB // (part.width * itemsize(tensor.dtype) * unit)) * unit
     for start in range(0, part.rows, rows):

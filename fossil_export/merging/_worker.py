@@ -6,30 +6,36 @@ import errno
 import mmap
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export.checkpoints._coding import CodedRows
-from fossil_export.checkpoints._dtypes import FLOATS, numpy_dtype, stored_dtype
+from fossil_export.checkpoints._dtypes import FLOATS, element_count, numpy_dtype, stored_dtype
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints._input import InputFile, StoredArray
 from fossil_export.checkpoints._output import ALIGNMENT, OutputFile
 from fossil_export.checkpoints._stamp import changed
-from fossil_export.checkpoints.layouts import Rows
+from fossil_export.checkpoints.layouts import Rows, Stored
 from fossil_export.errors import MergeError
 from fossil_export.merging._change import Part
 from fossil_export.merging._engine import Engine, Update, compute_dtype, is_finite, merge_slab
 from fossil_export.merging._kept import SMALL, Kept, Large
 from fossil_export.merging._layout import TensorPlan
 from fossil_export.merging._plan import MergePlan
-from fossil_export.merging._slabs import SLAB, CopySlab, RowsSlab
+from fossil_export.merging._requantize import encode
+from fossil_export.merging._slabs import SLAB, CopySlab, EncodeSlab, RowsSlab, Slab, row_slabs
 from fossil_export.merging._survival import Survival, sampled_share
 
 if TYPE_CHECKING:
     import numpy as np
 
     Array = np.ndarray[Any, Any]
+
+
+WHOLE = 2
+"""Weights that are in memory as a whole at a time, to be quantized again."""
 
 
 class Worker:
@@ -40,6 +46,7 @@ class Worker:
 
     def __init__(self, plan: MergePlan, engine: Engine, moved: Mapping[Path, Path]) -> None:
         self._adapters = plan.adapters
+        self._tensors = plan.base.tensors
         self._engine = engine
         self._moved = moved
         headers = (*plan.base.files, *(adapter.header for adapter in plan.adapters))
@@ -49,6 +56,8 @@ class Worker:
         self._lock = threading.Lock()
         self._local = threading.local()
         self._kept = Kept()
+        self._encoded: dict[str, Survival] = {}
+        self._whole = threading.Semaphore(WHOLE)
 
     def check(self) -> None:
         """Raise CheckpointError where a source was written to since it was opened."""
@@ -59,8 +68,15 @@ class Worker:
         for source in self._sources.values():
             source.close()
 
+    @property
+    def measured(self) -> set[str]:
+        """The tensors whose survival is known."""
+        return {*self._sums, *self._encoded}
+
     def survival(self, tensor: TensorPlan) -> Survival:
         """The sums over a merged tensor, added up in the order of its rows and taken for the whole of it."""
+        if tensor.encodes is not None:
+            return self._encoded[tensor.name]
         found, total = self._sums[tensor.name], Survival()
         for part in tensor.parts:
             if part.changes:
@@ -69,9 +85,12 @@ class Worker:
                 total += sampled.scaled(1 / sampled_share(part.rows, part.sampled))
         return total
 
-    def do(self, slab: CopySlab | RowsSlab, output: OutputFile) -> None:
+    def do(self, slab: Slab, output: OutputFile) -> None:
         if isinstance(slab, CopySlab):
             self._copy(slab, output)
+        elif isinstance(slab, EncodeSlab):
+            with self._whole:
+                self._encode(slab, output)
         else:
             self._rows(slab, output)
 
@@ -97,21 +116,54 @@ class Worker:
         import numpy as np
 
         tensor, part = slab.tensor, slab.part
-        source, owner = tensor.origin(part)
-        rows_of = partial(self._read, owner=owner)
         written = self._buffer("written", slab.nbytes, slab.write_at)
         out = written.view(numpy_dtype(tensor.dtype)).reshape(slab.count, -1)
+        self._fill(slab, out)
         if not part.changes:
-            self._cast(tensor, part, part.unchanged_rows(source, rows_of, slab.start, slab.stop), out)
             output.write(slab.write_at, written)
             return
-        self._merge(slab, part.matrix_rows(rows_of, slab.start, slab.stop), out)
         for stored in part.matrix.write(out, slab.start):
             target = slab.offset + stored.offset * out.dtype.itemsize
             if stored.values is not out:  # what was read is not needed any more
                 written = self._buffer("read", stored.values.nbytes, target)
                 np.copyto(written.view(out.dtype).reshape(stored.values.shape), stored.values)
             output.write(target, written)
+
+    def _fill(self, slab: RowsSlab, out: Array) -> None:
+        """The rows of `slab`, as they are to be, into `out` (n, width)."""
+        source, owner = slab.tensor.origin(slab.part)
+        rows_of = partial(self._read, owner=owner)
+        if slab.part.changes:
+            self._merge(slab, slab.part.matrix_rows(rows_of, slab.start, slab.stop), out)
+        else:
+            self._cast(slab.tensor, slab.part, slab.part.unchanged_rows(source, rows_of, slab.start, slab.stop), out)
+
+    def _encode(self, slab: EncodeSlab, output: OutputFile) -> None:
+        """A whole weight, merged in float32, quantized once."""
+        import numpy as np
+
+        weight = slab.weight
+        coded = self._tensors[weight.name]
+        assert coded.coding is not None
+        values = np.empty(element_count(weight.shape), np.float32)
+        for part in weight.parts:
+            for rows in row_slabs(weight, part, 0):
+                out = np.empty((rows.count, part.width), np.float32)
+                self._fill(rows, out)
+                placed = part.matrix.write(out, rows.start) if part.changes else [Stored(rows.write_at // 4, out)]
+                for stored in placed:
+                    values[stored.offset : stored.offset + stored.values.size] = stored.values.reshape(-1)
+        matrix = values.reshape(-1, coded.coding.width)
+        flat = replace(coded, shape=matrix.shape)
+        before = CodedRows(flat, self._codes, 0, len(matrix)) if weight.changes and not weight.brought else None
+        found = encode(coded, before, matrix)
+        for tensor, offset in slab.tensors:
+            raw = np.ascontiguousarray(found.tensors[tensor.name]).reshape(-1).view(np.uint8)
+            written = self._buffer("written", len(raw), offset)
+            np.copyto(written, raw)
+            output.write(offset, written)
+            if tensor.name == coded.coding.stored[0].name and before is not None:
+                self._encoded[tensor.name] = found.survival
 
     def _read(self, info: TensorInfo, start: int, stop: int, *, owner: int | None) -> Rows:
         """Rows [start, stop) of the first axis of a tensor that the base or an adapter stores."""

@@ -148,7 +148,7 @@ def _is_large(merge: MergePlan, name: str) -> bool:
 
 def _sources(file: FilePlan) -> tuple[str, ...]:
     """The base's files that `file` is written from."""
-    own = [tensor.source for tensor, _ in file.tensors if tensor.owner is None]
+    own = [tensor.weight.source for tensor, _ in file.tensors if tensor.owner is None]
     stored = [one for info in own for one in (info.coding.stored if info.coding is not None else (info,))]
     return tuple(sorted({info.path.name for info in stored}))
 

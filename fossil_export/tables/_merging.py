@@ -14,6 +14,7 @@ from fossil_export.tables._shared import described, named_at, print_grouped
 if TYPE_CHECKING:
     from fossil_export.merging import MergePlan, MergeResult
     from fossil_export.merging._change import Change
+    from fossil_export.merging._layout import TensorPlan
     from fossil_export.publishing import StreamPlan, StreamResult
 
 
@@ -25,16 +26,22 @@ def print_plan(plan: MergePlan, every: bool = False) -> None:
             tensor.name,
             tensor.dtype,
             "x".join(map(str, tensor.shape)),
-            " + ".join(_told(change) for change in tensor.changes)
+            " + ".join(_told(change) for change in tensor.weight.changes)
             or " + ".join(info.name for info in tensor.brought)
             or tensor.source.name,
         )
         for tensor in plan.tensors
-        if tensor.action in ("merge", "replace", "add")
+        if tensor.action in ("merge", "replace", "add", "requantize") and (tensor.encodes is None or _is_first(tensor))
     ]
     print_grouped(("action", "tensor", "dtype", "shape", "from"), rows, every)
     click.echo()
     print_plan_summary(plan)
+
+
+def _is_first(tensor: TensorPlan) -> bool:
+    """Whether it holds the codes of a weight, and not what is beside them."""
+    coding = tensor.weight.source.coding
+    return coding is not None and coding.stored[0].name == tensor.name
 
 
 def _told(change: Change) -> str:
@@ -55,11 +62,11 @@ def print_plan_summary(plan: MergePlan) -> None:
                 ("adapter", f"{named_at(adapter.name, adapter.revision)} ({described(adapter)}{times})")
                 for adapter, times in zip(plan.adapters, _times(plan), strict=True)
             ),
-            ("base", named_at(plan.base_name, plan.base_revision)),
+            ("base", named_at(plan.base_name, plan.base_revision) + _format(plan)),
             ("tensors", ", ".join(f"{action} {count}" for action in ACTIONS if (count := plan.count(action)))),
             ("files", f"{len(plan.files)} of weights, {readable_bytes(plan.nbytes)}; {len(plan.companions)} others"),
             *(
-                [("config.json", ", ".join(f"{k} = {v}" for k, v in plan.config_edits.items()))]
+                [("config.json", ", ".join(_edit(key, value) for key, value in plan.config_edits.items()))]
                 if plan.config_edits
                 else []
             ),
@@ -67,6 +74,16 @@ def print_plan_summary(plan: MergePlan) -> None:
             *(("undecided", f"{pair[1]} stays tied to {pair[0]} if they are equal") for pair in plan.undecided if pair),
         ]
     )
+
+
+def _format(plan: MergePlan) -> str:
+    if plan.base.quantized is None:
+        return ""
+    return f" ({plan.base.quantized.format}, {'kept' if plan.min_survival is not None else 'dequantized'})"
+
+
+def _edit(key: str, value: object) -> str:
+    return f"{key} removed" if value is None else f"{key} = {value}"
 
 
 def _times(plan: MergePlan) -> list[str]:

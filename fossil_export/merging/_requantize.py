@@ -1,0 +1,126 @@
+"""A merge that keeps the base's quantization: touched weights are quantized again, all else stays byte for byte.
+
+What is written has the header, index and config of the base. A weight that changes is made of its dequantized values in
+float32 and quantized once (`Encoder.encode`); how much of the update that leaves is measured on all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from fossil_export.checkpoints._checkpoint import Checkpoint
+from fossil_export.checkpoints._coding import BLOCK, CodedRows
+from fossil_export.checkpoints._header import TensorInfo
+from fossil_export.errors import MergeError, listed
+from fossil_export.merging._layout import TensorPlan
+from fossil_export.merging._plan import MergePlan
+from fossil_export.merging._survival import Survival, measure
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+LEAST = 0.5
+"""Share of the update that must be left, if the user does not say."""
+
+
+def as_stored(base: Checkpoint, given: Checkpoint) -> Checkpoint:
+    """The base with its quantized tensors. Raises MergeError if it is not quantized, or is another than the one `given`
+    (layers are repeated, or taken as training saw them)."""
+    if base.quantized is None:
+        raise MergeError(
+            f"{base.location}: is not quantized, so nothing can be quantized again; leave out --requantize"
+        )
+    if base is not given:
+        raise MergeError(f"{base.location}: has repeated layers, which are not quantized again; leave out --requantize")
+    return base.quantized.stored
+
+
+def stored_plans(base: Checkpoint, plans: Mapping[str, TensorPlan]) -> dict[str, list[TensorPlan]]:
+    """The tensors of each file as the base stores them, for the `plans` of the weights; raises MergeError if its format
+    cannot be written."""
+    assert base.quantized is not None
+    weights = {info.name: one for one in base.tensors.values() if one.coding for info in one.coding.stored}
+    found: dict[str, list[TensorPlan]] = {}
+    for header in base.quantized.stored.files:
+        tensors = found.setdefault(header.output_name, [])
+        for info in header.tensors:
+            weight = weights.get(info.name)
+            tensors.append(
+                plans.get(info.name) or _copied(info) if weight is None else _encoded(info, plans[weight.name], base)
+            )
+    return found
+
+
+def _copied(info: TensorInfo) -> TensorPlan:
+    return TensorPlan(info.name, info.dtype, info.shape, info)
+
+
+def _encoded(info: TensorInfo, weight: TensorPlan, base: Checkpoint) -> TensorPlan:
+    """One of the tensors that hold a quantized weight."""
+    if weight.action == "dequantize":
+        return _copied(info)
+    coded = base.tensors[weight.name]
+    assert base.quantized is not None
+    if not hasattr(coded.coding, "encode"):
+        raise MergeError(
+            f"{base.location}: weights of {base.quantized.format} are read and not written; leave out --requantize, "
+            "and quantize the merged model with the library that made the base"
+        )
+    if weight.shape != coded.shape:
+        raise MergeError(
+            f"{base.location}: {weight.name} {list(coded.shape)} becomes {list(weight.shape)}, which its quantized "
+            "form has no room for; leave out --requantize"
+        )
+    return replace(_copied(info), encodes=replace(weight, dtype="F32"))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a weight was encoded to, by stored tensor, and what is left of its update."""
+
+    tensors: Mapping[str, Array]
+    survival: Survival
+
+
+def encode(coded: TensorInfo, before: CodedRows | None, matrix: Array) -> Encoded:
+    """Quantize `matrix` (rows, width) in float32 as the weight `coded`, whose values were `before` (None if others took
+    their place, so that there is no update to measure). Raises CheckpointError as decoding does."""
+    coding: Any = coded.coding
+    tensors: dict[str, Array] = dict(coding.encode(matrix))
+    for info in coding.stored:
+        assert tensors[info.name].shape == info.shape, info.name
+    if before is None:
+        return Encoded(tensors, Survival())
+
+    def rows_of(info: TensorInfo, start: int, stop: int) -> Array:
+        return tensors[info.name].reshape(info.shape)[start:stop]
+
+    after = CodedRows(replace(coded, shape=matrix.shape), rows_of, 0, len(matrix))
+    total, step = Survival(), max(1, BLOCK // matrix.shape[1])
+    import numpy as np
+
+    for start in range(0, len(matrix), step):
+        stop = min(start + step, len(matrix))
+        own = before[start:stop].astype(np.float32)
+        total += measure(own, matrix[start:stop] - own, after[start:stop].astype(np.float32))
+    return Encoded(tensors, total)
+
+
+def refuse_lost(plan: MergePlan, survival: Mapping[str, Survival]) -> None:
+    """Raise MergeError if quantizing again left less of the update than the plan asks for."""
+    if plan.min_survival is None:
+        return
+    names = {tensor.name for tensor in plan.tensors if tensor.encodes is not None}
+    own = {name: one for name, one in survival.items() if name in names}
+    share = sum(own.values(), Survival()).survived
+    if share is not None and share < plan.min_survival:
+        worst = sorted(own, key=lambda name: own[name].survived or 0.0)
+        raise MergeError(
+            f"{plan.base_name}: quantized again, the weights keep {share:.1%} of the update (least in "
+            f"{listed(worst, 3)}), less than the {plan.min_survival:.1%} that is asked for; leave out --requantize, "
+            "serve the adapter beside the quantized model, or take it with --min-survival 0"
+        )
