@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fossil_export.checkpoints._coding import read_rows
+from fossil_export.checkpoints._companions import QUANTIZATION_FILES
 from fossil_export.checkpoints._dtypes import stored_dtype
 from fossil_export.checkpoints._folder import Folder, LocalFolder
 from fossil_export.checkpoints._header import Header, TensorInfo
@@ -144,7 +145,7 @@ def open_checkpoint(where: Path | Folder, file: str | None = None) -> Checkpoint
 def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with its quantized weights as floats under their plain names; itself if it has none that are
     known. Raises CheckpointError if its quantization is damaged, or contradicts the config."""
-    settings = settings_of(checkpoint.config)
+    settings = settings_of(checkpoint.config) or _settings_beside(checkpoint)
     where = str(checkpoint.location)
     stored = Stored(where, checkpoint.tensors, checkpoint.config or {}, settings, partial(view_rows, checkpoint.home))
     name = next((name for name, one in FORMATS.items() if one.describes(stored)), None)
@@ -173,6 +174,17 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
         tensors=_by_name(files),
         quantized=Quantized(name, settings or {}, checkpoint),
     )
+
+
+def _settings_beside(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    """What old folders say of their quantization in a file of its own; None if there is none, or nothing quantized."""
+    names = checkpoint.home.root_names() if checkpoint.folder is not None else ()
+    if not any(name in names for name in QUANTIZATION_FILES):
+        return None
+    if not any(name.endswith(".qweight") for name in checkpoint.tensors):
+        return None
+    found = _json(checkpoint.home, next(name for name in QUANTIZATION_FILES if name in names))
+    return {"quant_method": "awq" if "w_bit" in found or "zero_point" in found else "gptq", **found}
 
 
 def _json(home: Folder, name: str) -> dict[str, Any]:

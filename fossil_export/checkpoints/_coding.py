@@ -46,7 +46,14 @@ class Encoder(Protocol):
 
     def encode(self, matrix: Array) -> Mapping[str, Array]:
         """Its stored tensors, by name, for other values (rows, width) in float32: each in the shape and dtype that it
-        has. As the format's library quantizes, if that takes no data; else on the scales and zeros that are there."""
+        has. As the format's library quantizes, if that takes no data (see `Calibrated` if it does)."""
+
+
+class Calibrated(Protocol):
+    """A coding that can be written on the scales and zeros that are there, which were calibrated with data."""
+
+    def encoder(self, rows_of: ReadRows) -> Encoder:
+        """What encodes on them; they are read by `rows_of`."""
 
 
 class CodedRows:

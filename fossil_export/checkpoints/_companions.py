@@ -20,6 +20,9 @@ _WEIGHTS = re.compile(
 
 TRAINING_LEFTOVERS = ("trainer_state.json", "optimizer.safetensors", "adapter_config.json", PROVENANCE, CERTIFICATE)
 
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json")
+"""What says how a base is quantized, beside its config.json: of other weights than the merged ones."""
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

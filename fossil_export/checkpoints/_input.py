@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 AHEAD = 64 << 20
 """Bytes past the range at hand that the system is asked to read in meanwhile."""
 
+SPAN = 1 << 20
+"""Bytes that are read at once to take some of each row of them."""
+
+CHEAP = 8 << 10
+"""Bytes that are read sooner than passed over."""
+
 
 class InputFile:
     """The file at `path`, which must have the bytes of `header` before its tensors.
@@ -64,6 +70,39 @@ class InputFile:
             if not count:
                 raise changed(self.path)
             left, offset = left[count:], offset + count
+
+    def read_rows(self, offset: int, stride: int, out: np.ndarray[Any, Any]) -> None:
+        """Fill each row of `out` (rows, n) (uint8, contiguous) with the n bytes that are `stride` bytes further on than
+        those of the row before; the first ones are at `offset`."""
+        count, width = out.shape
+        if not out.size:
+            return
+        # A system call takes as long as the copy of some 8 KB.
+        if stride <= CHEAP or 4 * width >= stride:
+            self._read_spans(offset, stride, out)
+            return
+        left = out.reshape(-1).data
+        for number in range(count):
+            if number % 256 == 0:
+                self._read_ahead(min(offset + AHEAD, len(self._map)), offset)
+            row = left[number * width : (number + 1) * width]
+            if _read_into(self._descriptor, row, offset) != width:
+                self.read(offset, out[number])
+            offset += stride
+
+    def _read_spans(self, offset: int, stride: int, out: np.ndarray[Any, Any]) -> None:
+        """The same with all that is between the rows."""
+        import numpy as np
+
+        count, width = out.shape
+        step = max(1, SPAN // stride)
+        span = np.empty(min(step, count) * stride, np.uint8)
+        for first in range(0, count, step):
+            rows = out[first : first + step]
+            # Past the last row there may be nothing.
+            self.read(offset + first * stride, span[: (len(rows) - 1) * stride + width])
+            rows[:-1] = span[: (len(rows) - 1) * stride].reshape(-1, stride)[:, :width]
+            rows[-1] = span[(len(rows) - 1) * stride :][:width]
 
     def view(self, offset: int, nbytes: int) -> np.ndarray[Any, Any]:
         """`nbytes` bytes from `offset` on, as uint8, not copied; only for handing to the system."""
@@ -142,8 +181,7 @@ class StoredArray:
     def _columns(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         size = self.dtype.itemsize
         raw = self._buffer(len(self) * (stop - start) * size).reshape(len(self), -1)
-        for number, row in enumerate(raw):
-            self._file.read(self._offset + number * self._row + start * size, row)
+        self._file.read_rows(self._offset + start * size, self._row, raw)
         return raw.view(self.dtype)
 
 

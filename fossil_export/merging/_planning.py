@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fossil_export.adapters import Adapter
 from fossil_export.adapters._quantized import quantized_training
 from fossil_export.checkpoints._checkpoint import Checkpoint
-from fossil_export.checkpoints._companions import TOKENIZER_FILES, companions
+from fossil_export.checkpoints._companions import QUANTIZATION_FILES, TOKENIZER_FILES, companions
 from fossil_export.checkpoints._dtypes import BY_TORCH_NAME, FLOATS, torch_name
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints._jsonfile import write_json
@@ -159,6 +159,8 @@ def planned(asked: MergePlan, dtype: str, tied: Sequence[bool | None]) -> MergeP
             "and the config that was trained with, and merge into that"
         )
     keep, left = companions(base.home) if base.folder is not None else ({}, [])
+    if base.quantized is not None and stored is base:  # its weights are no longer
+        left += [name for name in QUANTIZATION_FILES if keep.pop(name, None)]
     # Of several tokenizers, that of the resized vocabulary.
     first = sorted(zip(adapters, placements, strict=True), key=lambda pair: pair[1].vocab_size is None)
     with_tokenizer = [adapter for adapter, _ in first if adapter.tokenizer()]

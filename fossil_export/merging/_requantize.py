@@ -21,6 +21,8 @@ from fossil_export.merging._survival import Survival, measure
 if TYPE_CHECKING:
     import numpy as np
 
+    from fossil_export.checkpoints.layouts import ReadRows
+
     Array = np.ndarray[Any, Any]
 
 LEAST = 0.5
@@ -65,7 +67,7 @@ def _encoded(info: TensorInfo, weight: TensorPlan, base: Checkpoint) -> TensorPl
         return _copied(info)
     coded = base.tensors[weight.name]
     assert base.quantized is not None
-    if not hasattr(coded.coding, "encode"):
+    if not (hasattr(coded.coding, "encode") or hasattr(coded.coding, "encoder")):
         raise MergeError(
             f"{base.location}: weights of {base.quantized.format} are read and not written; leave out --requantize, "
             "and quantize the merged model with the library that made the base"
@@ -86,11 +88,13 @@ class Encoded:
     survival: Survival
 
 
-def encode(coded: TensorInfo, before: CodedRows | None, matrix: Array) -> Encoded:
+def encode(coded: TensorInfo, before: CodedRows | None, matrix: Array, codes_of: ReadRows) -> Encoded:
     """Quantize `matrix` (rows, width) in float32 as the weight `coded`, whose values were `before` (None if others took
-    their place, so that there is no update to measure). Raises CheckpointError as decoding does."""
+    their place, so that there is no update to measure); stored tensors are read by `codes_of`. Raises CheckpointError
+    as decoding does."""
     coding: Any = coded.coding
-    tensors: dict[str, Array] = dict(coding.encode(matrix))
+    encoder = coding.encoder(codes_of) if hasattr(coding, "encoder") else coding
+    tensors: dict[str, Array] = dict(encoder.encode(matrix))
     for info in coding.stored:
         assert tensors[info.name].shape == info.shape, info.name
     if before is None:

@@ -156,7 +156,7 @@ class Worker:
         matrix = values.reshape(-1, coded.coding.width)
         flat = replace(coded, shape=matrix.shape)
         before = CodedRows(flat, self._codes, 0, len(matrix)) if weight.changes and not weight.brought else None
-        found = encode(coded, before, matrix)
+        found = encode(coded, before, matrix, self._codes)
         for tensor, offset in slab.tensors:
             raw = np.ascontiguousarray(found.tensors[tensor.name]).reshape(-1).view(np.uint8)
             written = self._buffer("written", len(raw), offset)
