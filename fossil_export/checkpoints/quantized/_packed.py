@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fossil_export.checkpoints._coding import Decode, Encoder
 from fossil_export.checkpoints._header import TensorInfo
@@ -29,8 +29,28 @@ if TYPE_CHECKING:
 
 PACKED = ".weight_packed"
 SCALES = ("F16", "BF16", "F32")
-BY_GROUP = ("group", "dynamic", True)
-"""Values of `actorder` that say that inputs are in groups by `weight_g_idx`."""
+
+
+class Args(Protocol):
+    """How the config says that a weight is quantized; `actorder` "group": inputs are in groups by `weight_g_idx`."""
+
+    @property
+    def bits(self) -> int: ...
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def symmetric(self) -> bool: ...
+
+    @property
+    def strategy(self) -> str: ...
+
+    @property
+    def group(self) -> int | None: ...
+
+    @property
+    def actorder(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -108,58 +128,57 @@ class _PackedEncoder:
         return {coding.codes.name: np.ascontiguousarray(words)} | others
 
 
-def read_packed(stored: Stored, module: str, weights: Mapping[str, Any]) -> TensorInfo:
-    """The weight of a module that has `weight_packed`, whose config group says `weights` (its QuantizationArgs).
+def read_packed(stored: Stored, module: str, args: Args) -> TensorInfo:
+    """The weight of a module that has `weight_packed`, which the config says to be quantized by `args`.
 
     Raises CheckpointError, naming the tensor, if something is missing, of another shape, or of a kind that is not read.
     """
-    tensors = stored.tensors
-    codes, scales, sizes = (tensors.get(f"{module}.weight_{part}") for part in ("packed", "scale", "shape"))
-    zeros, order = (tensors.get(f"{module}.weight_{part}") for part in ("zero_point", "g_idx"))
-    if codes is None or scales is None or sizes is None:
-        lost = next(part for part, one in (("packed", codes), ("scale", scales), ("shape", sizes)) if one is None)
-        raise stored.error(f"{module}{PACKED}", f"has no {module}.weight_{lost} beside it; fetch that file again")
-    bits, strategy = weights.get("num_bits"), weights.get("strategy")
-    if type(bits) is not int or not 1 <= bits <= 8 or weights.get("type", "int") != "int":
+    codes, scales, sizes = _three(stored, module)
+    zeros, order = (stored.tensors.get(f"{module}.weight_{part}") for part in ("zero_point", "g_idx"))
+    bits, outputs = args.bits, codes.shape[0]
+    if args.kind != "int" or args.strategy not in ("group", "channel"):
         raise stored.error(
-            codes, f"has {bits!r} bits of {weights.get('type')!r} in config.json; read are int of 1 to 8"
+            codes, f"has {args.kind} codes by {args.strategy} in config.json; read are int codes by group and channel"
         )
-    strategy = strategy or ("group" if (weights.get("group_size") or -1) > 0 else "channel")
-    if strategy not in ("group", "channel"):
-        raise stored.error(codes, f"has the strategy {strategy!r} in config.json; read are group and channel")
-    if len(codes.shape) != 2 or codes.dtype != "I32":
+    if args.strategy == "group":
+        group = args.group or 0
+        width = group * scales.shape[1]
+    else:
+        group = width = int(stored.values(sizes)[1])
+    if -(-width * bits // WORD) != codes.shape[1] or (args.strategy == "channel" and scales.shape[1] != 1):
+        size = f"groups of {args.group}" if args.strategy == "group" else "channels"
+        raise stored.error(
+            scales,
+            f"and {codes.name} {list(codes.shape)} are not those of {bits} bits in {size}; fetch both again, and "
+            "config.json",
+        )
+    if (zeros is None) is not args.symmetric:
+        has = "no weight_zero_point" if zeros is None else "a weight_zero_point"
+        raise stored.error(codes, f"has {has}, but symmetric is {args.symmetric} in config.json; fetch both again")
+    wanted = (-(-outputs * bits // WORD), scales.shape[1])
+    if zeros is not None and (zeros.shape != wanted or zeros.dtype != "I32"):
+        raise stored.error(zeros, f"is {zeros.dtype} and must be I32 {list(wanted)}; fetch it again")
+    if order is None and args.actorder == "group":
+        raise stored.error(codes, f"has no {module}.weight_g_idx, which actorder asks for; fetch that file again")
+    if order is not None and (order.shape != (width,) or order.dtype != "I32" or args.strategy != "group"):
+        raise stored.error(order, f"is {order.dtype} and must be I32 [{width}], of groups; fetch it again")
+    coding = PackedCodes(codes, scales, sizes, zeros, order, bits, group, width)
+    return coded(f"{module}.weight", scales.dtype, (outputs, width), coding)
+
+
+def _three(stored: Stored, module: str) -> tuple[TensorInfo, TensorInfo, TensorInfo]:
+    """The codes of a module, their scales and the shape of the weight."""
+    found = []
+    for part in ("packed", "scale", "shape"):
+        one = stored.tensors.get(f"{module}.weight_{part}")
+        if one is None:
+            raise stored.error(f"{module}.weight", f"has no {module}.weight_{part}; fetch that file again")
+        found.append(one)
+    codes, scales, sizes = found
+    if len(codes.shape) != 2 or codes.dtype != "I32" or not all(codes.shape):
         raise stored.error(codes, f"is stored as {codes.dtype}, and must be a matrix of I32; it is not read")
     if sizes.shape != (2,) or sizes.dtype not in ("I64", "I32"):
         raise stored.error(sizes, f"is {sizes.dtype}, and must be two whole numbers; fetch it again")
     if len(scales.shape) != 2 or scales.dtype not in SCALES or scales.shape[0] != codes.shape[0] or not scales.shape[1]:
-        raise stored.error(
-            scales, f"is {scales.dtype}, and no scale of {codes.name} {list(codes.shape)}; fetch it again"
-        )
-    outputs, width = codes.shape[0], int(stored.values(sizes)[1]) if strategy == "channel" else 0
-    if strategy == "group":
-        group = weights.get("group_size")
-        if type(group) is not int or group < 1:
-            raise stored.error(codes, f"has groups of {group!r} in config.json, no size; mend it")
-        width = group * scales.shape[1]
-    else:
-        group = width
-    if -(-width * bits // WORD) != codes.shape[1] or (strategy == "channel" and scales.shape[1] != 1):
-        raise stored.error(
-            scales, f"and {codes.name} {list(codes.shape)} are not those of {bits} bits by {strategy}; fetch both again"
-        )
-    symmetric = weights.get("symmetric", True)
-    if (zeros is None) is not bool(symmetric):
-        raise stored.error(
-            codes,
-            f"has {'no' if zeros is None else 'a'} weight_zero_point, and is symmetric: {symmetric!r} in config.json; "
-            "fetch both again",
-        )
-    wanted = (-(-outputs * bits // WORD), scales.shape[1])
-    if zeros is not None and (zeros.shape != wanted or zeros.dtype != "I32"):
-        raise stored.error(zeros, f"is {zeros.dtype} and must be I32 {list(wanted)}; fetch it again")
-    if order is None and weights.get("actorder") in BY_GROUP:
-        raise stored.error(codes, f"has no {module}.weight_g_idx, which actorder asks for; fetch that file again")
-    if order is not None and (order.shape != (width,) or order.dtype != "I32" or strategy != "group"):
-        raise stored.error(order, f"is {order.dtype} and must be I32 [{width}]; fetch it again")
-    coding = PackedCodes(codes, scales, sizes, zeros, order, bits, group, width)
-    return coded(f"{module}.weight", scales.dtype, (outputs, width), coding)
+        raise stored.error(scales, f"is {scales.dtype}, and no scale of {codes.name} {list(codes.shape)}")
+    return codes, scales, sizes
