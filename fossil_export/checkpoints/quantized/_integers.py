@@ -89,6 +89,8 @@ class Steps:
         import numpy as np
 
         self._scales = np.ascontiguousarray(scales, np.float32)
+        if (zeros == zeros.flat[0]).all():  # symmetric ones
+            zeros = zeros[:1, :1]
         self._zeros = np.ascontiguousarray(zeros, np.uint8)
         self._group, self._bits, self._dtype = group, bits, numpy_dtype(dtype)
         sizes = np.abs(self._scales[self._scales != 0])
@@ -111,7 +113,7 @@ class Steps:
     def _values(self, codes: Array, first: int, last: int, out: Array) -> None:
         import numpy as np
 
-        scales, zeros = self._of_columns(self._factors[first:last]), self._of_columns(self._zeros[first:last])
+        scales, zeros = self._of_columns(self._factors[first:last]), self._zeros_of(first, last)
         if isinstance(self._group, int):
             codes = codes.reshape(len(codes), -1, self._group)
         narrow = self._bits < 8
@@ -125,8 +127,12 @@ class Steps:
         with np.errstate(over="ignore"):
             np.copyto(out, values, casting="unsafe")
 
+    def _zeros_of(self, first: int, last: int) -> Array:
+        return self._zeros if self._zeros.size == 1 else self._of_columns(self._zeros[first:last])
+
     def _of_columns(self, of_groups: Array) -> Array:
-        return of_groups[:, :, None] if isinstance(self._group, int) else of_groups[:, self._group]
+        # (Not by index: NumPy then leaves columns, not rows, next to each other.)
+        return of_groups[:, :, None] if isinstance(self._group, int) else of_groups.take(self._group, axis=1)
 
     def encode(self, matrix: Array) -> Array:
         """The nearest codes of a matrix (rows, width) in float32, uint8."""
@@ -140,7 +146,7 @@ class Steps:
             if isinstance(self._group, int):
                 part = part.reshape(len(part), -1, self._group)
             codes = part / np.where(scales == 0, np.float32(1), scales)
-            codes += self._of_columns(self._zeros[first : first + step])
+            codes += self._zeros_of(first, first + step)
             np.rint(codes, out=codes)
             np.clip(codes, 0, (1 << self._bits) - 1, out=codes)
             found[first : first + step] = codes.reshape(-1, matrix.shape[1])
