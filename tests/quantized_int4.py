@@ -105,7 +105,7 @@ def folder_of(work: Path, make: Any, settings: dict[str, Any], biases: bool = Fa
         truth[name] = one.value
         del quantized[name]
         module = name.removesuffix(".weight")
-        quantized |= {f"{module}.{part}": value for part, value in one.tensors.items()}
+        quantized |= {f"{module}.{part}": value.contiguous() for part, value in one.tensors.items()}
     dequantized = work / "dequantized"
     dequantized.mkdir()
     save_file(truth, dequantized / "model.safetensors", {"format": "pt"})

@@ -193,6 +193,11 @@ def test_values_that_no_quantizer_writes_are_refused(part: str, change: Any, mes
         rows(tmp_path, tensors | {part: change(tensors[part])}, SETTINGS | {"sym": True}, 0, 256)
 
 
+def test_a_config_that_says_so_of_plain_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="says that the model is quantized, and no weight is"):
+        opened(tmp_path, {"weight": torch.zeros(8, 8)}, SETTINGS)
+
+
 def test_a_plain_config_beside_quantized_tensors_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has no quantization_config, though tensors are quantized"):
         opened(tmp_path, gptq((64, 64)).tensors, None)

@@ -13,12 +13,14 @@ from compressed_tensors.compressors.pack_quantized.base import PackedQuantizatio
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from quantized_bases import merged_equal
+from quantized_int4 import Case, folder_of
 from quantized_rows import MODULE, opened, rows_of, torch_of
 
 from fossil_export.checkpoints._checkpoint import Checkpoint, view_rows
 from fossil_export.checkpoints._coding import CodedRows
 from fossil_export.checkpoints._header import TensorInfo
-from fossil_export.checkpoints.quantized import Stored
+from fossil_export.checkpoints.quantized import FORMATS, Stored
 from fossil_export.checkpoints.quantized._packed import read_packed
 from fossil_export.errors import CheckpointError
 
@@ -165,3 +167,23 @@ def test_a_shape_that_contradicts_the_codes_is_refused(tmp_path: Path) -> None:
     base = opened(tmp_path, state, None)
     with pytest.raises(CheckpointError, match=r"weight_shape says \[64, 63\], the tensors \[64, 64\]"):
         CodedRows(weight_of(base, said()), partial(rows_of, base), 0, 64)[:]
+
+
+@pytest.mark.skipif("compressed-tensors" not in FORMATS, reason="its config is not read yet")
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_merge_is_that_of_the_dequantized_base(symmetric: bool, tmp_path: Path) -> None:
+    args = said(4, 64, symmetric=symmetric)
+
+    def make(shape: tuple[int, int], name: str) -> Case:
+        state = compressed(shape, args, "float16")
+        return Case(decompressed(state, args), state)
+
+    weights = {"num_bits": 4, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": 64}
+    settings = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head"],
+    }
+    found = folder_of(tmp_path, make, settings)
+    merged_equal(found.quantized, found.dequantized, tmp_path)

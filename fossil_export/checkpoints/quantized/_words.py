@@ -119,7 +119,13 @@ def _same(rules: list[Mapping[str, Any]], field: str) -> bool | None:
 
 
 def left_over(stored: Stored, taken: Collection[str]) -> None:
-    """Raise CheckpointError for a scale that belongs to no weight: of activations, say, which are divided by it."""
+    """Raise CheckpointError for a scale that belongs to no weight: of activations, say, which are divided by it. And if
+    no weight is quantized."""
+    if not taken:
+        raise stored.error(
+            "config.json",
+            "says that the model is quantized, and no weight is (*.qweight); take quantization_config out",
+        )
     for name, info in stored.tensors.items():
         if name.endswith(PARTS) and name not in taken:
             raise stored.error(info, "belongs to no quantized weight; the dequantized model would lack it")
