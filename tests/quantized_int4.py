@@ -34,12 +34,15 @@ class Case:
     tensors: dict[str, torch.Tensor]
 
 
-def _drawn(shape: tuple[int, int], bits: int, group: int, dtype: str, sym: bool) -> tuple[torch.Tensor, ...]:
+def _drawn(
+    shape: tuple[int, int], bits: int, group: int, dtype: str, sym: bool, tiny: bool
+) -> tuple[torch.Tensor, ...]:
+    """With `tiny`, some values are no normal numbers of float16."""
     outputs, inputs = shape
     groups = -(-inputs // group)
     codes = torch.randint(0, 1 << bits, (inputs, outputs))
     zeros = torch.full((groups, outputs), 1 << bits - 1) if sym else torch.randint(1, 1 << bits, (groups, outputs))
-    scales = torch.rand(groups, outputs) * 0.2 / (1 << bits) + 1e-5  # some values are no normal float16
+    scales = torch.rand(groups, outputs) * (1e-4 if tiny else 0.2 / (1 << bits)) + (1e-6 if tiny else 1e-4)
     return codes, zeros, scales.to(getattr(torch, dtype))
 
 
@@ -52,11 +55,12 @@ def gptq(
     sym: bool = False,
     act: bool = False,
     less_one: bool = True,
+    tiny: bool = False,
     order: bool = True,
 ) -> Case:
     """As `dequantize_weight` of GPTQModel's TorchLinear has it."""
     size = shape[1] if group == -1 else group
-    codes, zeros, scales = _drawn(shape, bits, size, dtype, sym)
+    codes, zeros, scales = _drawn(shape, bits, size, dtype, sym, tiny)
     of_input = torch.arange(shape[1]) // size
     if act:
         of_input = of_input[torch.randperm(shape[1])]
@@ -71,10 +75,10 @@ def gptq(
     return Case(value.T.contiguous(), tensors)
 
 
-def awq(shape: tuple[int, int], group: int = 64, *, dtype: str = "float16") -> Case:
+def awq(shape: tuple[int, int], group: int = 64, *, dtype: str = "float16", tiny: bool = False) -> Case:
     """As `dequantize_gemm` of AutoAWQ has it."""
     size = shape[1] if group == -1 else group
-    codes, zeros, scales = _drawn(shape, 4, size, dtype, False)
+    codes, zeros, scales = _drawn(shape, 4, size, dtype, False, tiny)
     of_input = torch.arange(shape[1]) // size
     value = (codes - zeros[of_input]).to(torch.int8) * scales[of_input]
 

@@ -50,10 +50,10 @@ def test_any_rows_are_what_pytorch_computes(data: st.DataObject, tmp_path: Path)
     bits = data.draw(st.sampled_from([2, 3, 4, 8]))
     outputs, inputs = (32 * data.draw(st.integers(1, 4)) for _ in range(2))
     group = data.draw(st.sampled_from([-1, 16, 32, 48]))
-    act, sym, less_one = (data.draw(st.booleans()) for _ in range(3))
+    act, sym, less_one, tiny = (data.draw(st.booleans()) for _ in range(4))
     dtype = data.draw(st.sampled_from(["float16", "bfloat16"]))
     torch.manual_seed(data.draw(st.integers(0, 99)))
-    case = gptq((outputs, inputs), bits, group, dtype=dtype, sym=sym, act=act, less_one=less_one)
+    case = gptq((outputs, inputs), bits, group, dtype=dtype, sym=sym, act=act, less_one=less_one, tiny=tiny)
     said = SETTINGS | {"bits": bits, "group_size": group, "desc_act": act, "sym": sym}
     said["checkpoint_format"] = "gptq" if less_one else "gptq_v2"
     start = data.draw(st.integers(0, outputs - 1))
