@@ -96,7 +96,7 @@ class Steps:
         sizes = np.abs(self._scales[self._scales != 0])
         normal = not len(sizes) or bool(sizes.min() >= 2.0**-14 and sizes.max() < 65504 / 256)
         self._halves = dtype == "F16" and normal
-        # Products are then zero or normal numbers of float32 that have the exponents of float16. (Smaller ones are exact
+        # Products are then zero, or normal numbers of float32 with the exponents of float16. (Smaller ones are exact
         # too, but not in a process that flushes them to zero.)
         self._factors = self._scales * np.float32(_DOWN) if self._halves else self._scales
 
