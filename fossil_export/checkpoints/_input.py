@@ -26,6 +26,13 @@ AHEAD = 64 << 20
 """Bytes past the range at hand that the system is asked to read in meanwhile."""
 
 
+BETWEEN = 16 << 10
+"""Bytes that are read and thrown away in less time than another call to the system takes."""
+
+WHOLE = 1 << 20
+"""Bytes read at a time of rows of which some columns are wanted."""
+
+
 class InputFile:
     """The file at `path`, which must have the bytes of `header` before its tensors.
 
@@ -142,9 +149,22 @@ class StoredArray:
     def _columns(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         size = self.dtype.itemsize
         raw = self._buffer(len(self) * (stop - start) * size).reshape(len(self), -1)
+        if self._row - raw.shape[1] < BETWEEN:
+            self._cut(raw, start * size)
+            return raw.view(self.dtype)
         for number, row in enumerate(raw):
             self._file.read(self._offset + number * self._row + start * size, row)
         return raw.view(self.dtype)
+
+    def _cut(self, raw: np.ndarray[Any, Any], first: int) -> None:
+        """Fill `raw` (rows, bytes) with the bytes from `first` on of each row, out of many whole rows at a time."""
+        count = max(1, WHOLE // max(1, self._row))
+        whole = _fresh(min(count, len(self)) * self._row)
+        for number in range(0, len(self), count):
+            some = raw[number : number + count]
+            read = whole[: len(some) * self._row]
+            self._file.read(self._offset + number * self._row, read)
+            some[:] = read.reshape(len(some), -1)[:, first : first + raw.shape[1]]
 
 
 def _fresh(nbytes: int) -> np.ndarray[Any, Any]:

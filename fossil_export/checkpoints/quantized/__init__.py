@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from fossil_export.checkpoints.quantized._format import Format, Stored, coded, settings_of
 from fossil_export.checkpoints.quantized._fp8 import BlockFp8
+from fossil_export.checkpoints.quantized._mxfp4 import Mxfp4Format
 
-FORMATS: dict[str, Format] = {"fp8": BlockFp8()}
+FORMATS: dict[str, Format] = {"fp8": BlockFp8(), "mxfp4": Mxfp4Format()}
 """Asked in this order: the first that describes a checkpoint has it."""
 
 __all__ = ["FORMATS", "Format", "Stored", "coded", "settings_of"]
