@@ -168,9 +168,15 @@ def damaged(folder: Path, kind: str) -> str:
     elif kind == "twice":
         tensors[GATE] = torch.zeros(3, 64, 192)
     elif kind == "not to convert":
-        edit_json(quantized / "config.json", quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.0"]})
+        edit_json(
+            quantized / "config.json",
+            quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.0"]},
+        )
     elif kind == "no list":
-        edit_json(quantized / "config.json", quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": "lm_head"})
+        edit_json(
+            quantized / "config.json",
+            quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": "lm_head"},
+        )
     elif kind == "no number":
         tensors[f"{GATE}_scales"][1, 2, 1] = 255
     save_file(tensors, quantized / "model.safetensors", {"format": "pt"})

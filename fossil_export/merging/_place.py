@@ -22,6 +22,7 @@ from fossil_export.merging._change import Piece, weight_numbers
 from fossil_export.merging._naming import Naming, exact_names, naming_of
 from fossil_export.merging._parameters import matrices, stored_experts
 from fossil_export.merging._placement import Placement
+from fossil_export.merging._quantized import quantized, quantized_with
 from fossil_export.merging._replication import refuse_replicated
 from fossil_export.merging._rows import place_rows
 from fossil_export.merging._ties import part
@@ -34,12 +35,6 @@ from fossil_export.merging._vocabulary import (
 from fossil_export.merging._warnings import warnings_of
 from fossil_export.methods import METHODS
 from fossil_export.models import Pieces, Unknown, pieces_of
-
-QUANTIZED = (
-    "the base is quantized, and shards are merged into float weights; name the unquantized model with --base if the "
-    "adapter was trained on that (one trained on the quantized weights is another model there: merge it into these "
-    "weights dequantized)"
-)
 
 
 def place(adapter: Adapter, base: Checkpoint, tied: bool | None = None, *, into_floats: bool = True) -> Placement:
@@ -199,7 +194,9 @@ def _place_trained(
     where = f"{base.location}: {name} {list(matrix.stored[0].shape)}"
     dtypes = (matrix.dtype, matrix.stored[0].dtype)
     if into_floats and (others := [dtype for dtype in dtypes if dtype not in FLOATS]):
-        raise MergeError(f"{where} is stored as {others[0]}: {QUANTIZED}")
+        raise MergeError(f"{where} is stored as {others[0]}: {quantized(base)}")
+    if into_floats and (reason := quantized_with(matrix.stored[0].name, base)):
+        raise MergeError(f"{where} {reason}")
     if getattr(METHODS[trained.method], "MASKS_BIAS", False):
         bias = f"{parameter.rpartition('.')[0]}.bias"
         if bias in naming.names or bias in placement.saved:
@@ -240,7 +237,9 @@ def _place_parameter(
         shape, runs = info.shape, [(info, 0, element_count(info.shape[:-1]))]
     where = f"{base.location}: {name}"
     if others := [info.dtype for info, _, _ in runs if info.dtype not in FLOATS]:
-        raise MergeError(f"{where} {list(shape)} is stored as {others[0]}: {QUANTIZED}")
+        raise MergeError(f"{where} {list(shape)} is stored as {others[0]}: {quantized(base)}")
+    if reasons := [reason for info, _, _ in runs if (reason := quantized_with(info.name, base))]:
+        raise MergeError(f"{where} {list(shape)} {reasons[0]}")
     for suffix, one, matrix in matrices(trained, shape, runs, adapter, naming, where):
         if suffix and (name in placement.saved or name in placement.copied):
             raise MergeError(f"{where} comes with {adapter.path}, which changes its matrices too; merge it with PEFT")
@@ -252,7 +251,7 @@ def _checked(matrix: Matrix | None, weight: TensorInfo | None, name: str, traine
     if matrix is None or 0 in matrix.shape or (weight is not None and not _fits(weight, trained)):
         shape = list(weight.shape) if weight is not None else []
         if weight is not None and weight.dtype not in FLOATS:
-            raise MergeError(f"{base.location}: {name} {shape} is stored as {weight.dtype}: {QUANTIZED}")
+            raise MergeError(f"{base.location}: {name} {shape} is stored as {weight.dtype}: {quantized(base)}")
         if trained.dimensions == 2 and len(shape) > 2:
             raise MergeError(
                 f"{base.location}: {name} {shape} is the weight of a convolution, and {trained.method} "
@@ -276,7 +275,7 @@ def _homeless(name: str, trained: Trained, adapter: Adapter, base: Checkpoint) -
     beside = sorted(other.rpartition(".")[2] for other in base.tensors if other.rpartition(".")[0] == module)
     where = f"{base.location}: has no {name}, which shard {trained.label} of {adapter.path} changes"
     if set(beside) - {"bias"}:
-        return f"{where}, but {listed(beside)}: {QUANTIZED}"
+        return f"{where}, but {listed(beside)}: {quantized(base)}"
     if name.endswith(".bias"):
         return f"{where}, and a merge adds none; {REMEDY}, or run the adapter with PEFT"
     return (

@@ -23,6 +23,7 @@ from fossil_export.merging._look import look
 from fossil_export.merging._place import place
 from fossil_export.merging._placement import Places, together
 from fossil_export.merging._plan import MergePlan
+from fossil_export.merging._quantized import refuse_casting
 from fossil_export.merging._replication import replicated
 from fossil_export.merging._ties import are_equal
 from fossil_export.storage import Origin, find_origin, is_path, pinned
@@ -125,6 +126,7 @@ def with_dtype(plan: MergePlan, dtype: str) -> MergePlan:
 def planned(asked: MergePlan, dtype: str, tied: Sequence[bool | None]) -> MergePlan:
     """The whole plan for what was `asked`; `tied` is by adapter, as `place` has it."""
     base, adapters = replicated(asked.adapters, asked.base), asked.adapters
+    refuse_casting(base, dtype)
     placements = [place(adapter, base, equal) for adapter, equal in zip(adapters, tied, strict=True)]
     places = together(adapters, placements, asked.weights)
     by_file: dict[str, list[TensorPlan]] = {}

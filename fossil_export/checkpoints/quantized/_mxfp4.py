@@ -156,7 +156,9 @@ class Mxfp4Format(BaseFormat):
         for name, codes in stored.tensors.items():
             parameter = name.removesuffix(BLOCKS)
             if name.endswith(SCALES) and name.removesuffix(SCALES) + BLOCKS not in stored.tensors:
-                raise stored.error(codes, f"has no {name.removesuffix(SCALES)}{BLOCKS} beside it; fetch that file again")
+                raise stored.error(
+                    codes, f"has no {name.removesuffix(SCALES)}{BLOCKS} beside it; fetch that file again"
+                )
             if parameter == name:
                 continue
             scales = stored.tensors.get(parameter + SCALES)
