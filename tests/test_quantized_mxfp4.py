@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -61,9 +62,8 @@ def coded_folder(folder: Path, codes: torch.Tensor, scales: torch.Tensor, dtype:
     tensors = {"x.up_blocks": codes, "x.up_scales": scales}
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(
-        '{"torch_dtype": "%s", "quantization_config": {"quant_method": "mxfp4"}}' % dtype
-    )
+    config = {"torch_dtype": dtype, "quantization_config": {"quant_method": "mxfp4"}}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 

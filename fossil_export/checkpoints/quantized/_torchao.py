@@ -138,7 +138,7 @@ class TorchAo(BaseFormat):
         if not found:
             raise stored.error(
                 "the header of its files",
-                f"does not say how torchao quantized it, as torchao since 0.15 does; {_AGAIN}",
+                f"does not tell how torchao quantized it, as since torchao 0.15; {_AGAIN}",
             )
         for name, kind, fields, names in found:
             yield from _weight(name, kind, fields, names, stored)

@@ -9,6 +9,7 @@ from typing import Any
 from fossil_export.checkpoints.quantized._format import settings_of
 
 _BY_TRANSFORMERS = "load it with transformers, call model.dequantize()"
+_BY_WEIGHT = "load it with transformers, put what {} gives in its place"
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,16 @@ METHODS: dict[str, Unread] = {
     "gemma": Unread("Gemma's own integers", hidden=True),
     "gptq": Unread("GPTQ in this form"),
     "higgs": Unread("HIGGS", _BY_TRANSFORMERS),
-    "hqq": Unread("HQQ", "load it with transformers, put what HQQLinear.dequantize() of hqq gives in its layers' place"),
+    "hqq": Unread("HQQ", _BY_WEIGHT.format("HQQLinear.dequantize() of each layer")),
     "metal": Unread("MLX's affine codes, for Metal", _BY_TRANSFORMERS),
     "modelopt": Unread("NVIDIA ModelOpt"),
     "mxfp8": Unread("mxfp8", _BY_TRANSFORMERS),
     "nvfp4": Unread("nvfp4"),
-    "quanto": Unread("Quanto", "load it with transformers, put what dequantize() of its weights gives in their place"),
+    "quanto": Unread("Quanto", _BY_WEIGHT.format("dequantize() of each weight")),
     "quark": Unread("Quark", hidden=True),
     "sinq": Unread("SINQ", hidden=True),
     "spqr": Unread("SpQR"),
-    "torchao": Unread("torchao in this form", "load it with transformers, put what dequantize() of its weights gives in "
-                      "their place"),
+    "torchao": Unread("torchao in this form", _BY_WEIGHT.format("dequantize() of each weight")),
     "vptq": Unread("VPTQ"),
 }  # fmt: skip
 """By the `quant_method` of a config."""
