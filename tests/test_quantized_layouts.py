@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fused_tools import Spot, in_slabs, make, put
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import MissConfig
 from places_tools import SMALL, saved, scene
 from quantized_mxfp4 import assert_same_merge, stored_as
@@ -22,11 +26,14 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
+from fossil_export import merge, verify
+from fossil_export.checkpoints.layouts import Order
+
 BLOCK = (12, 20)
 """Divides hardly any of the sizes, so that most weights end in blocks that are cut."""
 
 
-def quantized(base: Path, folder: Path) -> Path:
+def quantized(base: Path, folder: Path, block: tuple[int, int] = BLOCK) -> Path:
     """All weights of a base in block-scaled fp8, but embeddings, heads and vectors; the base gets what these stand
     for."""
     (file,) = base.glob("*.safetensors")
@@ -35,9 +42,9 @@ def quantized(base: Path, folder: Path) -> Path:
     for name, value in plain.items():
         if value.ndim < 2 or any(word in name for word in ("embed", "wte", "wpe", "lm_head")):
             continue
-        rows, columns = (-(-size // block) for size, block in zip(value.shape[-2:], BLOCK, strict=True))
+        rows, columns = (-(-size // one) for size, one in zip(value.shape[-2:], block, strict=True))
         scales = torch.rand(*value.shape[:-2], rows, columns) * 1e-3 + 1e-3
-        wide = scales.repeat_interleave(BLOCK[0], -2).repeat_interleave(BLOCK[1], -1)
+        wide = scales.repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)
         wide = wide[..., : value.shape[-2], : value.shape[-1]]
         stored[name] = (value.float() / wide).clamp(-448, 448).to(torch.float8_e4m3fn)
         stored[f"{name}_scale_inv"] = scales
@@ -49,7 +56,7 @@ def quantized(base: Path, folder: Path) -> Path:
         if "dtype" in part:
             part["dtype"] = "bfloat16"
     (base / "config.json").write_text(json.dumps(config))
-    return stored_as(folder, base, stored, {"quant_method": "fp8", "weight_block_size": list(BLOCK)})
+    return stored_as(folder, base, stored, {"quant_method": "fp8", "weight_block_size": list(block)})
 
 
 def check(model: Any, folder: Path, original: bool = False, kind: Any = None, turn: Any = None, **config: Any) -> None:
@@ -132,3 +139,57 @@ def test_packed_projections(config: dict[str, Any], tmp_path: Path) -> None:
 def test_layers_that_are_stored_inputs_first(config: dict[str, Any], tmp_path: Path) -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=64))
     check(model, tmp_path, fan_in_fan_out=True, **config)
+
+
+@st.composite
+def parts(draw: st.DrawFn) -> dict[str, Any]:
+    """A tensor of parts that lie one after another, in several orders of rows, with what an adapter has of each."""
+    found = []
+    for _ in range(draw(st.integers(1, 4))):
+        inner, outer, groups = (draw(st.integers(1, 4)) for _ in range(3))
+        order = Order(groups, outer, inner) if draw(st.booleans()) else None
+        found.append((groups * outer * inner, draw(st.integers(0, 3)), order, draw(st.sampled_from(["", "s", "p"]))))
+    return {
+        "parts": found,
+        "width": draw(st.integers(4, 50)),
+        "block": draw(st.tuples(st.integers(1, 9), st.integers(1, 40))),
+        "cast": draw(st.sampled_from(["auto", "float32", "float16"])),
+        "slab": draw(st.sampled_from([512, 4096, 1 << 22])),
+        "decoded": draw(st.sampled_from([64, 1 << 19])),
+    }
+
+
+@settings(max_examples=20, deadline=None)
+@given(parts(), st.integers(0, 999))
+def test_any_part_of_a_coded_tensor(case: dict[str, Any], seed: int) -> None:
+    """Shards (s) and whole weights (p) go into codes as into the floats that these stand for, cut anywhere."""
+    torch.manual_seed(seed)
+    width, first, held, spots = case["width"], 0, {}, {}
+    for number, (rows, gap, order, done) in enumerate(case["parts"]):
+        first += gap
+        spots[f"m{number}.weight"] = Spot("whole", first, rows, order)
+        if done == "s":
+            held[f"m{number}.miss_block"] = torch.randn(2, rows)
+        elif done == "p":
+            held[f"m{number}.weight"] = torch.randn(rows, width)
+        first += rows
+    spots["other.weight"] = Spot("turned", number=1)
+    held["other.miss_block"] = torch.randn(2, width)
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        folder = Path(name)
+        stored = {"whole": torch.randn(first, width), "turned": torch.randn(3, 7, width), "gone": torch.randn(2, 5, 6)}
+        adapter = make(folder, stored, held)
+        coded = quantized(folder / "base", folder / "coded", case["block"])
+        put(patch, spots)
+        in_slabs(patch, case["slab"])
+        patch.setattr("fossil_export.checkpoints._coding.BLOCK", case["decoded"])
+        ours, wanted = (folder / "ours", folder / "wanted")
+        merge(adapter, ours, base=coded, dtype=case["cast"])
+        merge(adapter, wanted, base=folder / "base", dtype=case["cast"])
+        found, truth = load_file(ours / "model.safetensors"), load_file(wanted / "model.safetensors")
+        assert found.keys() == truth.keys() == stored.keys()
+        before = load_file(folder / "base" / "model.safetensors")
+        assert not torch.equal(truth["turned"], before["turned"].to(truth["turned"].dtype))
+        for name, value in truth.items():
+            assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+        assert verify(ours, adapter=adapter, base=coded, level="weights").parity
