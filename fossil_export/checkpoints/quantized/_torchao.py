@@ -147,7 +147,9 @@ class TorchAo(BaseFormat):
         return info.name.endswith(ACTIVATIONS)
 
     def plain_metadata(self, metadata: Mapping[str, str]) -> dict[str, str]:
-        return {name: text for name, text in metadata.items() if name != "tensor_names" and not _entry(text)}
+        # Not parsed: each of many files may describe all tensors.
+        own = {"tensor_names", *(name for name, text in metadata.items() if text.startswith('{"_type"'))}
+        return {name: text for name, text in metadata.items() if name not in own}
 
 
 def _described(stored: Stored) -> Iterator[tuple[str, str, Mapping[str, Any], list[str]]]:
