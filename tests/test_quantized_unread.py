@@ -103,7 +103,7 @@ def test_a_base_without_settings_is_known_by_its_tensors(sign: str, scene: Path,
 def test_an_unknown_method_is_named_and_nothing_is_added_to_its_weights(scene: Path, tmp_path: Path) -> None:
     base = quantized(scene, tmp_path / "base", "newest", "plain")
     text = says(scene / "of_codes", base, tmp_path)
-    assert "may be quantized when the model runs: the base is quantized with 'newest', which is not known" in text
+    assert "may be quantized when the model runs: the base is quantized with the unknown method 'newest'" in text
     config = json.loads((base / "config.json").read_text())
     for settings, name in (({"quant_algo": "W4A8_AWQ"}, "NVIDIA ModelOpt (W4A8_AWQ)"), ({}, "does not name")):
         (base / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))

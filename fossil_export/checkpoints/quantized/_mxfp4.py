@@ -148,7 +148,10 @@ class Mxfp4Format(BaseFormat):
     def describes(self, stored: Stored) -> bool:
         if stored.settings is not None:
             return stored.method == "mxfp4"
-        return any(name.endswith(BLOCKS) and info.dtype == "U8" for name, info in stored.tensors.items())
+        return any(
+            name.endswith(BLOCKS) and info.dtype == "U8" and info.shape[3:] == (GROUP // 2,)
+            for name, info in stored.tensors.items()
+        )
 
     def read(self, stored: Stored) -> Iterator[TensorInfo]:
         dtype = float_dtype(stored.config)

@@ -94,8 +94,10 @@ def unread(config: Mapping[str, Any] | None, names: Iterable[str] = ()) -> Unrea
             return METHODS[method.lower()]
         if method is None and isinstance(settings.get("quant_algo"), str):
             return Unread(f"NVIDIA ModelOpt ({settings['quant_algo']})")
-        called = f"{method!r}" if method is not None else "a method that config.json does not name"
-        return Unread(f"{called}, which is not known", hidden=True)
+        called = (
+            f"the unknown method {method!r}" if method is not None else "a method that its config.json does not name"
+        )
+        return Unread(called, hidden=True)
     for name in names:
         for sign, method in SIGNS.items():
             if name.endswith(f".{sign}"):
