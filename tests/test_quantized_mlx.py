@@ -98,6 +98,15 @@ def _method(said: dict[str, Any]) -> dict[str, Any]:
     }}  # fmt: skip
 
 
+def assert_written(values: torch.Tensor, tensors: Tensors, folder: Path) -> None:
+    """The values that were quantized are written as these tensors, bit by bit."""
+    coding: Any = open_checkpoint(folder).tensors["x.weight"].coding
+    found = coding.encode(values.numpy())
+    assert found.keys() == {f"x.{name}" for name in tensors}
+    for name, value in tensors.items():
+        assert found[f"x.{name}"].tobytes() == value.contiguous().view(torch.uint8).numpy().tobytes(), name
+
+
 SHAPES = {
     "rows": st.integers(1, 20),
     "groups": st.integers(1, 5),
@@ -123,7 +132,8 @@ def test_any_weight_has_the_bits_of_mlx(
     rows: int, groups: int, group: int, bits: int, dtype: torch.dtype, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     mx = pytest.importorskip("mlx.core")
-    values = torch.randn(rows, groups * group)
+    values = torch.randn(rows, groups * group) * torch.logspace(-4, 2, groups * group)
+    values[0] = 0
     of_mlx = mx.quantize(
         mx.array(values.numpy()).astype(getattr(mx, str(dtype).removeprefix("torch."))), group_size=group, bits=bits
     )
@@ -133,8 +143,10 @@ def test_any_weight_has_the_bits_of_mlx(
         "scales": torch.from_numpy(np.array(of_mlx[1].astype(mx.float32))).to(dtype),
         "biases": torch.from_numpy(np.array(of_mlx[2].astype(mx.float32))).to(dtype),
     }
-    found = read(tensors, tmp_path_factory.mktemp("base"), bits=bits, group_size=group)
+    folder = tmp_path_factory.mktemp("base")
+    found = read(tensors, folder, bits=bits, group_size=group)
     assert torch.equal(found.float(), torch.from_numpy(np.array(truth)))
+    assert_written(values, tensors, folder)
 
 
 @settings(max_examples=20, deadline=None)
@@ -142,11 +154,15 @@ def test_any_weight_has_the_bits_of_mlx(
 def test_weights_for_metal_have_the_bits_of_transformers(
     rows: int, groups: int, group: int, bits: int, dtype: torch.dtype, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    codes, scales, biases = _affine_quantize_tensor(torch.randn(rows, groups * group).to(dtype), group, bits)
+    values = torch.randn(rows, groups * group).to(dtype)
+    values[0] = 0
+    codes, scales, biases = _affine_quantize_tensor(values, group, bits)
     truth = _affine_dequantize_tensor(codes, scales, biases, group, bits).to(scales.dtype)
     tensors = {"weight": codes.view(torch.uint32), "scales": scales, "qbiases": biases}
-    found = read(tensors, tmp_path_factory.mktemp("base"), bits=bits, group_size=group, method="metal")
+    folder = tmp_path_factory.mktemp("base")
+    found = read(tensors, folder, bits=bits, group_size=group, method="metal")
     assert torch.equal(found, truth)
+    assert_written(values.float(), tensors, folder)
 
 
 def test_what_contradicts_itself_is_refused(tmp_path: Path) -> None:

@@ -83,6 +83,68 @@ class Affine:
             )
         return found
 
+    def encode(self, matrix: Array) -> Mapping[str, Array]:
+        """As MLX quantizes on a CPU (`mx.quantize`), or as transformers does for Metal; values are rounded to the dtype
+        of the scales before."""
+        import numpy as np
+
+        dtype = numpy_dtype(self.scales.dtype)
+        shape = len(matrix), self.scales.shape[-1]
+        codes = np.empty((len(matrix), self.width * self.bits // 8), np.uint8)
+        scales, biases = np.empty(shape, dtype), np.empty(shape, dtype)
+        step = max(1, (1 << 19) // self.width)
+        for first in range(0, len(matrix), step):
+            part = matrix[first : first + step].astype(dtype).astype(np.float32)
+            groups = part.reshape(len(part), shape[1], -1)
+            scale, bias = (_of_metal if self.once else _of_mlx)(groups, (1 << self.bits) - 1)
+            groups -= bias[..., None]
+            groups /= scale[..., None]
+            found = np.clip(np.rint(groups), 0, (1 << self.bits) - 1).astype(np.uint8)
+            codes[first : first + step] = _packed(found.reshape(len(part), -1), self.bits)
+            scales[first : first + step], biases[first : first + step] = scale.astype(dtype), bias.astype(dtype)
+        return {
+            self.codes.name: codes.view("<u4").reshape(self.codes.shape),
+            self.scales.name: scales.reshape(self.scales.shape),
+            self.biases.name: biases.reshape(self.biases.shape),
+        }
+
+
+def _of_mlx(groups: Array, most: int) -> tuple[Array, Array]:
+    """Scales and biases: the end of a group that is further from zero is a whole number of steps from it."""
+    import numpy as np
+
+    low, high = groups.min(-1), groups.max(-1)
+    below = np.abs(low) > np.abs(high)
+    scale = np.maximum((high - low) / np.float32(most), np.float32(1e-7))
+    scale = np.where(below, scale, -scale)
+    edge = np.where(below, low, high)
+    steps = np.rint(edge / scale)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(steps == 0, scale, edge / steps), np.where(steps == 0, np.float32(0), edge)
+
+
+def _of_metal(groups: Array, most: int) -> tuple[Array, Array]:
+    import numpy as np
+
+    low = groups.min(-1)
+    return np.maximum((groups.max(-1) - low) / np.float32(most), np.float32(1e-8)), low
+
+
+def _packed(codes: Array, bits: int) -> Array:
+    """Bytes (rows, n · bits / 8) of codes (rows, n): the inverse of `_unpacked`."""
+    import numpy as np
+
+    if bits in (2, 4, 8):
+        parts = codes.reshape(len(codes), -1, 8 // bits)
+        return np.bitwise_or.reduce(parts << np.arange(0, 8, bits, dtype=np.uint8), axis=-1)
+    whole = np.zeros((len(codes), codes.shape[1] // 8), np.uint64)
+    for at in range(8):
+        whole |= codes[:, at::8].astype(np.uint64) << np.uint64(bits * at)
+    found = np.empty((*whole.shape, bits), np.uint8)
+    for at in range(bits):
+        found[:, :, at] = whole >> np.uint64(8 * at) & np.uint64(255)
+    return found.reshape(len(codes), -1)
+
 
 def _unpacked(stream: Array, bits: int) -> Array:
     """Codes (rows, n) of bytes (rows, n · bits / 8)."""
