@@ -16,6 +16,7 @@ from quantized_bases import plain_model
 from quantized_mxfp4 import assert_same_merge, stored_as, trained
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from fossil_export.checkpoints._checkpoint import open_checkpoint, view_rows
 from fossil_export.checkpoints._coding import CodedRows
@@ -76,6 +77,26 @@ def test_a_merge_is_that_of_the_dequantized_base(kind: str, tmp_path: Path) -> N
     assert_same_merge(adapter, quantized, dequantized, tmp_path)
     with safe_open(tmp_path / "of_quantized" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}  # nothing that a loader would take for torchao's
+
+
+@pytest.mark.parametrize("kind", ["int8", "int3 with zeros"])
+def test_what_transformers_saves_is_read(kind: str, tmp_path: Path) -> None:
+    """In many files, of which one may have the codes of a weight and another its scales."""
+    base = plain_model(tmp_path / "plain")
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.bfloat16, quantization_config=TorchAoConfig(KINDS[kind]())
+    )
+    model.save_pretrained(tmp_path / "base", max_shard_size="100KB")
+    found = open_checkpoint(tmp_path / "base")
+    assert len(found.files) > 5 and found.quantized is not None
+    coded = 0
+    for name, value in model.state_dict().items():
+        info = found.tensors[name]
+        if info.coding is not None:
+            rows = CodedRows(info, partial(view_rows, found.home), 0, info.shape[0])[:]
+            assert torch.equal(torch.from_numpy(rows.astype("float32")).bfloat16(), value.dequantize()), name
+            coded += 1
+    assert coded == 14 and found.tensors.keys() == load_file(base / "model.safetensors").keys()
 
 
 def read(weight: Any, folder: Path) -> torch.Tensor:

@@ -13,7 +13,7 @@ from quantized_mxfp4 import stored_as, trained
 from refusal_tools import refused, run
 from safetensors.torch import load_file, save_file
 
-from fossil_export import merge
+from fossil_export import merge, verify
 from fossil_export.checkpoints.quantized import FORMATS
 from fossil_export.checkpoints.quantized._unread import METHODS, SIGNS
 from fossil_export.errors import FossilExportError
@@ -82,6 +82,7 @@ def test_plain_floats_beside_codes_are_merged_into_unless_they_may_be_quantized_
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"model.layers.{number}.self_attn.o_proj.weight" for number in (0, 1)}
     assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    assert verify(tmp_path / "out", adapter=scene / "of_floats", base=base, level="weights").parity
     cast = says(scene / "of_floats", base, tmp_path / "cast", dtype="float32")
     assert f"dtype cannot be float32: the base is quantized with {METHODS[method].name}" in cast
 
