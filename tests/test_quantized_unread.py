@@ -14,11 +14,19 @@ from refusal_tools import refused, run
 from safetensors.torch import load_file, save_file
 
 from fossil_export import merge, verify
-from fossil_export.checkpoints.quantized import FORMATS
+from fossil_export.checkpoints.quantized import FORMATS, Stored
 from fossil_export.checkpoints.quantized._unread import METHODS, SIGNS
 from fossil_export.errors import FossilExportError
 
-UNREAD = sorted(set(METHODS) - set(FORMATS))
+
+def is_read(method: str) -> bool:
+    """Whether a format has bases of this method, or says itself why it has not."""
+    said = {"quant_method": method, "bits": 4}
+    stored = Stored("", {}, {"quantization_config": said}, said, None)  # type: ignore[arg-type]
+    return method in FORMATS or any(one.describes(stored) for one in FORMATS.values())
+
+
+UNREAD = sorted(method for method in METHODS if not is_read(method))
 LAYER = "model.layers.0.self_attn"
 
 
@@ -94,7 +102,7 @@ def test_floats_with_a_scale_beside_them_are_refused(scene: Path, tmp_path: Path
     )
 
 
-@pytest.mark.parametrize("sign", sorted(name for name, method in SIGNS.items() if method not in FORMATS))
+@pytest.mark.parametrize("sign", sorted(name for name, method in SIGNS.items() if not is_read(method)))
 def test_a_base_without_settings_is_known_by_its_tensors(sign: str, scene: Path, tmp_path: Path) -> None:
     base = quantized(scene, tmp_path / "base", None, sign)
     text = says(scene / "of_codes", base, tmp_path)
@@ -112,6 +120,25 @@ def test_an_unknown_method_is_named_and_nothing_is_added_to_its_weights(scene: P
         tensors[f"{LAYER}.q_proj.weight"] = tensors[f"{LAYER}.q_proj.weight"].to(torch.uint8)
         save_file(tensors, base / "model.safetensors", {"format": "pt"})
         assert name in says(scene / "of_codes", base, tmp_path)
+
+
+def test_whole_modules_do_not_take_the_place_of_codes(scene: Path, tmp_path: Path) -> None:
+    """Nor of floats that have a scale; of plain ones they do."""
+    config = LoraConfig(r=4, target_modules=["o_proj"], modules_to_save=["q_proj"])
+    adapter = trained(scene / "plain", tmp_path / "adapter", config)
+    for kind, text in {
+        "codes": "q_proj.weight is BF16, and model.layers.0.self_attn.q_proj.weight of {} is I8; the base is quantized "
+        "with EETQ",
+        "scaled": "cannot be model.layers.0.self_attn.q_proj.weight of {}, which has other_scale beside it: the base "
+        "is quantized with EETQ",
+        "codebooks": "cannot be model.layers.0.self_attn.q_proj.weight of {}, which has codebooks beside it: the base "
+        "is quantized with EETQ",
+    }.items():
+        base = quantized(scene, tmp_path / kind, "eetq", kind)
+        assert text.format(base) in says(adapter, base, tmp_path)
+    base = quantized(scene, tmp_path / "plain", "eetq", "plain")
+    merge(adapter, tmp_path / "out", base=base)
+    assert verify(tmp_path / "out", adapter=adapter, base=base, level="weights").parity
 
 
 def test_pickled_codes_are_refused_by_name_too(scene: Path, tmp_path: Path) -> None:

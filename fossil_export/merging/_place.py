@@ -22,7 +22,7 @@ from fossil_export.merging._change import Piece, weight_numbers
 from fossil_export.merging._naming import Naming, exact_names, naming_of
 from fossil_export.merging._parameters import matrices, stored_experts
 from fossil_export.merging._placement import Placement
-from fossil_export.merging._quantized import quantized, quantized_with
+from fossil_export.merging._quantized import quantization, quantized, quantized_with
 from fossil_export.merging._replication import refuse_replicated
 from fossil_export.merging._rows import place_rows
 from fossil_export.merging._ties import part
@@ -96,7 +96,7 @@ def _place_saved(
         if not naming.model.has(parameter) or _is_beyond(parameter, base, naming):
             raise MergeError(
                 f"{adapter.path}: saved tensor {info.name} has no counterpart in {base.location}{as_class(naming)}; "
-                f"{remedy(naming, base)}"
+                f"{quantization(base) or remedy(naming, base)}"
             )
         target = _name_for(parameter, naming, base)
         placement.added.append(target)
@@ -106,7 +106,7 @@ def _place_saved(
     elif old.dtype != info.dtype and not {old.dtype, info.dtype} <= set(FLOATS):
         raise MergeError(
             f"{adapter.path}: saved tensor {info.name} is {info.dtype}, and {target} of {base.location} is "
-            f"{old.dtype}; {REMEDY}"
+            f"{old.dtype}; {quantization(base) or REMEDY}"
         )
     elif old.shape[1:] != info.shape[1:] or (old.shape != info.shape and not of_tokens):
         if not trained_whole(info.name, module, adapter) or of_tokens:
@@ -122,6 +122,10 @@ def _place_saved(
         and is_classifier(parameter, info, adapter, base, naming)
     ):
         placement.labels = info.shape[0]
+    if reason := quantized_with(target, base, hidden=False):
+        raise MergeError(
+            f"{adapter.path}: saved tensor {info.name} cannot be {target} of {base.location}, which {reason}"
+        )
     placement.saved[target] = info
 
 

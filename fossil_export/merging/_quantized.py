@@ -28,13 +28,13 @@ def quantized(base: Checkpoint) -> str:
     return quantization(base) or _UNKNOWN
 
 
-def quantized_with(name: str, base: Checkpoint) -> str | None:
+def quantized_with(name: str, base: Checkpoint, *, hidden: bool = True) -> str | None:
     """Why nothing can be merged into a tensor that looks like floats: others beside it (scales, say) change what it
-    means, or it may be quantized when the model runs."""
+    means, or (`hidden`) it may be quantized when the model runs."""
     found = _found(base)
     if found is None:
         return None
-    if found.hidden:
+    if found.hidden and hidden:
         return f"may be quantized when the model runs: {found.reason}"
     module = name.removesuffix("weight") if name.endswith(".weight") else name
     beside = [one.removeprefix(module) for one in _beginning(module, base) if one != name]
