@@ -141,6 +141,19 @@ def test_whole_modules_do_not_take_the_place_of_codes(scene: Path, tmp_path: Pat
     assert verify(tmp_path / "out", adapter=adapter, base=base, level="weights").parity
 
 
+def test_rows_of_tokens_do_not_go_into_codes(scene: Path, tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["o_proj"], trainable_token_indices=[3, 5])
+    adapter = trained(scene / "plain", tmp_path / "adapter", config)
+    base = quantized(scene, tmp_path / "base", "hqq", "plain")
+    tensors = load_file(base / "model.safetensors")
+    embedding = "model.embed_tokens"
+    save_file(tensors | {f"{embedding}.scale": torch.ones(3)}, base / "model.safetensors", {"format": "pt"})
+    assert f"{embedding}.weight has scale beside it: the base is quantized with HQQ" in says(adapter, base, tmp_path)
+    tensors[f"{embedding}.weight"] = tensors[f"{embedding}.weight"].to(torch.int8)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    assert f"{embedding}.weight is stored as I8: the base is quantized with HQQ" in says(adapter, base, tmp_path)
+
+
 def test_pickled_codes_are_refused_by_name_too(scene: Path, tmp_path: Path) -> None:
     base = quantized(scene, tmp_path / "base", "hqq")
     (base / "model.safetensors").rename(base / "pytorch_model.bin")

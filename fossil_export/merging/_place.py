@@ -22,7 +22,7 @@ from fossil_export.merging._change import Piece, weight_numbers
 from fossil_export.merging._naming import Naming, exact_names, naming_of
 from fossil_export.merging._parameters import matrices, stored_experts
 from fossil_export.merging._placement import Placement
-from fossil_export.merging._quantized import quantization, quantized, quantized_with
+from fossil_export.merging._quantized import quantization, quantized, quantized_with, refuse_parts
 from fossil_export.merging._replication import refuse_replicated
 from fossil_export.merging._rows import place_rows
 from fossil_export.merging._ties import part
@@ -62,7 +62,7 @@ def place(adapter: Adapter, base: Checkpoint, tied: bool | None = None, *, into_
         _place_saved(parameter, info, adapter, base, naming, placement)
     for parameter, trained in brought.trained.items():
         _place_trained(parameter, trained, adapter, base, naming, placement, into_floats)
-    place_rows(adapter, base, naming, brought, placement)
+    place_rows(adapter, base, naming, brought, placement, into_floats)
     check_vocabulary(adapter, base, naming, placement)
     if placement.added and naming.known and not naming.is_named_by(base.config):
         placement.architecture = naming.model.name
@@ -161,6 +161,8 @@ def _place_pieces(
             raise MergeError(
                 f"{where} is {info.dtype}, and {run.name} of {base.location}, a part of it, is {stored.dtype}; {REMEDY}"
             )
+        if stored.dtype in FLOATS:
+            refuse_parts(run.name, stored.dtype, base)
         if size == element_count(stored.shape) and order is None:
             placement.saved[run.name] = slice_of(info, at, size, stored.shape)
         else:

@@ -42,6 +42,14 @@ def quantized_with(name: str, base: Checkpoint, *, hidden: bool = True) -> str |
     return f"has {listed(beside)} beside it: {found.reason}" if beside else None
 
 
+def refuse_parts(name: str, dtype: str, base: Checkpoint) -> None:
+    """Raise MergeError if a tensor of this dtype is quantized, so that no part of it can have other values."""
+    if dtype not in FLOATS:
+        raise MergeError(f"{base.location}: {name} is stored as {dtype}: {quantized(base)}")
+    if reason := quantized_with(name, base, hidden=False):
+        raise MergeError(f"{base.location}: {name} {reason}")
+
+
 def refuse_casting(base: Checkpoint, dtype: str) -> None:
     """Raise MergeError if a base whose quantization is not read should get another dtype: its scales would."""
     if dtype != "auto" and (found := _found(base)) is not None:

@@ -136,13 +136,14 @@ def _packed(codes: Array, bits: int) -> Array:
 
     if bits in (2, 4, 8):
         parts = codes.reshape(len(codes), -1, 8 // bits)
-        return np.bitwise_or.reduce(parts << np.arange(0, 8, bits, dtype=np.uint8), axis=-1)
-    whole = np.zeros((len(codes), codes.shape[1] // 8), np.uint64)
+        whole: Array = np.bitwise_or.reduce(parts << np.arange(0, 8, bits, dtype=np.uint8), axis=-1)
+        return whole
+    words = np.zeros((len(codes), codes.shape[1] // 8), np.uint64)
     for at in range(8):
-        whole |= codes[:, at::8].astype(np.uint64) << np.uint64(bits * at)
-    found = np.empty((*whole.shape, bits), np.uint8)
+        words |= codes[:, at::8].astype(np.uint64) << np.uint64(bits * at)
+    found = np.empty((*words.shape, bits), np.uint8)
     for at in range(bits):
-        found[:, :, at] = whole >> np.uint64(8 * at) & np.uint64(255)
+        found[:, :, at] = words >> np.uint64(8 * at) & np.uint64(255)
     return found.reshape(len(codes), -1)
 
 
