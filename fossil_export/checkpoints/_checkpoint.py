@@ -16,7 +16,7 @@ from fossil_export.checkpoints._folder import Folder, LocalFolder
 from fossil_export.checkpoints._header import Header, TensorInfo
 from fossil_export.checkpoints._jsonfile import parse_json
 from fossil_export.checkpoints.layouts import find_matrix
-from fossil_export.checkpoints.quantized import FORMATS, Stored, settings_of
+from fossil_export.checkpoints.quantized import FORMATS, Stored, settings_of, unread
 from fossil_export.errors import CheckpointError, listed
 
 WEIGHTS = "model.safetensors"
@@ -147,7 +147,9 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     known. Raises CheckpointError if its quantization is damaged, or contradicts the config."""
     settings = settings_of(checkpoint.config) or _settings_beside(checkpoint)
     where = str(checkpoint.location)
-    stored = Stored(where, checkpoint.tensors, checkpoint.config or {}, settings, partial(view_rows, checkpoint.home))
+    metadata = {key: text for header in checkpoint.files for key, text in header.metadata.items()}
+    rows_of = partial(view_rows, checkpoint.home)
+    stored = Stored(where, checkpoint.tensors, checkpoint.config or {}, settings, rows_of, metadata)
     name = next((name for name, one in FORMATS.items() if one.describes(stored)), None)
     if name is None:
         return checkpoint
@@ -164,7 +166,12 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
         return [] if info.name in taken or FORMATS[name].passes_over(info, stored) else [info]
 
     files = tuple(
-        replace(header, tensors=tuple(one for info in header.tensors for one in shown(info)), derived=True)
+        replace(
+            header,
+            tensors=tuple(one for info in header.tensors for one in shown(info)),
+            metadata=FORMATS[name].plain_metadata(header.metadata),
+            derived=True,
+        )
         for header in checkpoint.files
     )
     return replace(
@@ -239,7 +246,8 @@ def _choose(home: Folder) -> tuple[str | None, str | None]:
         raise CheckpointError(f"{folder}: is an adapter, not a base model; name the base model with --base")
     pickled = [name for name in names if Path(name).suffix in {".bin", ".pt", ".pth"}]
     if pickled:
-        raise CheckpointError(f"{folder}: has weights only as {listed(pickled)}; {_RESAVE}")
+        found = unread(_json(home, "config.json")) if "config.json" in names else None
+        raise CheckpointError(f"{folder}: has weights only as {listed(pickled)}; {found.reason if found else _RESAVE}")
     raise CheckpointError(f"{folder}: holds no safetensors weights; {_RESAVE}")
 
 

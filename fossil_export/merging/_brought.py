@@ -13,6 +13,7 @@ from fossil_export.checkpoints.layouts import find_matrix
 from fossil_export.errors import MergeError, listed
 from fossil_export.merging._guess import declared_tie, embedding_tensor, is_head
 from fossil_export.merging._naming import Naming, exact_names
+from fossil_export.merging._quantized import quantization
 from fossil_export.models._architecture import pattern_of
 
 REMEDY = "name the base model it was trained from with --base"
@@ -132,10 +133,10 @@ def refuse_missing(
 
 
 def _no_weights(modules: list[str], adapter: Adapter, base: Checkpoint, naming: Naming) -> str:
-    return (
-        f"{base.location}: has no weights for {listed(modules)}, which adapter {adapter.path} was trained on"
-        f"{as_class(naming)}; {remedy(naming, base)}"
-    )
+    missing = f"{base.location}: has no weights for {listed(modules)}, which adapter {adapter.path} was trained on"
+    if (reason := quantization(base)) is not None:
+        return f"{missing}: {reason}"
+    return f"{missing}{as_class(naming)}; {remedy(naming, base)}"
 
 
 def _parameter(name: str, naming: Naming, base: Checkpoint) -> str | None:

@@ -84,7 +84,7 @@ class Piece:
         if tensor.dtype not in FLOATS or self.source.dtype not in FLOATS:
             raise MergeError(
                 f"{where} is {self.source.dtype} and would be {target}, which is {tensor.dtype}; only floats can be "
-                "parts, name the unquantized model with --base"
+                "parts: the base is quantized, or its files are damaged"
             )
         if self.order is not None and (self.last - self.first) % self.order.rows:
             raise MergeError(

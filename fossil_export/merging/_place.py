@@ -22,6 +22,7 @@ from fossil_export.merging._change import Piece, weight_numbers
 from fossil_export.merging._naming import Naming, exact_names, naming_of
 from fossil_export.merging._parameters import matrices, stored_experts
 from fossil_export.merging._placement import Placement
+from fossil_export.merging._quantized import quantization, quantized, quantized_with, refuse_parts
 from fossil_export.merging._replication import refuse_replicated
 from fossil_export.merging._rows import place_rows
 from fossil_export.merging._ties import part
@@ -34,12 +35,6 @@ from fossil_export.merging._vocabulary import (
 from fossil_export.merging._warnings import warnings_of
 from fossil_export.methods import METHODS
 from fossil_export.models import Pieces, Unknown, pieces_of
-
-QUANTIZED = (
-    "the base is quantized, and shards are merged into float weights; name the unquantized model with --base if the "
-    "adapter was trained on that (one trained on the quantized weights is another model there: merge it into these "
-    "weights dequantized)"
-)
 
 
 def place(adapter: Adapter, base: Checkpoint, tied: bool | None = None, *, into_floats: bool = True) -> Placement:
@@ -67,7 +62,7 @@ def place(adapter: Adapter, base: Checkpoint, tied: bool | None = None, *, into_
         _place_saved(parameter, info, adapter, base, naming, placement)
     for parameter, trained in brought.trained.items():
         _place_trained(parameter, trained, adapter, base, naming, placement, into_floats)
-    place_rows(adapter, base, naming, brought, placement)
+    place_rows(adapter, base, naming, brought, placement, into_floats)
     check_vocabulary(adapter, base, naming, placement)
     if placement.added and naming.known and not naming.is_named_by(base.config):
         placement.architecture = naming.model.name
@@ -101,7 +96,7 @@ def _place_saved(
         if not naming.model.has(parameter) or _is_beyond(parameter, base, naming):
             raise MergeError(
                 f"{adapter.path}: saved tensor {info.name} has no counterpart in {base.location}{as_class(naming)}; "
-                f"{remedy(naming, base)}"
+                f"{quantization(base) or remedy(naming, base)}"
             )
         target = _name_for(parameter, naming, base)
         placement.added.append(target)
@@ -111,7 +106,7 @@ def _place_saved(
     elif old.dtype != info.dtype and not {old.dtype, info.dtype} <= set(FLOATS):
         raise MergeError(
             f"{adapter.path}: saved tensor {info.name} is {info.dtype}, and {target} of {base.location} is "
-            f"{old.dtype}; {REMEDY}"
+            f"{old.dtype}; {quantization(base) or REMEDY}"
         )
     elif old.shape[1:] != info.shape[1:] or (old.shape != info.shape and not of_tokens):
         if not trained_whole(info.name, module, adapter) or of_tokens:
@@ -127,6 +122,10 @@ def _place_saved(
         and is_classifier(parameter, info, adapter, base, naming)
     ):
         placement.labels = info.shape[0]
+    if reason := quantized_with(target, base, hidden=False):
+        raise MergeError(
+            f"{adapter.path}: saved tensor {info.name} cannot be {target} of {base.location}, which {reason}"
+        )
     placement.saved[target] = info
 
 
@@ -162,6 +161,8 @@ def _place_pieces(
             raise MergeError(
                 f"{where} is {info.dtype}, and {run.name} of {base.location}, a part of it, is {stored.dtype}; {REMEDY}"
             )
+        if stored.dtype in FLOATS:
+            refuse_parts(run.name, stored.dtype, base)
         if size == element_count(stored.shape) and order is None:
             placement.saved[run.name] = slice_of(info, at, size, stored.shape)
         else:
@@ -199,7 +200,9 @@ def _place_trained(
     where = f"{base.location}: {name} {list(matrix.stored[0].shape)}"
     dtypes = (matrix.dtype, matrix.stored[0].dtype)
     if into_floats and (others := [dtype for dtype in dtypes if dtype not in FLOATS]):
-        raise MergeError(f"{where} is stored as {others[0]}: {QUANTIZED}")
+        raise MergeError(f"{where} is stored as {others[0]}: {quantized(base)}")
+    if into_floats and (reason := quantized_with(matrix.stored[0].name, base)):
+        raise MergeError(f"{where} {reason}")
     if getattr(METHODS[trained.method], "MASKS_BIAS", False):
         bias = f"{parameter.rpartition('.')[0]}.bias"
         if bias in naming.names or bias in placement.saved:
@@ -240,7 +243,9 @@ def _place_parameter(
         shape, runs = info.shape, [(info, 0, element_count(info.shape[:-1]))]
     where = f"{base.location}: {name}"
     if others := [info.dtype for info, _, _ in runs if info.dtype not in FLOATS]:
-        raise MergeError(f"{where} {list(shape)} is stored as {others[0]}: {QUANTIZED}")
+        raise MergeError(f"{where} {list(shape)} is stored as {others[0]}: {quantized(base)}")
+    if reasons := [reason for info, _, _ in runs if (reason := quantized_with(info.name, base))]:
+        raise MergeError(f"{where} {list(shape)} {reasons[0]}")
     for suffix, one, matrix in matrices(trained, shape, runs, adapter, naming, where):
         if suffix and (name in placement.saved or name in placement.copied):
             raise MergeError(f"{where} comes with {adapter.path}, which changes its matrices too; merge it with PEFT")
@@ -252,7 +257,7 @@ def _checked(matrix: Matrix | None, weight: TensorInfo | None, name: str, traine
     if matrix is None or 0 in matrix.shape or (weight is not None and not _fits(weight, trained)):
         shape = list(weight.shape) if weight is not None else []
         if weight is not None and weight.dtype not in FLOATS:
-            raise MergeError(f"{base.location}: {name} {shape} is stored as {weight.dtype}: {QUANTIZED}")
+            raise MergeError(f"{base.location}: {name} {shape} is stored as {weight.dtype}: {quantized(base)}")
         if trained.dimensions == 2 and len(shape) > 2:
             raise MergeError(
                 f"{base.location}: {name} {shape} is the weight of a convolution, and {trained.method} "
@@ -276,7 +281,7 @@ def _homeless(name: str, trained: Trained, adapter: Adapter, base: Checkpoint) -
     beside = sorted(other.rpartition(".")[2] for other in base.tensors if other.rpartition(".")[0] == module)
     where = f"{base.location}: has no {name}, which shard {trained.label} of {adapter.path} changes"
     if set(beside) - {"bias"}:
-        return f"{where}, but {listed(beside)}: {QUANTIZED}"
+        return f"{where}, but {listed(beside)}: {quantized(base)}"
     if name.endswith(".bias"):
         return f"{where}, and a merge adds none; {REMEDY}, or run the adapter with PEFT"
     return (

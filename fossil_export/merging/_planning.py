@@ -23,6 +23,7 @@ from fossil_export.merging._look import look
 from fossil_export.merging._place import place
 from fossil_export.merging._placement import Places, together
 from fossil_export.merging._plan import MergePlan
+from fossil_export.merging._quantized import refuse_casting
 from fossil_export.merging._replication import replicated
 from fossil_export.merging._requantize import LEAST, as_stored, stored_plans
 from fossil_export.merging._ties import are_equal
@@ -132,6 +133,7 @@ def with_dtype(plan: MergePlan, dtype: str) -> MergePlan:
 def planned(asked: MergePlan, dtype: str, tied: Sequence[bool | None]) -> MergePlan:
     """The whole plan for what was `asked`; `tied` is by adapter, as `place` has it."""
     base, adapters = replicated(asked.adapters, asked.base), asked.adapters
+    refuse_casting(base, dtype)
     placements = [place(adapter, base, equal) for adapter, equal in zip(adapters, tied, strict=True)]
     places = together(adapters, placements, asked.weights)
     plans = {name: _tensor_plan(name, info, places, dtype) for name, info in base.tensors.items()}

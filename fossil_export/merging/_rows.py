@@ -21,6 +21,7 @@ from fossil_export.merging._brought import REMEDY, Brought
 from fossil_export.merging._change import Piece
 from fossil_export.merging._naming import Naming
 from fossil_export.merging._placement import Pair, Placement
+from fossil_export.merging._quantized import refuse_parts
 
 
 class Tied(Protocol):
@@ -92,8 +93,11 @@ def rows_differ(group: Tied, brought: Brought) -> bool:
     return len({id(brought.rows.get(member)) for member in group.members}) > 1
 
 
-def place_rows(adapter: Adapter, base: Checkpoint, naming: Naming, brought: Brought, placement: Placement) -> None:
-    """Put rows of tokens where the base has them, or what the adapter brings in its place."""
+def place_rows(
+    adapter: Adapter, base: Checkpoint, naming: Naming, brought: Brought, placement: Placement, into_floats: bool
+) -> None:
+    """Put rows of tokens where the base has them, or what the adapter brings in its place; `into_floats` as `place` has
+    it."""
     for parameter, one in brought.rows.items():
         _refuse_bias(parameter, one, adapter, base, naming)
         name = naming.names.whole.get(parameter, parameter)
@@ -106,6 +110,8 @@ def place_rows(adapter: Adapter, base: Checkpoint, naming: Naming, brought: Brou
                     f"{base.location}: has no {name}, of which {one.label} of {adapter.path} has rows; {REMEDY}"
                 )
         tensor = placement.source(name, base.tensors.get(name))
+        if into_floats:
+            refuse_parts(name, tensor.dtype, base)
         info = one.tensors["rows"]
         reason = one.mismatch((tensor.shape[0], tensor.shape[1])) if len(tensor.shape) == 2 else "it is no matrix"
         if reason:

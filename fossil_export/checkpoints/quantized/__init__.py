@@ -6,8 +6,20 @@ from fossil_export.checkpoints.quantized._awq import Awq
 from fossil_export.checkpoints.quantized._format import Format, Stored, coded, settings_of
 from fossil_export.checkpoints.quantized._fp8 import BlockFp8
 from fossil_export.checkpoints.quantized._gptq import Gptq
+from fossil_export.checkpoints.quantized._mlx import Metal, Mlx
+from fossil_export.checkpoints.quantized._mxfp4 import Mxfp4Format
+from fossil_export.checkpoints.quantized._torchao import TorchAo
+from fossil_export.checkpoints.quantized._unread import Unread, unread
 
-FORMATS: dict[str, Format] = {"fp8": BlockFp8(), "awq": Awq(), "gptq": Gptq()}
+FORMATS: dict[str, Format] = {
+    "fp8": BlockFp8(),
+    "mxfp4": Mxfp4Format(),
+    "torchao": TorchAo(),
+    "awq": Awq(),
+    "gptq": Gptq(),
+    "mlx": Mlx(),
+    "metal": Metal(),
+}
 """Asked in this order: the first that describes a checkpoint has it."""
 
-__all__ = ["FORMATS", "Format", "Stored", "coded", "settings_of"]
+__all__ = ["FORMATS", "Format", "Stored", "Unread", "coded", "settings_of", "unread"]

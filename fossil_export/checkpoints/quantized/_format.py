@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,13 +26,15 @@ KEYS = ("quantization_config", "compression_config")
 @dataclass(frozen=True)
 class Stored:
     """A checkpoint as it is stored, while its quantization is told: `where` it lies, its tensors, config and the
-    `settings` that the config has for the quantization (None without any), and how small tensors are read."""
+    `settings` that the config has for the quantization (None without any), how small tensors are read, and what the
+    headers of all its files have as `metadata`."""
 
     where: str
     tensors: Mapping[str, TensorInfo]
     config: Mapping[str, Any]
     settings: Mapping[str, Any] | None
     rows_of: ReadRows
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def method(self) -> str | None:
@@ -68,12 +70,18 @@ class Format(Protocol):
     def plain_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The config of the dequantized model."""
 
+    def plain_metadata(self, metadata: Mapping[str, str]) -> dict[str, str]:
+        """The metadata in the header of a file of the dequantized model."""
+
 
 class BaseFormat:
     """What most formats share."""
 
     def passes_over(self, info: TensorInfo, stored: Stored) -> bool:
         return False
+
+    def plain_metadata(self, metadata: Mapping[str, str]) -> dict[str, str]:
+        return dict(metadata)
 
     def plain_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Without the settings of the quantization, wherever they are."""
