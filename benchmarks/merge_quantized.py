@@ -114,7 +114,7 @@ def make_quantized(folder: Path, kind: str, layers: int, plain: Path) -> None:
             shape = (merge.HIDDEN,)
             own.append((f"model.layers.{layer}.{name}.weight", "BF16", shape, plain_values(shape)))
     parts[-1].append(("model.norm.weight", "BF16", (merge.HIDDEN,), plain_values((merge.HIDDEN,))))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, tensors in enumerate(parts, 1):
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         weight_map |= dict.fromkeys((name for name, *_ in tensors), file)
@@ -147,26 +147,27 @@ def main() -> None:
         merge.make_adapter(adapters[name], bases["bfloat16"], layers, targets, lora=lora)
     output = work / "output"
     tool = [sys.executable, "-m", "fossil_export", "merge"]
-    cases = [(kind, name) for kind in bases for name in adapters]
-    results: dict[tuple[str, str], list[tuple[float, int, float]]] = {}
+    cases = {f"{kind}, {name}": (kind, name) for kind in bases for name in adapters}
+    results: dict[str, list[tuple[float, int, float]]] = {}
     for _, case in common.turns(dict.fromkeys(cases, options.runs)):
-        kind, name = case
+        kind, name = cases[case]
         shutil.rmtree(output, ignore_errors=True)
         os.sync()
         command = [*tool, str(adapters[name]), "--base", str(bases[kind]), "-o", str(output)]
         results.setdefault(case, []).append(common.spent(command, sync=False))
         wall, peak, cpu = results[case][-1]
-        common.say(f"{kind}, {name}: {wall:.2f} s, {cpu:.2f} CPU-s, {peak / 1e6:.0f} MB")
+        common.say(f"{case}: {wall:.2f} s, {cpu:.2f} CPU-s, {peak / 1e6:.0f} MB")
     written = sum(file.stat().st_size for file in output.glob("*.safetensors"))
     shutil.rmtree(output, ignore_errors=True)
     rows = []
-    for (kind, name), found in results.items():
+    for case, found in results.items():
+        kind, name = cases[case]
         walls, peaks, cpus = zip(*found, strict=True)
         cpu = statistics.median(cpus)
-        ratio = cpu / statistics.median(one[2] for one in results["bfloat16", name])
+        ratio = cpu / statistics.median(one[2] for one in results[f"bfloat16, {name}"])
         bound = f"{BOUNDS[kind]:g}×" if kind in BOUNDS else ""
-        wall = f"{statistics.median(walls):.2f}"
-        rows.append([kind, name, wall, f"{cpu:.2f}", f"{ratio:.2f}×", bound, f"{max(peaks) / 1e6:.0f} MB"])
+        median = f"{statistics.median(walls):.2f}"
+        rows.append([kind, name, median, f"{cpu:.2f}", f"{ratio:.2f}×", bound, f"{max(peaks) / 1e6:.0f} MB"])
     print(f"{written / 1e9:.2f} GB written; {common.machine('numpy', 'ml_dtypes')}\n")
     columns = [
         "base",
