@@ -91,7 +91,7 @@ def _made(file: GgufFile) -> Made:
         without.add("tokenizer.ggml.tokens")
         if f"{arch}.vocab_size" not in file.metadata:
             more[f"{arch}.vocab_size"] = tokens
-    with _head(file, file.without(without, more)) as (path, folder):
+    with _Head(file, file.without(without, more)) as (path, folder):
         try:
             return _gguf.make(path, folder, arch)
         except FossilExportError:
@@ -106,7 +106,7 @@ def _save_tokenizer(file: GgufFile, folder: Path) -> Iterator[str]:
     """What there is to say if it cannot be had."""
     from fossil_export.models import _gguf
 
-    with _head(file, file.without(set(), {})) as (path, made):
+    with _Head(file, file.without(set(), {})) as (path, made):
         try:
             _gguf.save_tokenizer(path, made)
         except Exception as problem:  # see _made
@@ -119,7 +119,7 @@ def _save_tokenizer(file: GgufFile, folder: Path) -> Iterator[str]:
                 shutil.copyfile(small, folder / small.name)
 
 
-class _head:  # noqa: N801
+class _Head:
     """A file of the size of the GGUF file that has only its head, and an empty folder."""
 
     def __init__(self, file: GgufFile, head: bytes) -> None:
