@@ -10,7 +10,8 @@ import numpy as np
 import torch
 import transformers
 from transformers import AutoConfig, GgufConfig
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+from fossil_export.checkpoints.gguf._families import Weights
 
 Array = np.ndarray[Any, Any]
 
@@ -80,23 +81,28 @@ def write(path: Path, arch: str = "llama", kind: str = "Q8_0", tied: bool | None
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """GGUF's tensors of the model that transformers makes of the metadata at `path`, by transformers' own map."""
+    """GGUF's tensors of the model that transformers makes of the metadata at `path`."""
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     with torch.device("meta"):
         model = model_class(config).from_config(config)
     arch = next(name for name in FAMILIES if f"{name}.block_count" in gguf.GGUFReader(path).fields)
-    known = get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(arch, TensorProcessor)(config.to_dict()))
     state, found = model.state_dict(), {}
-    for name, parameter in known.items():
+    for name, parameter in names(arch, config.to_dict(), state).items():
         shape = tuple(state[parameter].shape)
-        if name.endswith("exps"):
-            name, shape = f"{name}.weight", (shape[0], shape[1] // (2 if "down" not in name else 1), shape[2])
+        if "down_exps" in name:
+            found |= {name.replace("down", part): (shape[0], shape[2], shape[1]) for part in ("gate", "up")}
         if any(part in name for part in FLAT):
             shape = tuple(size for size in shape if size > 1)
         if arch == "gpt2" and any(part in name for part in ("attn_qkv.w", "ffn_down.w", "ffn_up.w", "attn_output.w")):
             shape = shape[::-1]
         found[name] = shape
     return found
+
+
+def names(arch: str, config: dict[str, Any], state: dict[str, torch.Tensor]) -> dict[str, str]:
+    """GGUF's names of parameters. If one were wrong, transformers would not load it, and the models would differ."""
+    found = Weights(arch, {}, config).names(state)
+    return {f"{name}.weight" if name.endswith("_exps") else name: parameter for name, parameter in found.items()}
 
 
 def model_class(config: Any) -> Any:
@@ -137,15 +143,15 @@ def random(rng: Any, shape: tuple[int, ...], kind: str) -> tuple[Array, str]:
     block, nbytes = gguf.GGML_QUANT_SIZES[label]
     count = int(np.prod(shape)) // block
     found = rng.integers(0, 256, (count, nbytes), np.uint8)
+    wrong = np.arange(count)
     for _ in range(200):
         with np.errstate(all="ignore"):
-            values = gguf.dequantize(found, label).reshape(count, -1)
-        wrong = np.flatnonzero(~(np.abs(values).max(1) < 100))
+            values = gguf.dequantize(found[wrong].reshape(1, -1), label).reshape(len(wrong), -1)
+        wrong = wrong[~(np.abs(values).max(1) < 100)]
         if not len(wrong):
-            break
+            return found.reshape(*shape[:-1], shape[-1] // block * nbytes), kind
         found[wrong] = rng.integers(0, 256, (len(wrong), nbytes), np.uint8)
-    assert not len(wrong), kind
-    return found.reshape(*shape[:-1], shape[-1] // block * nbytes), kind
+    raise AssertionError(kind)
 
 
 def loaded(path: Path, folder: Path) -> Path:

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,14 +69,10 @@ def read_model(home: Folder, name: str) -> GgufModel:
     def header(tensors: tuple[TensorInfo, ...]) -> Header:
         return Header(path, file.head, file.size, tensors, {"format": "pt"}, stamp, True, WRITTEN_AS)
 
-    def fill(folder: Path) -> Iterator[str]:
-        for small, content in made.files.items():
-            (folder / small).write_bytes(content)
-        yield from _save_tokenizer(file, folder)
-
     stored = header(tuple(one.codes for one in file.tensors.values()))
     config = json.loads(made.files["config.json"])
-    return GgufModel(MadeFolder(home, fill, losses(file, made)), header(tensors), stored, config)
+    beside = MadeFolder(home, name, made.files, partial(_save_tokenizer, file), losses(file, made))
+    return GgufModel(beside, header(tensors), stored, config)
 
 
 def _made(file: GgufFile) -> Made:
@@ -111,8 +108,8 @@ def _save_tokenizer(file: GgufFile, folder: Path) -> Iterator[str]:
             _gguf.save_tokenizer(path, made)
         except Exception as problem:  # see _made
             yield (
-                f"{file.path}: transformers makes no tokenizer of it ({_line(problem)}); put that of the original model "
-                "beside the merged one"
+                f"{file.path}: transformers makes no tokenizer of it ({_line(problem)}); put that of the original "
+                "model beside the merged one"
             )
         else:
             for small in made.iterdir():

@@ -1,7 +1,7 @@
-"""How a weight of transformers is computed from a tensor of a GGUF file: dequantized by gguf, then moved or changed back.
+"""How a weight of transformers is computed from a tensor of a GGUF file: dequantized by gguf, then changed back.
 
 Blocks lie along a row, so that rows are dequantized each on their own. llama.cpp's converter had moved rows, turned
-matrices or changed values; sources of the way back: the tensor processors in transformers/modeling_gguf_pytorch_utils.py.
+matrices or changed values. Source of the way back: the processors in transformers/modeling_gguf_pytorch_utils.py.
 """
 
 from __future__ import annotations
@@ -142,7 +142,8 @@ class Blocks:
             found: Array = gguf.dequantize(raw.reshape(1, -1), gguf.GGMLQuantizationType[self.kind])
         if self.kind not in FLOATS and not np.isfinite(found).all():
             raise CheckpointError(
-                f"{self.codes.path}: {self.codes.name} holds infinite or NaN scales; the base is damaged, fetch it again"
+                f"{self.codes.path}: {self.codes.name} holds infinite or NaN scales; the base is damaged, fetch it "
+                "again"
             )
         return found.reshape(len(raw), -1)
 

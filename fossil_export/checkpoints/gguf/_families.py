@@ -20,9 +20,9 @@ from fossil_export.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Family:
-    """What was done to tensors: `rotary` if rows of q and k were moved within heads, `thirds` if q, k and v were parted;
+    """What was done to tensors: `rotary` if rows of q and k were moved within heads, `thirds` if q, k, v were parted;
     which parts of names had one added to their values (`plus_one`), the log undone (`negated`), or were `transposed`;
-    `experts` if the experts' matrices are saved one by one. `names` is gguf's name of the architecture, if another."""
+    `experts` if the experts' matrices are saved one by one."""
 
     rotary: bool = False
     thirds: bool = False
@@ -30,7 +30,6 @@ class Family:
     negated: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
     experts: bool = False
-    names: str = ""
 
 
 _NORMS = ("norm.weight",)
@@ -86,11 +85,10 @@ class Weights:
                 yield self._weight(name, shape, self._tensors[stored[name]])
 
     def names(self, parameters: Iterable[str]) -> dict[str, str]:
-        """GGUF's names of parameters, by which transformers finds them: of the whole name, else without its first parts,
-        as the modules within the model would have it."""
+        """GGUF's names of parameters, by which transformers finds them: of the whole name, else without its first
+        parts, as the modules within the model would have it."""
         gguf = required("gguf", "gguf", "reading GGUF files")
-        label = self._family.names or self._architecture
-        kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == label)
+        kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == self._architecture)
         layers = self._config.get("num_hidden_layers") or self._config.get("n_layer") or self._config.get("num_layers")
         table = gguf.get_tensor_name_map(kind, layers or 0)
         found: dict[str, str] = {}

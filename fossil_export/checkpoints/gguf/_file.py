@@ -35,8 +35,8 @@ _PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A tensor as it is stored: `shape` with the rows first, `kind` in gguf's GGMLQuantizationType, and the bytes of its
-    rows, (rows, bytes of a row) as U8."""
+    """A tensor as it is stored: `shape` with the rows first, `kind` in gguf's GGMLQuantizationType, and the bytes of
+    its rows, (rows, bytes of a row) as U8."""
 
     name: str
     shape: tuple[int, ...]

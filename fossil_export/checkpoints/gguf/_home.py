@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Any
@@ -19,15 +19,24 @@ if TYPE_CHECKING:
 
 
 class MadeFolder:
-    """Small files that `fill` writes into a temporary folder when their names are first asked for; it returns what there
-    is to say, which comes after `notes`. Other names are `real`'s."""
+    """The file `own` of `real`, and a temporary folder with small files: `files` at once, and those that `fill` adds
+    when others are asked for. It returns what there is to say, which comes after `notes`."""
 
-    def __init__(self, real: Folder, fill: Callable[[Path], Iterable[str]], notes: Iterable[str] = ()) -> None:
-        self._real = real
+    def __init__(
+        self,
+        real: Folder,
+        own: str,
+        files: Mapping[str, bytes],
+        fill: Callable[[Path], Iterable[str]],
+        notes: Iterable[str] = (),
+    ) -> None:
+        self._real, self._own = real, own
         self._fill: Callable[[Path], Iterable[str]] | None = fill
         self.notes = list(notes)
         self.path = Path(tempfile.mkdtemp(prefix="fossil-export-gguf-"))
         weakref.finalize(self, rmtree, self.path, ignore_errors=True)
+        for name, content in files.items():
+            (self.path / name).write_bytes(content)
 
     @property
     def is_here(self) -> bool:
@@ -69,4 +78,8 @@ class MadeFolder:
         self._real.check_links([name for name in names if not self._is_made(name)])
 
     def _is_made(self, name: str) -> bool:
-        return (self.path / name).is_file()
+        if name == self._own:
+            return False
+        if not (self.path / name).is_file():
+            self.names()
+        return True

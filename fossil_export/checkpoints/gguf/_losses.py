@@ -28,7 +28,8 @@ _SAME: Mapping[str, tuple[str, ...]] = {
 }
 """What a config calls keys of llama.cpp, the first of these names that it has: nothing is lost if both are equal."""
 _CHANGING = (
-    "rope. softcapping scale sliding_window expert _length epsilon head_count parallel dt_b_c_rms layernorm".split()
+    *("rope.", "softcapping", "scale", "sliding_window", "expert", "_length", "epsilon", "head_count"),
+    *("parallel", "dt_b_c_rms", "layernorm"),
 )
 _HARMLESS = ("rope.dimension_count", "rope.scaling.finetuned", "context_length", "feed_forward_length")
 _SCALED = {"gemma2": (46, "27B"), "gemma3": (62, "27B")}
@@ -41,7 +42,13 @@ def losses(file: GgufFile, made: Made) -> Iterator[str]:
     lost = [name for name in ROPE if name in file.tensors]
     for key, value in file.metadata.items():
         name = key.removeprefix(prefix)
-        if not value or key == name or name in made.read or name in _HARMLESS or not any(part in name for part in _CHANGING):
+        if (
+            not value
+            or key == name
+            or name in made.read
+            or name in _HARMLESS
+            or not any(part in name for part in _CHANGING)
+        ):
             continue
         if name == "rope.scaling.type" and value == "none":
             continue
