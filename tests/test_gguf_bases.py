@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import BloomTensorProcessor, LlamaTensorProcessor
 
+import fossil_export
 from fossil_export.checkpoints import gguf as gguf_files
 from fossil_export.checkpoints._checkpoint import Checkpoint, open_checkpoint, view_rows
 from fossil_export.checkpoints._coding import read_rows
@@ -137,15 +138,24 @@ def test_thirds_are_those_of_bloom() -> None:
     assert Thirds(4, 16).stored(0, 192).tolist() == wanted[:, 0].astype(int).tolist()
 
 
-def test_the_real_model_is_that_of_transformers(real_base: Path) -> None:
-    found = open_checkpoint(smollm2.gguf())
-    wanted = {name: value for file in real_base.glob("*.safetensors") for name, value in load_file(file).items()}
-    assert found.tensors.keys() == wanted.keys() and not found.notes
-    for name, value in wanted.items():  # bfloat16 there
-        assert torch.equal(torch.from_numpy(values(found, name)).to(value.dtype), value), name
-    own = json.loads((real_base / "config.json").read_text())
-    assert dict(found.config or {}) == own | {"dtype": "float32"}
-    names = found.home.names()
-    assert names == sorted(file.name for file in real_base.iterdir() if not file.name.startswith("model"))
-    for name in names:
-        assert name == "config.json" or found.home.read(name) == (real_base / name).read_bytes(), name
+def test_the_real_model_merges_as_what_transformers_loads(real_base: Path, real_adapter: Path, tmp_path: Path) -> None:
+    plain = smollm2.once("smollm2-135m-instruct-float32", lambda folder: void(loaded(smollm2.gguf(), folder)))
+    merged = {}
+    for name, base in (("of_gguf", smollm2.gguf()), ("of_plain", plain)):
+        result = fossil_export.merge(real_adapter, tmp_path / name, base=base)
+        assert not result.warnings and result.plan.count("merge") == 210
+        merged[name] = load_file(result.output / "model.safetensors")
+    assert merged["of_gguf"].keys() == merged["of_plain"].keys()
+    assert all(torch.equal(merged["of_gguf"][name], value) for name, value in merged["of_plain"].items())
+    small = sorted(file.name for file in real_base.iterdir() if not file.name.startswith("model"))
+    assert {"tokenizer.json", "config.json"} <= set(small)
+    for name in small:  # of the dequantized model that the demo trains on, in bfloat16
+        found, wanted = ((folder / name).read_bytes() for folder in (tmp_path / "of_gguf", real_base))
+        if name == "config.json":
+            assert json.loads(found) == json.loads(wanted) | {"dtype": "float32"}
+        else:
+            assert found == wanted, name
+
+
+def void(_: object) -> None:
+    """What was made is in its folder."""

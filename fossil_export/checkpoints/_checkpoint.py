@@ -108,9 +108,9 @@ def view_rows(home: Folder, info: TensorInfo, start: int, stop: int) -> Any:
 def open_checkpoint(where: Path | Folder, file: str | None = None) -> Checkpoint:
     """Open a model folder, or one safetensors file, index or GGUF file of it, without reading any weights.
 
-    `where` is a path, or a folder elsewhere, of which `file` names the one to open. In a folder `model.safetensors` wins
-    over its index, as in transformers, that over the only other index or safetensors file, and these over the only GGUF
-    file. Raises CheckpointError when there are no weights, several sets of them, or damage.
+    `where` is a path, or a folder elsewhere, of which `file` names the one to open. In a folder `model.safetensors`
+    wins over its index, as in transformers, that over the only other index or safetensors file, and these over the
+    only GGUF file. Raises CheckpointError when there are no weights, several sets of them, or damage.
     """
     if isinstance(where, Path):
         if not where.is_dir() and not where.is_file():

@@ -17,8 +17,8 @@ from fossil_export.models import _configs, _transformers
 @dataclass(frozen=True)
 class Made:
     """The model of a GGUF file: the `files` that are saved beside its weights (config.json, generation_config.json),
-    its `config` with all defaults, the `shapes` of its parameters, `ties` from a tied parameter to the one that is stored,
-    and the keys of the file's metadata that the config was `read` from, without the architecture's name before them."""
+    its `config` with all defaults, the `shapes` of its parameters, `ties` from a tied parameter to the one that is
+    stored, and the keys of the file's metadata that the config was `read` from, without the architecture's name."""
 
     files: Mapping[str, bytes]
     config: Mapping[str, Any]
