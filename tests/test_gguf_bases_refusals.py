@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 from gguf_bases import HIDDEN, WORDS, random, save, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from loopback import LoopbackHub
+from safetensors.numpy import save_file
 
 import fossil_export
 from fossil_export.checkpoints._checkpoint import open_checkpoint
@@ -46,6 +49,21 @@ def refused(path: Path, match: str) -> None:
         open_checkpoint(path)
     text = str(caught.value)
     assert "\n" not in text and text.startswith(f"{path}: ")
+
+
+@pytest.fixture(scope="module")
+def adapter_of(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter on a projection of the model, made without it."""
+    folder = tmp_path_factory.mktemp("adapter")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["v_proj"], "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(model)}))
+    found = {}
+    for layer in (0, 1):
+        start = f"base_model.model.model.layers.{layer}.self_attn.v_proj"
+        found[f"{start}.lora_A.weight"] = np.ones((2, HIDDEN), np.float32)
+        found[f"{start}.lora_B.weight"] = np.ones((HIDDEN // 2, 2), np.float32)
+    save_file(found, folder / "adapter_model.safetensors")
+    return folder
 
 
 def test_a_file_that_is_cut_anywhere_or_has_other_bytes_in_its_head(model: Path, tmp_path: Path) -> None:
@@ -149,25 +167,6 @@ def test_a_scale_that_is_no_number_stops_the_merge(model: Path, adapter_of: Path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture(scope="module")
-def adapter_of(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter on a projection of the model, made without it."""
-    import json
-
-    from safetensors.numpy import save_file
-
-    folder = tmp_path_factory.mktemp("adapter")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["v_proj"], "task_type": "CAUSAL_LM"}
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(model)}))
-    found = {}
-    for layer in (0, 1):
-        start = f"base_model.model.model.layers.{layer}.self_attn.v_proj"
-        found[f"{start}.lora_A.weight"] = np.ones((2, HIDDEN), np.float32)
-        found[f"{start}.lora_B.weight"] = np.ones((HIDDEN // 2, 2), np.float32)
-    save_file(found, folder / "adapter_model.safetensors")
-    return folder
-
-
 def test_what_transformers_does_not_read_is_told(model: Path, adapter_of: Path, tmp_path: Path) -> None:
     factors = np.ones(HIDDEN // 8, np.float32)
     scaled = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
@@ -192,6 +191,18 @@ def test_a_tokenizer_that_cannot_be_had_is_told(model: Path, adapter_of: Path, t
         "generation_config.json",
         "model.safetensors",
     ]
+
+
+def test_a_file_on_the_hub_is_planned_from_its_head(
+    model: Path, adapter_of: Path, hub: LoopbackHub, tmp_path: Path
+) -> None:
+    hub.add_folder("ada/packed", model.parent)
+    plan = fossil_export.plan_merge(adapter_of, "hf://ada/packed/model.gguf")
+    assert plan.base_name == "hf://ada/packed/model.gguf" and not plan.base.files[0].path.is_file()
+    for name, base in (("of_hub", "ada/packed"), ("here", model)):
+        fossil_export.merge(adapter_of, tmp_path / name, base=base)
+    for file in (tmp_path / "here").iterdir():
+        assert file.name == "fossil_export.json" or file.read_bytes() == (tmp_path / "of_hub" / file.name).read_bytes()
 
 
 def test_safetensors_in_the_same_folder_win(model: Path, base: Path) -> None:
