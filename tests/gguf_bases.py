@@ -154,11 +154,12 @@ def random(rng: Any, shape: tuple[int, ...], kind: str) -> tuple[Array, str]:
     raise AssertionError(kind)
 
 
-def loaded(path: Path, folder: Path) -> Path:
+def loaded(path: Path, folder: Path, config: Any = None) -> Path:
     """The model of a GGUF file as transformers loads and saves it."""
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    options = {} if config is None else {"config": config}
+    config = config or AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     model = model_class(config).from_pretrained(
-        path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True)
+        path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), **options
     )
     model.save_pretrained(folder)
     return folder

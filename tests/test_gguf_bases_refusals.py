@@ -10,11 +10,12 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from gguf_bases import HIDDEN, WORDS, random, save, write
+from gguf_bases import HIDDEN, WORDS, loaded, random, save, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loopback import LoopbackHub
 from safetensors.numpy import save_file
+from transformers import AutoConfig
 
 import fossil_export
 from fossil_export.checkpoints._checkpoint import open_checkpoint
@@ -121,6 +122,11 @@ def test_a_folder_with_several(model: Path, tmp_path: Path) -> None:
     refused(tmp_path, r"holds several GGUF files \(one.gguf, two.gguf\); name one of these")
 
 
+def test_an_adapter_is_no_base(model: Path, tmp_path: Path) -> None:
+    path = changed(model, tmp_path / "model.gguf", **{"general.type": "adapter"})
+    refused(path, "is an adapter, not a base model")
+
+
 def test_architectures_that_are_not_known(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     save(path, "rwkv7", {}, {"token_embd.weight": (np.zeros((4, 4), np.float32), "F32")})
@@ -213,3 +219,24 @@ def test_safetensors_in_the_same_folder_win(model: Path, base: Path) -> None:
 def test_the_vocabulary_may_be_told_by_its_words_alone(tmp_path: Path) -> None:
     path = write(tmp_path / "gguf" / "model.gguf", vocab_size=None)
     assert open_checkpoint(path).tensors["model.embed_tokens.weight"].shape == (WORDS, HIDDEN)
+
+
+def test_the_config_beside_the_file_is_taken(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"rope__scaling__type": "linear", "rope__scaling__factor": 4.0}
+    path = write(tmp_path / "gguf" / "model.gguf", **changes)
+    derived = dict(open_checkpoint(path).config or {})
+    scaling = {"rope_type": "linear", "factor": 4.0, "rope_theta": 20000.0}
+    (path.parent / "config.json").write_text(json.dumps(derived | {"rope_parameters": scaling, "dtype": "bfloat16"}))
+    found = open_checkpoint(path)
+    wanted = loaded(path, tmp_path / "plain", config=AutoConfig.from_pretrained(path.parent))
+    assert dict(found.config or {}) == json.loads((wanted / "config.json").read_text()) | {"dtype": "float32"}
+    assert (found.config or {})["rope_parameters"] == scaling
+    assert list(found.notes) == [f"{path}: the config.json beside it is taken"]
+    (path.parent / "config.json").write_text(json.dumps(derived | {"rms_norm_eps": 0.1}))
+    assert list(open_checkpoint(path).notes) == [
+        f"{path}: the config.json beside it is taken, although the file says otherwise on rms_norm_eps"
+    ]
+    (path.parent / "config.json").write_text(json.dumps(derived | {"hidden_size": 2 * HIDDEN}))
+    refused(path, "put the config.json of the original model beside the file, or merge into the model's safetensors")
+    (path.parent / "config.json").write_text(json.dumps({"model_type": "llama"}))  # as some repositories have it
+    assert dict(open_checkpoint(path).config or {}) == derived

@@ -255,16 +255,16 @@ def _choose(home: Folder) -> tuple[str | None, str | None]:
             f"{folder}: holds {len(files)} safetensors files but no index of them; fetch the model's {default}, "
             "or name the one file to merge into"
         )
-    packed = [name for name in names if name.endswith(GGUF)]
-    if len(packed) == 1:
-        return None, packed[0]
-    if len(packed) > 1:
-        raise CheckpointError(f"{folder}: holds several GGUF files ({listed(packed)}); name one of these")
     if "adapter_config.json" in names:
         raise CheckpointError(f"{folder}: is an adapter, not a base model; name the base model with --base")
     pickled = [name for name in names if Path(name).suffix in {".bin", ".pt", ".pth"}]
     if pickled:
         raise CheckpointError(f"{folder}: has weights only as {listed(pickled)}; {_RESAVE}")
+    packed = [name for name in names if name.endswith(GGUF)]
+    if len(packed) == 1:
+        return None, packed[0]
+    if len(packed) > 1:
+        raise CheckpointError(f"{folder}: holds several GGUF files ({listed(packed)}); name one of these")
     raise CheckpointError(f"{folder}: holds no safetensors weights; {_RESAVE}")
 
 

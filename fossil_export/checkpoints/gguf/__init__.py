@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export.checkpoints._header import Header, TensorInfo
+from fossil_export.checkpoints._jsonfile import parse_json
 from fossil_export.checkpoints._stamp import Stamp
 from fossil_export.checkpoints.gguf._coding import can_dequantize
 from fossil_export.checkpoints.gguf._families import FAMILIES, REMEDY, ROPE, Weights
@@ -55,7 +56,8 @@ def read_model(home: Folder, name: str) -> GgufModel:
         if not can_dequantize(kind):
             first = next(one.name for one in file.tensors.values() if one.kind == kind)
             raise CheckpointError(f"{file.path}: {first} is stored as {kind}, which gguf does not dequantize; {REMEDY}")
-    made = _made(file)
+    beside = read_config(home) if "config.json" in home.root_names() else None
+    made = _made(file, beside)
     weights = Weights(file.architecture, file.tensors, made.config)
     tensors = tuple(weights.read(made.shapes, made.ties))
     left = [one for one in file.tensors if one not in weights.taken and one not in ROPE]
@@ -71,11 +73,20 @@ def read_model(home: Folder, name: str) -> GgufModel:
 
     stored = header(tuple(one.codes for one in file.tensors.values()))
     config = json.loads(made.files["config.json"])
-    beside = MadeFolder(home, name, made.files, partial(_save_tokenizer, file), losses(file, made))
-    return GgufModel(beside, header(tensors), stored, config)
+    folder = MadeFolder(home, name, made.files, partial(_save_tokenizer, file), losses(file, made))
+    return GgufModel(folder, header(tensors), stored, config)
 
 
-def _made(file: GgufFile) -> Made:
+def read_config(home: Folder) -> dict[str, Any]:
+    """The config.json that lies beside a GGUF file."""
+    try:
+        text = home.read("config.json")
+    except OSError as problem:
+        raise CheckpointError(f"{home.path / 'config.json'}: cannot be read: {problem.strerror}") from problem
+    return parse_json(text, home.path / "config.json", CheckpointError)
+
+
+def _made(file: GgufFile, beside: Mapping[str, Any] | None) -> Made:
     from fossil_export.models import _gguf
 
     arch = file.architecture
@@ -90,7 +101,7 @@ def _made(file: GgufFile) -> Made:
             more[f"{arch}.vocab_size"] = tokens
     with _Head(file, file.without(without, more)) as (path, folder):
         try:
-            return _gguf.make(path, folder, arch)
+            return _gguf.make(path, folder, arch, beside)
         except FossilExportError:
             raise
         except Exception as problem:  # what foreign code raises for a strange file is not ours to list

@@ -176,7 +176,7 @@ class Weights:
     def _unlike(self, packed: Packed, name: str, shape: tuple[int, ...]) -> CheckpointError:
         return CheckpointError(
             f"{self._path}: {packed.name} {list(packed.shape)} is not {name} {list(shape)}, as transformers makes it "
-            f"of the file's metadata; {REMEDY}"
+            f"of the file's metadata; put the config.json of the original model beside the file, or {REMEDY}"
         )
 
 

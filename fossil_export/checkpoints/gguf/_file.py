@@ -178,7 +178,9 @@ def _parsed(reader: _Reader, size: int) -> GgufFile:
         raise reader.error(f"general.alignment is {alignment!r}")
     if not isinstance(metadata.get("general.architecture"), str):
         raise reader.error("does not name its general.architecture")
-    if metadata.get("split.count", 0) > 1:
+    if metadata.get("general.type") == "adapter":
+        raise CheckpointError(f"{reader.path}: is an adapter, not a base model; name the base model with --base")
+    if isinstance(metadata.get("split.count"), int) and metadata["split.count"] > 1:
         raise CheckpointError(
             f"{reader.path}: is one of {metadata['split.count']} parts of a model; join them with llama-gguf-split "
             "--merge, and name the joined file"

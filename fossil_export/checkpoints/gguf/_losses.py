@@ -38,6 +38,10 @@ _SCALED = {"gemma2": (46, "27B"), "gemma3": (62, "27B")}
 
 def losses(file: GgufFile, made: Made) -> Iterator[str]:
     """A line on what may be another model than the file's."""
+    if made.beside:
+        but = f", although the file says otherwise on {listed(list(made.differing))}" if made.differing else ""
+        yield f"{file.path}: the config.json beside it is taken{but}"
+        return
     prefix = f"{file.architecture}."
     lost = [name for name in ROPE if name in file.tensors]
     for key, value in file.metadata.items():
@@ -63,7 +67,7 @@ def losses(file: GgufFile, made: Made) -> Iterator[str]:
     if lost:
         yield (
             f"{file.path}: transformers does not read {listed(lost)} of a GGUF file, so that the model may differ from "
-            "what llama.cpp runs; compare the merged config.json with that of the original model"
+            "what llama.cpp runs; put the config.json of the original model beside the file"
         )
 
 
