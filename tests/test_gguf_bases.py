@@ -15,7 +15,7 @@ import torch
 from gguf_bases import FAMILIES, Array, loaded, random, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantized_bases import merged_equal
+from quantized_bases import adapter_for, merged_equal
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import BloomTensorProcessor, LlamaTensorProcessor
@@ -73,6 +73,20 @@ def test_a_merge_is_that_of_the_model_that_transformers_loads(arch: str, tmp_pat
 def test_a_merge_into_other_types(kind: str, tmp_path: Path) -> None:
     base = write(tmp_path / "gguf" / "model.gguf", kind=kind)
     merged_equal(base, loaded(base, tmp_path / "plain"), tmp_path)
+
+
+def test_a_merge_into_another_dtype_and_more_files(tmp_path: Path) -> None:
+    base = write(tmp_path / "gguf" / "model.gguf", kind="Q5_K", tied=True)
+    plain = loaded(base, tmp_path / "plain")
+    adapter = adapter_for(plain, tmp_path / "adapter")
+    found = []
+    for name, one in (("of_gguf", base), ("of_plain", plain)):
+        result = fossil_export.merge(adapter, tmp_path / name, base=one, dtype="bfloat16", max_shard_size="1MB")
+        files = sorted(result.output.glob("*.safetensors"))
+        assert len(files) > 1 and json.loads((result.output / "config.json").read_text())["dtype"] == "bfloat16"
+        found.append({key: value for file in files for key, value in load_file(file).items()})
+    assert found[0].keys() == found[1].keys() and "lm_head.weight" not in found[0]
+    assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
 
 
 @pytest.mark.parametrize("arch", ["qwen2moe", "qwen3moe"])
