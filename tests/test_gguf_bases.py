@@ -63,6 +63,17 @@ def test_the_model_is_what_transformers_loads_and_saves(arch: str, tmp_path: Pat
         assert json.loads(found.home.read(file.name)) == json.loads(file.read_text()), file.name
 
 
+def test_a_head_of_its_own_is_not_tied(tmp_path: Path) -> None:
+    path = write(tmp_path / "gguf" / "model.gguf", "falcon", tied=False)  # which transformers' config ties
+    plain = loaded(path, tmp_path / "plain")
+    found, wanted = open_checkpoint(path), load_file(plain / "model.safetensors")
+    assert found.tensors.keys() == wanted.keys() and "lm_head.weight" in wanted
+    assert all(same(values(found, name), value) for name, value in wanted.items())
+    own = json.loads((plain / "config.json").read_text())
+    assert own["tie_word_embeddings"] is True
+    assert found.config == json.loads(found.home.read("config.json")) == own | {"tie_word_embeddings": False}
+
+
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "bloom", "gemma3"])
 def test_a_merge_is_that_of_the_model_that_transformers_loads(arch: str, tmp_path: Path) -> None:
     base = write(tmp_path / "gguf" / "model.gguf", arch)

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fossil_export.models._gguf import Made
 
 ENDING = ".gguf"
+HEAD = "output.weight"
 WRITTEN_AS = "model.safetensors"
 
 
@@ -59,6 +60,8 @@ def read_model(home: Folder, name: str) -> GgufModel:
     beside = read_config(home) if "config.json" in home.root_names() else None
     made = _made(file, beside)
     weights = Weights(file.architecture, file.tensors, made.config)
+    if HEAD in file.tensors and made.ties:
+        made = _untied(made, weights.names(made.shapes).get(HEAD))
     tensors = tuple(weights.read(made.shapes, made.ties))
     left = [one for one in file.tensors if one not in weights.taken and one not in ROPE]
     if left:
@@ -84,6 +87,16 @@ def read_config(home: Folder) -> dict[str, Any]:
     except OSError as problem:
         raise CheckpointError(f"{home.path / 'config.json'}: cannot be read: {problem.strerror}") from problem
     return parse_json(text, home.path / "config.json", CheckpointError)
+
+
+def _untied(made: Made, head: str | None) -> Made:
+    """The model whose head is a tensor of its own, as the file has it, although the config ties it: transformers does
+    not tie then, but leaves the config as it is."""
+    if head not in made.ties:
+        return made
+    ties = {name: source for name, source in made.ties.items() if name != head}
+    config = json.dumps(json.loads(made.files["config.json"]) | {"tie_word_embeddings": False}, indent=2) + "\n"
+    return replace(made, files={**made.files, "config.json": config.encode()}, ties=ties)
 
 
 def _made(file: GgufFile, beside: Mapping[str, Any] | None) -> Made:
