@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -15,6 +15,8 @@ from fossil_export.checkpoints._dtypes import stored_dtype
 from fossil_export.checkpoints._folder import Folder, LocalFolder
 from fossil_export.checkpoints._header import Header, TensorInfo
 from fossil_export.checkpoints._jsonfile import parse_json
+from fossil_export.checkpoints.gguf import ENDING as GGUF
+from fossil_export.checkpoints.gguf import read_model
 from fossil_export.checkpoints.layouts import find_matrix
 from fossil_export.checkpoints.quantized import FORMATS, Stored, settings_of, unread
 from fossil_export.errors import CheckpointError, listed
@@ -40,7 +42,9 @@ class Checkpoint:
     `home` is the folder that all of it is read from; `folder` is None for a lone weights file, which has no companions
     (config, tokenizer). `index_path` is None when one file holds everything. `found` keeps what others work out of it.
 
-    Of a model whose weights are `quantized`, tensors and config are those of the dequantized model.
+    Of a model whose weights are `quantized`, tensors and config are those of the dequantized model. `made_of` is the
+    file that `folder` was made of, a temporary one then; `notes` is what the user should know, complete once the files
+    of `home` have been listed.
     """
 
     home: Folder
@@ -51,6 +55,8 @@ class Checkpoint:
     config: Mapping[str, Any] | None
     tensors: Mapping[str, TensorInfo]
     quantized: Quantized | None = None
+    made_of: Path | None = None
+    notes: Sequence[str] = ()
     found: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __repr__(self) -> str:
@@ -58,6 +64,8 @@ class Checkpoint:
 
     @property
     def location(self) -> Path:
+        if self.made_of is not None:
+            return self.made_of
         return self.folder if self.folder is not None else self.files[0].path
 
     @property
@@ -99,11 +107,11 @@ def view_rows(home: Folder, info: TensorInfo, start: int, stop: int) -> Any:
 
 
 def open_checkpoint(where: Path | Folder, file: str | None = None) -> Checkpoint:
-    """Open a model folder, or one safetensors file or index of it, without reading any weights.
+    """Open a model folder, or one safetensors file, index or GGUF file of it, without reading any weights.
 
-    `where` is a path, or a folder elsewhere, of which `file` names the one to open. In a folder
-    `model.safetensors` wins over its index, as in transformers, and that over the only other index or
-    safetensors file. Raises CheckpointError when there are no weights, several sets of them, or damage.
+    `where` is a path, or a folder elsewhere, of which `file` names the one to open. In a folder `model.safetensors`
+    wins over its index, as in transformers, that over the only other index or safetensors file, and these over the
+    only GGUF file. Raises CheckpointError when there are no weights, several sets of them, or damage.
     """
     if isinstance(where, Path):
         if not where.is_dir() and not where.is_file():
@@ -121,8 +129,12 @@ def open_checkpoint(where: Path | Folder, file: str | None = None) -> Checkpoint
     elif file.endswith(".safetensors"):
         _refuse_part(home, file)
         index_name, weights = None, file
+    elif file.endswith(GGUF):
+        index_name, weights = None, file
     else:
         raise CheckpointError(f"{home.path / file}: not a safetensors file; {_RESAVE}")
+    if weights is not None and weights.endswith(GGUF):
+        return _of_gguf(home, weights)
 
     index = index_path = None
     if index_name is not None:
@@ -140,6 +152,26 @@ def open_checkpoint(where: Path | Folder, file: str | None = None) -> Checkpoint
         config = _json(home, "config.json")
         _check_config(folder / "config.json", config)
     return dequantized(Checkpoint(home, folder, files, index_path, index, config, tensors))
+
+
+def _of_gguf(home: Folder, file: str) -> Checkpoint:
+    model = read_model(home, file)
+
+    def checkpoint(header: Header, quantized: Quantized | None) -> Checkpoint:
+        return Checkpoint(
+            model.home,
+            model.home.path,
+            (header,),
+            None,
+            None,
+            model.config,
+            _by_name((header,)),
+            quantized,
+            made_of=header.path,
+            notes=model.home.notes,
+        )
+
+    return checkpoint(model.header, Quantized("gguf", {}, checkpoint(model.stored, None)))
 
 
 def dequantized(checkpoint: Checkpoint) -> Checkpoint:
@@ -248,6 +280,11 @@ def _choose(home: Folder) -> tuple[str | None, str | None]:
     if pickled:
         found = unread(_json(home, "config.json")) if "config.json" in names else None
         raise CheckpointError(f"{folder}: has weights only as {listed(pickled)}; {found.reason if found else _RESAVE}")
+    packed = [name for name in names if name.endswith(GGUF)]
+    if len(packed) == 1:
+        return None, packed[0]
+    if len(packed) > 1:
+        raise CheckpointError(f"{folder}: holds several GGUF files ({listed(packed)}); name one of these")
     raise CheckpointError(f"{folder}: holds no safetensors weights; {_RESAVE}")
 
 

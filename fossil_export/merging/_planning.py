@@ -184,7 +184,7 @@ def planned(asked: MergePlan, dtype: str, tied: Sequence[bool | None]) -> MergeP
         config_edits=config_edits,
         companions=keep,
         left_behind=tuple(name for name in left if name not in names | read),
-        warnings=asked.notes + places.warnings + quantized + _other_tokenizers(with_tokenizer),
+        warnings=asked.notes + tuple(base.notes) + places.warnings + quantized + _other_tokenizers(with_tokenizer),
         undecided=places.undecided,
         stamps=_stamps(adapters, base, keep.values()),
     )

@@ -42,5 +42,7 @@ def folder_of(name: str | None) -> str | None:
     if name is None or not name.startswith("hf://"):
         return None
     inside = name.removeprefix("hf://").split("/", 2)[2:]
-    folder = inside[0].rpartition("/")[0] if inside and inside[0].endswith(".safetensors") else "".join(inside)
+    folder = (
+        inside[0].rpartition("/")[0] if inside and inside[0].endswith((".safetensors", ".gguf")) else "".join(inside)
+    )
     return folder or None
