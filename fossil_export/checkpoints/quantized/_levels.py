@@ -33,10 +33,10 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
-"""By code."""
-
 FP4 = tuple(value / 12 for value in (0.0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3))
-"""By code: a sign, two bits of exponent and one of mantissa, the largest as one."""
+# A sign, two bits of exponent and one of mantissa, the largest as one.
+
+BY_CODE = {"nf4": NF4, "fp4": FP4}
 
 _NF4_BOUNDS = (
     -0.8480964004993439,
@@ -57,6 +57,9 @@ _NF4_BOUNDS = (
 )
 _FP4_BOUNDS = (0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333)
 """Of magnitudes."""
+
+INVERSE_127 = 7.874015718698502e-3
+"""What 8-bit numbers are multiplied by instead of dividing by 127."""
 
 _SHIFT = 19
 """Bits of a float32 that do not tell which two levels it lies between: all but sign, exponent and 4 of the mantissa."""

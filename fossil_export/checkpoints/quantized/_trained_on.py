@@ -19,7 +19,7 @@ from fossil_export.checkpoints._dtypes import element_count, numpy_dtype
 from fossil_export.checkpoints._header import TensorInfo, slice_of
 from fossil_export.checkpoints._rounding import rounded
 from fossil_export.checkpoints.quantized._blocks import NESTED, magnitudes, nested, scale
-from fossil_export.checkpoints.quantized._levels import dynamic_map, numbers, reciprocal, values_of
+from fossil_export.checkpoints.quantized._levels import INVERSE_127, dynamic_map, numbers, reciprocal, values_of
 from fossil_export.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-INVERSE_127 = 7.874015718698502e-3
-"""What bitsandbytes multiplies by instead of dividing by 127."""
 
 FP8_BLOCK = 128
 FP8_MAX = 448.0
