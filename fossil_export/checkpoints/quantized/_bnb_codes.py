@@ -19,9 +19,9 @@ from fossil_export.checkpoints._coding import BLOCK, Coding, Decode
 from fossil_export.checkpoints._dtypes import BITS, element_count, numpy_dtype, stored_dtype
 from fossil_export.checkpoints._header import TensorInfo, slice_of
 from fossil_export.checkpoints._rounding import rounded
-from fossil_export.checkpoints.quantized._blocks import NESTED, Nested, magnitudes, nested, scale
+from fossil_export.checkpoints.quantized._blocks import NESTED, PIECE, Nested, magnitudes, nested, pieces, scale
 from fossil_export.checkpoints.quantized._bnb_state import QuantState, with_offset
-from fossil_export.checkpoints.quantized._levels import BY_CODE, INVERSE_127, codes_of, dynamic_map, numbers
+from fossil_export.checkpoints.quantized._levels import BY_CODE, INVERSE_127, codes_of, dynamic_map, numbers, taken
 from fossil_export.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -79,13 +79,14 @@ class FourBitCodes:
 
         def decode(begin: int, end: int) -> Array:
             low, high = ahead + begin * width, ahead + end * width
-            origin, limit = low // block * block, min(-(-high // block) * block, last - first)
-            own = codes[origin // 2 : -(-limit // 2)]
-            taken = np.empty(len(own), np.uint64)
-            np.take(pairs, own, out=taken, mode="clip")  # as no code is out of range, the fastest mode
-            found = taken.view(np.float32)[: limit - origin]
-            scale(found, scales[origin // block : -(-limit // block)], block)
-            return rounded(found[low - origin : high - origin], self.state.dtype).reshape(-1, width)
+            result = np.empty(high - low, numpy_dtype(self.state.dtype))
+            for origin, limit in pieces(low, high, block):
+                own = codes[origin // 2 : -(-limit // 2)]
+                start, stop = max(origin, low), min(limit, high)
+                found = taken(pairs, own, "pairs").view(np.float32)[: stop - origin]
+                scale(found, scales[origin // block : -(-stop // block)], block)
+                result[start - low : stop - low] = rounded(found[start - origin :], self.state.dtype)
+            return result.reshape(-1, width)
 
         return decode
 
@@ -121,7 +122,7 @@ class FourBitCodes:
         codes = np.empty(len(values) + len(values) % 2, np.uint8)
         names = codes_of(kind)
         codes[len(values) :] = names[numbers(kind, np.zeros(1, np.float32))]
-        step = BLOCK // block * block
+        step = PIECE // block * block
         for first in range(0, len(values), step):
             part = values[first : first + step].astype(np.float32)
             own = magnitudes(part, block)
@@ -131,7 +132,7 @@ class FourBitCodes:
             whole = len(part) // block
             scale(part[: whole * block], np.float32(1) / np.maximum(own[:whole], np.float32(LEAST)), block)
             scales[first // block : first // block + len(own)] = own
-            codes[first : first + len(part)] = names[numbers(kind, part)]
+            codes[first : first + len(part)] = taken(names, numbers(kind, part), "values8")
         if not np.isfinite(scales).all():
             raise _wrong(self.codes, "becomes infinite or NaN")
         packed = codes[::2] << 4 | codes[1::2]

@@ -14,12 +14,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fossil_export.checkpoints._coding import BLOCK, Coding, Decode
+from fossil_export.checkpoints._coding import Coding, Decode
 from fossil_export.checkpoints._dtypes import element_count, numpy_dtype
 from fossil_export.checkpoints._header import TensorInfo, slice_of
 from fossil_export.checkpoints._rounding import rounded
-from fossil_export.checkpoints.quantized._blocks import NESTED, magnitudes, nested, scale
-from fossil_export.checkpoints.quantized._levels import INVERSE_127, dynamic_map, numbers, reciprocal, values_of
+from fossil_export.checkpoints.quantized._blocks import NESTED, PIECE, magnitudes, nested, pieces, scale
+from fossil_export.checkpoints.quantized._levels import (
+    INVERSE_127,
+    dynamic_map,
+    numbers,
+    reciprocal,
+    scratch,
+    taken,
+    values_of,
+)
 from fossil_export.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -69,6 +77,9 @@ class FourBits:
         return self.weight.shape[-1]
 
     def open(self, rows_of: ReadRows, start: int, stop: int) -> Decode:
+        import numpy as np
+
+        levels = values_of(self.seen.kind)
         offset = self._offset(rows_of) if self.seen.double_quant else None
         block = self.seen.block_size
         unit = block * (NESTED if offset is not None else 1)
@@ -79,16 +90,21 @@ class FourBits:
 
         def decode(begin: int, end: int) -> Array:
             low, high = ahead + begin * self.width, ahead + end * self.width
-            origin = low // unit * unit
-            part = self._cast(values[origin : min(-(-high // unit) * unit, len(values))])
-            scales = magnitudes(part, block)
-            self._check(scales)
-            scale(part, reciprocal(scales), block)
-            found = values_of(self.seen.kind).take(numbers(self.seen.kind, part))
-            if offset is not None:
-                scales = nested(scales, offset).scales(dynamic_map(), NESTED, offset)
-            scale(found, scales, block)
-            return rounded(found[low - origin : high - origin], self.seen.compute_dtype).reshape(-1, self.width)
+            result = np.empty(high - low, numpy_dtype(self.seen.compute_dtype))
+            for origin, limit in pieces(low, high, unit):
+                part = self._cast(values[origin:limit])
+                scales = magnitudes(part, block)
+                self._check(scales)
+                scale(part, reciprocal(scales), block)
+                found = taken(levels, numbers(self.seen.kind, part), "values")
+                if offset is not None:
+                    scales = nested(scales, offset).scales(dynamic_map(), NESTED, offset)
+                scale(found, scales, block)
+                own = slice(max(origin, low), min(limit, high))
+                result[own.start - low : own.stop - low] = rounded(
+                    found[own.start - origin : own.stop - origin], self.seen.compute_dtype
+                )
+            return result.reshape(-1, self.width)
 
         return decode
 
@@ -99,7 +115,7 @@ class FourBits:
         with _LOCKS[hash(self.weight.name) % len(_LOCKS)]:
             if "offset" not in self.found:
                 count, block = element_count(self.weight.shape), self.seen.block_size
-                step = max(1, BLOCK // block) * block
+                step = max(1, PIECE // block) * block
                 total = 0.0
                 for first in range(0, count, step):
                     part = self._cast(_values(self.weight, rows_of, first, min(first + step, count)))
@@ -111,8 +127,12 @@ class FourBits:
         return found
 
     def _cast(self, part: Array) -> Array:
-        """As the model's dtype has it, in float32."""
-        return cast(part, self.seen.compute_dtype)
+        """As the model's dtype has it, in float32, in scratch memory."""
+        import numpy as np
+
+        found = scratch("cast", len(part), np.float32)
+        np.copyto(found, narrowed(part, self.seen.compute_dtype), casting="unsafe")
+        return found
 
     def _check(self, scales: Array) -> None:
         check(self.weight, scales, self.seen)
@@ -218,16 +238,20 @@ QUANTIZERS: dict[str, Callable[[TensorInfo, TrainedOn], Coding]] = {
 """By the kind of quantization: the weight (…, in) as training saw it, in `compute_dtype`, from the stored floats."""
 
 
-def cast(part: Array, dtype: str) -> Array:
-    """Floats as `dtype` has them, in float32; overflow gives infinities."""
+def narrowed(part: Array, dtype: str) -> Array:
+    """Floats as `dtype`; overflow gives infinities."""
     import numpy as np
 
-    target = numpy_dtype(dtype)
     with np.errstate(over="ignore", invalid="ignore"):
-        if part.dtype != target:
-            part = part.astype(target)
-        found: Array = part.astype(np.float32)
+        found: Array = part.astype(numpy_dtype(dtype), copy=False)
     return found
+
+
+def cast(part: Array, dtype: str) -> Array:
+    """The same in float32."""
+    import numpy as np
+
+    return narrowed(part, dtype).astype(np.float32)
 
 
 def check(weight: TensorInfo, scales: Array, seen: TrainedOn) -> None:
