@@ -56,9 +56,8 @@ def parse_state(stored: Stored, info: TensorInfo) -> QuantState:
     except ValueError as problem:
         raise wrong(f"is not valid JSON ({problem})") from problem
     keys = set(found) if isinstance(found, Mapping) else set()
-    if not keys >= _KEYS or keys - _KEYS - _NESTED:
-        odd = sorted(map(str, keys ^ _KEYS - _NESTED))
-        raise wrong(f"has other keys than bitsandbytes writes ({', '.join(odd) or 'none at all'})")
+    if odd := sorted(_KEYS - keys) or sorted(keys - _KEYS - _NESTED):
+        raise wrong(f"has other keys than bitsandbytes writes ({', '.join(odd)})")
     kind, block, shape = found["quant_type"], found["blocksize"], found["shape"]
     if kind not in KINDS or not info.name.endswith(f"__{kind}"):
         raise wrong(f"has quant_type {kind!r}")
