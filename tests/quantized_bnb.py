@@ -94,7 +94,7 @@ def _numpy(value: torch.Tensor) -> Any:
     return value.contiguous().numpy()
 
 
-def _torch(value: Any) -> torch.Tensor:
+def as_torch(value: Any) -> torch.Tensor:
     if value.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(np.ascontiguousarray(value).view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(np.array(value))
@@ -131,13 +131,13 @@ def decoded(
     """Rows [start, stop) of the one weight."""
     memory = InMemory(tensors, settings, config)
     info = memory.weight()
-    return _torch(CodedRows(info, memory.rows_of, start, info.shape[0] if stop is None else stop)[:])
+    return as_torch(CodedRows(info, memory.rows_of, start, info.shape[0] if stop is None else stop)[:])
 
 
 def encoded(tensors: Tensors, settings: dict[str, Any], matrix: torch.Tensor) -> Tensors:
     """The stored tensors of the one weight, for other values."""
     coding: Any = InMemory(tensors, settings).weight().coding
-    return {name: _torch(value) for name, value in coding.encode(matrix.numpy()).items()}
+    return {name: as_torch(value) for name, value in coding.encode(matrix.numpy()).items()}
 
 
 def equal(found: Tensors, wanted: Tensors) -> bool:
@@ -149,4 +149,4 @@ def equal(found: Tensors, wanted: Tensors) -> bool:
 def read(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     """A tensor of a checkpoint in a folder."""
     info = checkpoint.tensors[name]
-    return _torch(np.array(read_rows(info, 0, info.shape[0], partial(view_rows, checkpoint.home))[:]))
+    return as_torch(np.array(read_rows(info, 0, info.shape[0], partial(view_rows, checkpoint.home))[:]))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fossil_export.checkpoints._coding import Coding, Decode
@@ -19,6 +19,7 @@ from fossil_export.checkpoints._dtypes import element_count, numpy_dtype
 from fossil_export.checkpoints._header import TensorInfo, slice_of
 from fossil_export.checkpoints._rounding import rounded
 from fossil_export.checkpoints.quantized._blocks import NESTED, PIECE, magnitudes, nested, pieces, scale
+from fossil_export.checkpoints.quantized._bnb_codes import Turned
 from fossil_export.checkpoints.quantized._levels import (
     INVERSE_127,
     dynamic_map,
@@ -62,7 +63,11 @@ class TrainedOn:
 @dataclass(frozen=True)
 class FourBits:
     """A float tensor (…, in) as nf4 or fp4 has it: blocks of `block_size` elements in the tensor's own order, each
-    with its largest magnitude as the scale."""
+    with its largest magnitude as the scale; what CUDA makes of them, where CPUs round otherwise.
+
+    With double quantization the scales' mean is rounded once from their exact sum. CUDA's sum in float32 may give one
+    that differs in the last bit.
+    """
 
     weight: TensorInfo
     seen: TrainedOn
@@ -207,7 +212,9 @@ class Fp8Blocks:
                 blocks = found.reshape(-1, unit, self.width // unit, unit)
                 largest = np.abs(blocks).max((1, 3), keepdims=True)
                 check(self.weight, largest, self.seen)
-                scales = np.where(largest > 0, reciprocal(largest) * np.float32(FP8_MAX), np.float32(1))
+                # PyTorch's reciprocal is exact on CUDA too.
+                scales = np.divide(np.float32(1), largest, out=np.ones_like(largest), where=largest > 0)
+                scales[largest > 0] *= np.float32(FP8_MAX)
                 blocks *= scales
                 np.clip(blocks, -FP8_MAX, FP8_MAX, out=blocks)
                 blocks[:] = blocks.astype(ml_dtypes.float8_e4m3fn)
@@ -217,25 +224,43 @@ class Fp8Blocks:
         return decode
 
 
-def _four_bits(weight: TensorInfo, seen: TrainedOn) -> Coding:
-    return FourBits(weight, seen)
-
-
-def _int8(weight: TensorInfo, seen: TrainedOn) -> Coding:
-    return Int8(weight, seen)
-
-
-def _fp8(weight: TensorInfo, seen: TrainedOn) -> Coding:
-    return Fp8Blocks(weight, seen)
-
-
 QUANTIZERS: dict[str, Callable[[TensorInfo, TrainedOn], Coding]] = {
-    "nf4": _four_bits,
-    "fp4": _four_bits,
-    "int8": _int8,
-    "fp8": _fp8,
+    "nf4": FourBits,
+    "fp4": FourBits,
+    "int8": Int8,
+    "fp8": Fp8Blocks,
 }
 """By the kind of quantization: the weight (…, in) as training saw it, in `compute_dtype`, from the stored floats."""
+
+
+@dataclass(frozen=True)
+class OfConv1d:
+    """The same for the weight (in, out) of a Conv1D, of which the transpose is quantized. It is read whole."""
+
+    weight: TensorInfo
+    seen: TrainedOn
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        return (self.weight,)
+
+    @property
+    def width(self) -> int:
+        return self.weight.shape[-1]
+
+    def open(self, rows_of: ReadRows, start: int, stop: int) -> Decode:
+        import numpy as np
+
+        inputs, outputs = self.weight.shape
+        matrix = np.ascontiguousarray(rows_of(self.weight, 0, inputs)[:].T).reshape(-1)
+
+        def turned(info: TensorInfo, begin: int, end: int) -> Array:
+            first = (info.offset or 0) // matrix.itemsize
+            found: Array = matrix[first : first + element_count(info.shape)].reshape(info.shape)
+            return found[begin:end]
+
+        own = QUANTIZERS[self.seen.kind](replace(self.weight, shape=(outputs, inputs), offset=0), self.seen)
+        return Turned(own, outputs, self.seen.compute_dtype).open(turned, start, stop)
 
 
 def narrowed(part: Array, dtype: str) -> Array:
