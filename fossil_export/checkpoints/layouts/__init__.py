@@ -9,7 +9,7 @@ from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints.layouts._matrix import InOneTensor, Layout, Matrix, ReadRows, Rows, Stored
 from fossil_export.checkpoints.layouts._plain import plain
 from fossil_export.checkpoints.layouts._rows import Order, fused_rows
-from fossil_export.checkpoints.layouts._transposed import Transposed, transposed, transposed_slice
+from fossil_export.checkpoints.layouts._transposed import Transposed, is_conv1d, transposed, transposed_slice
 
 LAYOUTS: dict[str, Layout] = {"transposed": transposed, "plain": plain}
 """Asked in this order: the first that knows a weight has it. Rows of fused tensors (`fused_rows`) and slices
@@ -34,5 +34,6 @@ __all__ = [
     "Transposed",
     "find_matrix",
     "fused_rows",
+    "is_conv1d",
     "transposed_slice",
 ]

@@ -75,13 +75,19 @@ def transposed(name: str, tensors: Mapping[str, TensorInfo], config: Mapping[str
     parent, _, last = name.removesuffix(".weight").rpartition(".")
     if info is None or len(info.shape) != 2 or last not in _LAYERS:
         return None
-    # Of a model of two others (vision-encoder-decoder, say) config.json has a part for each, by the name's beginning.
-    part = config.get(name.partition(".")[0])
-    model_type = (part if isinstance(part, dict) and "model_type" in part else config).get("model_type")
     beside = (f"{parent}.{layer}" for layer in _LAYERS)
-    if model_type in MODEL_TYPES or any(_inputs_first(layer, tensors) for layer in beside):
+    if is_conv1d(name, config) or any(_inputs_first(layer, tensors) for layer in beside):
         return Transposed(info)
     return None
+
+
+def is_conv1d(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether the weight `name` is of a Conv1D, by the model's type and the layer's name."""
+    if name.removesuffix(".weight").rpartition(".")[2] not in _LAYERS:
+        return False
+    # Of a model of two others (vision-encoder-decoder, say) config.json has a part for each, by the name's beginning.
+    part = config.get(name.partition(".")[0])
+    return (part if isinstance(part, dict) and "model_type" in part else config).get("model_type") in MODEL_TYPES
 
 
 def _inputs_first(layer: str, tensors: Mapping[str, TensorInfo]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fossil_export.checkpoints.quantized._awq import Awq
+from fossil_export.checkpoints.quantized._bnb import BitsAndBytes
 from fossil_export.checkpoints.quantized._format import Format, Stored, coded, settings_of
 from fossil_export.checkpoints.quantized._fp8 import BlockFp8
 from fossil_export.checkpoints.quantized._gptq import Gptq
@@ -12,6 +13,7 @@ from fossil_export.checkpoints.quantized._torchao import TorchAo
 from fossil_export.checkpoints.quantized._unread import Unread, unread
 
 FORMATS: dict[str, Format] = {
+    "bitsandbytes": BitsAndBytes(),
     "fp8": BlockFp8(),
     "mxfp4": Mxfp4Format(),
     "torchao": TorchAo(),
