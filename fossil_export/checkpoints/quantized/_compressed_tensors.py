@@ -1,10 +1,10 @@
 """Checkpoints of compressed-tensors (llm-compressor): each module in the form that its group of the config names.
 
 `READERS` has the forms. Those here are codes times scales (`_scaled`): fp8 and int8 in `X.weight` with
-`X.weight_scale`, by tensor, channel, group or block, with `X.weight_zero_point` where they are not symmetric; and fp4,
-two in a byte of `X.weight_packed`, in groups whose scales are fp8 (NVFP4, with one divisor for all:
-`X.weight_global_scale`) or powers of two (MXFP4). Products are rounded to the scales' dtype, and then to the model's. Source: `_dequantize` in
-compressed_tensors/quantization/lifecycle/forward_helpers.py, and compressed_tensors/compressors.
+`X.weight_scale`, by tensor, channel, group or block, with `X.weight_zero_point` if they are not symmetric; and fp4, two
+in a byte of `X.weight_packed`, in groups whose scales are fp8 (NVFP4, with one divisor for all of them,
+`X.weight_global_scale`) or powers of two (MXFP4). Products are rounded to the scales' dtype, and then to the model's.
+Source: `_dequantize` in compressed_tensors/quantization/lifecycle/forward_helpers.py, and compressors/ beside it.
 """
 
 from __future__ import annotations
