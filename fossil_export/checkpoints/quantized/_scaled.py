@@ -81,8 +81,8 @@ class Scaled:
         zeros = None
         if self.zeros is not None:
             zeros = rows_of(_matrix(self.zeros, self.grid[1]), first_scale, last_scale)[:].astype(np.float32)
-        widen, factor = self._widener(float(np.abs(scales).max(initial=0)))
         subtract = None if zeros is None or not zeros.any() else _Spread(zeros, at, self.block, self.width)
+        widen, factor = self._widener(float(np.abs(scales).max(initial=0)) if subtract is None else np.inf)
         multiply = _Spread(scales * np.float32(factor), at, self.block, self.width)
         scratch = np.empty(0, np.float32)
 
@@ -96,6 +96,8 @@ class Scaled:
                 widen(codes[first:last].view(np.uint8), found)
                 if subtract is not None:
                     subtract.apply(np.subtract, found, first, last)
+                    if self.between != "F32" and self.codes.dtype != "I8":  # whole numbers of 8 bits are exact
+                        found[:] = found.astype(numpy_dtype(self.between))
                 multiply.apply(np.multiply, found, first, last)
                 rounded = found if self.between == "F32" else found.astype(numpy_dtype(self.between))
                 return rounded.astype(numpy_dtype(self.dtype))
@@ -118,7 +120,8 @@ class Scaled:
         return found
 
     def _widener(self, largest: float) -> tuple[Callable[[Array, Array], None], float]:
-        """What makes float32 of codes, and by what the result must still be multiplied."""
+        """What makes float32 of codes, and by what the result must still be multiplied, beside scales that are at most
+        `largest`."""
         import numpy as np
 
         if self.codes.dtype == "I8" and not self.packed:
