@@ -56,3 +56,19 @@ def scales(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
     """Positive scales of very different sizes."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).mul(3).sub(6).exp2().to(dtype)
+
+
+def encoded(opened: Checkpoint, name: str, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The stored tensors of a weight of these values."""
+    coding: Any = opened.tensors[name].coding
+    found = coding.encode(matrix.reshape(-1, coding.width).numpy())
+    assert {one.name: one.shape for one in coding.stored} == {key: value.shape for key, value in found.items()}
+    types = {one.name: one.dtype for one in coding.stored}
+    kinds = {
+        **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu},
+        **{"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I8": torch.int8, "U8": torch.uint8},
+    }
+    return {
+        key: torch.from_numpy(value.reshape(-1).view("u1").copy()).view(kinds[types[key]]).reshape(value.shape)
+        for key, value in found.items()
+    }

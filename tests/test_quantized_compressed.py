@@ -10,13 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantized_scaled import MODULE, checkpoint, fp8_codes, same, scales, values
+from quantized_scaled import MODULE, checkpoint, encoded, fp8_codes, same, scales, values
 
 from fossil_export.errors import CheckpointError
 
 pytest.importorskip("compressed_tensors")
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
 WEIGHT = f"{MODULE}.weight"
 
@@ -201,3 +202,72 @@ def test_an_older_config_says_frozen_of_codes_and_is_read(tmp_path: Path) -> Non
     old = CONFIG | {"quantization_status": "frozen", "sparsity_config": {"format": "dense"}, "kv_cache_scheme": None}
     opened = checkpoint(tmp_path, stored(**GOOD), None, compression_config=old)
     assert same(values(opened, WEIGHT), decompressed("float-quantized", PER_ROW, stored(**GOOD)).bfloat16())
+
+
+def spans(values: torch.Tensor, strategy: str, unit: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least and largest values, as the library's observers reduce them."""
+    if strategy == "tensor":
+        return values.amin().reshape(1), values.amax().reshape(1)
+    if strategy == "channel":
+        return values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+    rows, columns = (1, unit[1]) if strategy in ("group", "tensor_group") else unit
+    parts = values.reshape(values.shape[0] // rows, rows, values.shape[1] // columns, columns)
+    return parts.amin((1, 3)), parts.amax((1, 3))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    strategy=st.sampled_from(["tensor", "channel", "group", "block"]),
+    kind=st.sampled_from(["float", "int"]),
+    bits=st.sampled_from([8, 8, 5]),
+    symmetric=st.booleans(),
+    size=st.tuples(st.integers(1, 3), st.integers(1, 4)),
+    unit=st.tuples(st.integers(1, 4), st.integers(1, 9)),
+    scale=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 9),
+)
+def test_values_are_quantized_as_the_library_quantizes_them(
+    strategy: str, kind: str, bits: int, symmetric: bool, size: Any, unit: Any, scale: torch.dtype, seed: int
+) -> None:
+    weights: dict[str, Any] = {"num_bits": 8 if kind == "float" else bits, "type": kind, "symmetric": symmetric}
+    weights |= {"strategy": strategy}
+    weights |= {"group": {"group_size": unit[1]}, "block": {"block_structure": list(unit)}}.get(strategy, {})
+    given_values = torch.randn(size[0] * unit[0], size[1] * unit[1], generator=torch.Generator().manual_seed(seed))
+    given_values[0] += 3  # never all zero: the library has no zero point then
+    form = {"float": "float-quantized", "int": "int-quantized"}[kind]
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights, format=form)
+    least, most = spans(given_values, strategy, unit)
+    own_scale, zeros = calculate_qparams(least, most, scheme.weights)
+    own = {"weight": given_values, "weight_scale": own_scale.to(scale)} | (
+        {} if symmetric else {"weight_zero_point": zeros}
+    )
+    truth = stored(**BaseCompressor.get_value_from_registry(form).compress(own, scheme))
+    with tempfile.TemporaryDirectory() as folder:
+        opened = checkpoint(Path(folder), truth, config(form, **weights))
+        found = encoded(opened, WEIGHT, given_values)
+    assert found.keys() == truth.keys()
+    for name, value in truth.items():
+        assert torch.equal(found[name].view(torch.uint8), value.contiguous().view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("form", ["nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"])
+def test_groups_with_small_scales_are_quantized_as_the_library_does(form: str, tmp_path: Path) -> None:
+    given_values = torch.randn(6, 64, generator=torch.Generator().manual_seed(3)) * scales(6, 64)
+    given_values[2, :32] = 0
+    weights = FP4 | {"strategy": "group", "group_size": 32, "scale_dtype": torch.uint8}
+    own: dict[str, Any] = {"weight": given_values}
+    if form.startswith("nvfp4"):
+        weights = FP4 | {"strategy": "tensor_group", "group_size": 16, "scale_dtype": torch.float8_e4m3fn}
+        own["weight_global_scale"] = generate_gparam(given_values.amin(), given_values.amax())
+    elif form.startswith("mxfp8"):
+        weights["num_bits"] = 8
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights, format=form)
+    least, most = spans(given_values, "group", (1, weights["group_size"]))
+    scale, _ = calculate_qparams(least, most, scheme.weights, own.get("weight_global_scale"))
+    own["weight_scale"] = scale
+    truth = stored(**BaseCompressor.get_value_from_registry(form).compress(own, scheme))
+    opened = checkpoint(tmp_path, truth, config(form, **weights | {"scale_dtype": str(weights["scale_dtype"])}))
+    found = encoded(opened, WEIGHT, given_values)
+    assert found.keys() == truth.keys()
+    for name, value in truth.items():
+        assert torch.equal(found[name].view(torch.uint8), value.contiguous().view(torch.uint8)), name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantized_bases import fp8_folder, merged_equal
-from quantized_scaled import MODULE, checkpoint, fp8_codes, same, scales, values
+from quantized_scaled import MODULE, checkpoint, encoded, fp8_codes, same, scales, values
 from transformers import FineGrainedFP8Config
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 
 from fossil_export.errors import CheckpointError
 
@@ -197,3 +198,66 @@ def test_a_list_of_modules_leaves_out_what_transformers_leaves_out(tmp_path: Pat
     settings = SETTINGS | {"modules_to_not_convert": ["model.layers.1", "lm_head", "model.*gate"]}
     opened = checkpoint(tmp_path, tensors, settings)
     assert same(values(opened, "model.layers.11.up.weight"), OWNER._dequantize_one(CODES, GRID, torch.bfloat16))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    blocks=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    block=st.tuples(st.integers(1, 5), st.integers(1, 40)),
+    lead=st.sampled_from([(), (3,)]),
+    powers=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_values_are_quantized_as_transformers_quantizes_them(
+    blocks: Any, block: Any, lead: Any, powers: bool, seed: int
+) -> None:
+    shape = (*lead, blocks[0] * block[0], blocks[1] * block[1])
+    given_values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scales(*shape, seed=seed)
+    given_values[..., : block[0], : block[1]] = 0  # a block without a largest value
+    fmt = "ue8m0" if powers else "float"
+    owner = Fp8Quantize(
+        SimpleNamespace(quantization_config=FineGrainedFP8Config(weight_block_size=block, scale_fmt=fmt))
+    )
+    truth = owner._quantize_one(WEIGHT, given_values)
+    with tempfile.TemporaryDirectory() as folder:
+        method = {"quant_method": "fp8", "weight_block_size": list(block), "scale_fmt": fmt}
+        opened = checkpoint(Path(folder), truth, method)
+        found = encoded(opened, WEIGHT, given_values)
+    assert found.keys() == truth.keys()
+    assert all(torch.equal(found[name].view(torch.uint8), value.view(torch.uint8)) for name, value in truth.items())
+
+
+def test_cut_blocks_are_quantized_as_if_zeros_followed(tmp_path: Path) -> None:
+    given_values = torch.randn(7, 11)
+    padded = torch.zeros(8, 16)
+    padded[:7, :11] = given_values
+    owner = Fp8Quantize(SimpleNamespace(quantization_config=FineGrainedFP8Config(weight_block_size=(4, 8))))
+    truth = owner._quantize_one(WEIGHT, padded)
+    opened = checkpoint(tmp_path, {WEIGHT: truth[WEIGHT][:7, :11], SCALE: truth[SCALE]}, SETTINGS)
+    found = encoded(opened, WEIGHT, given_values)
+    assert torch.equal(found[SCALE], truth[SCALE])
+    assert torch.equal(found[WEIGHT].view(torch.uint8), truth[WEIGHT][:7, :11].contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("kind", ["fbgemm_fp8", "fp4", "bfloat16 scales", "one scale"])
+def test_quantizing_again_gives_back_what_is_quantized(kind: str, tmp_path: Path) -> None:
+    """Values that are codes of a grid whose scales are used up: nothing is lost by writing them anew."""
+    codes, method, name = fp8_codes(8, 64), SETTINGS, SCALE
+    codes[:, ::8] = 448.0
+    own = scales(2, 8).log2().round().exp2()
+    if kind == "fbgemm_fp8":
+        method, own, name = {"quant_method": kind}, scales(8, 1).log2().round().exp2(), f"{WEIGHT}_scale"
+    elif kind == "fp4":
+        codes = torch.arange(-128, 128, dtype=torch.int16).to(torch.int8).reshape(8, 32)
+        codes[:, ::16] = 0x77
+        own = torch.arange(100, 116, dtype=torch.uint8).reshape(8, 2).view(torch.float8_e8m0fnu)
+    elif kind == "bfloat16 scales":
+        own = own.bfloat16()
+    elif kind == "one scale":
+        method, own = SETTINGS | {"weight_block_size": None}, torch.tensor(0.25)
+    opened = checkpoint(tmp_path, {WEIGHT: codes, name: own}, method, "float32")
+    before = values(opened, WEIGHT)
+    found = encoded(opened, WEIGHT, before)
+    assert found[name].dtype == own.dtype and found[WEIGHT].dtype == codes.dtype
+    again = checkpoint(tmp_path / "again", found, method, "float32")
+    assert torch.equal(values(again, WEIGHT), before)

@@ -10,6 +10,7 @@ Source: `_dequantize` in compressed_tensors/quantization/lifecycle/forward_helpe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints.quantized._compressed import METHOD, UNDER, Group, Weights, compressed
@@ -88,13 +89,20 @@ def _plain(stored: Stored, module: str, codes: TensorInfo, group: Group) -> Tens
         raise stored.error(scales, f"is {scales.dtype}, which no scale of {group.format} is; fetch it again")
     outputs, width = _sizes(stored, codes)
     block = _block(stored, codes, args, outputs, width)
-    found = Scaled(codes, scales, block, dtype, outputs, between=_between(scales))
+    style = "powers" if scales.dtype == "U8" else "span"
+    found = Scaled(
+        *(codes, scales, block, dtype, outputs),
+        between=_between(scales),
+        style=style,
+        bits=args.bits,
+        symmetric=args.symmetric,
+    )
     _check_grid(stored, scales, found, args)
     zeros = stored.tensors.get(f"{module}.weight_zero_point")
     if zeros is not None:  # symmetric ones may have them too: they are taken as the library takes them
         if zeros.dtype not in ("I8", "F8_E4M3", "F32", "BF16", "F16") or zeros.shape != scales.shape:
             raise stored.error(zeros, f"is {zeros.dtype}, and must be {list(scales.shape)} whole numbers of 8 bits")
-        found = Scaled(codes, scales, block, dtype, outputs, zeros=zeros, between=_between(scales))
+        found = replace(found, zeros=zeros)
     elif not args.symmetric:
         raise stored.error(codes, f"has no {module}.weight_zero_point beside it; fetch that file again")
     return coded(f"{module}.weight", dtype, codes.shape, found)
@@ -118,7 +126,14 @@ def _fp4(stored: Stored, module: str, codes: TensorInfo, group: Group) -> Tensor
     dtype, block = float_dtype(stored.config), (1, args.group)
     if 2 * width % args.group:
         raise stored.error(codes, f"has {2 * width} columns, which {args.group} does not divide; fetch it again")
-    found = Scaled(codes, scales, block, dtype, outputs, True, None, overall, overall is not None, "BF16")
+    found = Scaled(
+        *(codes, scales, block, dtype, outputs),
+        packed=True,
+        overall=overall,
+        divides=True,
+        between="BF16",
+        style="powers" if overall is None else "span",
+    )
     _check_grid(stored, scales, found, args)
     return coded(f"{module}.weight", dtype, (outputs, 2 * width), found)
 

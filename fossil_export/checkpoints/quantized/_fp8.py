@@ -28,6 +28,7 @@ BLOCK = (128, 128)
 """The blocks of a config that names none."""
 GROUP = 32
 """Columns that have one scale, of weights of 4 bits."""
+STYLE = "inverse"
 SKIPPED = ("modules_to_not_convert", "ignored_layers")
 KNOWN = {
     *("quant_method", "activation_scheme", "weight_block_size", "dequantize", "modules_to_convert", "scale_fmt"),
@@ -102,18 +103,18 @@ def _scaled(stored: Stored, codes: TensorInfo, scales: TensorInfo, block: tuple[
             raise stored.error(
                 scales, f"must be {wanted}, one scale for each {GROUP} weights of 4 bits; fetch it again"
             )
-        return Scaled(codes, scales, (1, GROUP), dtype, outputs, packed=True)
+        return Scaled(codes, scales, (1, GROUP), dtype, outputs, packed=True, style="powers")
     if block is None:
         if element_count(scales.shape) == 1:
             rows = element_count((*lead, outputs))
-            return Scaled(codes, scales, (max(1, rows), max(1, width)), dtype, max(1, rows))
+            return Scaled(codes, scales, (max(1, rows), max(1, width)), dtype, max(1, rows), style=STYLE)
         if lead and scales.shape in ((*lead,), (*lead, 1), (*lead, 1, 1)):
-            return Scaled(codes, scales, (outputs, width), dtype, outputs)
+            return Scaled(codes, scales, (outputs, width), dtype, outputs, style=STYLE)
         raise stored.error(scales, "must be one number, as the config has no weight_block_size; mend the config")
     wanted_grid = (*lead, -(-outputs // block[0]), -(-width // block[1]))
     if scales.shape != wanted_grid:
         raise stored.error(scales, f"must be {list(wanted_grid)} for blocks of {block[0]} × {block[1]}; fetch it again")
-    return Scaled(codes, scales, block, dtype, outputs)
+    return Scaled(codes, scales, block, dtype, outputs, style=STYLE)
 
 
 def _by_rows(stored: Stored, codes: TensorInfo, scales: TensorInfo, dtype: str) -> Scaled:

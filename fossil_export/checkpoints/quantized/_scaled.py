@@ -45,7 +45,8 @@ class Scaled:
     one scale for each `block` (rows, columns), all grids one below the other.
 
     `zeros` are as many as the scales, `overall` is one more factor for all scales (their divisor, if it `divides`).
-    Values are rounded to `between` before they are to `dtype`.
+    Values are rounded to `between` before they are to `dtype`. The rest is how they are quantized again (`_scaling`):
+    whole numbers have so many `bits`.
     """
 
     codes: TensorInfo
@@ -58,6 +59,9 @@ class Scaled:
     overall: TensorInfo | None = None
     divides: bool = False
     between: str = "F32"
+    style: str = "span"
+    bits: int = 8
+    symmetric: bool = True
 
     @property
     def stored(self) -> tuple[TensorInfo, ...]:
@@ -72,12 +76,23 @@ class Scaled:
         """Rows and columns of the scales of one matrix."""
         return -(-self.outputs // self.block[0]), -(-self.width // self.block[1])
 
+    def rows_of_grid(self, start: int, stop: int) -> Array:
+        """The row of the scales that each of these rows has."""
+        import numpy as np
+
+        numbers = np.arange(start, stop)
+        found: Array = numbers // self.outputs * self.grid[0] + numbers % self.outputs // self.block[0]
+        return found
+
+    def encode(self, matrix: Array) -> dict[str, Array]:
+        from fossil_export.checkpoints.quantized._scaling import encode
+
+        return encode(self, matrix)
+
     def open(self, rows_of: ReadRows, start: int, stop: int) -> Decode:
         import numpy as np
 
-        # The row of the scales that each row has.
-        numbers = np.arange(start, stop)
-        at = numbers // self.outputs * self.grid[0] + numbers % self.outputs // self.block[0]
+        at = self.rows_of_grid(start, stop)
         codes = rows_of(_matrix(self.codes, self.codes.shape[-1]), start, stop)  # read as they are decoded
         first_scale, last_scale = int(at[0]), int(at[-1]) + 1
         scales = self._scales(rows_of, first_scale, last_scale)
@@ -85,8 +100,8 @@ class Scaled:
         zeros = None
         if self.zeros is not None:
             zeros = rows_of(_matrix(self.zeros, self.grid[1]), first_scale, last_scale)[:].astype(np.float32)
-        subtract = None if zeros is None or not zeros.any() else _Spread(zeros, at, self.block, self.width)
-        ways: tuple[Widen, _Spread] | None = None
+        subtract = None if zeros is None or not zeros.any() else Spread(zeros, at, self.block, self.width)
+        ways: tuple[Widen, Spread] | None = None
         scratch = np.empty(0, np.float32)
 
         def decode(first: int, last: int) -> Array:
@@ -94,7 +109,7 @@ class Scaled:
             own = codes[first:last].view(np.uint8)
             if ways is None:
                 widen, factor = self._widener(own, np.inf if subtract else float(np.abs(scales).max(initial=0)))
-                ways = widen, _Spread(scales * np.float32(factor), at, self.block, self.width)
+                ways = widen, Spread(scales * np.float32(factor), at, self.block, self.width)
             widen, multiply = ways
             count = (last - first) * self.width
             if len(scratch) < count:
@@ -160,7 +175,7 @@ class Scaled:
             raise _damaged(self.codes)
 
 
-class _Spread:
+class Spread:
     """Values of a grid, one row of it for each of the rows `at`, for all columns of a block."""
 
     def __init__(self, grid: Array, at: Array, block: tuple[int, int], width: int) -> None:
