@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fossil_export.checkpoints._coding import read_rows
+from fossil_export.checkpoints._companions import MODELOPT
 from fossil_export.checkpoints._dtypes import stored_dtype
 from fossil_export.checkpoints._folder import Folder, LocalFolder
 from fossil_export.checkpoints._header import Header, TensorInfo
@@ -144,7 +145,7 @@ def open_checkpoint(where: Path | Folder, file: str | None = None) -> Checkpoint
 def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with its quantized weights as floats under their plain names; itself if it has none that are
     known. Raises CheckpointError if its quantization is damaged, or contradicts the config."""
-    settings = settings_of(checkpoint.config)
+    settings = settings_of(checkpoint.config) or _settings_beside(checkpoint)
     where = str(checkpoint.location)
     stored = Stored(where, checkpoint.tensors, checkpoint.config or {}, settings, partial(view_rows, checkpoint.home))
     name = next((name for name, one in FORMATS.items() if one.describes(stored)), None)
@@ -173,6 +174,14 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
         tensors=_by_name(files),
         quantized=Quantized(name, settings or {}, checkpoint),
     )
+
+
+def _settings_beside(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    """What ModelOpt says of the quantization in a file of its own."""
+    if checkpoint.folder is None or MODELOPT not in checkpoint.home.root_names():
+        return None
+    found = _json(checkpoint.home, MODELOPT).get("quantization")
+    return {"quant_method": "modelopt", **found} if isinstance(found, dict) and found.get("quant_algo") else None
 
 
 def _json(home: Folder, name: str) -> dict[str, Any]:

@@ -18,6 +18,9 @@ _WEIGHTS = re.compile(
 )
 # Weights in any format and their indexes: the base's own, which the merge makes stale.
 
+MODELOPT = "hf_quant_config.json"
+"""How the base's weights are quantized, which those of the result are not."""
+
 TRAINING_LEFTOVERS = ("trainer_state.json", "optimizer.safetensors", "adapter_config.json", PROVENANCE, CERTIFICATE)
 
 TOKENIZER_FILES = (
@@ -58,7 +61,7 @@ def companions(source: Folder) -> tuple[dict[str, Path], list[str]]:
     for name in names:
         folder = name.rpartition("/")[0]
         of_module = "modules.json" in known and folder != "" and f"{folder}/config.json" in known
-        if (is_weights(name) and not of_module) or name in TRAINING_LEFTOVERS or name == CARD:
+        if (is_weights(name) and not of_module) or name in TRAINING_LEFTOVERS or name in (CARD, MODELOPT):
             left.append(name)
         else:
             keep[name] = source.path / name
