@@ -10,7 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantized_bases import linears, merged_equal, plain_model, write
 from quantized_scaled import MODULE, checkpoint, encoded, fp8_codes, same, scales, values
+from safetensors.torch import load_file, save_file
+from transformers import CompressedTensorsConfig, LlamaForCausalLM
 
 from fossil_export.errors import CheckpointError
 
@@ -91,6 +94,30 @@ def test_weights_are_what_the_library_decompresses(
         assert same(values(opened, WEIGHT), truth)
         assert same(values(opened, WEIGHT, rows // 2, rows), truth[rows // 2 :])
         assert set(opened.tensors) == {WEIGHT} and "quantization_config" not in (opened.config or {})
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+@pytest.mark.parametrize("kind,strategy", [("float", "tensor"), ("float", "block"), ("int", "channel")])
+def test_a_merge_is_that_of_the_model_that_transformers_dequantizes(kind: str, strategy: str, tmp_path: Path) -> None:
+    base = plain_model(tmp_path / "plain")
+    form = {"float": "float-quantized", "int": "int-quantized"}[kind]
+    weights: dict[str, Any] = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": strategy}
+    weights |= {"block_structure": [64, 64]} if strategy == "block" else {}
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights, format=form)
+    tensors = load_file(base / "model.safetensors")
+    for name in linears(tensors):
+        value = tensors.pop(name)
+        scale, _ = calculate_qparams(*spans(value, strategy, (64, 64)), scheme.weights)
+        own = BaseCompressor.get_value_from_registry(form).compress({"weight": value, "weight_scale": scale}, scheme)
+        tensors |= {f"{name.removesuffix('weight')}{part}": one for part, one in own.items()}
+    quantized = write(tmp_path / "quantized", base, tensors, config(form, **weights))
+    how = CompressedTensorsConfig.from_dict(config(form, **weights) | {"dequantize": True})
+    model = LlamaForCausalLM.from_pretrained(quantized, quantization_config=how, dtype=torch.bfloat16)
+    truth = {name: value.contiguous() for name, value in model.state_dict().items()}
+    (tmp_path / "dequantized").mkdir()
+    save_file(truth, tmp_path / "dequantized" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "dequantized" / "config.json").write_bytes((base / "config.json").read_bytes())
+    merged_equal(quantized, tmp_path / "dequantized", tmp_path)
 
 
 FP4 = {"num_bits": 4, "type": "float", "symmetric": True}
