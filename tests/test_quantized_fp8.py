@@ -261,3 +261,27 @@ def test_quantizing_again_gives_back_what_is_quantized(kind: str, tmp_path: Path
     assert found[name].dtype == own.dtype and found[WEIGHT].dtype == codes.dtype
     again = checkpoint(tmp_path / "again", found, method, "float32")
     assert torch.equal(values(again, WEIGHT), before)
+
+
+def test_powers_of_two_that_are_stored_as_floats_stay_powers_of_two(tmp_path: Path) -> None:
+    """As DeepSeek-V3.1 is published."""
+    opened = checkpoint(tmp_path, {WEIGHT: CODES, SCALE: GRID}, SETTINGS | {"scale_fmt": "ue8m0"})
+    given_values = torch.randn(8, 16)
+    owner = FineGrainedFP8Config(weight_block_size=(4, 8), scale_fmt="ue8m0")
+    truth = Fp8Quantize(SimpleNamespace(quantization_config=owner))._quantize_one(WEIGHT, given_values)
+    found = encoded(opened, WEIGHT, given_values)
+    assert torch.equal(found[SCALE], truth[SCALE].float())
+    assert torch.equal(found[WEIGHT].view(torch.uint8), truth[WEIGHT].view(torch.uint8))
+
+
+def test_every_power_of_two(tmp_path: Path) -> None:
+    codes, grid = fp8_codes(5, 51), torch.arange(255, dtype=torch.uint8).reshape(5, 51)
+    opened = checkpoint(tmp_path, {WEIGHT: codes, SCALE: grid}, SETTINGS | {"weight_block_size": [1, 1]}, "float32")
+    assert same(values(opened, WEIGHT), OWNER._dequantize_one(codes, grid, torch.float32))
+
+
+def test_only_scales_of_activations_and_caches_are_passed_over(tmp_path: Path) -> None:
+    passed = {f"{MODULE}.{name}": torch.ones(()) for name in ("input_scale", "activation_scale", "k_scale")}
+    kept = {"model.block_scale": torch.ones(3), "model.stack_scale": torch.ones(3)}
+    opened = checkpoint(tmp_path, {WEIGHT: CODES, SCALE: GRID} | passed | kept, SETTINGS, expert_dtype="fp4")
+    assert set(opened.tensors) == {WEIGHT, *kept} and "expert_dtype" not in (opened.config or {})

@@ -27,7 +27,7 @@ OWN = (
 )
 """How the names of what a weight is stored in end."""
 PASSED = tuple(
-    f"{what}_{part}" for what in ("input", "output", "q", "k", "v") for part in ("scale", "zero_point", "global_scale")
+    f".{what}_{part}" for what in ("input", "output", "q", "k", "v") for part in ("scale", "zero_point", "global_scale")
 )
 """How the names of what is known of activations and caches end."""
 

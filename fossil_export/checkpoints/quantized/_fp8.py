@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from fossil_export.checkpoints._dtypes import element_count
@@ -28,11 +29,10 @@ BLOCK = (128, 128)
 """The blocks of a config that names none."""
 GROUP = 32
 """Columns that have one scale, of weights of 4 bits."""
-STYLE = "inverse"
 SKIPPED = ("modules_to_not_convert", "ignored_layers")
 KNOWN = {
     *("quant_method", "activation_scheme", "weight_block_size", "dequantize", "modules_to_convert", "scale_fmt"),
-    *("expert_dtype", "fmt", "weight_per_tensor", "act_per_tensor", "activation_scale_ub", *SKIPPED),
+    *("expert_dtype", "fmt", "weight_per_tensor", "act_per_tensor", "activation_scale_ub", "kv_cache_scheme", *SKIPPED),
 }
 
 
@@ -48,8 +48,10 @@ class Fp8(BaseFormat):
             raise stored.error("quantization_config", f"has the field {strange[0]!r}, which is not known; report it")
         by_rows = stored.method == "fbgemm_fp8"
         block = None if by_rows else _block(stored, settings)
+        style = "inverse ue8m0" if settings.get("scale_fmt") == "ue8m0" else "inverse"
         dtype = float_dtype(stored.config)
-        skipped, taken = _skipped(stored, settings), set()
+        skipped = _skipped(stored, settings)
+        taken: set[str] = set()
         for name, codes in stored.tensors.items():
             if codes.dtype not in FP8 and (codes.dtype != "I8" or by_rows):
                 continue
@@ -64,14 +66,25 @@ class Fp8(BaseFormat):
                 raise stored.error(codes, f"is quantized, but the config says that it is not ({key}); fetch both again")
             taken.add(scales.name)
             coding = _by_rows(stored, codes, scales, dtype) if by_rows else _scaled(stored, codes, scales, block, dtype)
+            if not by_rows and not coding.packed:
+                coding = replace(coding, style=style)
             yield coded(name, dtype, (*codes.shape[:-1], coding.width), coding)
         for name, info in stored.tensors.items():
             if name.endswith(("_scale_inv", ".qscale_weight")) and name not in taken:
                 raise stored.error(info, "is the scale of a weight that is not there as codes; fetch both again")
 
     def passes_over(self, info: TensorInfo, stored: Stored) -> bool:
-        """Scales of activations."""
-        return info.name.endswith(("activation_scale", "input_scale", ".qscale_act", ".input_scale_ub"))
+        """Scales of activations and caches."""
+        return info.name.endswith(
+            ("activation_scale", ".input_scale", ".qscale_act", ".input_scale_ub", ".k_scale", ".v_scale")
+        )
+
+    def plain_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """DeepSeek-V4's config tells beside the settings what its experts are stored in."""
+        found = super().plain_config(config)
+        for part in (found, *(value for value in found.values() if isinstance(value, dict))):
+            part.pop("expert_dtype", None)
+        return found
 
 
 def _beside(stored: Stored, name: str) -> TensorInfo | None:
@@ -107,14 +120,14 @@ def _scaled(stored: Stored, codes: TensorInfo, scales: TensorInfo, block: tuple[
     if block is None:
         if element_count(scales.shape) == 1:
             rows = element_count((*lead, outputs))
-            return Scaled(codes, scales, (max(1, rows), max(1, width)), dtype, max(1, rows), style=STYLE)
+            return Scaled(codes, scales, (max(1, rows), max(1, width)), dtype, max(1, rows))
         if lead and scales.shape in ((*lead,), (*lead, 1), (*lead, 1, 1)):
-            return Scaled(codes, scales, (outputs, width), dtype, outputs, style=STYLE)
+            return Scaled(codes, scales, (outputs, width), dtype, outputs)
         raise stored.error(scales, "must be one number, as the config has no weight_block_size; mend the config")
     wanted_grid = (*lead, -(-outputs // block[0]), -(-width // block[1]))
     if scales.shape != wanted_grid:
         raise stored.error(scales, f"must be {list(wanted_grid)} for blocks of {block[0]} × {block[1]}; fetch it again")
-    return Scaled(codes, scales, block, dtype, outputs, style=STYLE)
+    return Scaled(codes, scales, block, dtype, outputs)
 
 
 def _by_rows(stored: Stored, codes: TensorInfo, scales: TensorInfo, dtype: str) -> Scaled:
@@ -137,7 +150,7 @@ def _skipped(stored: Stored, settings: Mapping[str, Any]) -> Callable[[str], str
     of one around it begins (a pattern, to where a part of the name ends), or how it ends.
     """
     key = next((key for key in SKIPPED if settings.get(key)), None)
-    entries = [one for one in (settings[key] if key else ()) if isinstance(one, str)]
+    entries = [one for one in (settings[key] if key else ()) if isinstance(one, str) and one]
     plain, ends = {one for one in entries if not _PATTERN & set(one)}, tuple(entries)
     try:
         patterns = [re.compile(rf"(?:{one})(?:(?<=\.)|(?=\.|$))") for one in entries if one not in plain]

@@ -27,7 +27,7 @@ ALGORITHMS = {
 }
 """What is read of `quant_algo`; others have more than codes and scales (AWQ, SmoothQuant), or whole numbers."""
 BLOCK = (128, 128)
-PASSED = ("input_scale", "output_scale", "q_scale", "k_scale", "v_scale")
+PASSED = (".input_scale", ".output_scale", ".q_scale", ".k_scale", ".v_scale")
 MORE = ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b")
 
 

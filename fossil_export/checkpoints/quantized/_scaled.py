@@ -134,7 +134,7 @@ class Scaled:
         raw = rows_of(_matrix(self.scales, self.grid[1]), start, stop)[:]
         found: Array = raw.astype(np.float32)
         if self.scales.dtype == "U8":
-            found = np.exp2(found - 127)
+            found = np.ldexp(np.float32(1), raw.astype(np.int32) - 127)
         if self.overall is not None:
             one = np.float32(rows_of(_matrix(self.overall, 1), 0, 1)[:].astype(np.float32).item())
             with np.errstate(divide="ignore", invalid="ignore", over="ignore"):

@@ -65,20 +65,20 @@ def _spans(coding: Scaled, matrix: Array, at: Array) -> tuple[Array, Array]:
 
 def _parameters(coding: Scaled, low: Array, high: Array) -> tuple[Array, Array, Array, Array]:
     """(scales as they are stored, zero points, the factor of all, by what values are divided; multiplied, if the style
-    is "inverse")."""
+    is "inverse"; "ue8m0": by powers of two)."""
     import numpy as np
 
     dtype = stored_dtype(coding.scales.dtype)
     largest = np.maximum(-low, high)
     zeros, one = np.zeros_like(largest), np.ones(1, np.float32)
     top = largest_code(coding)
-    if coding.style == "inverse":
+    if coding.style.startswith("inverse"):
         # A number by a tensor is a product with the inverse in PyTorch.
         forward = np.where(largest > 0, np.float32(1) / np.where(largest > 0, largest, 1) * np.float32(top), 1)
         inverse = np.float32(1) / forward
-        if coding.scales.dtype in ("U8", "F8_E8M0"):
+        if coding.style == "inverse ue8m0" or dtype.itemsize == 1:
             exponents = np.ceil(np.log2(np.maximum(inverse, np.finfo(np.float32).tiny)))
-            return _powers(coding, exponents), zeros, one, np.exp2(-exponents)
+            return _powers(coding, exponents), zeros, one, _power(-exponents)
         stored = inverse.astype(dtype)
         # The library multiplies by what is not rounded; by the inverse of what is stored, if that is.
         return stored, zeros, one, forward if dtype.itemsize == 4 else np.float32(1) / stored.astype(np.float32)
@@ -86,7 +86,7 @@ def _parameters(coding: Scaled, low: Array, high: Array) -> tuple[Array, Array, 
         bits = largest.view(np.uint32).astype(np.int64) + (1 << 21) & 0xFF800000
         exponents = np.log2(bits.astype(np.uint32).view(np.float32)) - (2 if coding.packed else 8)
         exponents = np.clip(exponents, -127, 127)
-        return _powers(coding, exponents), zeros, one, np.exp2(exponents)
+        return _powers(coding, exponents), zeros, one, _power(exponents)
     if coding.symmetric:
         scales = largest / np.float32(top)
     else:
@@ -109,10 +109,21 @@ def _parameters(coding: Scaled, low: Array, high: Array) -> tuple[Array, Array, 
     return own, zeros, overall, wide / overall if coding.divides else wide * overall
 
 
-def _powers(coding: Scaled, exponents: Array) -> Array:
+def _power(exponents: Array) -> Array:
     import numpy as np
 
-    found: Array = (exponents + 127).astype(np.uint8).view(stored_dtype(coding.scales.dtype))
+    found: Array = np.ldexp(np.float32(1), exponents.astype(np.int32))
+    return found
+
+
+def _powers(coding: Scaled, exponents: Array) -> Array:
+    """Powers of two as the scales are stored: as a float, or as one's exponent."""
+    import numpy as np
+
+    dtype = stored_dtype(coding.scales.dtype)
+    if dtype.itemsize > 1:
+        return _power(exponents).astype(dtype)
+    found: Array = (exponents + 127).astype(np.uint8).view(dtype)
     return found
 
 
@@ -141,7 +152,7 @@ def _codes(coding: Scaled, matrix: Array, at: Array, divisors: Array, zeros: Arr
     shape = (len(matrix), coding.codes.shape[-1])
     found = np.empty(shape, np.uint8)
     scale = Spread(divisors, at, coding.block, coding.width)
-    operation = np.multiply if coding.style == "inverse" else np.divide
+    operation = np.multiply if coding.style.startswith("inverse") else np.divide
     add = Spread(zeros, at, coding.block, coding.width) if zeros.any() else None
     for first, last in _bands(coding, len(matrix)):
         own = matrix[first:last].astype(np.float32)
