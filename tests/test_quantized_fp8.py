@@ -132,10 +132,21 @@ def test_fbgemm_has_a_scale_for_each_output(shape: Any, grid: Any, tmp_path: Pat
     assert same(values(opened, name), (codes.float() * wide).bfloat16())
 
 
-def test_scales_beyond_the_fast_way_are_right_too(tmp_path: Path) -> None:
-    codes, grid = fp8_codes(8, 16), torch.tensor([[1e30, 2.0**-140], [128.0, 127.99]])
+@pytest.mark.parametrize("tiny", [True, False])
+def test_scales_beyond_the_fast_way_are_right_too(tiny: bool, tmp_path: Path) -> None:
+    codes = fp8_codes(8, 16) if tiny else (2 + torch.arange(128).reshape(8, 16) * 3).to(torch.float8_e4m3fn)
+    grid = torch.tensor([[1e30, 2.0**-140], [128.0, 127.99]])
     opened = checkpoint(tmp_path, {WEIGHT: codes, SCALE: grid}, SETTINGS, "float32")
     assert same(values(opened, WEIGHT), OWNER._dequantize_one(codes, grid, torch.float32))
+
+
+def test_fbgemm_is_what_the_layer_multiplies_by(tmp_path: Path) -> None:
+    """As `FbgemmFp8Linear.forward` calls PyTorch, for inputs of which one is 1 and all others 0."""
+    codes, own = fp8_codes(32, 64), scales(32, 1)
+    opened = checkpoint(tmp_path, {WEIGHT: codes, f"{WEIGHT}_scale": own}, {"quant_method": "fbgemm_fp8"})
+    inputs, ones = torch.eye(64).to(torch.float8_e4m3fn), torch.ones(64, 1)
+    truth = torch._scaled_mm(inputs, codes.t(), scale_a=ones, scale_b=own.t(), out_dtype=torch.bfloat16).t()
+    assert torch.equal(values(opened, WEIGHT), truth)
 
 
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
@@ -285,3 +296,17 @@ def test_only_scales_of_activations_and_caches_are_passed_over(tmp_path: Path) -
     kept = {"model.block_scale": torch.ones(3), "model.stack_scale": torch.ones(3)}
     opened = checkpoint(tmp_path, {WEIGHT: CODES, SCALE: GRID} | passed | kept, SETTINGS, expert_dtype="fp4")
     assert set(opened.tensors) == {WEIGHT, *kept} and "expert_dtype" not in (opened.config or {})
+
+
+def test_ordinary_codes_are_decoded_by_moving_their_bits(tmp_path: Path) -> None:
+    """The fast way is taken for weights as they are, and right for all codes."""
+    codes = (torch.randn(64, 122, generator=torch.Generator().manual_seed(4)) * 100).clamp(-448, 448)
+    codes = codes.to(torch.float8_e4m3fn)
+    codes.view(torch.uint8).view(-1)[1:257] = torch.arange(256, dtype=torch.uint8)
+    codes.view(torch.uint8)[codes.isnan()] = 0
+    grid = scales(16, 16)
+    opened = checkpoint(tmp_path, {WEIGHT: codes, SCALE: grid}, SETTINGS, "float32")
+    coding: Any = opened.tensors[WEIGHT].coding
+    assert coding._widener(codes.view(torch.uint8).numpy(), 1.0)[1] != 1.0
+    wide = grid.repeat_interleave(4, 0).repeat_interleave(8, 1)[:, :122]
+    assert same(values(opened, WEIGHT), codes.float() * wide)
