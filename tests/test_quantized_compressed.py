@@ -187,6 +187,7 @@ WRONG = {
         "weight_zero_point .* must be",
     ),
     "a weight that is ignored": (GOOD, CONFIG | {"ignore": ["re:.*up_proj"]}, "is quantized, but .* has no weights"),
+    "one that is ignored by name": (GOOD, CONFIG | {"ignore": [MODULE]}, "is quantized, but .* has no weights"),
     "a weight that is no target": (GOOD, group(targets=["re:.*down_proj"]), "is quantized, but .* has no weights"),
     "floats that are rounded as they run": (
         GOOD | {"weight": torch.ones(4, 6)},
