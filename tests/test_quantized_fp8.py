@@ -206,7 +206,7 @@ def test_what_contradicts_itself_is_refused(case: str, tmp_path: Path) -> None:
 def test_a_list_of_modules_leaves_out_what_transformers_leaves_out(tmp_path: Path) -> None:
     """ "layer.1" is not "layer.11"."""
     tensors = {"model.layers.11.up.weight": CODES, "model.layers.11.up.weight_scale_inv": GRID}
-    settings = SETTINGS | {"modules_to_not_convert": ["model.layers.1", "lm_head", "model.*gate"]}
+    settings = SETTINGS | {"modules_to_not_convert": ["model.layers.1", "lm_head", "model.*gate", "model.*u"]}
     opened = checkpoint(tmp_path, tensors, settings)
     assert same(values(opened, "model.layers.11.up.weight"), OWNER._dequantize_one(CODES, GRID, torch.bfloat16))
 
