@@ -20,7 +20,7 @@ from quantized_rows import MODULE, opened, rows_of, torch_of
 from fossil_export.checkpoints._checkpoint import Checkpoint, view_rows
 from fossil_export.checkpoints._coding import CodedRows
 from fossil_export.checkpoints._header import TensorInfo
-from fossil_export.checkpoints.quantized import FORMATS, Stored
+from fossil_export.checkpoints.quantized import Stored
 from fossil_export.checkpoints.quantized._packed import read_packed
 from fossil_export.errors import CheckpointError
 
@@ -169,7 +169,6 @@ def test_a_shape_that_contradicts_the_codes_is_refused(tmp_path: Path) -> None:
         CodedRows(weight_of(base, said()), partial(rows_of, base), 0, 64)[:]
 
 
-@pytest.mark.skipif("compressed-tensors" not in FORMATS, reason="its config is not read yet")
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_merge_is_that_of_the_dequantized_base(symmetric: bool, tmp_path: Path) -> None:
     args = said(4, 64, symmetric=symmetric)

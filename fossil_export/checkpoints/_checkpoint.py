@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fossil_export.checkpoints._coding import read_rows
-from fossil_export.checkpoints._companions import QUANTIZATION_FILES
+from fossil_export.checkpoints._companions import MODELOPT, QUANTIZATION_FILES
 from fossil_export.checkpoints._dtypes import stored_dtype
 from fossil_export.checkpoints._folder import Folder, LocalFolder
 from fossil_export.checkpoints._header import Header, TensorInfo
@@ -216,13 +216,17 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _settings_beside(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
-    """What old folders say of their quantization in a file of its own; None if there is none, or nothing quantized."""
+    """What folders say of their quantization in a file of its own; None if there is none, or nothing quantized."""
     names = checkpoint.home.root_names() if checkpoint.folder is not None else ()
-    if not any(name in names for name in QUANTIZATION_FILES):
+    name = next((name for name in QUANTIZATION_FILES if name in names), None)
+    if name is None:
         return None
+    found = _json(checkpoint.home, name)
+    if name == MODELOPT:
+        found = found.get("quantization")
+        return {"quant_method": "modelopt", **found} if isinstance(found, dict) and found.get("quant_algo") else None
     if not any(name.endswith(".qweight") for name in checkpoint.tensors):
         return None
-    found = _json(checkpoint.home, next(name for name in QUANTIZATION_FILES if name in names))
     return {"quant_method": "awq" if "w_bit" in found or "zero_point" in found else "gptq", **found}
 
 

@@ -20,7 +20,8 @@ _WEIGHTS = re.compile(
 
 TRAINING_LEFTOVERS = ("trainer_state.json", "optimizer.safetensors", "adapter_config.json", PROVENANCE, CERTIFICATE)
 
-QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json")
+MODELOPT = "hf_quant_config.json"
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", MODELOPT)
 """What says how a base is quantized, beside its config.json: of other weights than the merged ones."""
 
 TOKENIZER_FILES = (

@@ -1,137 +1,166 @@
-"""Block-scaled fp8, as DeepSeek-V3 and Qwen publish: codes of 8 bits, one scale for each block of them.
+"""fp8 with scales, as DeepSeek, Qwen, GLM, MiniMax, Kimi and Mistral publish it, and as transformers saves it.
 
     W[o, j] = code[o, j] · scale[o // rows, j // columns]      in float32, rounded once to the model's dtype
 
-`X.weight` (out, in) float8_e4m3 has `X.weight_scale_inv` (⌈out / rows⌉, ⌈in / columns⌉) beside it; a tensor of experts
-(n, out, in) has (n, …) of them. The last blocks may be cut. Scales are floats, or powers of two (float8_e8m0; or the
-exponent plus 127, as uint8). Source: `Fp8Dequantize` in transformers/integrations/finegrained_fp8.py, and
-`weight_dequant` in DeepSeek-V3's inference/kernel.py.
+`X.weight` (out, in) float8 has a scale beside it: `X.weight_scale_inv` (⌈out / rows⌉, ⌈in / columns⌉), or one for the
+whole weight if the config has no blocks; DeepSeek-V4 calls it `X.scale`, Mistral `X.qscale_weight`. Experts in one
+tensor (n, out, in) have (n, …) of them. Weights that are packed as int8 are e2m1 floats, of which 32 in a row have one
+scale. Source: `Fp8Dequantize` and `update_weight_conversions` in transformers' finegrained_fp8.py and
+quantizer_finegrained_fp8.py; `weight_dequant` in DeepSeek-V3's inference/kernel.py for blocks that are cut, which
+transformers refuses.
+
+fbgemm_fp8: `X.weight_scale` (out, 1), one for each row; of experts in one tensor (n, in, out), one for each column.
+Source: `FbgemmFp8Quantize` in transformers/integrations/fbgemm_fp8.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
-from fossil_export.checkpoints._coding import Decode
-from fossil_export.checkpoints._dtypes import element_count, numpy_dtype, stored_dtype
+from fossil_export.checkpoints._dtypes import element_count
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints.quantized._format import BaseFormat, Stored, coded, float_dtype
-from fossil_export.errors import CheckpointError
+from fossil_export.checkpoints.quantized._scaled import FP8, SCALES, Scaled
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from fossil_export.checkpoints.layouts import ReadRows
-
-    Array = np.ndarray[Any, Any]
-
-SCALE = "_scale_inv"
-CODES = ("F8_E4M3", "F8_E5M2")
-SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 BLOCK = (128, 128)
 """The blocks of a config that names none."""
+GROUP = 32
+"""Columns that have one scale, of weights of 4 bits."""
+SKIPPED = ("modules_to_not_convert", "ignored_layers")
+KNOWN = {
+    *("quant_method", "activation_scheme", "weight_block_size", "dequantize", "modules_to_convert", "scale_fmt"),
+    *("expert_dtype", "fmt", "weight_per_tensor", "act_per_tensor", "activation_scale_ub", "kv_cache_scheme", *SKIPPED),
+}
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """Codes (…, out, in) and their scales (…, ⌈out / block[0]⌉, ⌈in / block[1]⌉)."""
+class Fp8(BaseFormat):
+    def describes(self, stored: Stored) -> bool:
+        if stored.settings is not None:
+            return stored.method in ("fp8", "fbgemm_fp8")
+        return any(name.endswith("_scale_inv") for name in stored.tensors)
 
-    codes: TensorInfo
-    scales: TensorInfo
-    block: tuple[int, int]
-    dtype: str
+    def read(self, stored: Stored) -> Iterator[TensorInfo]:
+        settings = stored.settings or {}
+        if strange := sorted(set(settings) - KNOWN):
+            raise stored.error("quantization_config", f"has the field {strange[0]!r}, which is not known; report it")
+        by_rows = stored.method == "fbgemm_fp8"
+        block = None if by_rows else _block(stored, settings)
+        style = "inverse ue8m0" if settings.get("scale_fmt") == "ue8m0" else "inverse"
+        dtype = float_dtype(stored.config)
+        skipped = _skipped(stored, settings)
+        taken: set[str] = set()
+        for name, codes in stored.tensors.items():
+            if codes.dtype not in FP8 and (codes.dtype != "I8" or by_rows):
+                continue
+            scales = _beside(stored, name)
+            if scales is None:
+                if codes.dtype == "I8":
+                    continue  # whole numbers of another use
+                raise stored.error(codes, f"has no {name}_scale{'' if by_rows else '_inv'} beside it; fetch it again")
+            if len(codes.shape) < 2 or scales.dtype not in SCALES:
+                raise stored.error(scales, f"is stored as {scales.dtype}, and is no scale of {list(codes.shape)}")
+            if (key := skipped(name.removesuffix(".weight"))) is not None:
+                raise stored.error(codes, f"is quantized, but the config says that it is not ({key}); fetch both again")
+            taken.add(scales.name)
+            coding = _by_rows(stored, codes, scales, dtype) if by_rows else _scaled(stored, codes, scales, block, dtype)
+            if not by_rows and not coding.packed:
+                coding = replace(coding, style=style)
+            yield coded(name, dtype, (*codes.shape[:-1], coding.width), coding)
+        for name, info in stored.tensors.items():
+            if name.endswith(("_scale_inv", ".qscale_weight")) and name not in taken:
+                raise stored.error(info, "is the scale of a weight that is not there as codes; fetch both again")
 
-    @property
-    def stored(self) -> tuple[TensorInfo, ...]:
-        return self.codes, self.scales
+    def passes_over(self, info: TensorInfo, stored: Stored) -> bool:
+        """Scales of activations and caches."""
+        return info.name.endswith(
+            ("activation_scale", ".input_scale", ".qscale_act", ".input_scale_ub", ".k_scale", ".v_scale")
+        )
 
-    @property
-    def width(self) -> int:
-        return self.codes.shape[-1]
-
-    def open(self, rows_of: ReadRows, start: int, stop: int) -> Decode:
-        import numpy as np
-
-        outputs, width = self.codes.shape[-2:]
-        blocks = self.scales.shape[-2]
-        # Where the scales of each row are: a matrix of its own for each expert.
-        numbers = np.arange(start, stop)
-        at = numbers // outputs * blocks + numbers % outputs // self.block[0]
-        codes = rows_of(_flat(self.codes), start, stop)[:].view(np.uint8)
-        scales = self._scales(rows_of, int(at[0]), int(at[-1]) + 1)
-        at -= at[0]
-        values = np.arange(256, dtype=np.uint8).view(stored_dtype(self.codes.dtype)).astype(np.float32)
-        whole = width % self.block[1] == 0
-
-        def decode(first: int, last: int) -> Array:
-            found = values.take(codes[first:last])
-            own = scales[at[first:last]]
-            if whole:
-                found.reshape(len(own), -1, self.block[1])[:] *= own[:, :, None]
-            else:
-                found *= own.repeat(self.block[1], 1)[:, :width]
-            rounded: Array = found.astype(numpy_dtype(self.dtype))
-            return rounded
-
-        return decode
-
-    def _scales(self, rows_of: ReadRows, start: int, stop: int) -> Array:
-        import numpy as np
-
-        raw = rows_of(_flat(self.scales), start, stop)[:]
-        found: Array = raw.astype(np.float32)
-        if self.scales.dtype == "U8":
-            found = np.exp2(found - 127)
-        if not np.isfinite(found).all():
-            raise CheckpointError(
-                f"{self.scales.path}: {self.scales.name} holds infinite or NaN values; the base is damaged, fetch it "
-                "again"
-            )
+    def plain_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """DeepSeek-V4's config tells beside the settings what its experts are stored in."""
+        found = super().plain_config(config)
+        for part in (found, *(value for value in found.values() if isinstance(value, dict))):
+            part.pop("expert_dtype", None)
         return found
 
 
-def _flat(info: TensorInfo) -> TensorInfo:
-    """A tensor (…, n) as a matrix."""
-    from fossil_export.checkpoints._header import slice_of
+def _beside(stored: Stored, name: str) -> TensorInfo | None:
+    """The scale of the codes `name`."""
+    stem = name.removesuffix("weight")
+    names = [f"{name}_scale_inv", f"{name}_scale"]
+    if stem != name:
+        names += [f"{stem}scale", f"{stem}qscale_weight"]
+    return next((stored.tensors[one] for one in names if one in stored.tensors), None)
 
-    count = element_count(info.shape)
-    return slice_of(info, 0, count, (count // max(1, info.shape[-1]), info.shape[-1]))
+
+def _block(stored: Stored, settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns that have one scale; None if a weight has only one."""
+    found = settings.get("weight_block_size", BLOCK)
+    if found is None:
+        return None
+    sizes = found if isinstance(found, (list, tuple)) else ()
+    if len(sizes) != 2 or not all(type(one) is int and one > 0 for one in sizes):
+        raise stored.error("weight_block_size", f"is {found!r} in config.json, not two sizes; mend it")
+    return sizes[0], sizes[1]
 
 
-class BlockFp8(BaseFormat):
-    def describes(self, stored: Stored) -> bool:
-        if stored.settings is not None:
-            return stored.method == "fp8"
-        return any(name.endswith(SCALE) for name in stored.tensors)
+def _scaled(stored: Stored, codes: TensorInfo, scales: TensorInfo, block: tuple[int, int] | None, dtype: str) -> Scaled:
+    *lead, outputs, width = codes.shape
+    if codes.dtype == "I8":
+        columns = 2 * width
+        if scales.shape != (*lead, outputs, columns // GROUP) or columns % GROUP:
+            wanted = [*lead, outputs, columns // GROUP]
+            raise stored.error(
+                scales, f"must be {wanted}, one scale for each {GROUP} weights of 4 bits; fetch it again"
+            )
+        return Scaled(codes, scales, (1, GROUP), dtype, outputs, packed=True, style="powers")
+    if block is None:
+        if element_count(scales.shape) == 1:
+            rows = element_count((*lead, outputs))
+            return Scaled(codes, scales, (max(1, rows), max(1, width)), dtype, max(1, rows))
+        if lead and scales.shape in ((*lead,), (*lead, 1), (*lead, 1, 1)):
+            return Scaled(codes, scales, (outputs, width), dtype, outputs)
+        raise stored.error(scales, "must be one number, as the config has no weight_block_size; mend the config")
+    wanted_grid = (*lead, -(-outputs // block[0]), -(-width // block[1]))
+    if scales.shape != wanted_grid:
+        raise stored.error(scales, f"must be {list(wanted_grid)} for blocks of {block[0]} × {block[1]}; fetch it again")
+    return Scaled(codes, scales, block, dtype, outputs)
 
-    def read(self, stored: Stored) -> Iterator[TensorInfo]:
-        block = self._block(stored)
-        dtype = float_dtype(stored.config)
-        for name, codes in stored.tensors.items():
-            if codes.dtype not in CODES:
-                continue
-            scales = stored.tensors.get(name + SCALE)
-            if scales is None:
-                raise stored.error(codes, f"has no {name}{SCALE} beside it; fetch that file again")
-            if len(codes.shape) < 2 or scales.dtype not in SCALES:
-                raise stored.error(scales, f"is stored as {scales.dtype}, and is no scale of {list(codes.shape)}")
-            *lead, outputs, width = codes.shape
-            wanted = (*lead, -(-outputs // block[0]), -(-width // block[1]))
-            if scales.shape != wanted:
-                raise stored.error(
-                    scales, f"must be {list(wanted)} for blocks of {block[0]} × {block[1]}; fetch it again"
-                )
-            yield coded(name, dtype, codes.shape, Blocks(codes, scales, block, dtype))
 
-    def passes_over(self, info: TensorInfo, stored: Stored) -> bool:
-        """Scales of activations."""
-        return info.name.endswith(("activation_scale", "input_scale"))
+def _by_rows(stored: Stored, codes: TensorInfo, scales: TensorInfo, dtype: str) -> Scaled:
+    *lead, outputs, width = codes.shape
+    if not lead and scales.shape in ((outputs, 1), (outputs,)):
+        return Scaled(codes, scales, (1, width), dtype, outputs)
+    if lead and scales.shape in ((*lead, 1, width), (*lead, width, 1)):
+        return Scaled(codes, scales, (outputs, 1), dtype, outputs)
+    wanted = [*lead, 1, width] if lead else [outputs, 1]
+    raise stored.error(scales, f"must be {wanted}, one scale for each output; fetch it again")
 
-    def _block(self, stored: Stored) -> tuple[int, int]:
-        found = (stored.settings or {}).get("weight_block_size", BLOCK)
-        sizes = found if isinstance(found, (list, tuple)) else ()
-        if len(sizes) != 2 or not all(type(one) is int and one > 0 for one in sizes):
-            raise stored.error("weight_block_size", f"is {found!r} in config.json, not two sizes; mend it")
-        return sizes[0], sizes[1]
+
+_PATTERN = set("\\*+?[](){}|^$")
+
+
+def _skipped(stored: Stored, settings: Mapping[str, Any]) -> Callable[[str], str | None]:
+    """Tells for a module which field of the config says that it is not quantized; None if none does.
+
+    As `should_convert_module` in transformers/quantizers/quantizers_utils.py: an entry is how the name of the module or
+    of one around it begins (a pattern, to where a part of the name ends), or how it ends.
+    """
+    key = next((key for key in SKIPPED if settings.get(key)), None)
+    entries = [one for one in (settings[key] if key else ()) if isinstance(one, str) and one]
+    plain, ends = {one for one in entries if not _PATTERN & set(one)}, tuple(entries)
+    try:
+        patterns = [re.compile(rf"(?:{one})(?:(?<=\.)|(?=\.|$))") for one in entries if one not in plain]
+    except re.error as problem:
+        raise stored.error(str(key), f"has a pattern that is broken ({problem}); mend it") from None
+
+    def found(module: str) -> str | None:
+        parts = module.split(".")
+        if module.endswith(ends) or any(one.match(module) for one in patterns):
+            return key
+        return key if plain and any(".".join(parts[:n]) in plain for n in range(1, len(parts))) else None
+
+    return found if entries else lambda module: None
