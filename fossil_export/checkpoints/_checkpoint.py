@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,12 +15,19 @@ from fossil_export.checkpoints._dtypes import stored_dtype
 from fossil_export.checkpoints._folder import Folder, LocalFolder
 from fossil_export.checkpoints._header import Header, TensorInfo
 from fossil_export.checkpoints._jsonfile import parse_json
+from fossil_export.checkpoints._weights_file import is_pickle
 from fossil_export.checkpoints.layouts import find_matrix
 from fossil_export.checkpoints.quantized import FORMATS, Stored, settings_of
 from fossil_export.errors import CheckpointError, listed
 
 WEIGHTS = "model.safetensors"
 INDEX_ENDING = ".safetensors.index.json"
+PICKLED = "pytorch_model.bin"
+PICKLED_INDEX_ENDING = ".bin.index.json"
+_NO_WEIGHTS = re.compile(
+    r"adapter_model|adapter_\d|training_args|optimizer|scheduler|scaler|rng_state|trainer|random_states|v(alue)?_head"
+)
+"""How files of PyTorch's begin that lie beside a model and are not it."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +106,11 @@ def view_rows(home: Folder, info: TensorInfo, start: int, stop: int) -> Any:
 
 
 def open_checkpoint(where: Path | Folder, file: str | None = None) -> Checkpoint:
-    """Open a model folder, or one safetensors file or index of it, without reading any weights.
+    """Open a model folder, or one weights file or index of it, without reading any weights.
 
     `where` is a path, or a folder elsewhere, of which `file` names the one to open. In a folder
-    `model.safetensors` wins over its index, as in transformers, and that over the only other index or
-    safetensors file. Raises CheckpointError when there are no weights, several sets of them, or damage.
+    `model.safetensors` wins over its index, as in transformers, then come `pytorch_model.bin` and its index, and then
+    the only other index or file, safetensors before files of PyTorch's. Raises CheckpointError when there are no weights, several sets of them, or damage.
     """
     if isinstance(where, Path):
         if not where.is_dir() and not where.is_file():
@@ -115,13 +123,13 @@ def open_checkpoint(where: Path | Folder, file: str | None = None) -> Checkpoint
     folder = home.path if file is None or "config.json" in root else None
     if file is None:
         index_name, weights = _choose(home)
-    elif file.endswith(INDEX_ENDING):
+    elif file.endswith((INDEX_ENDING, PICKLED_INDEX_ENDING)):
         folder, index_name, weights = home.path, file, None
-    elif file.endswith(".safetensors"):
+    elif file.endswith(".safetensors") or is_pickle(file):
         _refuse_part(home, file)
         index_name, weights = None, file
     else:
-        raise CheckpointError(f"{home.path / file}: not a safetensors file; {_RESAVE}")
+        raise CheckpointError(f"{home.path / file}: not a weights file; {_RESAVE}")
 
     index = index_path = None
     if index_name is not None:
@@ -131,6 +139,7 @@ def open_checkpoint(where: Path | Folder, file: str | None = None) -> Checkpoint
     else:
         assert weights is not None
         files = home.headers([weights])
+    files = _renamed(files)
     tensors = _by_name(files)
     if index is not None and index_path is not None:
         _check_index(index_path, index["weight_map"], tensors)
@@ -192,7 +201,7 @@ _RESAVE = (
 def _refuse_part(home: Folder, file: str) -> None:
     """A file that an index beside it lists with others is not a model."""
     for name in home.root_names():
-        if not name.endswith(INDEX_ENDING):
+        if not name.endswith((INDEX_ENDING, PICKLED_INDEX_ENDING)):
             continue
         weight_map = _json(home, name).get("weight_map")
         files = set(weight_map.values()) if isinstance(weight_map, dict) else set()
@@ -210,6 +219,10 @@ def _choose(home: Folder) -> tuple[str | None, str | None]:
         return None, WEIGHTS
     if default in names:
         return default, None
+    if PICKLED in names:
+        return None, PICKLED
+    if (pickled_index := f"pytorch_model{PICKLED_INDEX_ENDING}") in names:
+        return pickled_index, None
     indexes = [name for name in names if name.endswith(INDEX_ENDING)]
     files = [name for name in names if name.endswith(".safetensors")]
     if len(indexes) == 1:
@@ -225,10 +238,29 @@ def _choose(home: Folder) -> tuple[str | None, str | None]:
         )
     if "adapter_config.json" in names:
         raise CheckpointError(f"{folder}: is an adapter, not a base model; name the base model with --base")
-    pickled = [name for name in names if Path(name).suffix in {".bin", ".pt", ".pth"}]
+    pickled = [name for name in names if is_pickle(name) and not _NO_WEIGHTS.match(name)]
+    indexes = [name for name in names if name.endswith(PICKLED_INDEX_ENDING)]
+    if len(indexes) == 1:
+        return indexes[0], None
+    if len(pickled) == 1:
+        return None, pickled[0]
     if pickled:
-        raise CheckpointError(f"{folder}: has weights only as {listed(pickled)}; {_RESAVE}")
+        raise CheckpointError(
+            f"{folder}: has weights only as {listed(pickled)} and no index of them; name the one file to merge into, "
+            f"or {_RESAVE}"
+        )
     raise CheckpointError(f"{folder}: holds no safetensors weights; {_RESAVE}")
+
+
+def _renamed(files: tuple[Header, ...]) -> tuple[Header, ...]:
+    """The same files; those of PyTorch's with the names that merged ones have in their place."""
+    if not any(is_pickle(header.path.name) for header in files):
+        return files
+    count = len(files)
+    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    return tuple(
+        replace(header, written_as=name) for header, name in zip(files, names if count > 1 else [WEIGHTS], strict=True)
+    )
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export.checkpoints._folder import LocalFolder, hub_blob
-from fossil_export.checkpoints._header import Header, header_length, parse_header, read_header
+from fossil_export.checkpoints._header import Header, header_length, parse_header
+from fossil_export.checkpoints._weights_file import header_of, is_pickle
 from fossil_export.errors import HubError, listed
 from fossil_export.storage.hub._background import interruptible
 from fossil_export.storage.hub._errors import retried
@@ -74,8 +75,10 @@ class HubFolder:
 
     def _header(self, name: str) -> Header:
         path = self.path / name
+        if is_pickle(name):  # where its tensors are stands all over it
+            self.fetch([name])
         if path.is_file():
-            return read_header(path)
+            return header_of(path)
         size = self.entries[name].size
         # To the byte, in two requests: of a file that is copied on the Hub, no weight comes here.
         prefix = self._range(name, 0, min(size, 8))
@@ -138,7 +141,7 @@ class HubFolder:
 
     def check(self, headers: Iterable[Header]) -> None:
         """A header that came damaged, in a range without a hash, must not decide where the tensors are."""
-        changed = [header.path.name for header in headers if read_header(header.path).encoded != header.encoded]
+        changed = [header.path.name for header in headers if header_of(header.path).encoded != header.encoded]
         if changed:
             raise self.damaged(changed)
 

@@ -1,0 +1,181 @@
+"""The two forms of PyTorch's files, and where in them the bytes of each storage are.
+
+Since 1.6 a file is a zip archive: `NAME/data.pkl`, `NAME/byteorder`, and one uncompressed entry `NAME/data/KEY` for each
+storage. Before, it was five pickles (a magic number, a version, the machine, the object, the storages' keys), and then
+each storage: 8 bytes that count its elements, and these. Source: torch/serialization.py.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fossil_export.checkpoints._dtypes import BITS, numpy_dtype
+from fossil_export.checkpoints._header import MAX_HEADER, Header, TensorInfo
+from fossil_export.checkpoints._stamp import Stamp
+from fossil_export.checkpoints.pickled._machine import BadPickleError, CutError, read_pickle
+from fossil_export.checkpoints.pickled._state import Placed, Storage, tensors_of
+from fossil_export.checkpoints.pickled._strided import Strided
+from fossil_export.errors import CheckpointError, FossilExportError
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+_VERSION = 1001
+_METADATA = {"format": "pt"}
+"""What transformers writes into safetensors files, and looks for when it loads them."""
+
+Find = Callable[[Storage], int]
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """The object of a file, the bytes that stand before the storages (b"" if these come first), and where a storage's
+    bytes begin; `find` raises BadPickleError."""
+
+    state: Any
+    beginning: bytes
+    find: Find
+
+
+def read_pickle_header(path: Path, error: type[FossilExportError] = CheckpointError) -> Header:
+    """The tensors of a state dict that `torch.save` wrote: names, dtypes, shapes and places; never the weights.
+
+    A tensor that does not lie in its own order is coded (`Strided`). Raises `error` for what is no plain state dict.
+    """
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            opened = _archive(file, status.st_size) if file.read(4) == b"PK\x03\x04" else _legacy(file, status.st_size)
+            tensors = tuple(_info(path, one, opened.find) for one in tensors_of(opened.state))
+    except OSError as problem:
+        raise error(f"{path}: cannot be read: {problem.strerror or problem}") from problem
+    except BadPickleError as problem:
+        hint = "" if ";" in str(problem) else "; it is cut or corrupt, fetch or save it again"
+        raise error(f"{path}: {problem}{hint}") from problem
+    stamp = Stamp.of(status)
+    return Header(path, opened.beginning, status.st_size, tensors, _METADATA, stamp, derived=True)
+
+
+def _info(path: Path, one: Placed, find: Find) -> TensorInfo:
+    size = BITS[one.dtype] // 8
+    offset = find(one.storage) + one.first * size if one.span else 0
+    if one.is_contiguous:
+        return TensorInfo(one.name, one.dtype, one.shape, path, offset)
+    try:
+        numpy_dtype(one.dtype)
+    except KeyError as problem:
+        raise BadPickleError(
+            f"tensor {one.name!r} {list(one.shape)} is {one.dtype} and not contiguous; save it with .contiguous()"
+        ) from problem
+    elements = TensorInfo(one.name, one.dtype, (one.span,), path, offset)
+    return TensorInfo(
+        one.name, one.dtype, one.shape, path, None, coding=Strided(elements, one.shape, one.strides)
+    )
+
+
+def _archive(file: BinaryIO, size: int) -> _Opened:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = {entry.filename: entry for entry in archive.infolist()}
+            if len(entries) < len(archive.infolist()):
+                raise BadPickleError("has two entries of one name")
+            pickles = [name for name in entries if name.endswith("/data.pkl")]
+            if len(pickles) != 1:
+                raise BadPickleError("is a zip archive, but none that PyTorch writes; name the model's weights")
+            root = pickles[0].removesuffix("data.pkl")
+            if any(name.startswith(f"{root}code/") or name == f"{root}constants.pkl" for name in entries):
+                raise BadPickleError("is a TorchScript program, not a state dict; save model.state_dict() of the model")
+            if (order := entries.get(f"{root}byteorder")) is not None and (
+                order.file_size > 16 or archive.read(order) != b"little"
+            ):
+                raise BadPickleError("was written on a big-endian machine; load it there and save it as safetensors")
+            main = entries[pickles[0]]
+            if main.file_size > MAX_HEADER:
+                raise BadPickleError(f"has a pickle of {main.file_size:,} bytes, too many for names of tensors")
+            data = archive.read(main)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError) as problem:
+        raise BadPickleError(f"is no sound zip archive ({problem})") from problem
+    state, _ = read_pickle(data)
+    end = _start_of(file, main, size) + len(data)
+    file.seek(0)
+    beginning = file.read(end) if end <= len(data) + 4096 else b""
+
+    def find(storage: Storage) -> int:
+        entry = entries.get(f"{root}data/{storage.key}")
+        if entry is None:
+            raise BadPickleError(f"lacks its storage {storage.key}")
+        if entry.file_size != storage.nbytes:
+            raise BadPickleError(f"has {entry.file_size} bytes in storage {storage.key}, not {storage.nbytes}")
+        return _start_of(file, entry, size)
+
+    return _Opened(state, beginning, find)
+
+
+def _start_of(file: BinaryIO, entry: zipfile.ZipInfo, size: int) -> int:
+    """Where the bytes of an entry begin; they must be stored as they are."""
+    if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+        raise BadPickleError(f"has {entry.filename} compressed or encrypted; load it with PyTorch and save it again")
+    file.seek(entry.header_offset)
+    head = file.read(30)
+    if len(head) < 30 or head[:4] != b"PK\x03\x04":
+        raise BadPickleError(f"has no entry {entry.filename} where it should be")
+    start = entry.header_offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
+    if start + entry.file_size > size:
+        raise BadPickleError(f"ends within {entry.filename}")
+    return start
+
+
+def _legacy(file: BinaryIO, size: int) -> _Opened:
+    data, room = b"", 1 << 20
+    while True:
+        file.seek(0)
+        data = file.read(min(room, MAX_HEADER))
+        try:
+            state, keys, end = _pickles(data)
+            break
+        except CutError:
+            if room >= min(size, MAX_HEADER):
+                raise
+            room *= 8
+    widths = {one.storage.key: one.storage.width for one in tensors_of(state)}
+    places: dict[str, tuple[int, int]] = {}
+    at = end
+    for key in keys:
+        if key not in widths:
+            raise BadPickleError(f"has a storage {key!r} that no tensor takes; load it with PyTorch and save it again")
+        file.seek(at)
+        nbytes = int.from_bytes(file.read(8), "little") * widths[key]
+        places[key] = at + 8, nbytes
+        at += 8 + nbytes
+        if at > size:
+            raise BadPickleError(f"ends within storage {key}")
+    if at != size:
+        raise BadPickleError(f"has {size - at} bytes after its storages")
+
+    def find(storage: Storage) -> int:
+        start, nbytes = places.get(storage.key, (0, -1))
+        if nbytes != storage.nbytes:
+            raise BadPickleError(f"has not the {storage.nbytes} bytes of storage {storage.key}")
+        return start
+
+    return _Opened(state, data[:end], find)
+
+
+def _pickles(data: bytes) -> tuple[Any, list[str], int]:
+    """The object, the keys of its storages in their order, and where these begin."""
+    if data[:1] != b"\x80" or (first := read_pickle(data))[0] != _MAGIC:
+        raise BadPickleError("is no file of PyTorch's; name the model's weights")
+    version, at = read_pickle(data, first[1])
+    machine, at = read_pickle(data, at)
+    if version != _VERSION or type(machine) is not dict:
+        raise BadPickleError(f"is of version {version!r} of PyTorch's files; load it with PyTorch and save it again")
+    if machine.get("little_endian") is not True:
+        raise BadPickleError("was written on a big-endian machine; load it there and save it as safetensors")
+    state, at = read_pickle(data, at)
+    keys, at = read_pickle(data, at)
+    if type(keys) is not list or not all(type(key) is str for key in keys):
+        raise BadPickleError("has no list of its storages")
+    return state, keys, at
