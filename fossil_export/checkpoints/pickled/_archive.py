@@ -71,9 +71,8 @@ def _info(path: Path, one: Placed, find: Find) -> TensorInfo:
             f"tensor {one.name!r} {list(one.shape)} is {one.dtype} and not contiguous; save it with .contiguous()"
         ) from problem
     elements = TensorInfo(one.name, one.dtype, (one.span,), path, offset)
-    return TensorInfo(
-        one.name, one.dtype, one.shape, path, None, coding=Strided(elements, one.shape, one.strides)
-    )
+    shape, strides = ((1, *one.shape), (0, *one.strides)) if len(one.shape) == 1 else (one.shape, one.strides)
+    return TensorInfo(one.name, one.dtype, one.shape, path, None, coding=Strided(elements, shape, strides))
 
 
 def _archive(file: BinaryIO, size: int) -> _Opened:
