@@ -198,8 +198,8 @@ class Runs:
 
 ONE = torch.ones(2, 3)
 BAD: dict[str, tuple[Any, list[str]]] = {
-    "code": (lambda path: {"a": ONE, "b": Runs(path)}, ["'b'", "system", "was not run"]),
-    "nothing but code": (Runs, ["system", "was not run"]),
+    "code": (lambda path: {"a": ONE, "b": Runs(path)}, ["'b'", "system", "run"]),
+    "nothing but code": (Runs, ["system", "run"]),
     "code in a list": (lambda path: [Runs(path)], ["not a state dict"]),
     "a list": (lambda path: [ONE], ["not a state dict"]),
     "nothing": (lambda path: {}, ["not a state dict"]),
