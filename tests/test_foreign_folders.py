@@ -169,7 +169,12 @@ def test_what_ms_swift_writes_beside_the_adapter(scene: Path, tmp_path: Path) ->
     with pytest.raises(AdapterError, match=r"additional_config\.json: sets gate"):
         load_adapter(folder)
     (folder / "additional_config.json").unlink()
-    with pytest.raises(AdapterError, match=r"in subfolders, one is .*out/default"):
+    found = load_adapter(tmp_path / "out")
+    assert found.path == folder and found.name == str(folder) and "in its folder default is taken" in found.notes[0]
+    shutil.copytree(folder, tmp_path / "out" / "other")
+    with pytest.raises(
+        AdapterError, match=r"2 in subfolders \(default, other\): name one of them, one is .*out/default"
+    ):
         load_adapter(tmp_path / "out")
     (tmp_path / "out" / "extra_states").mkdir()
     (tmp_path / "out" / "extra_states" / CONFIG).write_text('{"extra_state_keys": ["lm_head.*"]}')
@@ -198,7 +203,7 @@ def test_a_value_head_beside_the_adapter_is_not_lost_in_silence(scene: Path, tmp
 def test_a_run_of_checkpoints_names_the_newest(scene: Path, tmp_path: Path) -> None:
     for step in (500, 1000, 60):
         shutil.copytree(scene / "peft", tmp_path / "run" / f"checkpoint-{step}")
-    with pytest.raises(AdapterError, match=r"holds 3 in subfolders, the newest is .*run/checkpoint-1000$"):
+    with pytest.raises(AdapterError, match=r"\(checkpoint-1000, .*\): .*, the newest is .*run/checkpoint-1000$"):
         load_adapter(tmp_path / "run")
     assert load_adapter(tmp_path / "run" / "checkpoint-1000").trained
 

@@ -81,8 +81,9 @@ def test_views_of_shared_storages_and_tensors_in_another_order(plain: Path, tmp_
     for folder, one in (("pickled", changed), ("other", state)):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "config.json").write_bytes((plain / "config.json").read_bytes())
-        write_state(tmp_path / folder, {name: value.contiguous() for name, value in one.items()} if folder == "other"
-                    else one)
+        write_state(
+            tmp_path / folder, {name: value.contiguous() for name, value in one.items()} if folder == "other" else one
+        )
     merged = merged_as(tmp_path / "pickled", tmp_path / "other", tmp_path)
     verdict = fossil_export.verify(merged, adapter=tmp_path / "adapter", base=tmp_path / "pickled", level="weights")
     assert verdict.parity, verdict.problems

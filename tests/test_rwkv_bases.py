@@ -60,11 +60,14 @@ def adapter_state(base: State) -> State:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_base_and_an_adapter_of_one_file_each(zipped: bool, tmp_path: Path) -> None:
     base = base_state()
-    (tmp_path / "given").mkdir()
+    given = tmp_path / "given"
+    given.mkdir()
     adapter = adapter_state(base)
-    torch.save(base, tmp_path / "given" / "rwkv-7.pth", _use_new_zipfile_serialization=zipped)
-    torch.save(adapter, tmp_path / "given" / "trained.pth", _use_new_zipfile_serialization=zipped)
-    result = fossil_export.merge(tmp_path / "given" / "trained.pth", tmp_path / "merged", base=tmp_path / "given" / "rwkv-7.pth")
+    torch.save(base, given / "rwkv-7.pth", _use_new_zipfile_serialization=zipped)
+    torch.save(adapter, given / "trained.pth", _use_new_zipfile_serialization=zipped)
+    result = fossil_export.merge(
+        given / "trained.pth", tmp_path / "merged", base=given / "rwkv-7.pth"
+    )
     assert {"model.safetensors", "fossil_export.json"} <= {path.name for path in (tmp_path / "merged").iterdir()}
     assert not list((tmp_path / "merged").glob("*.pth"))
     merged = load_file(tmp_path / "merged" / "model.safetensors")
@@ -78,27 +81,34 @@ def test_a_base_and_an_adapter_of_one_file_each(zipped: bool, tmp_path: Path) ->
         else:  # sums in another order
             torch.testing.assert_close(merged[name], bat(weight, shard), rtol=2**-7, atol=2**-7)
     verdict = fossil_export.verify(
-        tmp_path / "merged", adapter=tmp_path / "given" / "trained.pth", base=tmp_path / "given" / "rwkv-7.pth", level="weights"
+        tmp_path / "merged",
+        adapter=given / "trained.pth",
+        base=given / "rwkv-7.pth",
+        level="weights",
     )
     assert verdict.parity, verdict.problems
-    assert "tile+bat" in repr(fossil_export.load_adapter(tmp_path / "given" / "trained.pth"))
+    assert "tile+bat" in repr(fossil_export.load_adapter(given / "trained.pth"))
 
 
 def test_a_peft_folder_over_a_file_of_rwkv(tmp_path: Path) -> None:
     base = base_state()
-    (tmp_path / "given").mkdir()
-    torch.save(base, tmp_path / "given" / "rwkv-7.pth")
+    given = tmp_path / "given"
+    given.mkdir()
+    torch.save(base, given / "rwkv-7.pth")
     shards = {name: value for name, value in adapter_state(base).items() if value.ndim == 2}
-    torch.save(shards, tmp_path / "given" / "trained.pth")
-    fossil_export.convert(tmp_path / "given" / "trained.pth", tmp_path / "miss", to="miss", base=str(tmp_path / "given" / "rwkv-7.pth"))
-    for name, adapter in (("of_file", tmp_path / "given" / "trained.pth"), ("of_folder", tmp_path / "miss")):
-        fossil_export.merge(adapter, tmp_path / name, base=tmp_path / "given" / "rwkv-7.pth")
+    torch.save(shards, given / "trained.pth")
+    fossil_export.convert(
+        given / "trained.pth", tmp_path / "miss", to="miss", base=str(given / "rwkv-7.pth")
+    )
+    for name, adapter in (("of_file", given / "trained.pth"), ("of_folder", tmp_path / "miss")):
+        fossil_export.merge(adapter, tmp_path / name, base=given / "rwkv-7.pth")
     found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("of_folder", "of_file"))
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
 def test_a_mixture_has_no_form_in_peft(tmp_path: Path) -> None:
-    (tmp_path / "given").mkdir()
-    torch.save(adapter_state(base_state()), tmp_path / "given" / "trained.pth")
+    given = tmp_path / "given"
+    given.mkdir()
+    torch.save(adapter_state(base_state()), given / "trained.pth")
     with pytest.raises(FossilExportError, match=r"is a tile\+bat adapter, of which PEFT's MISS has no form"):
-        fossil_export.convert(tmp_path / "given" / "trained.pth", tmp_path / "miss", to="miss")
+        fossil_export.convert(given / "trained.pth", tmp_path / "miss", to="miss")

@@ -135,14 +135,14 @@ def open_checkpoint(where: Path | Folder, file: str | None = None) -> Checkpoint
     if index_name is not None:
         index_path = home.path / index_name
         index = _json(home, index_name)
-        files = home.headers(_indexed_files(home, index_path, index))
+        files = home.headers(indexed_files(home, index_path, index))
     else:
         assert weights is not None
         files = home.headers([weights])
     files = _renamed(files)
-    tensors = _by_name(files)
+    tensors = by_name(files)
     if index is not None and index_path is not None:
-        _check_index(index_path, index["weight_map"], tensors)
+        check_index(index_path, index["weight_map"], tensors)
     config = None
     if folder is not None and "config.json" in root:
         config = _json(home, "config.json")
@@ -179,7 +179,7 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
         checkpoint,
         files=files,
         config=None if checkpoint.config is None else FORMATS[name].plain_config(checkpoint.config),
-        tensors=_by_name(files),
+        tensors=by_name(files),
         quantized=Quantized(name, settings or {}, checkpoint),
     )
 
@@ -274,7 +274,7 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{path}: tie_word_embeddings is {tie!r}, not true or false; mend it")
 
 
-def _indexed_files(home: Folder, index_path: Path, index: Mapping[str, Any]) -> list[str]:
+def indexed_files(home: Folder, index_path: Path, index: Mapping[str, Any]) -> list[str]:
     """The files an index names, in the order of their names, each checked to lie in its folder."""
     weight_map = index.get("weight_map")
     if not isinstance(index.get("metadata") or {}, dict):
@@ -294,7 +294,7 @@ def _indexed_files(home: Folder, index_path: Path, index: Mapping[str, Any]) -> 
     return found
 
 
-def _by_name(files: tuple[Header, ...]) -> dict[str, TensorInfo]:
+def by_name(files: tuple[Header, ...]) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for header in files:
         for tensor in header.tensors:
@@ -309,7 +309,7 @@ def _by_name(files: tuple[Header, ...]) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _check_index(index_path: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
+def check_index(index_path: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].path.name != file:
             raise CheckpointError(f"{index_path}: says that {name} is in {file}, which lacks it; fetch both again")

@@ -122,7 +122,9 @@ def _tensor(name: str, value: Any) -> Placed:
             f"is not a plain tensor ({function}): quantized, sparse or of another device; save it as a plain one"
         )
     else:
-        raise BadPickleError(f"is made by {function}: the file may hold code, and nothing of it was run; ask for safetensors")
+        raise BadPickleError(
+            f"is made by {function}: the file may hold code, and nothing of it was run; ask for safetensors"
+        )
     if any(extra for extra in extras):
         raise BadPickleError("is a conjugate or negative view; save it with .contiguous()")
     placed = Placed(name, dtype, _sizes(shape), found, first, _sizes(strides))
