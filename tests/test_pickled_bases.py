@@ -100,7 +100,8 @@ def test_a_tied_tensor_that_is_stored_twice_is_written_under_both_names(tmp_path
     merged = merged_as(base, base, tmp_path)
     found = read_all(merged)
     assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
-    verdict = fossil_export.verify(merged, adapter=tmp_path / "adapter", base=base)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(merged).lm_head.weight, found["lm_head.weight"])
+    verdict = fossil_export.verify(merged, adapter=tmp_path / "adapter", base=base, level="weights")
     assert verdict.parity, verdict.problems
 
 
