@@ -129,7 +129,7 @@ def test_what_training_left_is_not_taken_for_the_model(plain: Path, tmp_path: Pa
         torch.save({"a": torch.ones(1)}, base / name)
     assert [header.path.name for header in open_checkpoint(base).files] == ["weights.pt"]
     torch.save({"a": torch.ones(1)}, base / "more.pt")
-    with pytest.raises(CheckpointError, match="has weights only as more.pt, weights.pt and no index"):
+    with pytest.raises(CheckpointError, match=r"has weights only as more\.pt, weights\.pt and no index"):
         open_checkpoint(base)
     assert open_checkpoint(base / "weights.pt").folder == base
 

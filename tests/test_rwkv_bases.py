@@ -65,9 +65,7 @@ def test_a_base_and_an_adapter_of_one_file_each(zipped: bool, tmp_path: Path) ->
     adapter = adapter_state(base)
     torch.save(base, given / "rwkv-7.pth", _use_new_zipfile_serialization=zipped)
     torch.save(adapter, given / "trained.pth", _use_new_zipfile_serialization=zipped)
-    result = fossil_export.merge(
-        given / "trained.pth", tmp_path / "merged", base=given / "rwkv-7.pth"
-    )
+    result = fossil_export.merge(given / "trained.pth", tmp_path / "merged", base=given / "rwkv-7.pth")
     assert {"model.safetensors", "fossil_export.json"} <= {path.name for path in (tmp_path / "merged").iterdir()}
     assert not list((tmp_path / "merged").glob("*.pth"))
     merged = load_file(tmp_path / "merged" / "model.safetensors")
@@ -97,9 +95,7 @@ def test_a_peft_folder_over_a_file_of_rwkv(tmp_path: Path) -> None:
     torch.save(base, given / "rwkv-7.pth")
     shards = {name: value for name, value in adapter_state(base).items() if value.ndim == 2}
     torch.save(shards, given / "trained.pth")
-    fossil_export.convert(
-        given / "trained.pth", tmp_path / "miss", to="miss", base=str(given / "rwkv-7.pth")
-    )
+    fossil_export.convert(given / "trained.pth", tmp_path / "miss", to="miss", base=str(given / "rwkv-7.pth"))
     for name, adapter in (("of_file", given / "trained.pth"), ("of_folder", tmp_path / "miss")):
         fossil_export.merge(adapter, tmp_path / name, base=given / "rwkv-7.pth")
     found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("of_folder", "of_file"))

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fossil_export.checkpoints.pickled._archive import read_pickle_header
+from fossil_export.checkpoints.pickled._archive import parse_pickle_header, read_pickle_header
 
-__all__ = ["read_pickle_header"]
+__all__ = ["parse_pickle_header", "read_pickle_header"]
