@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pickled_bases import merged_as, pickled_base, plain_base, read_all, write_state
+from quantized_bases import fp8_folder
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -340,3 +341,19 @@ def test_a_base_that_is_written_to_while_it_is_merged_is_an_error(plain: Path, t
     write_state(base, {name: value + 1 for name, value in state.items()})
     with pytest.raises(CheckpointError, match="changed while"):
         fossil_export.run_merge(plan, tmp_path / "merged")
+
+
+def test_a_quantized_base_in_pytorchs_files(tmp_path: Path) -> None:
+    quantized, dequantized = fp8_folder(tmp_path)
+    write_state(quantized, load_file(quantized / "model.safetensors"), 2)
+    (quantized / "model.safetensors").unlink()
+    merged = merged_as(quantized, dequantized, tmp_path)
+    verdict = fossil_export.verify(merged, adapter=tmp_path / "adapter", base=quantized, level="weights")
+    assert verdict.parity, verdict.problems
+
+
+def test_a_value_head_beside_an_adapter_is_no_base(plain: Path, tmp_path: Path) -> None:
+    torch.save({"v_head.summary.weight": torch.ones(1, 3)}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is an adapter, not a base model"):
+        open_checkpoint(tmp_path)

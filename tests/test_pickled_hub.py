@@ -40,7 +40,7 @@ def test_a_base_is_planned_by_ranges_and_merged(
     scene.reset_log()
     plan = plan_merge(bases / "qv", "ada/pickled")
     ranges = [seen for seen in scene.log if seen.method == "GET" and seen.status == 206]
-    assert files <= len(ranges) <= 8 * files < len(plan.tensors) * 8 // 3  # however many tensors there are
+    assert files <= len(ranges) <= 8 * files  # however many tensors there are
     here = open_checkpoint(folder)
     for one, other in zip(plan.base.files, here.files, strict=True):
         assert one.encoded == other.encoded and one.size == other.size

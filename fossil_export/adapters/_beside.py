@@ -58,8 +58,8 @@ def elsewhere(where: str, home: Folder) -> str:
     if found := adapters_in(names):
         last = found[0].rpartition("/")[2].startswith("checkpoint-")
         return (
-            f"; it holds {len(found)} in subfolders ({listed(found)}): name one of them, {'the newest' if last else 'one'} "
-            f"is {where}/{found[0]}"
+            f"; it holds {len(found)} in subfolders ({listed(found)}): name one of them, "
+            f"{'the newest' if last else 'one'} is {where}/{found[0]}"
         )
     if any(name.startswith("pytorch_model_fsdp_0/") for name in names):
         return "; its weights are in shards of FSDP, put them together with `accelerate merge-weights`"

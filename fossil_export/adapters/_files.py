@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fossil_export.adapters._beside import elsewhere
 from fossil_export.adapters._pickled import read_pickled
-from fossil_export.checkpoints._checkpoint import by_name, check_index, indexed_files
+from fossil_export.checkpoints._choice import by_name, check_index, indexed_files
 from fossil_export.checkpoints._folder import Folder
 from fossil_export.checkpoints._header import Header, TensorInfo
 from fossil_export.checkpoints._jsonfile import parse_json
@@ -101,7 +101,7 @@ def read_weights(weights: Path, home: Folder) -> Weights:
         raise AdapterError(str(problem)) from problem
     if tuned := [info.name for info in tensors if _TORCHTUNE.fullmatch(info.name)]:
         raise AdapterError(
-            f"{weights}: tensor {tuned[0]} is named as torchtune names its own, in which the rows of heads have another "
+            f"{weights}: tensor {tuned[0]} is named as torchtune names its own, where the rows of heads have another "
             "order; name the folder with PEFT's adapter_model.safetensors, which its Hugging Face checkpointer writes"
         )
     return Weights(tensors, every, tuple(headers), pickled)

@@ -9,7 +9,8 @@ from decimal import Decimal
 from itertools import accumulate
 from typing import Any
 
-from fossil_export.checkpoints._checkpoint import INDEX_ENDING, Checkpoint
+from fossil_export.checkpoints._checkpoint import Checkpoint
+from fossil_export.checkpoints._choice import INDEX_ENDING
 from fossil_export.checkpoints._dtypes import BITS, TORCH_NAME, byte_count, element_count
 from fossil_export.checkpoints._header import Header, TensorInfo, encode_header
 from fossil_export.checkpoints._jsonfile import write_json

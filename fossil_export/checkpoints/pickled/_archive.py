@@ -1,8 +1,8 @@
 """The two forms of PyTorch's files, and where in them the bytes of each storage are.
 
 Since 1.6 a file is a zip archive: `NAME/data.pkl`, `NAME/byteorder`, and one uncompressed entry `NAME/data/KEY` for
-each storage. Before, it was five pickles (a magic number, a version, the machine, the object, the storages' keys), and then
-each storage: 8 bytes that count its elements, and these. Source: torch/serialization.py.
+each storage. Before, it was five pickles (a magic number, a version, the machine, the object, the storages' keys), and
+then each storage: 8 bytes that count its elements, and these. Source: torch/serialization.py.
 """
 
 from __future__ import annotations
