@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from fossil_export.checkpoints._checkpoint import Checkpoint, open_checkpoint
+from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._coding import CodedRows
 from fossil_export.checkpoints._dtypes import numpy_dtype
 from fossil_export.checkpoints._input import InputFile, StoredArray
+from fossil_export.checkpoints._opening import open_checkpoint
 
 MODULE = "model.layers.0.mlp.up_proj"
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from fossil_export.checkpoints._checkpoint import Checkpoint, open_checkpoint, view_rows
+from fossil_export.checkpoints._checkpoint import Checkpoint, view_rows
 from fossil_export.checkpoints._coding import read_rows
+from fossil_export.checkpoints._opening import open_checkpoint
 
 MODULE = "model.layers.0.mlp.up_proj"
 

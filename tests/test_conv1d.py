@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fossil_export import convert, export_onnx, merge, verify
 from fossil_export.checkpoints import TensorInfo
-from fossil_export.checkpoints._checkpoint import open_checkpoint
+from fossil_export.checkpoints._opening import open_checkpoint
 from fossil_export.checkpoints.layouts import LAYOUTS, find_matrix
 from fossil_export.checkpoints.layouts._transposed import MODEL_TYPES, Transposed
 from fossil_export.onnx.builders import BUILDERS

@@ -22,9 +22,10 @@ from transformers.modeling_gguf_pytorch_utils import BloomTensorProcessor, Llama
 
 import fossil_export
 from fossil_export.checkpoints import gguf as gguf_files
-from fossil_export.checkpoints._checkpoint import Checkpoint, open_checkpoint, view_rows
+from fossil_export.checkpoints._checkpoint import Checkpoint, view_rows
 from fossil_export.checkpoints._coding import read_rows
 from fossil_export.checkpoints._header import TensorInfo
+from fossil_export.checkpoints._opening import open_checkpoint
 from fossil_export.checkpoints.gguf._coding import Blocks, Halves, Thirds, can_dequantize
 
 KINDS = [kind.name for kind in gguf.GGMLQuantizationType if can_dequantize(kind.name)]

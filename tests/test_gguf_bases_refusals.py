@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from transformers import AutoConfig
 
 import fossil_export
-from fossil_export.checkpoints._checkpoint import open_checkpoint
+from fossil_export.checkpoints._opening import open_checkpoint
 from fossil_export.errors import CheckpointError, FossilExportError
 
 

@@ -79,7 +79,6 @@ def nothing(*_: Any) -> None:
 WEIGHTS_ONLY_BIN = changed(
     {}, *(f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)), "model.safetensors.index.json"
 )
-RESAVE = "load the model with transformers and save it with save_pretrained(..., safe_serialization=True)"
 REFUSALS: list[tuple[Setup, list[str], str]] = [
     (anonymous, ["bob/secret"], f"bob/secret: {LOGIN} (there is no such file or folder here)"),
     (anonymous, ["hf://bob/secret"], f"bob/secret: {LOGIN}"),
@@ -126,7 +125,7 @@ REFUSALS: list[tuple[Setup, list[str], str]] = [
     (portal, ["ada/adapter"], "ada/adapter: HUB answers, but not as the Hub does; check HTTPS_PROXY and HF_ENDPOINT"),
     (offline, ["ada/adapter"], f"ada/adapter: {OFFLINE} (there is no such file or folder here)"),
     (WEIGHTS_ONLY_BIN, ["ada/adapter"],
-     f"ada/base: has weights only as pytorch_model.bin; {RESAVE}, then name that folder"),
+     "ada/base/pytorch_model.bin: is no file of PyTorch's; name the model's weights"),
     (changed({}, PART), ["ada/adapter"],
      f"ada/base/model.safetensors.index.json: names {PART}, which is missing; fetch that file"),
     (changed({"config.json": b"<html>"}), ["ada/adapter"],

@@ -18,7 +18,7 @@ from quantized_bases import linears, merged_equal, plain_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
-from fossil_export.checkpoints._checkpoint import open_checkpoint
+from fossil_export.checkpoints._opening import open_checkpoint
 from fossil_export.errors import CheckpointError
 
 DTYPES = ("bfloat16", "float16", "float32")

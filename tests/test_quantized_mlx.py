@@ -19,8 +19,9 @@ from quantized_mxfp4 import assert_same_merge, stored_as, trained
 from safetensors.torch import load_file, save_file
 from transformers.integrations.metal_quantization import _affine_dequantize_tensor, _affine_quantize_tensor
 
-from fossil_export.checkpoints._checkpoint import open_checkpoint, view_rows
+from fossil_export.checkpoints._checkpoint import view_rows
 from fossil_export.checkpoints._coding import CodedRows
+from fossil_export.checkpoints._opening import open_checkpoint
 from fossil_export.errors import CheckpointError
 
 DOWN = "model.layers.0.mlp.down_proj"

@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from fossil_export.checkpoints._checkpoint import open_checkpoint, view_rows
+from fossil_export.checkpoints._checkpoint import view_rows
 from fossil_export.checkpoints._coding import CodedRows
 from fossil_export.checkpoints._header import slice_of
 from fossil_export.checkpoints._input import InputFile, StoredArray
+from fossil_export.checkpoints._opening import open_checkpoint
 from fossil_export.checkpoints.quantized._mxfp4 import VALUES, Mxfp4
 from fossil_export.errors import CheckpointError
 

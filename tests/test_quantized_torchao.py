@@ -18,8 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
-from fossil_export.checkpoints._checkpoint import open_checkpoint, view_rows
+from fossil_export.checkpoints._checkpoint import view_rows
 from fossil_export.checkpoints._coding import CodedRows
+from fossil_export.checkpoints._opening import open_checkpoint
 from fossil_export.errors import CheckpointError
 
 quantization = pytest.importorskip("torchao.quantization")

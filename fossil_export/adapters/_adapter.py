@@ -30,7 +30,7 @@ class Adapter:
     before training, in a resized vocabulary. Nothing is read into memory until `array` is called; arrays of pickled
     adapters, which are no byte ranges, are in `pickled`.
     `name` is what records call it (its id on the Hub, else the path as given) and `revision` its commit there.
-    `home` is the folder of its `files`, whose weights have this `header`; of an adapter on the Hub those are here
+    `home` is the folder of its `files`, whose weights have these `headers`; of an adapter on the Hub those are here
     once `needed` was fetched. `stamps` are those of the files that were read already.
     `is_pefts` says whether PEFT loads it as it is.
     With `keeps_ties` the trainer changed a tied tensor for all that share it (MLX; PEFT parts them). `unfit` says of
@@ -51,7 +51,7 @@ class Adapter:
     name: str = ""
     revision: str | None = None
     notes: tuple[str, ...] = ()
-    header: Header | None = field(default=None, repr=False)
+    headers: tuple[Header, ...] = field(default=(), repr=False)
     stamps: Mapping[Path, Stamp] = field(default_factory=dict, repr=False)
     is_pefts: bool = True
     keeps_ties: bool = False
@@ -77,14 +77,14 @@ class Adapter:
     def needed(self) -> Needed:
         """Its files and its tokenizer, which a run reads."""
         names = (*(path.name for path in self.files), *self.tokenizer())
-        return Needed(self.home, names, (self.header,) if self.header is not None else ())
+        return Needed(self.home, names, self.headers)
 
     def check(self) -> None:
         """Raise AdapterError where a file of it is another one than that which was read."""
         for path, stamp in self.stamps.items():
             check_stamp(path, stamp, AdapterError)
-        if self.header is not None:
-            check_stamp(self.header.path, self.header.stamp, AdapterError)
+        for header in self.headers:
+            check_stamp(header.path, header.stamp, AdapterError)
 
     def tokenizer(self) -> dict[str, Path]:
         """The complete tokenizer that the trainer saved beside the shards, by name, or nothing."""
@@ -136,6 +136,7 @@ class Adapter:
             raise AdapterError(str(problem)) from problem
         except (OSError, ValueError) as problem:
             raise AdapterError(f"{tensor.path}: {tensor.name} cannot be read: {problem}") from problem
-        if ours and self.header is not None:
-            check_stamp(tensor.path, self.header.stamp, AdapterError)
+        if ours:
+            stamp = next((header.stamp for header in self.headers if header.path == tensor.path), None)
+            check_stamp(tensor.path, stamp, AdapterError)
         return raw.view(numpy_dtype(tensor.dtype)).reshape(shape)

@@ -42,17 +42,27 @@ def adapters_in(names: Iterable[str]) -> list[str]:
     return sorted(found, key=lambda folder: (-step(folder), folder.count("/"), folder))
 
 
+def only_one_in(home: Folder) -> str | None:
+    """The subfolder that holds an adapter, if there is exactly one, and none in the folder itself."""
+    root = home.root_names()
+    if _CONFIG in root or any(name.startswith(("adapter_model", "adapters.")) for name in root):
+        return None
+    found = adapters_in(_below(home))
+    return found[0] if len(found) == 1 else None
+
+
 def elsewhere(where: str, home: Folder) -> str:
     """How to go on from a folder that is no adapter itself, as the end of a message; "" if nothing is known. `where` is
     what the user may type for it."""
     names = _below(home)
     if found := adapters_in(names):
         last = found[0].rpartition("/")[2].startswith("checkpoint-")
-        return f"; it holds {len(found)} in subfolders, {'the newest' if last else 'one'} is {where}/{found[0]}"
+        return (
+            f"; it holds {len(found)} in subfolders ({listed(found)}): name one of them, "
+            f"{'the newest' if last else 'one'} is {where}/{found[0]}"
+        )
     if any(name.startswith("pytorch_model_fsdp_0/") for name in names):
         return "; its weights are in shards of FSDP, put them together with `accelerate merge-weights`"
-    if any("safetensors.index.json" in name and name.startswith("adapter_model") for name in names):
-        return "; its weights are in several files, which PEFT does not load either; write them as one"
     return ""
 
 

@@ -118,7 +118,7 @@ def load_mlx(
         saved={},
         files=(path, weights),
         home=home,
-        header=header,
+        headers=(header,),
         stamps=stamps,
         is_pefts=False,
         keeps_ties=True,

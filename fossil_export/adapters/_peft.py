@@ -16,11 +16,11 @@ from typing import Any
 
 from fossil_export.adapters import _mlx as mlx
 from fossil_export.adapters._adapter import Adapter
-from fossil_export.adapters._beside import elsewhere, refuse_lost
+from fossil_export.adapters._beside import elsewhere, only_one_in, refuse_lost
 from fossil_export.adapters._fields import OTHERS
+from fossil_export.adapters._files import WEIGHTS, files_of, find_weights, read_weights, weights_name
 from fossil_export.adapters._keys import PREFIX, are_pefts, peft_keys
 from fossil_export.adapters._parameters import take_parameters
-from fossil_export.adapters._pickled import read_pickled
 from fossil_export.adapters._relatives import why_folder, why_tensor, why_type
 from fossil_export.adapters._rwkv import is_state_dict, load_state_dict
 from fossil_export.adapters._targets import check_targets
@@ -46,7 +46,6 @@ from fossil_export.errors import AdapterError, CheckpointError, listed
 from fossil_export.storage import find_origin
 
 CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 # Fields that say how any adapter was trained or stored; none of them changes what the tensors mean.
 _NEUTRAL_FIELDS = {
@@ -81,12 +80,14 @@ def load_adapter(path: str | Path) -> Adapter:
             f"{type(path).__name__}: is no path or id of an adapter; name one (merge and verify alone take several)"
         )
     found = find_origin(path, AdapterError, "adapter")
+    if found.file is None and (inside := only_one_in(found.folder)) is not None:
+        found = found.within(inside, f"{found.name}: the adapter in its folder {inside} is taken, the only one in it")
     given, home = found.path, found.folder
     weights = given if given.is_file() and given.name != CONFIG else None
     if not found.is_path:
         root = home.root_names()
         file = found.file if found.file != CONFIG else None
-        file = file or next((name for name in (*WEIGHTS, mlx.WEIGHTS) if name in root), None)
+        file = file or weights_name(home, (mlx.WEIGHTS,))
         if CONFIG not in root and not given.suffix == ".pth":
             raise AdapterError(f"{found.name}: not an adapter, {CONFIG} is missing{_hint(found.typed, home)}")
         if file is None:
@@ -94,7 +95,8 @@ def load_adapter(path: str | Path) -> Adapter:
             raise AdapterError(f"{found.name}: holds neither {' nor '.join(WEIGHTS)}{remedy}")
         weights = home.path / file
         at_once = [CONFIG] if CONFIG in root else []
-        home.fetch(at_once if weights.suffix == ".safetensors" else [*at_once, file])
+        at_once += [name for name in {file, *files_of(file, home)} if not name.endswith(".safetensors")]
+        home.fetch(at_once)
     with found.by_name():
         adapter = load_state_dict(given, home) if is_state_dict(given) else _load_folder(given, weights, home)
     return replace(adapter, name=found.name, revision=found.revision, notes=found.notes)
@@ -109,22 +111,13 @@ def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
         return mlx.load_mlx(given, written, weights, home, stamps)
     config = _checked_config(folder / CONFIG, written)
     weights = weights or find_weights(folder, home)
-    stamps |= stamps_of([weights])
+    stamps |= stamps_of([weights, *(folder / name for name in files_of(weights.name, home))])
     refuse_lost(home, str(given))
-    header = None
     try:
-        home.check_links([CONFIG, weights.name])
+        home.check_links([CONFIG])
     except CheckpointError as problem:
         raise AdapterError(str(problem)) from problem
-    if weights.suffix == ".safetensors":
-        try:
-            (header,) = home.headers([weights.name])
-        except CheckpointError as problem:
-            raise AdapterError(str(problem)) from problem
-        tensors = header.tensors
-        pickled: Mapping[str, Any] = {}
-    else:
-        tensors, pickled = read_pickled(weights)
+    read = read_weights(weights, home)
 
     methods = methods_of(config["peft_type"])
     endings = dict.fromkeys(ending for roles in methods.values() for ending in roles)
@@ -135,7 +128,7 @@ def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
     parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     saved: dict[str, TensorInfo] = {}
     below: dict[str, TensorInfo] = {}
-    keys = peft_keys(weights, tensors, endings)
+    keys = peft_keys(weights, read.tensors, endings)
     for name, tensor in keys.items():
         if copy := _copy_of(name, keys):
             if copy[1] == "original_module":
@@ -201,10 +194,10 @@ def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
         trained=trained,
         saved=saved,
         below=below,
-        files=(folder / CONFIG, weights),
-        pickled=pickled,
+        files=(folder / CONFIG, *read.files),
+        pickled=read.pickled or {},
         home=home,
-        header=header,
+        headers=read.headers,
         stamps=stamps,
         is_pefts=are_pefts(keys),
     )
@@ -275,12 +268,3 @@ def _hint(where: str, home: Folder) -> str:
     if "config.json" in root:
         return "; it looks like a model, and the adapter is the folder that PEFT saved"
     return ""
-
-
-def find_weights(folder: Path, home: Folder | None = None) -> Path:
-    """The weights file PEFT takes from an adapter's `folder`, which is `home`; raises AdapterError if there is none."""
-    for name in WEIGHTS:
-        if (folder / name).is_file():
-            return folder / name
-    remedy = (elsewhere(str(folder), home) if home is not None else "") or "; copy the adapter's weights into it"
-    raise AdapterError(f"{folder}: holds neither {' nor '.join(WEIGHTS)}{remedy}")

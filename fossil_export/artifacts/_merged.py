@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fossil_export.artifacts._kind import ADAPTER_CONFIG, Kind, Look
-from fossil_export.checkpoints._checkpoint import open_checkpoint
 from fossil_export.checkpoints._companions import is_weights
+from fossil_export.checkpoints._opening import open_checkpoint
 
 if TYPE_CHECKING:
     from fossil_export.verifying._artifacts import Artifact

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fossil_export.adapters._peft import WEIGHTS
+from fossil_export.adapters._files import WEIGHTS
 from fossil_export.artifacts._kind import ADAPTER_CONFIG, Look
 
 PATTERNS = (ADAPTER_CONFIG, *WEIGHTS)

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fossil_export.checkpoints._header import Header, read_header
+from fossil_export.checkpoints._header import Header
 from fossil_export.checkpoints._stamp import changed
+from fossil_export.checkpoints._weights_file import header_of
 from fossil_export.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Folder(Protocol):
         """The files that lie in no subfolder, sorted; no hidden ones either."""
 
     def headers(self, names: Iterable[str]) -> tuple[Header, ...]:
-        """The headers of safetensors files; raises CheckpointError."""
+        """The headers of weights files; raises CheckpointError."""
 
     def read(self, name: str) -> bytes:
         """The whole of a small file."""
@@ -104,7 +105,7 @@ class LocalFolder:
             raise CheckpointError(f"{self.path}: cannot be read: {problem.strerror}") from problem
 
     def headers(self, names: Iterable[str]) -> tuple[Header, ...]:
-        return tuple(read_header(self.path / name) for name in names)
+        return tuple(header_of(self.path / name) for name in names)
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()

@@ -10,7 +10,7 @@ import click
 
 from fossil_export._console import print_json
 
-BASE_HELP = "Base model: a folder, a safetensors file or an id on the Hub.  [default: the one the adapter names]"
+BASE_HELP = "Base model: a folder, a weights file or an id on the Hub.  [default: the one the adapter names]"
 
 
 def weighted(given: str) -> str | tuple[str, float]:

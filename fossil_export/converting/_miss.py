@@ -33,6 +33,11 @@ def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
         raise AdapterError(
             f"{adapter.path}: is a {adapter.variant} adapter, of which PEFT's MISS has no form; convert it --to lora"
         )
+    if len({trained.rank for trained in adapter.trained.values()}) > 1:
+        raise AdapterError(
+            f"{adapter.path}: has shards of different variants or ranks, of which PEFT's MISS has no form; convert it "
+            "--to lora"
+        )
     names = {
         **{
             f"base_model.model.{module}.miss_block": info

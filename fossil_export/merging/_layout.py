@@ -10,6 +10,7 @@ from itertools import accumulate
 from typing import Any
 
 from fossil_export.checkpoints._checkpoint import Checkpoint
+from fossil_export.checkpoints._choice import INDEX_ENDING
 from fossil_export.checkpoints._dtypes import BITS, TORCH_NAME, byte_count, element_count
 from fossil_export.checkpoints._header import Header, TensorInfo, encode_header
 from fossil_export.checkpoints._jsonfile import write_json
@@ -66,7 +67,8 @@ class TensorPlan:
             return "add"
         if self.brought:
             return "replace"
-        if self.source.coding is not None:
+        coding = self.source.coding
+        if coding is not None and coding.stored[0].dtype != self.source.dtype:  # else it lies in another order
             return "dequantize"
         return "copy" if self.dtype == self.source.dtype else "cast"
 
@@ -176,7 +178,9 @@ def _unchanged(tensors: Iterable[TensorPlan], header: Header) -> bool:
 
 
 def _index(base: Checkpoint, files: tuple[FilePlan, ...]) -> tuple[str, bytes]:
-    name = base.index_path.name if base.index_path is not None else "model.safetensors.index.json"
+    name = "model.safetensors.index.json"
+    if base.index_path is not None and base.index_path.name.endswith(INDEX_ENDING):
+        name = base.index_path.name
     weight_map = {tensor.name: file.name for file in files for tensor, _ in file.tensors}
     old: Mapping[str, Any] = base.index or {}
     total = sum(tensor.nbytes for file in files for tensor, _ in file.tensors)

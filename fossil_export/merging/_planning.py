@@ -211,7 +211,7 @@ def _other_tokenizers(adapters: Sequence[Adapter]) -> tuple[str, ...]:
 
 def _stamps(adapters: Sequence[Adapter], base: Checkpoint, companions: Iterable[Path]) -> dict[Path, Stamp]:
     """Of everything that goes into the result and is on this machine."""
-    headers = [*base.files, *(adapter.header for adapter in adapters if adapter.header is not None)]
+    headers = [*base.files, *(header for adapter in adapters for header in adapter.headers)]
     found = {header.path: header.stamp for header in headers if header.stamp is not None}
     small = [*companions, *(path for adapter in adapters for path in adapter.files)]
     small += [base.index_path] if base.index_path is not None else []

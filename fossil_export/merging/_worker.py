@@ -49,8 +49,8 @@ class Worker:
         self._tensors = plan.base.tensors
         self._engine = engine
         self._moved = moved
-        headers = (*plan.base.files, *(adapter.header for adapter in plan.adapters))
-        self._headers = {header.path: header for header in headers if header is not None}
+        headers = (*plan.base.files, *(header for adapter in plan.adapters for header in adapter.headers))
+        self._headers = {header.path: header for header in headers}
         self._sources: dict[Path, InputFile] = {}
         self._sums: dict[str, dict[int, dict[int, Survival]]] = {}
         self._lock = threading.Lock()

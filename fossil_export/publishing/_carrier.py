@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from fossil_export.checkpoints._header import read_header
+from fossil_export.checkpoints._weights_file import header_of
 from fossil_export.errors import HubError, OutputError
 from fossil_export.merging._run import Writer
 from fossil_export.merging._survival import Survival
@@ -260,7 +260,7 @@ class Carrier:
             if is_sound(path, remote.entries[name]):
                 # The plan was made from a header that came in a range, without a hash.
                 header = next((one for one in self.merge.base.files if one.path.name == name), None)
-                if header is not None and read_header(path).encoded != header.encoded:
+                if header is not None and header_of(path).encoded != header.encoded:
                     raise remote.damaged([name])
                 self._here.add(name)
                 return path

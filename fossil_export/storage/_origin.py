@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from fossil_export.checkpoints._checkpoint import Checkpoint, open_checkpoint
+from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._folder import Folder
+from fossil_export.checkpoints._opening import open_checkpoint
 from fossil_export.errors import FossilExportError
+
+
+@runtime_checkable
+class Nested(Protocol):
+    """A folder that can give those that are in it."""
+
+    def within(self, folder: str) -> Folder:
+        """The folder of this name in it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,14 @@ class Origin:
         """The model that lies there, opened by its headers."""
         with self.by_name():
             return open_checkpoint(self.path if self.is_path else self.folder, self.file)
+
+    def within(self, inside: str, note: str) -> Origin:
+        """The folder `inside` of this one, and a note on why it is that; itself if its storage has no such folders."""
+        if not isinstance(self.folder, Nested):
+            return self
+        start = self.name if self.is_path or "://" in self.name else f"hf://{self.name}"
+        name = f"{start.rstrip('/')}/{inside}"
+        return replace(self, name=name, folder=self.folder.within(inside), notes=(*self.notes, note))
 
     def shown(self, text: str) -> str:
         """`text` with the name in the place of the cache's folder, which the user does not know."""

@@ -152,7 +152,8 @@ class Files:
 
     def _codes(self, info: TensorInfo, start: int, stop: int) -> Any:
         assert info.offset is not None
-        return StoredArray(self._file(info), info.offset, info.shape, stored_dtype(info.dtype))[start:stop]
+        whole = StoredArray(self._file(info), info.offset, info.shape, stored_dtype(info.dtype))
+        return whole if (start, stop) == (0, len(whole)) else whole[start:stop]  # of all of it, columns may be wanted
 
     def check(self) -> None:
         for file in self._open.values():

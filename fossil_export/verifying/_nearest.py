@@ -46,7 +46,7 @@ class Nearest:
 
 def far_from(adapter: Adapter, plan: MergePlan, found: Mapping[str, Nearest]) -> dict[str, float]:
     """‖s B A - ΔW‖ / ‖ΔW‖ of the modules that are further from what was trained than float32 makes them."""
-    headers = [*plan.base.files, *([adapter.header] if adapter.header is not None else [])]
+    headers = [*plan.base.files, *adapter.headers]
     far: dict[str, float] = {}
     with Files(headers) as files:
         for tensor in plan.tensors:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fossil_export.adapters._peft import WEIGHTS
+from fossil_export.adapters._files import WEIGHTS
 from fossil_export.artifacts import _miss as miss
 from fossil_export.artifacts._kind import Look
 from fossil_export.artifacts._kinds import KINDS, kind_of, kind_of_file

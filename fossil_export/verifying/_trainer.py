@@ -8,7 +8,7 @@ from typing import Any
 
 from fossil_export._foreign import load_model
 from fossil_export.adapters import Adapter
-from fossil_export.adapters._peft import find_weights
+from fossil_export.adapters._files import WEIGHTS
 from fossil_export.errors import FossilExportError
 from fossil_export.methods import METHODS, starts_elsewhere
 from fossil_export.verifying._models import TorchRunner, class_and_config, quiet, resize
@@ -84,11 +84,17 @@ def _is_for_peft(added: Sum, model: Any) -> bool:
     depends = any(METHODS[method].COMBINES != "sum" for method in methods)
     return (
         all(one.is_pefts and one.peft_type in PEFT_TYPE_TO_CONFIG_MAPPING for one in added.adapters)
-        and all(one.files[1:] == (find_weights(_folder(one)),) for one in added.adapters)
+        and all(_is_as_pefts(one) for one in added.adapters)
         and not (variants and any(isinstance(module, Conv1D) for module in model.modules()))
         and len(variants) < 2
         and not (len(kinds) > 1 and depends)
     )
+
+
+def _is_as_pefts(adapter: Adapter) -> bool:
+    """Whether PEFT would load the file that was read."""
+    names = [name for name in WEIGHTS if (_folder(adapter) / name).is_file()]
+    return [path.name for path in adapter.files[1:]] == names[:1]
 
 
 def _by_type(added: Sum) -> dict[str, list[tuple[Adapter, float]]]:

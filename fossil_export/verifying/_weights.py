@@ -71,7 +71,7 @@ def check_weights(
     names = [*base.tensors, *places.added]
     tensors = [_expected(name, artifact, base, places, dtype) for name in names]
     jobs = [job for found in tensors if isinstance(found, tuple) for job in found]
-    headers = [*artifact.files, *base.files, *(one.header for one in added.adapters if one.header is not None)]
+    headers = [*artifact.files, *base.files, *(header for one in added.adapters for header in one.headers)]
     threads = os.cpu_count() or 1
     with one_blas_thread(), Files(headers) as files, ThreadPoolExecutor(threads) as pool:
         calls = (partial(compare, job, *rows, added, files, progress) for job in jobs for rows in job.slabs())
