@@ -12,8 +12,7 @@ from quantized_bases import adapter_for, plain_model
 from quantized_training import as_loaded, card, settings
 from safetensors.torch import load_file
 
-from fossil_export import merge, plan_merge
-from fossil_export.errors import AdapterError, MergeError
+from fossil_export import merge
 
 
 def same(one: Path, other: Path) -> None:
@@ -54,3 +53,24 @@ def test_a_merge_is_that_into_what_bitsandbytes_loads(
     record = json.loads((tmp_path / "merged" / "fossil_export.json").read_text())
     assert record["into"] == "trained" and record["trained_on"]["kind"] == asked["bnb_4bit_quant_type"]
     assert record["trained_on"]["double_quant"] == asked["bnb_4bit_use_double_quant"]
+
+
+def test_how_far_quantization_moved_the_base_is_told(plain: Path, adapter: Path, tmp_path: Path) -> None:
+    from fossil_export import inspect
+
+    seen = load_file(as_loaded(plain, tmp_path / "seen", settings()) / "model.safetensors")
+    stored = load_file(plain / "model.safetensors")
+    results = {
+        into: merge(adapter, tmp_path / into, base=plain, trained_on=settings(), into=into)
+        for into in ("trained", "original")
+    }
+    for kind in ("q_proj", "down_proj"):
+        names = [name for name in stored if kind in name]
+        wanted = sum(float((stored[name].double() - seen[name].double()).square().sum()) for name in names) ** 0.5
+        for result in results.values():
+            print(kind, result.ratios[kind], wanted, result.warnings)
+    found = inspect(adapter, plain)
+    (adapter / "README.md").write_text(card(settings()))
+    found = inspect(adapter, plain).to_dict()
+    print(found["quantization"], found["trained_on"], found["warnings"])
+    assert False

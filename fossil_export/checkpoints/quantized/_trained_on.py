@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 NESTED = 256
 """Scales that have one scale of their own, in double quantization."""
 
+INVERSE_127 = 7.874015718698502e-3
+"""What bitsandbytes multiplies by instead of dividing by 127."""
+
+FP8_BLOCK = 128
+FP8_MAX = 448.0
+
 _LOCKS = tuple(threading.Lock() for _ in range(64))
 
 
@@ -116,11 +122,105 @@ class FourBits:
         check(self.weight, scales, self.seen)
 
 
-def four_bits(weight: TensorInfo, seen: TrainedOn) -> Coding:
+@dataclass(frozen=True)
+class Int8:
+    """A float tensor (…, in) as bitsandbytes has it in 8 bits: rows of whole numbers up to 127, each with its largest
+    magnitude as the scale, all of it from the float16 of the model's dtype. (The threshold of outliers concerns
+    activations, not weights.)"""
+
+    weight: TensorInfo
+    seen: TrainedOn
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        return (self.weight,)
+
+    @property
+    def width(self) -> int:
+        return self.weight.shape[-1]
+
+    def open(self, rows_of: ReadRows, start: int, stop: int) -> Decode:
+        import numpy as np
+
+        values = _values(self.weight, rows_of, start * self.width, stop * self.width).reshape(-1, self.width)
+
+        def decode(begin: int, end: int) -> Array:
+            found = cast(cast(values[begin:end], self.seen.compute_dtype), "F16")
+            scales = np.abs(found).max(1, initial=0)[:, None]
+            check(self.weight, scales, self.seen)
+            found *= inverse(scales) * np.float32(127)
+            np.rint(found, out=found)
+            found *= scales
+            found *= INVERSE_127
+            rounded: Array = found.astype(numpy_dtype(self.seen.compute_dtype))
+            return rounded
+
+        return decode
+
+
+@dataclass(frozen=True)
+class Fp8Blocks:
+    """A float tensor (…, out, in) as transformers' FineGrainedFP8 has it: float8_e4m3 in blocks of 128 × 128, each with
+    a scale in float32; as it is, if such blocks do not divide it."""
+
+    weight: TensorInfo
+    seen: TrainedOn
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        return (self.weight,)
+
+    @property
+    def width(self) -> int:
+        return self.weight.shape[-1]
+
+    def open(self, rows_of: ReadRows, start: int, stop: int) -> Decode:
+        import ml_dtypes
+        import numpy as np
+
+        whole = len(self.weight.shape) > 1 and not (self.weight.shape[-2] % FP8_BLOCK or self.width % FP8_BLOCK)
+        unit = FP8_BLOCK if whole else 1
+        first, last = start // unit * unit, -(-stop // unit) * unit
+        values = _values(self.weight, rows_of, first * self.width, last * self.width).reshape(-1, self.width)
+        ahead = start - first
+
+        def decode(begin: int, end: int) -> Array:
+            low, high = ahead + begin, ahead + end
+            origin = low // unit * unit
+            found = cast(values[origin : -(-high // unit) * unit], self.seen.compute_dtype)
+            if whole:
+                blocks = found.reshape(-1, unit, self.width // unit, unit)
+                largest = np.abs(blocks).max((1, 3), keepdims=True)
+                check(self.weight, largest, self.seen)
+                scales = np.where(largest > 0, inverse(largest) * np.float32(FP8_MAX), np.float32(1))
+                blocks *= scales
+                np.clip(blocks, -FP8_MAX, FP8_MAX, out=blocks)
+                blocks[:] = blocks.astype(ml_dtypes.float8_e4m3fn)
+                blocks *= np.float32(1) / scales
+            rounded: Array = found[low - origin : high - origin].astype(numpy_dtype(self.seen.compute_dtype))
+            return rounded
+
+        return decode
+
+
+def _four_bits(weight: TensorInfo, seen: TrainedOn) -> Coding:
     return FourBits(weight, seen)
 
 
-QUANTIZERS: dict[str, Callable[[TensorInfo, TrainedOn], Coding]] = {"nf4": four_bits, "fp4": four_bits}
+def _int8(weight: TensorInfo, seen: TrainedOn) -> Coding:
+    return Int8(weight, seen)
+
+
+def _fp8(weight: TensorInfo, seen: TrainedOn) -> Coding:
+    return Fp8Blocks(weight, seen)
+
+
+QUANTIZERS: dict[str, Callable[[TensorInfo, TrainedOn], Coding]] = {
+    "nf4": _four_bits,
+    "fp4": _four_bits,
+    "int8": _int8,
+    "fp8": _fp8,
+}
 """By the kind of quantization: the weight (…, in) as training saw it, in `compute_dtype`, from the stored floats."""
 
 
