@@ -205,6 +205,7 @@ def test_layers_that_lie_the_other_way_round_are_quantized_as_they_are_run(doubl
         ({"trained_on": "int3"}, "trained_on is 'int3', expected auto, unquantized, nf4"),
         ({"trained_on": {"load_in_4bit": True}}, "does not say how"),
         ({"trained_on": {"bits": 4, "quant_method": "gptq"}}, "as gptq, which cannot be made"),
+        ({"trained_on": settings(bnb_4bit_blocksize=100)}, "blocks of 100, expected 32, 64"),
         ({"into": "somewhere"}, "into is 'somewhere', expected trained or original"),
     ],
 )

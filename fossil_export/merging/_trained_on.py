@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fossil_export._answers import INTO, KINDS, TRAINED_ON
+from fossil_export._answers import BLOCK_SIZES, INTO, KINDS, TRAINED_ON
 from fossil_export.adapters import Adapter
 from fossil_export.adapters._quantized import Sign, agreed, of_settings, settings_at, signs
 from fossil_export.checkpoints._checkpoint import Checkpoint
@@ -274,8 +274,10 @@ def _how(sign: Sign, base: Checkpoint, asked: Any) -> TrainedOn:
     dtype = float_dtype(base.config or {}, _commonest(base))
     if sign.compute_dtype in ("bfloat16", "float16"):
         dtype = BY_TORCH_NAME[torch_name(sign.compute_dtype)]
-    block = asked.get("bnb_4bit_blocksize") if isinstance(asked, Mapping) else None
-    return TrainedOn(str(sign.kind), int(block or 64), bool(sign.double_quant), dtype)
+    block = asked.get("bnb_4bit_blocksize", 64) if isinstance(asked, Mapping) else 64
+    if str(block) not in BLOCK_SIZES:
+        raise MergeError(f"trained_on has blocks of {block!r}, expected {', '.join(BLOCK_SIZES)}")
+    return TrainedOn(str(sign.kind), int(block), bool(sign.double_quant), dtype)
 
 
 def _commonest(base: Checkpoint) -> str:
