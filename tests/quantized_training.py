@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -27,15 +28,26 @@ def settings(kind: str = "nf4", double_quant: bool = True, dtype: str = "bfloat1
 
 def card(asked: dict[str, Any]) -> str:
     """The README.md that PEFT wrote beside an adapter that was trained so."""
-    lines = [f"- {key}: {value}" for key, value in BitsAndBytesConfig(**asked).to_dict().items()]
+    fields = {
+        "quant_method": "bitsandbytes",
+        "load_in_8bit": False,
+        "load_in_4bit": False,
+        "llm_int8_threshold": 6.0,
+        "llm_int8_skip_modules": None,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "bnb_4bit_quant_type": "fp4",
+        "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_compute_dtype": "float32",
+    }
+    lines = [f"- {key}: {value}" for key, value in (fields | asked).items()]
     said = "The following `bitsandbytes` quantization config was used during training:"
     return "\n".join(["---", "library_name: peft", "---", "## Training procedure", "", "", said, *lines, ""])
 
 
 def as_loaded(base: Path, folder: Path, asked: dict[str, Any], dtype: str = "bfloat16") -> Path:
     """The base with the weights that transformers and bitsandbytes load of it, dequantized, in `dtype`."""
-    import bitsandbytes as bnb
-
+    bnb = pytest.importorskip("bitsandbytes")
     config = BitsAndBytesConfig(**asked)
     model = AutoModelForCausalLM.from_pretrained(
         base, quantization_config=config, dtype=getattr(torch, dtype), device_map="cpu"

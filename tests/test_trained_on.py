@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import edit_json
 from peft import LoraConfig, get_peft_model
 from quantized_bases import SIZES, adapter_for, fp8_folder, plain_model
 from quantized_training import as_loaded, card, settings
@@ -21,6 +22,8 @@ from transformers import (
     LlamaForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from fossil_export import inspect, merge, plan_merge
@@ -254,3 +257,32 @@ def test_the_command_has_the_words_of_the_trainer(plain: Path, adapter: Path, tm
     assert run("merge", adapter, "--dry-run", "--bnb-4bit-compute-dtype", "float16").exit_code == 2
     assert run("merge", adapter, "--dry-run", "--trained-on", "int8", "--bnb-4bit-blocksize", "64").exit_code == 2
     refused(run("merge", adapter, "--dry-run", "--trained-on", "nf4"), "--bnb-4bit-use-double-quant")
+
+
+def test_experts_are_quantized_if_the_training_had_them_as_modules(tmp_path: Path) -> None:
+    """transformers 5 runs them as parameters of three dimensions, which bitsandbytes leaves alone."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"num_hidden_layers": 1, "moe_intermediate_size": 64, "num_experts": 2, "num_experts_per_tok": 1}
+    config = Qwen3MoeConfig(**sizes, head_dim=64, mlp_only_layers=[], decoder_sparse_step=1)
+    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    adapter = adapter_for(tmp_path / "base", tmp_path / "adapter")
+    asked = settings(double_quant=False)
+    seen = as_loaded(tmp_path / "base", tmp_path / "seen", asked)
+    merge(adapter, tmp_path / "wanted", base=seen)
+    result = merge(adapter, tmp_path / "merged", trained_on=asked)
+    same(tmp_path / "merged", tmp_path / "wanted")
+    assert sum("its experts are taken to be" in line for line in result.warnings) == 1
+
+    path = adapter / "adapter_model.safetensors"
+    expert = "base_model.model.model.layers.0.mlp.experts.1.up_proj"
+    more = {f"{expert}.lora_A.weight": torch.ones(4, 256), f"{expert}.lora_B.weight": torch.ones(64, 4)}
+    save_file(load_file(path) | more, path)
+    edit_json(adapter / "adapter_config.json", target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"])
+    plan = plan_merge(adapter, trained_on=asked)
+    kinds = ("gate_proj", "up_proj", "down_proj")
+    assert {name for name in plan.seen.tensors if "experts" in name} == {
+        f"model.layers.0.mlp.experts.{number}.{kind}.weight" for number in (0, 1) for kind in kinds
+    }
+    without = plan_merge(adapter, trained_on=asked | {"llm_int8_skip_modules": ["lm_head", "up_proj"]}).seen.tensors
+    assert {name.split(".")[-2] for name in without if "experts" in name} == {"gate_proj", "down_proj"}
+    assert not any("its experts" in line for line in plan.warnings)

@@ -23,8 +23,9 @@ from fossil_export.merging._place import place
 from fossil_export.merging._placement import Places, together
 from fossil_export.merging._plan import MergePlan
 from fossil_export.merging._replication import replicated
+from fossil_export.merging._seen_weights import with_tensors
 from fossil_export.merging._ties import are_equal
-from fossil_export.merging._trained_on import seen_base, with_tensors
+from fossil_export.merging._trained_on import seen_base
 from fossil_export.storage import Origin, find_origin, is_path, pinned
 
 if TYPE_CHECKING:

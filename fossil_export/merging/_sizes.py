@@ -20,12 +20,12 @@ from fossil_export.checkpoints._dtypes import BITS, FLOATS, element_count
 from fossil_export.checkpoints._folder import LocalFolder
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints.layouts import Matrix
-from fossil_export.checkpoints.quantized._turned import Turned
+from fossil_export.checkpoints.quantized._trained_on import OfConv1d
 from fossil_export.errors import FossilExportError
 from fossil_export.merging._change import Change, Part
 from fossil_export.merging._layout import TensorPlan
 from fossil_export.merging._plan import MergePlan
-from fossil_export.merging._trained_on import seen_weight
+from fossil_export.merging._seen_weights import seen_weight
 from fossil_export.methods import Tiling
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _seen(plan: MergePlan, change: Change, owner: int | None) -> tuple[Matrix, M
     stored = info.coding.stored[0] if info.coding is not None else info
     if owner is not None or how is None or stored.name not in plan.seen.tensors or stored.shape != info.shape:
         return None
-    turned = isinstance(plan.seen.tensors[stored.name].coding, Turned)
+    turned = isinstance(plan.seen.tensors[stored.name].coding, OfConv1d)
     seen = seen_weight(stored, replace(how, double_quant=False), turned)
     return change.into.moved(stored), change.into.moved(seen)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fossil_export.checkpoints.quantized._levels import dynamic_map, nearest, reciprocal
+from fossil_export.checkpoints.quantized._levels import dynamic_map, nearest, reciprocal, scratch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,18 +16,30 @@ if TYPE_CHECKING:
 NESTED = 256
 """Scales that have one scale of their own, in double quantization."""
 
+PIECE = 1 << 17
+"""Elements that are computed on at a time."""
+
+
+def pieces(low: int, high: int, unit: int) -> Iterator[tuple[int, int]]:
+    """Ranges of whole units, of about `PIECE` elements, that together hold [low, high); the last may go past it."""
+    step = max(1, PIECE // unit) * unit
+    for first in range(low // unit * unit, high, step):
+        yield first, min(first + step, -(-high // unit) * unit)
+
 
 def magnitudes(values: Array, block: int) -> Array:
-    """The largest magnitude of each block of a float32 vector."""
+    """The largest magnitude of each block of a float32 vector; NaN if it has one."""
     import numpy as np
 
+    # Of numbers without a sign, the larger has the larger bits.
+    bits = scratch("magnitudes", len(values), np.uint32)
+    np.bitwise_and(values.view(np.uint32), 0x7FFFFFFF, out=bits)
     whole = len(values) // block
-    blocks = values[: whole * block].reshape(whole, block)
-    found = np.empty(-(-len(values) // block), np.float32)
-    np.maximum(blocks.max(1), -blocks.min(1), out=found[:whole])
+    found = np.empty(-(-len(values) // block), np.uint32)
+    bits[: whole * block].reshape(whole, block).max(1, out=found[:whole])
     if whole < len(found):
-        found[whole] = np.abs(values[whole * block :]).max()
-    return found
+        found[whole] = bits[whole * block :].max()
+    return found.view(np.float32)
 
 
 def scale(values: Array, scales: Array, block: int) -> None:

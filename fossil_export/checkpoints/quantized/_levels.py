@@ -6,6 +6,7 @@ Sources: `get_4bit_type` and `create_dynamic_map` in bitsandbytes/functional.py;
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -33,10 +34,10 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
-"""By code."""
-
 FP4 = tuple(value / 12 for value in (0.0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3))
-"""By code: a sign, two bits of exponent and one of mantissa, the largest as one."""
+# A sign, two bits of exponent and one of mantissa, the largest as one.
+
+BY_CODE = {"nf4": NF4, "fp4": FP4}
 
 _NF4_BOUNDS = (
     -0.8480964004993439,
@@ -57,6 +58,9 @@ _NF4_BOUNDS = (
 )
 _FP4_BOUNDS = (0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333)
 """Of magnitudes."""
+
+INVERSE_127 = 7.874015718698502e-3
+"""What 8-bit numbers are multiplied by instead of dividing by 127."""
 
 _SHIFT = 19
 """Bits of a float32 that do not tell which two levels it lies between: all but sign, exponent and 4 of the mantissa."""
@@ -133,15 +137,44 @@ def _tables(kind: str) -> tuple[Array, Array, Array, Array]:
     return bound, low.astype(np.uint8), np.array(levels.values, np.float32), np.array(levels.codes, np.uint8)
 
 
+_SCRATCH = threading.local()
+
+
+def scratch(use: str, count: int, dtype: Any) -> Array:
+    """This thread's array for `use`, good until it is next asked for: memory that is given back to the system and asked
+    for again costs more than the arithmetic on it."""
+    import numpy as np
+
+    found: Array | None = getattr(_SCRATCH, use, None)
+    if found is None or len(found) < count:
+        found = np.empty(count, dtype)
+        setattr(_SCRATCH, use, found)
+    return found[:count]
+
+
 def numbers(kind: str, values: Array) -> Array:
-    """Which level (uint8) each value of a float32 vector, from -1 to 1, is rounded to."""
+    """Which level (uint8, in scratch memory) each value of a float32 vector, from -1 to 1, is rounded to."""
     import numpy as np
 
     bound, low, _, _ = _tables(kind)
-    upper = np.right_shift(values.view(np.uint32), _SHIFT).astype(np.intp)
-    found = low.take(upper)
-    found += values > bound.take(upper)
+    upper = scratch("index", len(values), np.intp)
+    np.right_shift(values.view(np.uint32), _SHIFT, out=upper)
+    found = taken(low, upper, "number")
+    above = scratch("above", len(values), np.bool_)
+    np.greater(values, taken(bound, upper, "bound"), out=above)
+    found += above
     return found
+
+
+def taken(table: Array, numbers: Array, use: str) -> Array:
+    """table[numbers], in this thread's array for `use`; all numbers must be in range."""
+    import numpy as np
+
+    if numbers.dtype != np.intp:
+        index = scratch("index", len(numbers), np.intp)
+        np.copyto(index, numbers)
+        numbers = index
+    return np.take(table, numbers, out=scratch(use, len(numbers), table.dtype), mode="clip")  # the fastest mode
 
 
 def values_of(kind: str) -> Array:

@@ -11,15 +11,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from fossil_export.checkpoints._coding import BLOCK, Coding, Decode
+from fossil_export.checkpoints._coding import Coding, Decode
 from fossil_export.checkpoints._dtypes import element_count, numpy_dtype
 from fossil_export.checkpoints._header import TensorInfo, slice_of
 from fossil_export.checkpoints._rounding import rounded
-from fossil_export.checkpoints.quantized._blocks import NESTED, magnitudes, nested, scale
-from fossil_export.checkpoints.quantized._levels import dynamic_map, numbers, reciprocal, values_of
+from fossil_export.checkpoints.quantized._blocks import NESTED, PIECE, magnitudes, nested, pieces, scale
+from fossil_export.checkpoints.quantized._bnb_codes import Turned
+from fossil_export.checkpoints.quantized._levels import (
+    INVERSE_127,
+    dynamic_map,
+    numbers,
+    reciprocal,
+    scratch,
+    taken,
+    values_of,
+)
 from fossil_export.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -29,8 +38,6 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-INVERSE_127 = 7.874015718698502e-3
-"""What bitsandbytes multiplies by instead of dividing by 127."""
 
 FP8_BLOCK = 128
 FP8_MAX = 448.0
@@ -56,7 +63,11 @@ class TrainedOn:
 @dataclass(frozen=True)
 class FourBits:
     """A float tensor (…, in) as nf4 or fp4 has it: blocks of `block_size` elements in the tensor's own order, each
-    with its largest magnitude as the scale."""
+    with its largest magnitude as the scale; what CUDA makes of them, where CPUs round otherwise.
+
+    With double quantization the scales' mean is rounded once from their exact sum. CUDA's sum in float32 may give one
+    that differs in the last bit.
+    """
 
     weight: TensorInfo
     seen: TrainedOn
@@ -71,6 +82,9 @@ class FourBits:
         return self.weight.shape[-1]
 
     def open(self, rows_of: ReadRows, start: int, stop: int) -> Decode:
+        import numpy as np
+
+        levels = values_of(self.seen.kind)
         offset = self._offset(rows_of) if self.seen.double_quant else None
         block = self.seen.block_size
         unit = block * (NESTED if offset is not None else 1)
@@ -81,16 +95,21 @@ class FourBits:
 
         def decode(begin: int, end: int) -> Array:
             low, high = ahead + begin * self.width, ahead + end * self.width
-            origin = low // unit * unit
-            part = self._cast(values[origin : min(-(-high // unit) * unit, len(values))])
-            scales = magnitudes(part, block)
-            self._check(scales)
-            scale(part, reciprocal(scales), block)
-            found = values_of(self.seen.kind).take(numbers(self.seen.kind, part))
-            if offset is not None:
-                scales = nested(scales, offset).scales(dynamic_map(), NESTED, offset)
-            scale(found, scales, block)
-            return rounded(found[low - origin : high - origin], self.seen.compute_dtype).reshape(-1, self.width)
+            result = np.empty(high - low, numpy_dtype(self.seen.compute_dtype))
+            for origin, limit in pieces(low, high, unit):
+                part = self._cast(values[origin:limit])
+                scales = magnitudes(part, block)
+                self._check(scales)
+                scale(part, reciprocal(scales), block)
+                found = taken(levels, numbers(self.seen.kind, part), "values")
+                if offset is not None:
+                    scales = nested(scales, offset).scales(dynamic_map(), NESTED, offset)
+                scale(found, scales, block)
+                own = slice(max(origin, low), min(limit, high))
+                result[own.start - low : own.stop - low] = rounded(
+                    found[own.start - origin : own.stop - origin], self.seen.compute_dtype
+                )
+            return result.reshape(-1, self.width)
 
         return decode
 
@@ -101,7 +120,7 @@ class FourBits:
         with _LOCKS[hash(self.weight.name) % len(_LOCKS)]:
             if "offset" not in self.found:
                 count, block = element_count(self.weight.shape), self.seen.block_size
-                step = max(1, BLOCK // block) * block
+                step = max(1, PIECE // block) * block
                 total = 0.0
                 for first in range(0, count, step):
                     part = self._cast(_values(self.weight, rows_of, first, min(first + step, count)))
@@ -113,8 +132,12 @@ class FourBits:
         return found
 
     def _cast(self, part: Array) -> Array:
-        """As the model's dtype has it, in float32."""
-        return cast(part, self.seen.compute_dtype)
+        """As the model's dtype has it, in float32, in scratch memory."""
+        import numpy as np
+
+        found = scratch("cast", len(part), np.float32)
+        np.copyto(found, narrowed(part, self.seen.compute_dtype), casting="unsafe")
+        return found
 
     def _check(self, scales: Array) -> None:
         check(self.weight, scales, self.seen)
@@ -189,7 +212,9 @@ class Fp8Blocks:
                 blocks = found.reshape(-1, unit, self.width // unit, unit)
                 largest = np.abs(blocks).max((1, 3), keepdims=True)
                 check(self.weight, largest, self.seen)
-                scales = np.where(largest > 0, reciprocal(largest) * np.float32(FP8_MAX), np.float32(1))
+                # PyTorch's reciprocal is exact on CUDA too.
+                scales = np.divide(np.float32(1), largest, out=np.ones_like(largest), where=largest > 0)
+                scales[largest > 0] *= np.float32(FP8_MAX)
                 blocks *= scales
                 np.clip(blocks, -FP8_MAX, FP8_MAX, out=blocks)
                 blocks[:] = blocks.astype(ml_dtypes.float8_e4m3fn)
@@ -199,37 +224,59 @@ class Fp8Blocks:
         return decode
 
 
-def _four_bits(weight: TensorInfo, seen: TrainedOn) -> Coding:
-    return FourBits(weight, seen)
-
-
-def _int8(weight: TensorInfo, seen: TrainedOn) -> Coding:
-    return Int8(weight, seen)
-
-
-def _fp8(weight: TensorInfo, seen: TrainedOn) -> Coding:
-    return Fp8Blocks(weight, seen)
-
-
 QUANTIZERS: dict[str, Callable[[TensorInfo, TrainedOn], Coding]] = {
-    "nf4": _four_bits,
-    "fp4": _four_bits,
-    "int8": _int8,
-    "fp8": _fp8,
+    "nf4": FourBits,
+    "fp4": FourBits,
+    "int8": Int8,
+    "fp8": Fp8Blocks,
 }
 """By the kind of quantization: the weight (…, in) as training saw it, in `compute_dtype`, from the stored floats."""
 
 
-def cast(part: Array, dtype: str) -> Array:
-    """Floats as `dtype` has them, in float32; overflow gives infinities."""
+@dataclass(frozen=True)
+class OfConv1d:
+    """The same for the weight (in, out) of a Conv1D, of which the transpose is quantized. It is read whole."""
+
+    weight: TensorInfo
+    seen: TrainedOn
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        return (self.weight,)
+
+    @property
+    def width(self) -> int:
+        return self.weight.shape[-1]
+
+    def open(self, rows_of: ReadRows, start: int, stop: int) -> Decode:
+        import numpy as np
+
+        inputs, outputs = self.weight.shape
+        matrix = np.ascontiguousarray(rows_of(self.weight, 0, inputs)[:].T).reshape(-1)
+
+        def turned(info: TensorInfo, begin: int, end: int) -> Array:
+            first = (info.offset or 0) // matrix.itemsize
+            found: Array = matrix[first : first + element_count(info.shape)].reshape(info.shape)
+            return found[begin:end]
+
+        own = QUANTIZERS[self.seen.kind](replace(self.weight, shape=(outputs, inputs), offset=0), self.seen)
+        return Turned(own, outputs, self.seen.compute_dtype).open(turned, start, stop)
+
+
+def narrowed(part: Array, dtype: str) -> Array:
+    """Floats as `dtype`; overflow gives infinities."""
     import numpy as np
 
-    target = numpy_dtype(dtype)
     with np.errstate(over="ignore", invalid="ignore"):
-        if part.dtype != target:
-            part = part.astype(target)
-        found: Array = part.astype(np.float32)
+        found: Array = part.astype(numpy_dtype(dtype), copy=False)
     return found
+
+
+def cast(part: Array, dtype: str) -> Array:
+    """The same in float32."""
+    import numpy as np
+
+    return narrowed(part, dtype).astype(np.float32)
 
 
 def check(weight: TensorInfo, scales: Array, seen: TrainedOn) -> None:
