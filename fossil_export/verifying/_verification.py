@@ -26,6 +26,7 @@ from fossil_export.verifying._levels import LEVELS, Level
 from fossil_export.verifying._models import check_device, tokenize
 from fossil_export.verifying._opening import open_any
 from fossil_export.verifying._prompts import PROMPTS, read_prompts
+from fossil_export.verifying._seen import plain_base
 from fossil_export.verifying._sum import Sum
 from fossil_export.verifying._verdict import Verification, certificate_file, device_name
 
@@ -100,7 +101,6 @@ def _verified(
         _named(base, (record or {}).get("base", {}), "base", folder), CheckpointError, "base model"
     )
     base_checkpoint = _whole(found_base, added)
-    base_folder = found_base.path
     base_name = str(base_checkpoint.location) if found_base.is_path else pinned(found_base.name, found_base.revision)
     texts = read_prompts(prompts) if prompts is not None else PROMPTS
     if level != "weights":
@@ -123,19 +123,14 @@ def _verified(
             together = False
     if level in ("forward", "all") and together:
         try:
-            subject = found.subject(base_checkpoint, added, device)
-            forward = check_forward(
-                subject,
-                base_folder,
-                added,
-                found.dtype(base_checkpoint),
-                found.parameters(base_checkpoint),
-                texts,
-                device,
-            )
-            problems += subject.problems
-            problems += [forward.problem] if forward.problem else []
-            problems += found.afterwards(tokenize(subject.described_by, texts[:SWAPPED]), device)
+            with plain_base(base_checkpoint) as plain:
+                subject = found.subject(plain, added, device)
+                forward = check_forward(
+                    subject, plain.location, added, found.dtype(plain), found.parameters(plain), texts, device
+                )
+                problems += subject.problems
+                problems += [forward.problem] if forward.problem else []
+                problems += found.afterwards(tokenize(subject.described_by, texts[:SWAPPED]), device)
         except FossilExportError:
             raise
         except Exception as problem:  # whatever a model's own code raises on weights that are not its
