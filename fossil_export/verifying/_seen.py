@@ -1,4 +1,4 @@
-"""The folder that truth and trainer are loaded from: transformers reads plain safetensors, and not every base is that."""
+"""The folder that truth and trainer are loaded from. transformers reads plain safetensors; not every base is that."""
 
 from __future__ import annotations
 
