@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export._grouping import grouped
-from fossil_export._sizes import Size, sizes_of
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.checkpoints._dtypes import TORCH_NAME
 from fossil_export.errors import FossilExportError, HubError
 from fossil_export.merging import MergePlan, plan_merge
 from fossil_export.merging._layout import tensor_record
 from fossil_export.merging._planning import find_base
+from fossil_export.merging._sizes import Size, sizes_of
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ from fossil_export.storage import expanded, fetch
 if TYPE_CHECKING:
     import torch
 
+    from fossil_export.checkpoints.quantized._trained_on import TrainedOn
+
 
 @dataclass(frozen=True)
 class MergeResult:
@@ -74,6 +76,8 @@ def merge(
     weights: Sequence[float] | None = None,
     dtype: str | torch.dtype = "auto",
     max_shard_size: int | str | None = None,
+    trained_on: str | Mapping[str, Any] | TrainedOn = "auto",
+    into: str = "trained",
     device: str = "cpu",
     overwrite: bool = False,
     hash: bool = False,  # noqa: A002  named as the command's option
@@ -94,7 +98,15 @@ def merge(
     0.998
     """
     started = time.perf_counter()
-    plan = plan_merge(adapter, base, weights=weights, dtype=dtype, max_shard_size=max_shard_size)
+    plan = plan_merge(
+        adapter,
+        base,
+        weights=weights,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        trained_on=trained_on,
+        into=into,
+    )
     return run_merge(plan, output, device=device, overwrite=overwrite, hash=hash, progress=progress, started=started)
 
 

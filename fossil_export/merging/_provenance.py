@@ -38,6 +38,7 @@ def provenance(
             "weights": identity(base, full=digests is not None),
             "configs": _configs(plan),
         },
+        **({"trained_on": plan.seen.record(), "into": plan.into} if plan.trained_on is not None else {}),
         "dtype": plan.dtype,
         "config_edits": dict(plan.config_edits),
         "companions": sorted(plan.companions),

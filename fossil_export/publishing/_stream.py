@@ -41,6 +41,8 @@ from fossil_export.storage import fetch
 if TYPE_CHECKING:
     import torch
 
+    from fossil_export.checkpoints.quantized._trained_on import TrainedOn
+
 
 @dataclass(frozen=True)
 class StreamResult:
@@ -78,6 +80,8 @@ def merge_to_hub(
     weights: Sequence[float] | None = None,
     dtype: str | torch.dtype = "auto",
     max_shard_size: int | str | None = None,
+    trained_on: str | Mapping[str, Any] | TrainedOn = "auto",
+    into: str = "trained",
     device: str = "cpu",
     hash: bool = False,  # noqa: A002  named as the command's option
     private: bool = False,
@@ -94,7 +98,16 @@ def merge_to_hub(
     where the file at hand and the journal lie (default: ~/.cache/fossil-export). Files that the adapter does not touch
     are copied on the Hub. Interrupted, the same call goes on where it stopped. Raises a FossilExportError in one line.
     """
-    plan = plan_stream(adapter, base, weights=weights, dtype=dtype, max_shard_size=max_shard_size, max_disk=max_disk)
+    plan = plan_stream(
+        adapter,
+        base,
+        weights=weights,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        max_disk=max_disk,
+        trained_on=trained_on,
+        into=into,
+    )
     return run_stream(
         plan,
         repo_id,
@@ -117,9 +130,19 @@ def plan_stream(
     dtype: str | torch.dtype = "auto",
     max_shard_size: int | str | None = None,
     max_disk: int | str | None = None,
+    trained_on: str | Mapping[str, Any] | TrainedOn = "auto",
+    into: str = "trained",
 ) -> StreamPlan:
     """What `merge_to_hub` will do with each file, from headers alone."""
-    merge = plan_merge(adapter, base, weights=weights, dtype=dtype, max_shard_size=max_shard_size)
+    merge = plan_merge(
+        adapter,
+        base,
+        weights=weights,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        trained_on=trained_on,
+        into=into,
+    )
     return plan_moves(merge, None if max_disk is None else parse_size(max_disk, "max_disk"))
 
 

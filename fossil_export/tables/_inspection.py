@@ -14,7 +14,7 @@ from fossil_export.tables._shared import GROUPS, named_at
 
 if TYPE_CHECKING:
     from fossil_export._inspection import Inspection, Kind
-    from fossil_export._sizes import Size
+    from fossil_export.merging._sizes import Size
 
 
 def print_inspection(found: Inspection, every: bool = False) -> None:

@@ -57,14 +57,14 @@ class LoraFolder:
         self, base: Checkpoint, added: Sum, record: Mapping[str, Any] | None, progress: Any
     ) -> tuple[tuple[TensorCheck, ...] | None, list[str]]:
         adapter = added.only
-        self._plan = settled(plan_merge(adapter, base.location))
+        self._plan = settled(plan_merge(adapter, base.location, into="original"))
         return None, [*check_record(base, [adapter], record), *_check(self.folder, adapter, self._plan)]
 
     def incomparable(self) -> str | None:
         return None
 
     def subject(self, base: Checkpoint, added: Sum, device: str) -> Subject:
-        plan = self._plan or settled(plan_merge(added.only, base.location))
+        plan = self._plan or settled(plan_merge(added.only, base.location, into="original"))
         described = base.location
         if plan.config is not None:  # the task's own config, as a merge would write it
             self._described = tempfile.TemporaryDirectory()

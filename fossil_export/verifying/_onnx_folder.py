@@ -29,7 +29,7 @@ class OnnxFolder:
         from fossil_export.verifying._shards import check_shards
 
         adapter = added.only
-        plan_merge(adapter, base.location)  # do they go together?
+        plan_merge(adapter, base.location, into="original")  # do they go together?
         return None, [*check_record(base, [adapter], record), *check_shards(self.folder, adapter)]
 
     def incomparable(self) -> str | None:

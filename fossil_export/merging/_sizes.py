@@ -20,9 +20,9 @@ from fossil_export.checkpoints._dtypes import BITS, FLOATS, element_count
 from fossil_export.checkpoints._folder import LocalFolder
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.errors import FossilExportError
-from fossil_export.merging import MergePlan
 from fossil_export.merging._change import Change, Part
 from fossil_export.merging._layout import TensorPlan
+from fossil_export.merging._plan import MergePlan
 from fossil_export.methods import Tiling
 
 if TYPE_CHECKING:

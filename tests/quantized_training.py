@@ -1,0 +1,59 @@
+"""Small bases as a quantized training sees them, by bitsandbytes itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+
+def settings(kind: str = "nf4", double_quant: bool = True, dtype: str = "bfloat16", **more: Any) -> dict[str, Any]:
+    """What a training script gives to transformers' BitsAndBytesConfig."""
+    if kind == "int8":
+        return {"load_in_8bit": True, **more}
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": kind,
+        "bnb_4bit_use_double_quant": double_quant,
+        "bnb_4bit_compute_dtype": dtype,
+        **more,
+    }
+
+
+def card(asked: dict[str, Any]) -> str:
+    """The README.md that PEFT wrote beside an adapter that was trained so."""
+    lines = [f"- {key}: {value}" for key, value in BitsAndBytesConfig(**asked).to_dict().items()]
+    said = "The following `bitsandbytes` quantization config was used during training:"
+    return "\n".join(["---", "library_name: peft", "---", "## Training procedure", "", "", said, *lines, ""])
+
+
+def as_loaded(base: Path, folder: Path, asked: dict[str, Any], dtype: str = "bfloat16") -> Path:
+    """The base with the weights that transformers and bitsandbytes load of it, dequantized, in `dtype`."""
+    import bitsandbytes as bnb
+
+    config = BitsAndBytesConfig(**asked)
+    model = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=config, dtype=getattr(torch, dtype), device_map="cpu"
+    )
+    tensors = load_file(base / "model.safetensors")
+    quantized = 0
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            weight = bnb.functional.int8_vectorwise_dequant(module.weight.data, module.weight.SCB).to(
+                getattr(torch, dtype)
+            )
+        else:
+            continue
+        quantized += 1
+        assert not torch.equal(weight, tensors[f"{name}.weight"])
+        tensors[f"{name}.weight"] = weight.reshape(tensors[f"{name}.weight"].shape).contiguous()
+    assert quantized
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_bytes((base / "config.json").read_bytes())
+    return folder
