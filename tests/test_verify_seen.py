@@ -67,7 +67,7 @@ def test_the_copy_is_what_transformers_dequantizes(
     size: str | None, fp8: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if size is not None:
-        monkeypatch.setattr("fossil_export.merging._copying.FILES_OF", size)
+        monkeypatch.setattr("fossil_export.merging._onto.FILES_OF", size)
     (fp8 / "quantized" / "tokenizer.json").write_text("{}")
     with plain_base(open_checkpoint(fp8 / "quantized")) as plain:
         assert plain.folder is not None and (plain.index is not None) == (size is not None)

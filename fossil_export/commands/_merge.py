@@ -153,7 +153,7 @@ def merge(
         if wrong:
             raise click.UsageError(why)
     adapters = [weighted(given) for given in (adapter, *more)]
-    seen = _settings(trained_on, double_quant, compute_dtype, block_size, skip_modules)
+    seen = settings(trained_on, double_quant, compute_dtype, block_size, skip_modules)
     if push_to_hub is not None:
         from fossil_export.publishing._target import Target
 
@@ -204,8 +204,12 @@ def merge(
     print_warnings(result.warnings + (published.warnings if published is not None else ()))
 
 
-def _settings(
-    kind: str, double_quant: bool | None, compute_dtype: str | None, block_size: int | None, skip_modules: str | None
+def settings(
+    kind: str,
+    double_quant: bool | None,
+    compute_dtype: str | None = None,
+    block_size: int | None = None,
+    skip_modules: str | None = None,
 ) -> str | dict[str, Any]:
     """The options on training as BitsAndBytesConfig has them."""
     four = {"bnb_4bit_use_double_quant": double_quant, "bnb_4bit_blocksize": block_size}

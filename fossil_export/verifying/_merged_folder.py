@@ -9,7 +9,8 @@ from typing import Any
 
 from fossil_export.checkpoints._checkpoint import Checkpoint, identity
 from fossil_export.merging._naming import names_in
-from fossil_export.merging._planning import plan_merge, settled
+from fossil_export.merging._onto import plan_onto
+from fossil_export.merging._planning import settled
 from fossil_export.merging._replication import replicated
 from fossil_export.verifying._artifacts import Progress, count_parameters
 from fossil_export.verifying._folder import check_folder
@@ -31,7 +32,7 @@ class MergedFolder:
         self, base: Checkpoint, added: Sum, record: Mapping[str, Any] | None, progress: Progress
     ) -> tuple[tuple[TensorCheck, ...] | None, list[str]]:
         dtype = (record or {}).get("dtype", "auto")
-        plan = settled(plan_merge(added.adapters, base.location, weights=added.weights, dtype=dtype))
+        plan = settled(plan_onto(base, added.adapters, added.weights, dtype=dtype))
         base = replicated(added.adapters, base)
         problems = list(check_folder(self.checkpoint, base, record, plan))
         tensors = check_weights(self.checkpoint, base, added, dtype, progress)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export.checkpoints._checkpoint import Checkpoint, sha256
-from fossil_export.merging._planning import plan_merge
+from fossil_export.merging._onto import plan_onto
 from fossil_export.verifying._artifacts import Progress, count_parameters
 from fossil_export.verifying._folder import check_record
 from fossil_export.verifying._forward import Subject
@@ -29,7 +29,7 @@ class OnnxFolder:
         from fossil_export.verifying._shards import check_shards
 
         adapter = added.only
-        plan_merge(adapter, base.location, into="original")  # do they go together?
+        plan_onto(base, [adapter], added.weights)  # do they go together?
         return None, [*check_record(base, [adapter], record), *check_shards(self.folder, adapter)]
 
     def incomparable(self) -> str | None:

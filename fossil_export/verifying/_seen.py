@@ -11,8 +11,8 @@ from pathlib import Path
 
 from fossil_export.checkpoints._checkpoint import INDEX_ENDING, WEIGHTS, Checkpoint, open_checkpoint
 from fossil_export.errors import FossilExportError
-from fossil_export.merging._copying import plan_copy
 from fossil_export.merging._merge import write_companions
+from fossil_export.merging._onto import plan_copy
 from fossil_export.merging._run import run
 
 INDEX = f"model{INDEX_ENDING}"
@@ -60,6 +60,8 @@ def plain_base(checkpoint: Checkpoint) -> Iterator[Checkpoint]:
 def _is_plain(checkpoint: Checkpoint) -> bool:
     """Whether transformers, given the folder, loads these files, and these tensors of them."""
     if any(header.derived for header in checkpoint.files):
+        return False
+    if any(info.coding is not None for info in checkpoint.tensors.values()):  # as training saw them
         return False
     if checkpoint.folder is None:  # without a config nothing can be loaded, and a copy has none either
         return True
