@@ -42,6 +42,13 @@ class Seen:
     tensors: Mapping[str, TensorInfo] = field(default_factory=dict, repr=False)
     warnings: tuple[str, ...] = ()
 
+    @property
+    def told(self) -> str:
+        """ "nf4 with double quantization"; only if it is known."""
+        assert self.how is not None
+        double = {True: " with double quantization", False: ""}
+        return f"{self.how.kind}{double[self.how.double_quant]} ({self.where})"
+
     def record(self) -> dict[str, Any] | None:
         """As the provenance file has it."""
         if self.how is None:

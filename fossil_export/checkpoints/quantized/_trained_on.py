@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from fossil_export.checkpoints._coding import BLOCK, Coding, Decode
 from fossil_export.checkpoints._dtypes import element_count, numpy_dtype
 from fossil_export.checkpoints._header import TensorInfo, slice_of
-from fossil_export.checkpoints.quantized._levels import dynamic_map, nearest, numbers, values_of
+from fossil_export.checkpoints._rounding import rounded
+from fossil_export.checkpoints.quantized._blocks import NESTED, magnitudes, nested, scale
+from fossil_export.checkpoints.quantized._levels import dynamic_map, numbers, reciprocal, values_of
 from fossil_export.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -27,8 +29,11 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-NESTED = 256
-"""Scales that have one scale of their own, in double quantization."""
+INVERSE_127 = 7.874015718698502e-3
+"""What bitsandbytes multiplies by instead of dividing by 127."""
+
+FP8_BLOCK = 128
+FP8_MAX = 448.0
 
 _LOCKS = tuple(threading.Lock() for _ in range(64))
 
@@ -78,15 +83,14 @@ class FourBits:
             low, high = ahead + begin * self.width, ahead + end * self.width
             origin = low // unit * unit
             part = self._cast(values[origin : min(-(-high // unit) * unit, len(values))])
-            scales = _magnitudes(part, block)
+            scales = magnitudes(part, block)
             self._check(scales)
-            scaled(part, inverse(scales), block)
+            scale(part, reciprocal(scales), block)
             found = values_of(self.seen.kind).take(numbers(self.seen.kind, part))
             if offset is not None:
-                scales = quantized_scales(scales, offset)
-            scaled(found, scales, block)
-            rounded: Array = found[low - origin : high - origin].astype(numpy_dtype(self.seen.compute_dtype))
-            return rounded.reshape(-1, self.width)
+                scales = nested(scales, offset).scales(dynamic_map(), NESTED, offset)
+            scale(found, scales, block)
+            return rounded(found[low - origin : high - origin], self.seen.compute_dtype).reshape(-1, self.width)
 
         return decode
 
@@ -101,7 +105,7 @@ class FourBits:
                 total = 0.0
                 for first in range(0, count, step):
                     part = self._cast(_values(self.weight, rows_of, first, min(first + step, count)))
-                    scales = _magnitudes(part, block)
+                    scales = magnitudes(part, block)
                     self._check(scales)
                     total += float(scales.sum(dtype=np.float64))
                 self.found["offset"] = np.float32(total / max(1, -(-count // block)))
@@ -116,11 +120,103 @@ class FourBits:
         check(self.weight, scales, self.seen)
 
 
-def four_bits(weight: TensorInfo, seen: TrainedOn) -> Coding:
+@dataclass(frozen=True)
+class Int8:
+    """A float tensor (…, in) as bitsandbytes has it in 8 bits: rows of whole numbers up to 127, each with its largest
+    magnitude as the scale, all of it from the float16 of the model's dtype. (The threshold of outliers concerns
+    activations, not weights.)"""
+
+    weight: TensorInfo
+    seen: TrainedOn
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        return (self.weight,)
+
+    @property
+    def width(self) -> int:
+        return self.weight.shape[-1]
+
+    def open(self, rows_of: ReadRows, start: int, stop: int) -> Decode:
+        import numpy as np
+
+        values = _values(self.weight, rows_of, start * self.width, stop * self.width).reshape(-1, self.width)
+
+        def decode(begin: int, end: int) -> Array:
+            found = cast(cast(values[begin:end], self.seen.compute_dtype), "F16")
+            scales = np.abs(found).max(1, initial=0)[:, None]
+            check(self.weight, scales, self.seen)
+            found *= reciprocal(scales) * np.float32(127)
+            np.rint(found, out=found)
+            found *= scales
+            found *= INVERSE_127
+            return rounded(found, self.seen.compute_dtype)
+
+        return decode
+
+
+@dataclass(frozen=True)
+class Fp8Blocks:
+    """A float tensor (…, out, in) as transformers' FineGrainedFP8 has it: float8_e4m3 in blocks of 128 × 128, each with
+    a scale in float32; as it is, if such blocks do not divide it."""
+
+    weight: TensorInfo
+    seen: TrainedOn
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        return (self.weight,)
+
+    @property
+    def width(self) -> int:
+        return self.weight.shape[-1]
+
+    def open(self, rows_of: ReadRows, start: int, stop: int) -> Decode:
+        import ml_dtypes
+        import numpy as np
+
+        whole = len(self.weight.shape) > 1 and not (self.weight.shape[-2] % FP8_BLOCK or self.width % FP8_BLOCK)
+        unit = FP8_BLOCK if whole else 1
+        first, last = start // unit * unit, -(-stop // unit) * unit
+        values = _values(self.weight, rows_of, first * self.width, last * self.width).reshape(-1, self.width)
+        ahead = start - first
+
+        def decode(begin: int, end: int) -> Array:
+            low, high = ahead + begin, ahead + end
+            origin = low // unit * unit
+            found = cast(values[origin : -(-high // unit) * unit], self.seen.compute_dtype)
+            if whole:
+                blocks = found.reshape(-1, unit, self.width // unit, unit)
+                largest = np.abs(blocks).max((1, 3), keepdims=True)
+                check(self.weight, largest, self.seen)
+                scales = np.where(largest > 0, reciprocal(largest) * np.float32(FP8_MAX), np.float32(1))
+                blocks *= scales
+                np.clip(blocks, -FP8_MAX, FP8_MAX, out=blocks)
+                blocks[:] = blocks.astype(ml_dtypes.float8_e4m3fn)
+                blocks *= np.float32(1) / scales
+            return rounded(found[low - origin : high - origin], self.seen.compute_dtype)
+
+        return decode
+
+
+def _four_bits(weight: TensorInfo, seen: TrainedOn) -> Coding:
     return FourBits(weight, seen)
 
 
-QUANTIZERS: dict[str, Callable[[TensorInfo, TrainedOn], Coding]] = {"nf4": four_bits, "fp4": four_bits}
+def _int8(weight: TensorInfo, seen: TrainedOn) -> Coding:
+    return Int8(weight, seen)
+
+
+def _fp8(weight: TensorInfo, seen: TrainedOn) -> Coding:
+    return Fp8Blocks(weight, seen)
+
+
+QUANTIZERS: dict[str, Callable[[TensorInfo, TrainedOn], Coding]] = {
+    "nf4": _four_bits,
+    "fp4": _four_bits,
+    "int8": _int8,
+    "fp8": _fp8,
+}
 """By the kind of quantization: the weight (…, in) as training saw it, in `compute_dtype`, from the stored floats."""
 
 
@@ -144,47 +240,6 @@ def check(weight: TensorInfo, scales: Array, seen: TrainedOn) -> None:
             f"{weight.path}: {weight.name} holds values that are not finite as {seen.compute_dtype}; it cannot have "
             f"been trained on as {seen.kind} in that dtype"
         )
-
-
-def quantized_scales(scales: Array, offset: np.float32) -> Array:
-    """Scales, of which the first begins a block of `NESTED`, quantized to 8 bits and dequantized again."""
-    left = scales - offset
-    outer = _magnitudes(left, NESTED)
-    table = dynamic_map()
-    scaled(left, inverse(outer), NESTED)
-    found: Array = table[nearest(left, table)]
-    scaled(found, outer, NESTED)
-    found += offset
-    return found
-
-
-def inverse(scales: Array) -> Array:
-    """What blocks are multiplied by to lie between -1 and 1; a block of zeros stays what it is."""
-    import numpy as np
-
-    found: Array = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
-    return found
-
-
-def scaled(values: Array, scales: Array, block: int) -> None:
-    """Multiply each block of a vector by its scale, in place; the last block may be cut."""
-    whole = len(values) // block
-    values[: whole * block].reshape(whole, block)[:] *= scales[:whole, None]
-    if whole < len(scales):
-        values[whole * block :] *= scales[whole]
-
-
-def _magnitudes(values: Array, block: int) -> Array:
-    """The largest magnitude of each block of a vector; the last block may be cut."""
-    import numpy as np
-
-    whole = len(values) // block
-    blocks = values[: whole * block].reshape(whole, block)
-    found = np.empty(-(-len(values) // block), np.float32)
-    np.maximum(blocks.max(1), -blocks.min(1), out=found[:whole])
-    if whole < len(found):
-        found[whole] = np.abs(values[whole * block :]).max()
-    return found
 
 
 def _values(weight: TensorInfo, rows_of: ReadRows, first: int, last: int) -> Array:
