@@ -19,7 +19,14 @@ from verify_tools import flip, tamper
 from fossil_export import convert, merge, verify
 from fossil_export.checkpoints._checkpoint import open_checkpoint
 from fossil_export.errors import FossilExportError
+from fossil_export.verifying._prompts import PROMPTS
 from fossil_export.verifying._seen import plain_base
+
+
+@pytest.fixture(autouse=True)
+def two_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough to tell models apart that differ in a module."""
+    monkeypatch.setattr("fossil_export.verifying._verification.PROMPTS", PROMPTS[:2])
 
 
 @pytest.fixture
@@ -121,3 +128,15 @@ def test_one_bit_of_a_weight_is_seen(fp8: Path) -> None:
     tamper(fp8 / "merged", "model.layers.1.mlp.up_proj.weight", flip)
     found = verify(fp8 / "merged", adapter=fp8 / "adapter", base=fp8 / "quantized", level="weights")
     assert len(found.problems) == 1 and "up_proj.weight 1 of" in found.problems[0]
+
+
+def test_a_model_that_was_quantized_again_is_run_as_what_it_stands_for(fp8: Path) -> None:
+    """It is not the trained model, and its numbers say how far it is."""
+    merge(fp8 / "adapter", fp8 / "merged", base=fp8 / "quantized")
+    (fp8 / "again").mkdir()
+    again, _ = fp8_folder(fp8 / "again", base=fp8 / "merged")
+    found = verify(again, adapter=fp8 / "adapter", base=fp8 / "quantized", level="forward")
+    assert found.forward is not None and not found.parity
+    assert found.forward.trainer.relative_error < found.forward.artifact.relative_error < 0.2
+    exact = verify(fp8 / "merged", adapter=fp8 / "adapter", base=fp8 / "quantized", level="forward")
+    assert exact.forward is not None and exact.forward.trainer == found.forward.trainer

@@ -17,8 +17,15 @@ from fossil_export import convert, merge, verify
 from fossil_export.cards._section import _base
 from fossil_export.cli import main
 from fossil_export.errors import CheckpointError
+from fossil_export.verifying._prompts import PROMPTS
 
 UP1 = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture(autouse=True)
+def two_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough to tell models apart that differ in a module."""
+    monkeypatch.setattr("fossil_export.verifying._verification.PROMPTS", PROMPTS[:2])
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +48,17 @@ def certificate(folder: Path) -> dict[str, Any]:
 
 def test_its_merge_is_the_trained_model_by_weights_and_answers(plain: Path, adapter: Path, tmp_path: Path) -> None:
     """The trainer is the one on what transformers and bitsandbytes load, to the last bit."""
+    asked = settings(double_quant=False)
+    (adapter / "README.md").write_text(card(asked))
     merge(adapter, tmp_path / "merged")
     found = verify(tmp_path / "merged")
     assert found.parity and found.forward is not None, found.problems
-    assert found.compared_with == "the adapter on the base as training saw it (nf4 with double quantization)"
+    assert found.compared_with == "the adapter on the base as training saw it (nf4 without double quantization)"
     known = certificate(tmp_path / "merged")
     assert known["base_weights"] == "as trained" and known["trained_on"]["kind"] == "nf4" and "into" not in known
     assert known["quantized_training"] is None
-    assert _base(known) == "the base as training saw it (nf4 with double quantization)"
-    seen = as_loaded(plain, tmp_path / "seen", settings())
+    assert _base(known) == "the base as training saw it (nf4 without double quantization)"
+    seen = as_loaded(plain, tmp_path / "seen", asked)
     other = verify(tmp_path / "merged", base=seen, adapter=adapter, level="forward", trained_on="unquantized")
     assert other.forward is not None and other.forward.trainer == found.forward.trainer
 

@@ -6,6 +6,7 @@ import math
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,9 @@ class LoraFolder:
 
     def incomparable(self) -> str | None:
         return None
+
+    def runnable(self) -> AbstractContextManager[LoraFolder]:
+        return nullcontext(self)
 
     def subject(self, base: Checkpoint, added: Sum, device: str) -> Subject:
         plan = self._plan or settled(plan_onto(base, [added.only], added.weights))

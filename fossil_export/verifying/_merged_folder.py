@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fossil_export.verifying._artifacts import Progress, count_parameters
 from fossil_export.verifying._folder import check_folder
 from fossil_export.verifying._forward import Subject
 from fossil_export.verifying._models import Tokens, open_artifact
+from fossil_export.verifying._seen import plain_base
 from fossil_export.verifying._stored import stored_dtype
 from fossil_export.verifying._sum import Sum
 from fossil_export.verifying._weights import TensorCheck, check_weights
@@ -40,6 +42,12 @@ class MergedFolder:
 
     def incomparable(self) -> str | None:
         return None
+
+    @contextmanager
+    def runnable(self) -> Iterator[MergedFolder]:
+        """Without what a quantized one would need to be run: the floats that it stands for."""
+        with plain_base(self.checkpoint) as plain:
+            yield self if plain is self.checkpoint else MergedFolder(plain.location, plain)
 
     def subject(self, base: Checkpoint, added: Sum, device: str) -> Subject:
         problems: list[str] = []

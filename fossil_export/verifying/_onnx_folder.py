@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ class OnnxFolder:
         if mode == "swappable" or (mode == "fused" and (has_pairs(self.folder) or is_quantized(self.folder))):
             return None
         return f"a {mode} graph has no shards of its own; it is checked by running it, with --level forward"
+
+    def runnable(self) -> AbstractContextManager[OnnxFolder]:
+        return nullcontext(self)
 
     def subject(self, base: Checkpoint, added: Sum, device: str) -> Subject:
         from fossil_export.verifying._onnx_models import OnnxRunner, providers

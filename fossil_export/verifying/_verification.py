@@ -136,16 +136,16 @@ def _verified(
         try:
             if training.quantized and not training.seen.tensors:
                 raise CheckpointError(f"{folder}: cannot be run beside its trainer; {training.seen.warnings[-1]}")
-            with plain_base(trained) as plain:
-                subject = found.subject(plain, added, device)
+            with plain_base(trained) as plain, found.runnable() as running:
+                subject = running.subject(plain, added, device)
                 forward = check_forward(
-                    subject, plain.location, added, found.dtype(plain), found.parameters(plain), texts, device
+                    subject, plain.location, added, running.dtype(plain), running.parameters(plain), texts, device
                 )
                 problems += subject.problems
                 wrong, note = training.explained(forward.problem)
                 problems += [wrong] if wrong else []
                 notes += [note] if note else []
-                problems += found.afterwards(tokenize(subject.described_by, texts[:SWAPPED]), device)
+                problems += running.afterwards(tokenize(subject.described_by, texts[:SWAPPED]), device)
         except FossilExportError:
             raise
         except Exception as problem:  # whatever a model's own code raises on weights that are not its
