@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 
 
 def settings(kind: str = "nf4", double_quant: bool = True, dtype: str = "bfloat16", **more: Any) -> dict[str, Any]:
@@ -42,7 +44,10 @@ def as_loaded(base: Path, folder: Path, asked: dict[str, Any], dtype: str = "bfl
     quantized = 0
     for name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            # Its code for CPUs gives wrong values if blocks do not end with rows, but not for a vector.
+            state = module.weight.quant_state
+            shape, state.shape = state.shape, torch.Size([math.prod(state.shape)])
+            weight = bnb.functional.dequantize_4bit(module.weight.data, state).reshape(shape)
         elif isinstance(module, bnb.nn.Linear8bitLt):
             weight = bnb.functional.int8_vectorwise_dequant(module.weight.data, module.weight.SCB).to(
                 getattr(torch, dtype)
@@ -50,8 +55,10 @@ def as_loaded(base: Path, folder: Path, asked: dict[str, Any], dtype: str = "bfl
         else:
             continue
         quantized += 1
-        assert not torch.equal(weight, tensors[f"{name}.weight"])
-        tensors[f"{name}.weight"] = weight.reshape(tensors[f"{name}.weight"].shape).contiguous()
+        stored = next(one for one in (f"{name}.weight", f"{name}.weight".partition(".")[2]) if one in tensors)
+        weight = weight.T if issubclass(module.source_cls, Conv1D) else weight
+        assert weight.shape == tensors[stored].shape and not torch.equal(weight, tensors[stored])
+        tensors[stored] = weight.contiguous()
     assert quantized
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})

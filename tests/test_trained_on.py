@@ -93,8 +93,8 @@ def test_how_far_quantization_moved_the_base_is_told(plain: Path, adapter: Path,
             names = [name for name in stored if kind in name]
             squares = [float((stored[name].double() - seen[name].double()).square().sum()) for name in names]
             assert ratio.modules == 2 and ratio.quantization == pytest.approx(sum(squares) ** 0.5, rel=0.002)
-        doubts = [line for line in result.warnings if "another model" in line]
-        assert len(doubts) == (into == "original")
+        doubts = [line for line in result.warnings if "another model" in line or "--into trained" in line]
+        assert len(doubts) == (2 if into == "original" else 0)
 
 
 def test_a_base_that_was_not_quantized_is_not_measured(adapter: Path, tmp_path: Path) -> None:
@@ -180,14 +180,22 @@ def test_repeated_layers_have_the_quantized_weights_of_the_old_ones(plain: Path,
     same(tmp_path / "merged", tmp_path / "wanted")
 
 
-def test_layers_that_lie_the_other_way_round_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_layers_that_lie_the_other_way_round_are_quantized_as_they_are_run(double_quant: bool, tmp_path: Path) -> None:
     """GPT-2's are quantized as (out, in), and stored as (in, out)."""
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=64)).save_pretrained(tmp_path / "base")
+    config = GPT2Config(n_embd=96, n_layer=2, n_head=2, vocab_size=64)
+    GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
     adapter = adapter_for(tmp_path / "base", tmp_path / "adapter")
-    with pytest.raises(MergeError, match=r"h\.0\.\S+ \[64, \d+\] is quantized the other way round .*--into original"):
-        plan_merge(adapter, trained_on=settings())
-    assert any("how far it is" in line for line in plan_merge(adapter, trained_on=settings(), into="original").warnings)
+    drop_modules(adapter, "c_fc")
+    asked = settings(double_quant=double_quant)
+    seen = as_loaded(tmp_path / "base", tmp_path / "seen", asked)
+    merge(adapter, tmp_path / "wanted", base=seen)
+    result = merge(adapter, tmp_path / "merged", trained_on=asked)
+    assert result.plan.count("dequantize") == 2 and result.ratios.keys() == {"c_attn", "c_proj"}
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "wanted"))
+    wrong = sum(int((ours[name] != value).sum()) for name, value in theirs.items())
+    assert wrong < 100 if double_quant else wrong == 0
 
 
 @pytest.mark.parametrize(
@@ -197,6 +205,7 @@ def test_layers_that_lie_the_other_way_round_are_refused(tmp_path: Path) -> None
         ({"trained_on": "int3"}, "trained_on is 'int3', expected auto, unquantized, nf4"),
         ({"trained_on": {"load_in_4bit": True}}, "does not say how"),
         ({"trained_on": {"bits": 4, "quant_method": "gptq"}}, "as gptq, which cannot be made"),
+        ({"trained_on": settings(bnb_4bit_blocksize=100)}, "blocks of 100, expected 32, 64"),
         ({"into": "somewhere"}, "into is 'somewhere', expected trained or original"),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from fossil_export._answers import INTO, TRAINED_ON
+from fossil_export._answers import BLOCK_SIZES, INTO, TRAINED_ON
 from fossil_export._console import lines, print_warnings, progress_bar
 from fossil_export.checkpoints._dtypes import BY_TORCH_NAME
 from fossil_export.commands._shared import BASE_HELP, publishing, show, weighted
@@ -52,12 +52,13 @@ DTYPES = ("auto", *(name for name in BY_TORCH_NAME if name != "float64"))
     "--bnb-4bit-compute-dtype",
     "compute_dtype",
     type=click.Choice(DTYPES[1:]),
-    help="With --trained-on: the dtype that training ran in.  [default: what the adapter's files say, or the base's]",
+    help="With --trained-on: the dtype that it computed in; one of 16 bits is also what the model was loaded in.  "
+    "[default: what the adapter's files say, or the base's]",
 )
 @click.option(
     "--bnb-4bit-blocksize",
     "block_size",
-    type=click.IntRange(32, 4096),
+    type=click.Choice(BLOCK_SIZES),
     help="With --trained-on nf4 or fp4.  [default: 64]",
 )
 @click.option(
@@ -100,7 +101,7 @@ def merge(
     trained_on: str,
     double_quant: bool | None,
     compute_dtype: str | None,
-    block_size: int | None,
+    block_size: str | None,
     skip_modules: str | None,
     into: str,
     max_shard_size: str | None,
@@ -153,7 +154,7 @@ def merge(
         if wrong:
             raise click.UsageError(why)
     adapters = [weighted(given) for given in (adapter, *more)]
-    seen = settings(trained_on, double_quant, compute_dtype, block_size, skip_modules)
+    seen = _settings(trained_on, double_quant, compute_dtype, block_size, skip_modules)
     if push_to_hub is not None:
         from fossil_export.publishing._target import Target
 
@@ -204,15 +205,11 @@ def merge(
     print_warnings(result.warnings + (published.warnings if published is not None else ()))
 
 
-def settings(
-    kind: str,
-    double_quant: bool | None,
-    compute_dtype: str | None = None,
-    block_size: int | None = None,
-    skip_modules: str | None = None,
+def _settings(
+    kind: str, double_quant: bool | None, compute_dtype: str | None, block_size: str | None, skip_modules: str | None
 ) -> str | dict[str, Any]:
     """The options on training as BitsAndBytesConfig has them."""
-    four = {"bnb_4bit_use_double_quant": double_quant, "bnb_4bit_blocksize": block_size}
+    four = {"bnb_4bit_use_double_quant": double_quant, "bnb_4bit_blocksize": block_size and int(block_size)}
     both = {
         "bnb_4bit_compute_dtype": compute_dtype,
         "llm_int8_skip_modules": None if skip_modules is None else [one for one in skip_modules.split(",") if one],

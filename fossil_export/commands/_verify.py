@@ -8,7 +8,7 @@ import click
 
 from fossil_export._answers import TRAINED_ON
 from fossil_export._console import lines, print_json, print_warnings, progress_bar
-from fossil_export.commands._merge import settings
+from fossil_export.commands._merge import _settings
 from fossil_export.commands._shared import weighted
 from fossil_export.tables import print_push, print_verification
 from fossil_export.verifying._levels import LEVELS, Level
@@ -78,7 +78,7 @@ def verify(
 
     if create_pr and not push_to_hub:
         raise click.UsageError("--create-pr wants --push-to-hub.")
-    seen = settings(trained_on, double_quant)
+    seen = _settings(trained_on, double_quant, None, None, None)
     if push_to_hub:
         from fossil_export.publishing._certify import publish_certificate, target_of
 

@@ -84,7 +84,7 @@ def ratio_warnings(plan: MergePlan, found: Mapping[str, Ratio]) -> list[str]:
     what = f"{plan.trained_on.kind} moved {worst} by {large[worst]:.3g} times what training changed"
     others = f" ({len(large)} of {len(found)} kinds of modules by more than {limit:g} times)"
     if plan.into == "original":
-        return [f"{what}{others}: in the original weights this is another model than the trained one"]
+        return [f"{what}{others}, and these are the original weights; --into trained has those that training saw"]
     return [
         f"{what}{others}: the merged model is the trained one, and has the error of its quantized base; compare it "
         "with a merge --into original"

@@ -20,12 +20,12 @@ from fossil_export.checkpoints._dtypes import BITS, FLOATS, element_count
 from fossil_export.checkpoints._folder import LocalFolder
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints.layouts import Matrix
-from fossil_export.checkpoints.quantized import coded
-from fossil_export.checkpoints.quantized._trained_on import QUANTIZERS
+from fossil_export.checkpoints.quantized._turned import Turned
 from fossil_export.errors import FossilExportError
 from fossil_export.merging._change import Change, Part
 from fossil_export.merging._layout import TensorPlan
 from fossil_export.merging._plan import MergePlan
+from fossil_export.merging._trained_on import seen_weight
 from fossil_export.methods import Tiling
 
 if TYPE_CHECKING:
@@ -165,8 +165,9 @@ def _seen(plan: MergePlan, change: Change, owner: int | None) -> tuple[Matrix, M
     stored = info.coding.stored[0] if info.coding is not None else info
     if owner is not None or how is None or stored.name not in plan.seen.tensors or stored.shape != info.shape:
         return None
-    coding = QUANTIZERS[how.kind](stored, replace(how, double_quant=False))
-    return change.into.moved(stored), change.into.moved(coded(stored.name, how.compute_dtype, stored.shape, coding))
+    turned = isinstance(plan.seen.tensors[stored.name].coding, Turned)
+    seen = seen_weight(stored, replace(how, double_quant=False), turned)
+    return change.into.moved(stored), change.into.moved(seen)
 
 
 def _from_form(arrays: Mapping[str, Array], change: Change, outputs: int, inputs: int) -> float | None:

@@ -11,15 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fossil_export._answers import INTO, KINDS, TRAINED_ON
+from fossil_export._answers import BLOCK_SIZES, INTO, KINDS, TRAINED_ON
 from fossil_export.adapters import Adapter
 from fossil_export.adapters._quantized import Sign, agreed, of_settings, settings_at, signs
 from fossil_export.checkpoints._checkpoint import Checkpoint
+from fossil_export.checkpoints._coding import Coding
 from fossil_export.checkpoints._dtypes import BY_TORCH_NAME, FLOATS, TORCH_NAME, torch_name
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints.quantized import coded
 from fossil_export.checkpoints.quantized._format import float_dtype
 from fossil_export.checkpoints.quantized._trained_on import QUANTIZERS, TrainedOn
+from fossil_export.checkpoints.quantized._turned import Turned
 from fossil_export.errors import MergeError, listed
 from fossil_export.merging._naming import Naming, naming_of
 from fossil_export.models import Unknown, pieces_of
@@ -92,7 +94,7 @@ def seen_base(
         return _stored_so(sign, base, answer is not None, into)
     if answer is None and (not sign.is_certain or (base.config or {}).get("model_type") in sign.apart):
         return Seen(warnings=tuple(_doubt(adapter, one) for adapter, one in zip(adapters, found, strict=True) if one))
-    if sign.kind not in QUANTIZERS:
+    if sign.kind not in KINDS:
         raise MergeError(
             f"{base.location}: training saw it as {sign.kind}, which cannot be made from the stored weights here; name "
             "the quantized model with --base, or choose --into original"
@@ -100,13 +102,18 @@ def seen_base(
     how = asked if isinstance(asked, TrainedOn) else _how(sign, base, asked)
     silent = [adapter.name for adapter, one in zip(adapters, found, strict=True) if one is None]
     warnings = (f"{listed(silent)}: nothing says that it was trained on {sign.told}; it is taken to be",)
-    told = warnings if answer is None and silent else ()
+    told: tuple[str, ...] = warnings if answer is None and silent else ()
+    if into == "original":
+        told += (
+            f"{listed([adapter.name for adapter in adapters])}: was trained over quantized weights ({sign.told}, "
+            f"{sign.where}); added to the original ones it is another model",
+        )
     try:
         tensors = as_trained(adapters[0], base, how, sign.skip_modules)
-    except MergeError as problem:
+    except MergeError:
         if into == "trained":
             raise
-        return Seen(how, sign.skip_modules, sign.where, {}, (*told, f"how far it is from the original: {problem}"))
+        tensors = {}  # nothing but the measure of what was quantized is lost
     return Seen(how, sign.skip_modules, sign.where, tensors, told)
 
 
@@ -126,12 +133,13 @@ def as_trained(
     found, parameters = _quantized(naming, base, skip_modules)
     names = naming.names
     stored: dict[str, TensorInfo] = {}
+    turned: set[str] = set()
     for parameter, shape in parameters.items():
         if parameter in names.whole:
             info = base.tensors[names.whole[parameter]]
             if parameter in found.turned:
-                raise MergeError(_cannot(base, info, "is quantized the other way round (Conv1D)"))
-            if info.shape != shape or info.dtype not in FLOATS:
+                turned.add(info.name)
+            if info.shape != (shape[::-1] if parameter in found.turned else shape) or info.dtype not in FLOATS:
                 raise MergeError(_cannot(base, info, f"is {list(shape)} in the model that was trained"))
             stored[info.name] = info
     for made in {id(made): made for one in parameters if (made := names.converted.get(one)) is not None}.values():
@@ -150,8 +158,13 @@ def as_trained(
         stored |= {info.name: info for info in infos}
     if not stored:
         raise MergeError(f"{base.location}: has no weights that are quantized while {naming.model.name} is loaded")
-    quantizer = QUANTIZERS[how.kind]
-    return {name: coded(name, how.compute_dtype, info.shape, quantizer(info, how)) for name, info in stored.items()}
+    return {name: seen_weight(info, how, name in turned) for name, info in stored.items()}
+
+
+def seen_weight(info: TensorInfo, how: TrainedOn, turned: bool = False) -> TensorInfo:
+    """A weight as training saw it; `turned` if it is stored the other way round."""
+    coding: Coding = Turned(info, how) if turned else QUANTIZERS[how.kind](info, how)
+    return coded(info.name, how.compute_dtype, info.shape, coding)
 
 
 def _quantized(
@@ -166,7 +179,7 @@ def _quantized(
     if found is None:
         raise MergeError(
             f"{base.location}: which of its weights were quantized in training cannot be told without transformers 5 "
-            f"that knows {model.name or 'its class'}: pip install 'fossil-export[verify]'; or say --into original"
+            f"that knows {model.name or 'its class'}: pip install 'fossil-export[peft]'; or say --into original"
         )
     return found, {known: shape for name, shape in found.shapes.items() if (known := naming.parameter(name))}
 
@@ -261,8 +274,10 @@ def _how(sign: Sign, base: Checkpoint, asked: Any) -> TrainedOn:
     dtype = float_dtype(base.config or {}, _commonest(base))
     if sign.compute_dtype in ("bfloat16", "float16"):
         dtype = BY_TORCH_NAME[torch_name(sign.compute_dtype)]
-    block = asked.get("bnb_4bit_blocksize") if isinstance(asked, Mapping) else None
-    return TrainedOn(str(sign.kind), int(block or 64), bool(sign.double_quant), dtype)
+    block = asked.get("bnb_4bit_blocksize", 64) if isinstance(asked, Mapping) else 64
+    if str(block) not in BLOCK_SIZES:
+        raise MergeError(f"trained_on has blocks of {block!r}, expected {', '.join(BLOCK_SIZES)}")
+    return TrainedOn(str(sign.kind), int(block), bool(sign.double_quant), dtype)
 
 
 def _commonest(base: Checkpoint) -> str:

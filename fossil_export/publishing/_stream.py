@@ -24,6 +24,7 @@ from fossil_export.merging._layout import parse_size
 from fossil_export.merging._merge import survival_warnings
 from fossil_export.merging._planning import plan_merge, settled
 from fossil_export.merging._provenance import provenance, survival_record
+from fossil_export.merging._quantization_error import Ratio, ratio_warnings, ratios_of
 from fossil_export.merging._run import Writer
 from fossil_export.merging._survival import Survival
 from fossil_export.publishing._about import card_for, facts_of, local_names
@@ -183,7 +184,7 @@ def run_stream(
         shutil.rmtree(folder, ignore_errors=True)
     commit = published.commit
     notes = [*repository.notes, *merge.warnings, *published.notes]
-    notes += survival_warnings(merge, carrier.survival)
+    notes += [*survival_warnings(merge, carrier.survival), *ratio_warnings(merge, published.ratios)]
     return StreamResult(
         push=PushResult.of(
             repository, commit, started, published.files, carrier.nbytes, notes, published.removed, merge.left_behind
@@ -201,6 +202,7 @@ class _Published:
     files: tuple[str, ...]
     removed: tuple[str, ...]
     notes: list[str]
+    ratios: Mapping[str, Ratio]
 
 
 def _refuse_target(plan: StreamPlan, repository: Repository) -> None:
@@ -223,8 +225,9 @@ def _publish(carrier: Carrier, repository: Repository, with_hash: bool, title: s
     paths = Paths([merge.base.location, *(one.path for one in merge.adapters)], local_names(provenance(merge, {})))
     carrier.companions(paths)
     ends: list[Closing] = []
+    ratios = ratios_of(merge)
     while True:
-        record = provenance(merge, carrier.survival, carrier.digests() if with_hash else None)
+        record = provenance(merge, carrier.survival, carrier.digests() if with_hash else None, ratios)
         carrier.send(PROVENANCE, paths.published(PROVENANCE, write_json(record)))
         names = (*sorted(carrier.operations), CARD)
         facts, problems = _facts(plan, repository, record, names)
@@ -245,7 +248,7 @@ def _publish(carrier: Carrier, repository: Repository, with_hash: bool, title: s
         branch = f"refs/pr/{commit.pr_url.rpartition('/')[2]}" if commit.pr_url else repository.revision
         where = repository.repo_id + (f"@{branch}" if branch else "")
         said = [note.replace("verify DIR` first", f"verify {where} --push-to-hub`") for note in ends[0].notes]
-        return _Published(commit, names, ends[0].removed, [*problems, *said])
+        return _Published(commit, names, ends[0].removed, [*problems, *said], ratios)
 
 
 def _facts(
