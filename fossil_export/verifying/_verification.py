@@ -109,7 +109,8 @@ def _verified(
     )
     base_checkpoint = _whole(found_base, added)
     named = base is None or found_base.name in {one.base_model for one in added.adapters}
-    training, trained = training_of(added, base_checkpoint, record, trained_on, base_is_named=named)
+    with found_base.by_name():
+        training, trained = training_of(added, base_checkpoint, record, trained_on, base_is_named=named)
     base_name = str(base_checkpoint.location) if found_base.is_path else pinned(found_base.name, found_base.revision)
     texts = read_prompts(prompts) if prompts is not None else PROMPTS
     if level != "weights":
