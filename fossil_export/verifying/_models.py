@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -143,12 +144,18 @@ def check_device(device: str) -> None:
 
 def libraries() -> None:
     """Raise MissingExtraError unless what the forward level needs is installed."""
+    # PEFT imports bitsandbytes where it is installed, which then says on stderr what it is not as fast as.
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         import peft  # noqa: F401
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as problem:
         raise MissingExtraError(problem.name or "peft", "peft", "the forward level") from problem
+    finally:
+        logger.setLevel(level)
 
 
 def open_lora(folder: Path, base: Path, described_by: Path, dtype: str, device: str) -> TorchRunner:
