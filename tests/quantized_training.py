@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -47,7 +46,8 @@ def card(asked: dict[str, Any]) -> str:
 
 def as_loaded(base: Path, folder: Path, asked: dict[str, Any], dtype: str = "bfloat16") -> Path:
     """The base with the weights that transformers and bitsandbytes load of it, dequantized, in `dtype`."""
-    bnb = pytest.importorskip("bitsandbytes")
+    import bitsandbytes as bnb
+
     config = BitsAndBytesConfig(**asked)
     model = AutoModelForCausalLM.from_pretrained(
         base, quantization_config=config, dtype=getattr(torch, dtype), device_map="cpu"

@@ -8,12 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import quantized
 import smollm2
 import torch
-
-pytest.importorskip("bitsandbytes")
-
-import quantized
 from quantized import Asked, Weights, distance, each, left_of, less, merged, nf4, weights_of
 
 Truth = list[torch.Tensor]

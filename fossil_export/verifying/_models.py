@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fossil_export._foreign import load_model, load_tokenizer, model_class, read_config
+from fossil_export._libraries import tame_bitsandbytes
 from fossil_export.errors import FossilExportError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -144,18 +144,13 @@ def check_device(device: str) -> None:
 
 def libraries() -> None:
     """Raise MissingExtraError unless what the forward level needs is installed."""
-    # PEFT imports bitsandbytes where it is installed, which then says on stderr what it is not as fast as.
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    tame_bitsandbytes()
     try:
         import peft  # noqa: F401
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as problem:
         raise MissingExtraError(problem.name or "peft", "peft", "the forward level") from problem
-    finally:
-        logger.setLevel(level)
 
 
 def open_lora(folder: Path, base: Path, described_by: Path, dtype: str, device: str) -> TorchRunner:

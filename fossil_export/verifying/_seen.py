@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from fossil_export.checkpoints._checkpoint import INDEX_ENDING, WEIGHTS, Checkpoint, open_checkpoint
+from fossil_export.checkpoints._checkpoint import Checkpoint
+from fossil_export.checkpoints._choice import INDEX_ENDING, WEIGHTS
+from fossil_export.checkpoints._opening import open_checkpoint
 from fossil_export.errors import FossilExportError
 from fossil_export.merging._merge import write_companions
 from fossil_export.merging._onto import plan_copy

@@ -12,7 +12,8 @@ from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._dtypes import BY_TORCH_NAME
 from fossil_export.checkpoints.quantized._trained_on import TrainedOn
 from fossil_export.errors import MergeError
-from fossil_export.merging._trained_on import Seen, as_trained, seen_base, with_tensors
+from fossil_export.merging._seen_weights import as_trained, with_tensors
+from fossil_export.merging._trained_on import Seen, seen_base
 from fossil_export.verifying._sum import Sum
 
 if TYPE_CHECKING:
