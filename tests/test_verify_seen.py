@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from verify_tools import flip, tamper
 
 from fossil_export import convert, merge, verify
-from fossil_export.checkpoints._checkpoint import open_checkpoint
+from fossil_export.checkpoints._opening import open_checkpoint
 from fossil_export.errors import FossilExportError
 from fossil_export.verifying._prompts import PROMPTS
 from fossil_export.verifying._seen import plain_base
