@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fossil_export.adapters._pickled import read_pickled
 from fossil_export.checkpoints._opening import open_checkpoint
 from fossil_export.checkpoints.pickled import parse_pickle_header
-from fossil_export.errors import CheckpointError
+from fossil_export.errors import AdapterError, CheckpointError
 
 STORAGE = b"ctorch\nFloatStorage\n"
 DOUBLED = b"()q\x00" + b"".join(b"h" + bytes([n]) + b"h" + bytes([n]) + b"\x86q" + bytes([n + 1]) for n in range(40))
@@ -70,6 +71,31 @@ def test_a_pickle_that_is_made_to_hurt_is_one_short_line(kind: str, tmp_path: Pa
         open_checkpoint(file)
     message = str(caught.value).removeprefix(str(file))
     assert ";" in message and message.isprintable() and len(message) < 400
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(b"", "is empty"), (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS")]
+)
+def test_what_a_fetch_left_behind_is_told(content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(content)
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(tmp_path / "model.bin")
+
+
+@pytest.mark.parametrize("shape", [(1 << 20, 1 << 16), (1 << 31, 1 << 31)])
+def test_a_value_is_not_repeated_until_memory_is_full(shape: tuple[int, int], tmp_path: Path) -> None:
+    few = {"few": torch.zeros(1).expand(64, 64)}
+    for state_dict, error in ((few, None), (few | {"many": torch.zeros(1).expand(shape)}, CheckpointError)):
+        torch.save(state_dict, tmp_path / "model.bin")
+        torch.save(state_dict, tmp_path / "adapter_model.bin")
+        if error is None:
+            assert read_pickled(tmp_path / "adapter_model.bin")[1]["few"].shape == (64, 64)
+            open_checkpoint(tmp_path / "model.bin")
+        else:
+            with pytest.raises(error, match="repeat values"):
+                open_checkpoint(tmp_path / "model.bin")
+            with pytest.raises(AdapterError, match="repeat values"):
+                read_pickled(tmp_path / "adapter_model.bin")
 
 
 def test_a_compressed_pickle_is_not_inflated(tmp_path: Path) -> None:

@@ -25,6 +25,9 @@ from fossil_export.errors import CheckpointError, FossilExportError
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001
+_ROOM, _TIMES = 1 << 24, 16
+"""Bytes of tensors that a file may tell of, and how many times its own: tensors may share values or repeat them, but
+not so that a small file fills memory or disk."""
 _METADATA = {"format": "pt"}
 """What transformers writes into safetensors files, and looks for when it loads them."""
 
@@ -62,6 +65,11 @@ def parse_pickle_header(
     try:
         opened = _archive(file, size, far) if file.read(4) == b"PK\x03\x04" else _legacy(file, size, far)
         tensors = tuple(_info(path, one, opened.find) for one in tensors_of(opened.state))
+        if (told := sum(info.nbytes for info in tensors)) > _ROOM + _TIMES * size:
+            raise BadPickleError(
+                f"tells of tensors of {told:,} bytes, which repeat values of a file of {size:,}; save them with "
+                ".contiguous()"
+            )
     except BadPickleError as problem:
         hint = "" if ";" in str(problem) else "; it is cut or corrupt, fetch or save it again"
         raise error(f"{path}: {problem}{hint}") from problem
@@ -216,8 +224,12 @@ def _legacy(file: BinaryIO, size: int, far: bool) -> _Opened:
 
 def _pickles(data: bytes) -> tuple[Any, list[str], int]:
     """The object, the keys of its storages in their order, and where these begin."""
+    if data.startswith(b"version https://git-lfs"):
+        raise BadPickleError("is a pointer of Git LFS, not the file itself; fetch that (git lfs pull)")
+    if not data:
+        raise BadPickleError("is empty; fetch it again")
     if data[:1] != b"\x80" or (first := read_pickle(data))[0] != _MAGIC:
-        raise BadPickleError("is no file of PyTorch's; name the model's weights")
+        raise BadPickleError("is no file of PyTorch's; fetch it again, or name the weights")
     version, at = read_pickle(data, first[1])
     machine, at = read_pickle(data, at)
     if version != _VERSION or type(machine) is not dict:
