@@ -20,15 +20,23 @@ def print_json(value: dict[str, Any]) -> None:
     click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
+def printable(text: str) -> str:
+    """Names of files and tensors may hold anything; what a terminal would obey is shown as Python writes it."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one == "\n" else repr(one)[1:-1] for one in text)
+
+
 def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     """Lines of name and value, aligned."""
     width = max(len(name) for name, _ in pairs)
     for name, value in pairs:
-        click.echo(f"{name:<{width}}  {value}")
+        click.echo(f"{name:<{width}}  {printable(value)}")
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns as wide as their widest cell; those that hold only numbers go to the right."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     columns = list(zip(header, *rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
     right = [all(cell[:1].isdigit() or cell in ("", "-") for cell in column[1:]) for column in columns]
@@ -42,7 +50,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def print_warnings(warnings: Sequence[str]) -> None:
     for warning in warnings:
-        click.echo(click.style("warning: ", fg="yellow") + warning, err=True)
+        click.echo(click.style("warning: ", fg="yellow") + printable(warning), err=True)
 
 
 def readable_bytes(count: int) -> str:

@@ -78,7 +78,11 @@ class Inspection:
             ],
             "base_tensors": None
             if self.plan is None
-            else [tensor_record(tensor) for tensor in self.plan.tensors if tensor.action not in ("copy", "cast")],
+            else [
+                tensor_record(tensor)
+                for tensor in self.plan.tensors
+                if tensor.action not in ("copy", "cast", "dequantize")
+            ],
             **(
                 {"trained_on": self.plan.seen.record(), "quantization": ratio_record(by_kind(self.sizes))}
                 if self.plan is not None and self.plan.trained_on is not None

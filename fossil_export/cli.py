@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from fossil_export._console import quiet_hub
+from fossil_export._console import printable, quiet_hub
 from fossil_export.commands._convert import convert
 from fossil_export.commands._inspect import inspect
 from fossil_export.commands._merge import merge
@@ -63,7 +63,7 @@ def _show(problem: BaseException) -> None:
 
 
 def _fail(ctx: click.Context, message: str) -> None:
-    click.echo(click.style("error: ", fg="red") + message.replace("\n", " "), err=True)
+    click.echo(click.style("error: ", fg="red") + printable(message.replace("\n", " ")), err=True)
     ctx.exit(1)
 
 

@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf_bases import HIDDEN, WORDS, loaded, random, save, write
+from hub_tools import cli
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loopback import LoopbackHub
@@ -100,6 +101,43 @@ def test_sizes_that_no_file_has_are_not_believed(model: Path, tmp_path: Path) ->
     place = whole.index(b"blk.0.attn_q.weight") + 19 + 4  # its first size
     path.write_bytes(whole[:place] + struct.pack("<Q", 1 << 40) + whole[place + 8 :])
     refused(path, r"tensor blk\.0\.attn_q\.weight")
+
+
+def test_a_head_that_claims_more_than_there_is_room_for_is_left_soon(model: Path, tmp_path: Path) -> None:
+    def text(value: bytes) -> bytes:
+        return struct.pack("<Q", len(value)) + value
+
+    name = text(b"general.architecture") + struct.pack("<I", 8) + text(b"llama")
+    path = tmp_path / "model.gguf"
+    for tensors, pairs, more, match in (
+        (1, 2, text(b"words") + struct.pack("<IIQ", 9, 8, 1 << 30), "words has 1073741824 words"),
+        (1, 2, text(b"numbers") + struct.pack("<IIQ", 9, 11, 1 << 27), "ends within its head"),
+        (1, 1 << 20, b"", "1,048,576 entries of metadata"),
+        (1 << 20, 1, b"", "1,048,576 tensors"),
+    ):
+        with path.open("wb") as file:
+            file.write(struct.pack("<4sIQQ", b"GGUF", 3, tensors, pairs) + name + more)
+            file.truncate(5 << 30)  # a hole: texts without end
+        refused(path, match)
+
+
+def test_text_of_a_file_does_not_steer_the_terminal(adapter_of: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    save(path, "\x1b[31mred\x07", {}, {"token_embd.weight": (np.zeros((4, 4), np.float32), "F32")})
+    told = cli("merge", str(adapter_of), "--base", str(path), "-o", str(tmp_path / "out"), code=1).stderr
+    assert r"llama.cpp's \x1b[31mred\x07, and read are" in told and told.rstrip("\n").isprintable()
+
+
+def test_what_is_only_dequantized_is_not_said_to_be_touched(model: Path, adapter_of: Path) -> None:
+    told = cli("inspect", str(adapter_of), "--base", str(model)).stdout
+    assert "touches 2 of 21 tensors" in told
+    found = json.loads(cli("inspect", str(adapter_of), "--base", str(model), "--json").stdout)
+    assert json.dumps(found).count('"action": "merge"') == 2 and '"dequantize"' not in json.dumps(found)
+
+
+def test_an_output_beside_the_file_lies_inside_its_folder(model: Path, adapter_of: Path) -> None:
+    with pytest.raises(FossilExportError, match=f"lies inside {model.parent}, which is only read"):
+        fossil_export.merge(adapter_of, model.parent / "out", base=model)
 
 
 def test_other_versions_and_byte_orders(model: Path, tmp_path: Path) -> None:

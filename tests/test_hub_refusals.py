@@ -125,7 +125,7 @@ REFUSALS: list[tuple[Setup, list[str], str]] = [
     (portal, ["ada/adapter"], "ada/adapter: HUB answers, but not as the Hub does; check HTTPS_PROXY and HF_ENDPOINT"),
     (offline, ["ada/adapter"], f"ada/adapter: {OFFLINE} (there is no such file or folder here)"),
     (WEIGHTS_ONLY_BIN, ["ada/adapter"],
-     "ada/base/pytorch_model.bin: is no file of PyTorch's; name the model's weights"),
+     "ada/base/pytorch_model.bin: is no file of PyTorch's; fetch it again, or name the weights"),
     (changed({}, PART), ["ada/adapter"],
      f"ada/base/model.safetensors.index.json: names {PART}, which is missing; fetch that file"),
     (changed({"config.json": b"<html>"}), ["ada/adapter"],

@@ -271,7 +271,7 @@ def test_archives_that_are_not_pytorchs(tmp_path: Path) -> None:
         ({"byteorder": b"big"}, "big-endian"),
         ({"data_pkl": None}, "none that PyTorch writes"),
         ({"0": b"1234"}, "has 4 bytes in storage 0, not 256"),
-        ({"0": None}, "lacks its storage 0"),
+        ({"0": None}, "lacks its storage '0'"),
         ({"data_pkl": b"\x80\x02\x85."}, "no sound pickle"),
         ({"data_pkl": b"\x80\x02}P."}, "opcode"),
     ):

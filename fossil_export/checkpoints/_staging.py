@@ -28,7 +28,8 @@ def check_destination(output: Path, inputs: list[Path], overwrite: bool) -> None
         place = source.resolve()
         folder = place if place.is_dir() else place.parent
         if target == folder or folder in target.parents:
-            raise OutputError(f"{output}: lies inside {source}, which is only read; choose another --output")
+            inside = source if place.is_dir() else source.parent
+            raise OutputError(f"{output}: lies inside {inside}, which is only read; choose another --output")
         if target in folder.parents:
             raise OutputError(f"{output}: holds {source}, which would be replaced; choose another --output")
     try:

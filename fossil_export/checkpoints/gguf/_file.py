@@ -23,13 +23,15 @@ if TYPE_CHECKING:
     from fossil_export.checkpoints._folder import Folder
 
 VERSIONS = (2, 3)
-MOST = 1 << 29
+MOST = 1 << 26
 """Bytes of a head: more than any vocabulary needs."""
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _SMALL = 1 << 12
 """Elements of an array whose values are kept; of a longer one only their number is."""
+_PAIRS, _TENSORS = 1 << 16, 1 << 19
+"""Far more than any model's."""
 _PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 
 
@@ -113,7 +115,7 @@ class _Reader:
         """Pass over `count` bytes, and say where they begin."""
         start = self.at
         if start + count > len(self.data):
-            if self.whole:
+            if self.whole or count > MOST:
                 raise self.error("ends within its head")
             raise _Short
         self.at += count
@@ -145,6 +147,8 @@ class _Reader:
             raise self.error(f"{key} is of the unknown type {kind}")
         kind, count = self.values("I")[0], self.number("Q")
         if kind == _STRING:
+            if count > MOST // 8:
+                raise self.error(f"{key} has {count} words, which no head has room for")
             for _ in range(count):
                 self.skip(self.number("Q"))
             return count
@@ -164,6 +168,8 @@ def _parsed(reader: _Reader, size: int) -> GgufFile:
     if version not in VERSIONS:
         what = "big-endian" if version & 0xFFFF == 0 else f"version {version}"
         raise CheckpointError(f"{reader.path}: is a GGUF file that is {what}; convert the model again")
+    if pairs > _PAIRS or tensors > _TENSORS:
+        raise reader.error(f"claims {tensors:,} tensors and {pairs:,} entries of metadata")
     metadata: dict[str, Any] = {}
     entries: dict[str, bytes] = {}
     for number in range(pairs):

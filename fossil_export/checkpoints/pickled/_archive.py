@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from fossil_export.checkpoints._dtypes import BITS, numpy_dtype
 from fossil_export.checkpoints._header import MAX_HEADER, Header, TensorInfo
@@ -25,6 +25,9 @@ from fossil_export.errors import CheckpointError, FossilExportError
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001
+_ROOM, _TIMES = 1 << 24, 16
+"""Bytes of tensors that a file may tell of, and how many times its own: tensors may share values or repeat them, but
+not so that a small file fills memory or disk."""
 _METADATA = {"format": "pt"}
 """What transformers writes into safetensors files, and looks for when it loads them."""
 
@@ -62,6 +65,11 @@ def parse_pickle_header(
     try:
         opened = _archive(file, size, far) if file.read(4) == b"PK\x03\x04" else _legacy(file, size, far)
         tensors = tuple(_info(path, one, opened.find) for one in tensors_of(opened.state))
+        if (told := sum(info.nbytes for info in tensors)) > _ROOM + _TIMES * size:
+            raise BadPickleError(
+                f"tells of tensors of {told:,} bytes, which repeat values of a file of {size:,}; save them with "
+                ".contiguous()"
+            )
     except BadPickleError as problem:
         hint = "" if ";" in str(problem) else "; it is cut or corrupt, fetch or save it again"
         raise error(f"{path}: {problem}{hint}") from problem
@@ -84,9 +92,27 @@ def _info(path: Path, one: Placed, find: Find) -> TensorInfo:
     return TensorInfo(one.name, one.dtype, one.shape, path, None, coding=Strided(elements, shape, strides))
 
 
+class _Bounded:
+    """A file of which no more is read at once than a pickle or a list of entries may have."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.seek, self.tell, self._read = file.seek, file.tell, file.read
+        self.most = MAX_HEADER // 3
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, count: int = -1) -> bytes:
+        if count > self.most:
+            raise BadPickleError(f"has a list of entries of {count:,} bytes, too many for tensors")
+        return self._read(count)
+
+
 def _archive(file: BinaryIO, size: int, far: bool) -> _Opened:
     try:
-        with zipfile.ZipFile(file) as archive:
+        bounded = _Bounded(file)
+        with zipfile.ZipFile(cast(BinaryIO, bounded)) as archive:
+            bounded.most = MAX_HEADER
             entries = {entry.filename: entry for entry in archive.infolist()}
             if len(entries) < len(archive.infolist()):
                 raise BadPickleError("has two entries of one name")
@@ -103,9 +129,12 @@ def _archive(file: BinaryIO, size: int, far: bool) -> _Opened:
             main = entries[pickles[0]]
             if main.file_size > MAX_HEADER:
                 raise BadPickleError(f"has a pickle of {main.file_size:,} bytes, too many for names of tensors")
+            _stored(main)
             data = archive.read(main)
             starts = sorted(entry.header_offset for entry in entries.values())
-            after = dict(pairwise([*starts, archive.start_dir])) if far else {}
+            aligned = entries.get(f"{root}.storage_alignment")
+            usual = aligned is None or (aligned.file_size == 2 and archive.read(aligned) == b"64")
+            after = dict(pairwise([*starts, archive.start_dir])) if far and usual else {}
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError) as problem:
         raise BadPickleError(f"is no sound zip archive ({problem})") from problem
     state, _ = read_pickle(data)
@@ -116,7 +145,7 @@ def _archive(file: BinaryIO, size: int, far: bool) -> _Opened:
     def find(storage: Storage) -> int:
         entry = entries.get(f"{root}data/{storage.key}")
         if entry is None:
-            raise BadPickleError(f"lacks its storage {storage.key}")
+            raise BadPickleError(f"lacks its storage {storage.key[:40]!r}")
         if entry.file_size != storage.nbytes:
             raise BadPickleError(f"has {entry.file_size} bytes in storage {storage.key}, not {storage.nbytes}")
         aligned = _aligned_start(entry, after[entry.header_offset]) if after else None
@@ -127,17 +156,24 @@ def _archive(file: BinaryIO, size: int, far: bool) -> _Opened:
 
 def _aligned_start(entry: zipfile.ZipInfo, end: int) -> int | None:
     """Where the bytes of an entry begin that ends at `end`, told without reading its own header: PyTorch puts them at
-    a multiple of 64, and 16 bytes that repeat their size after them (24 in a large file, none after nothing)."""
+    a multiple of 64, and 16 bytes that repeat their size after them (24 in a large file, none after nothing). None if
+    others wrote the file, who leave other room before them: they do not mark plain names as UTF-8."""
+    if entry.flag_bits != 0x808:
+        return None
     first = entry.header_offset + 30 + len(entry.filename.encode())
     found = [start for after in (0, 16, 24) if (start := end - after - entry.file_size) % 64 == 0 and start >= first]
-    stored = entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & 1
+    stored = entry.compress_type == zipfile.ZIP_STORED
     return found[0] if stored and len(found) == 1 else None
+
+
+def _stored(entry: zipfile.ZipInfo) -> None:
+    if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+        raise BadPickleError(f"has {entry.filename} compressed or encrypted; load it with PyTorch and save it again")
 
 
 def _start_of(file: BinaryIO, entry: zipfile.ZipInfo, size: int) -> int:
     """Where the bytes of an entry begin; they must be stored as they are."""
-    if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-        raise BadPickleError(f"has {entry.filename} compressed or encrypted; load it with PyTorch and save it again")
+    _stored(entry)
     file.seek(entry.header_offset)
     head = file.read(30)
     if len(head) < 30 or head[:4] != b"PK\x03\x04":
@@ -188,8 +224,12 @@ def _legacy(file: BinaryIO, size: int, far: bool) -> _Opened:
 
 def _pickles(data: bytes) -> tuple[Any, list[str], int]:
     """The object, the keys of its storages in their order, and where these begin."""
+    if data.startswith(b"version https://git-lfs"):
+        raise BadPickleError("is a pointer of Git LFS, not the file itself; fetch that (git lfs pull)")
+    if not data:
+        raise BadPickleError("is empty; fetch it again")
     if data[:1] != b"\x80" or (first := read_pickle(data))[0] != _MAGIC:
-        raise BadPickleError("is no file of PyTorch's; name the model's weights")
+        raise BadPickleError("is no file of PyTorch's; fetch it again, or name the weights")
     version, at = read_pickle(data, first[1])
     machine, at = read_pickle(data, at)
     if version != _VERSION or type(machine) is not dict:

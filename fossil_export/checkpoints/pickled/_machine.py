@@ -27,7 +27,8 @@ class Name:
     name: str
 
     def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
+        found = f"{self.module}.{self.name}"
+        return found if found.isprintable() and len(found) <= 200 else f"{found[:200]!r}"
 
 
 @dataclass(slots=True)
@@ -46,6 +47,9 @@ class Persistent:
 
 
 _MARK = object()
+MOST_STEPS = 5_000_000
+"""Opcodes of a pickle: more than the names and places of a hundred thousand tensors take (40 each), and few enough that
+what they make fits into a gigabyte, in seconds."""
 
 
 def read_pickle(data: bytes, start: int = 0) -> tuple[Any, int]:
@@ -62,6 +66,7 @@ class _Machine:
         self.data, self.at = data, start
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.left = MOST_STEPS
 
     def run(self) -> Any:
         data, opcodes = self.data, _OPCODES
@@ -70,12 +75,18 @@ class _Machine:
                 raise CutError("is cut: its pickle has no end")
             code = data[self.at]
             self.at += 1
+            self.spend(1)
             if code == 0x2E:  # STOP
                 return self.pop()
             found = opcodes.get(code)
             if found is None:
                 raise BadPickleError(f"has the opcode {bytes([code])!r}, which is in no file of weights")
             found(self)
+
+    def spend(self, steps: int) -> None:
+        self.left -= steps
+        if self.left < 0:
+            raise BadPickleError(f"has a pickle of more than {MOST_STEPS:,} steps, too many for names of tensors")
 
     def take(self, count: int) -> bytes:
         end = self.at + count
@@ -146,7 +157,10 @@ class _Machine:
             raise TypeError("arguments that are no tuple")
         if function == ORDERED:
             self.push({})
-            self.set_items([one for pair in (arguments[0] if arguments else ()) for one in pair])
+            pairs = arguments[0] if arguments else ()
+            self.spend(8 * len(pairs))  # a list that is named again and again
+            for key, value in pairs:
+                self.set_items([key, value])
         else:
             self.push(Call(function, arguments))
 

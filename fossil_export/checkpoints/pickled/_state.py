@@ -24,8 +24,13 @@ _STORAGES = {
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
     "BoolStorage": "BOOL", "ComplexFloatStorage": "C64",
 }  # fmt: skip
+_MOST_AXES = 64
+"""PyTorch's own bound."""
+_LONGEST = 4096
+"""Characters of a name."""
 _UNTYPED = ("torch.storage.UntypedStorage", "torch.UntypedStorage")
 _TENSOR_CLASSES = ("torch._tensor.Tensor", "torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.Parameter")
+_PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 _WRAPPERS = ("state_dict", "model", "module", "model_state_dict", "net", "ema", "params")
 
 
@@ -83,6 +88,8 @@ def tensors_of(state: Any) -> Iterator[Placed]:
     for name, value in state.items():
         if type(name) is not str:
             raise BadPickleError(f"has the key {name!r}, which is no text; it is no state dict")
+        if name == "__metadata__" or len(name) > _LONGEST:
+            raise BadPickleError(f"has a tensor {name[:40]!r}, which safetensors cannot hold; rename it")
         if type(value) is str and name.rpartition(".")[2] == "weight_format" and value == "row":
             continue  # how bitsandbytes 0.37 to 0.42 said that 8-bit rows lie as they are
         try:
@@ -98,13 +105,15 @@ def _tensor(name: str, value: Any) -> Placed:
     if not isinstance(value, Call):
         raise BadPickleError(f"is no tensor but {type(value).__name__}; save model.state_dict() alone, as safetensors")
     function, arguments = _called(value), value.arguments
-    if function in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
-        return _tensor(name, arguments[0])
+    if function in _PARAMETERS and isinstance(arguments[0], Call):
+        function, arguments = _called(arguments[0]), arguments[0].arguments
     if function in ("torch._tensor._rebuild_from_type_v2", "torch._tensor._rebuild_from_type"):
         inner, kind, its, _ = arguments
-        if str(kind) in _TENSOR_CLASSES:
-            return _tensor(name, Call(inner, its))
-        raise BadPickleError(f"is a {kind}, which only its own library can read; save the model as plain tensors")
+        if _text(kind) not in _TENSOR_CLASSES:
+            raise BadPickleError(
+                f"is a {_text(kind)}, which only its own library can read; save the model as plain tensors"
+            )
+        function, arguments = _called(Call(inner, its)), its
     if function in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
         storage, first, shape, strides, *more = arguments
         found, dtype = _storage(storage)
@@ -116,7 +125,9 @@ def _tensor(name: str, value: Any) -> Placed:
         found, _ = _storage(storage)
         dtype = _DTYPES.get(kind.name) if isinstance(kind, Name) and kind.module == "torch" else None
         if dtype is None:
-            raise BadPickleError(f"is of the dtype {kind}, which safetensors does not have")
+            raise BadPickleError(
+                f"is of the dtype {_text(kind)}, which safetensors does not have; save it in another one"
+            )
     elif function.startswith("torch."):
         raise BadPickleError(
             f"is not a plain tensor ({function}): quantized, sparse or of another device; save it as a plain one"
@@ -136,11 +147,20 @@ def _tensor(name: str, value: Any) -> Placed:
 
 
 def _sizes(value: Any) -> tuple[int, ...]:
-    if isinstance(value, Call) and str(value.function) == "torch.Size":
+    if isinstance(value, Call) and _text(value.function) == "torch.Size":
         (value,) = value.arguments
-    if not isinstance(value, (tuple, list)) or not all(type(one) is int and one >= 0 for one in value):
+    if not isinstance(value, (tuple, list)) or len(value) > _MOST_AXES:
+        raise ValueError("no sizes of a tensor")
+    if not all(type(one) is int and 0 <= one < 1 << 63 for one in value):
         raise ValueError("sizes that are no natural numbers")
     return tuple(value)
+
+
+def _text(value: Any) -> str:
+    """The name of a class or dtype. Anything else is not looked into: it may be as deep as its writer liked."""
+    if not isinstance(value, Name):
+        raise ValueError("no name")
+    return str(value)
 
 
 def _storage(value: Any) -> tuple[Storage, str | None]:
@@ -152,10 +172,10 @@ def _storage(value: Any) -> tuple[Storage, str | None]:
         raise ValueError("no storage")
     if any(part is not None for part in view):
         raise BadPickleError("lies in a view of a storage; load it with PyTorch and save it again")
-    if str(kind) in _UNTYPED:
+    if _text(kind) in _UNTYPED:
         return Storage(key, count, 1), None
     if not isinstance(kind, Name) or kind.module != "torch" or kind.name not in _STORAGES:
-        raise BadPickleError(f"is stored as {kind}, which safetensors does not have")
+        raise BadPickleError(f"is stored as {_text(kind)}, which safetensors does not have; save it in another one")
     dtype = _STORAGES[kind.name]
     width = BITS[dtype] // 8
     return Storage(key, count * width, width), dtype
