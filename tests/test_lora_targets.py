@@ -159,7 +159,11 @@ def test_a_quantized_base_is_refused(tmp_path: Path) -> None:
     edit_weights(base, quantize)
     with pytest.raises(CheckpointError, match="quantized"):
         merge(tmp_path / "lora", tmp_path / "merged")
-    edit_weights(base, lambda tensors: tensors.update({f"{name}.weight": weights(base)[f"{name}.qweight"].char()}))
+
+    def code(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{name}.weight"] = tensors.pop(f"{name}.qweight").char()
+
+    edit_weights(base, code)
     with pytest.raises(MergeError, match="quantized"):
         merge(tmp_path / "lora", tmp_path / "merged")
 
