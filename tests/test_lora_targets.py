@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QV, edit_json, make_adapter, make_base, weights
+from conftest import QV, edit_json, make_adapter, make_base
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoHaConfig, LoraConfig, PeftModel
