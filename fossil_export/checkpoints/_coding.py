@@ -49,6 +49,18 @@ class Encoder(Protocol):
         has. As the format's library quantizes, if that takes no data (see `Calibrated` if it does)."""
 
 
+class Divisible(Protocol):
+    """An encoder whose rows can be written a few at a time. (One that rounds values to 16 bits before it quantizes them
+    has that dtype as `rounds_to`, divisible or not.)"""
+
+    @property
+    def unit(self) -> int:
+        """Rows that are quantized together, and not together with others."""
+
+    def part(self, start: int, stop: int) -> Coding:
+        """The coding of rows [start, stop), whole units: of the same tensors what these have."""
+
+
 class Calibrated(Protocol):
     """A coding that can be written on the scales and zeros that are there, which were calibrated with data."""
 

@@ -24,7 +24,7 @@ class TensorPlan:
     `dtype`.
 
     `owner` is the number of the adapter that `source` comes with, None for the base's; `added` says that the base has
-    no tensor of that name. One that `encodes` a weight has its own values of it quantized again.
+    no tensor of that name. One that `encodes` a weight, which the base has as `coded`, has it quantized again.
     """
 
     name: str
@@ -36,6 +36,7 @@ class TensorPlan:
     pieces: tuple[Piece, ...] = ()
     added: bool = False
     encodes: TensorPlan | None = None
+    coded: TensorInfo | None = None
 
     @property
     def weight(self) -> TensorPlan:

@@ -6,14 +6,16 @@ float32 and quantized once (`Encoder.encode`); how much of the update that leave
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._coding import BLOCK, CodedRows
+from fossil_export.checkpoints._dtypes import element_count
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.errors import MergeError, listed
+from fossil_export.merging._change import Part
 from fossil_export.merging._layout import TensorPlan
 from fossil_export.merging._plan import MergePlan
 from fossil_export.merging._survival import Survival, measure
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from fossil_export.checkpoints.layouts import ReadRows
 
     Array = np.ndarray[Any, Any]
+
+AT_ONCE = 1 << 24
+"""Elements that are quantized at a time, if the format lets them be apart."""
 
 LEAST = 0.5
 """Share of the update that must be left, if the user does not say."""
@@ -77,7 +82,36 @@ def _encoded(info: TensorInfo, weight: TensorPlan, base: Checkpoint) -> TensorPl
             f"{base.location}: {weight.name} {list(coded.shape)} becomes {list(weight.shape)}, which its quantized "
             "form has no room for; leave out --requantize"
         )
-    return replace(_copied(info), encodes=replace(weight, dtype="F32"))
+    return replace(_copied(info), encodes=replace(weight, dtype="F32"), coded=coded)
+
+
+def ranges(coded: TensorInfo, parts: Sequence[Part]) -> list[tuple[int, int]]:
+    """The rows of a quantized weight's matrix that are quantized together: about `AT_ONCE` elements, if its coding has
+    units of rows (`Divisible`) and none of the `parts` that change or are brought is in two of them; else all rows."""
+    coding: Any = coded.coding
+    count = element_count(coded.shape)
+    unit = getattr(coding, "unit", None)
+    if unit is None:
+        return [(0, count // coding.width)]
+    unit *= coding.width
+    whole = sorted((part.first, part.last) for part in parts if part.changes or part.piece is not None)
+    found, start, at = [], 0, 0
+    for stop in range(unit, count, unit):
+        while at < len(whole) and whole[at][1] <= stop:
+            at += 1
+        inside = at < len(whole) and whole[at][0] < stop
+        if not inside and stop - start + unit > AT_ONCE:
+            found.append((start // coding.width, stop // coding.width))
+            start = stop
+    return [*found, (start // coding.width, count // coding.width)]
+
+
+def part_of(coded: TensorInfo, start: int, stop: int) -> TensorInfo:
+    """Rows [start, stop) of a quantized weight's matrix, one of its `ranges`, as a weight."""
+    coding: Any = coded.coding
+    if (start, stop) == (0, element_count(coded.shape) // coding.width):
+        return coded
+    return replace(coded, shape=(stop - start, coding.width), coding=coding.part(start, stop))
 
 
 @dataclass(frozen=True)

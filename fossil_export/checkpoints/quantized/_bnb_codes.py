@@ -175,6 +175,7 @@ class RowsOfInt8:
     scales: TensorInfo
     form: TensorInfo | None
     dtype: str
+    rounds_to = "F16"
 
     @property
     def stored(self) -> tuple[TensorInfo, ...]:
@@ -224,6 +225,10 @@ class Turned:
     coding: Coding
     outputs: int
     dtype: str
+
+    @property
+    def rounds_to(self) -> str | None:
+        return getattr(self.coding, "rounds_to", None)
 
     @property
     def stored(self) -> tuple[TensorInfo, ...]:
