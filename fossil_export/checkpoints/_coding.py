@@ -46,7 +46,8 @@ class Encoder(Protocol):
 
     def encode(self, matrix: Array) -> Mapping[str, Array]:
         """Its stored tensors, by name, for other values (rows, width) in float32: each in the shape and dtype that it
-        has. As the format's library quantizes, if that takes no data (see `Calibrated` if it does)."""
+        has. As the format's library quantizes, if that takes no data (see `Calibrated` if it does). A coding that keeps
+        some of them in itself has a method `written`, which gives that of what was encoded."""
 
 
 class Divisible(Protocol):

@@ -137,14 +137,15 @@ def encode(coded: TensorInfo, before: CodedRows | None, matrix: Array, codes_of:
     def rows_of(info: TensorInfo, start: int, stop: int) -> Array:
         return tensors[info.name].reshape(info.shape)[start:stop]
 
-    after = CodedRows(replace(coded, shape=matrix.shape), rows_of, 0, len(matrix))
+    own = coding.written(tensors) if hasattr(coding, "written") else coding
+    after = CodedRows(replace(coded, shape=matrix.shape, coding=own), rows_of, 0, len(matrix))
     total, step = Survival(), max(1, BLOCK // matrix.shape[1])
     import numpy as np
 
     for start in range(0, len(matrix), step):
         stop = min(start + step, len(matrix))
-        own = before[start:stop].astype(np.float32)
-        total += measure(own, matrix[start:stop] - own, after[start:stop].astype(np.float32))
+        was = before[start:stop].astype(np.float32)
+        total += measure(was, matrix[start:stop] - was, after[start:stop].astype(np.float32))
     return Encoded(tensors, total)
 
 
