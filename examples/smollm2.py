@@ -47,6 +47,12 @@ def adapter(variant: str = "tile", rank: int = 64, steps: int = 20) -> Path:
     return once(name, lambda folder: _train(folder, variant, rank, steps, SENTENCES))
 
 
+def adapter_on(base: Path, variant: str, rank: int, rate: float, steps: int = 20) -> Path:
+    """The same, trained at a learning rate on another base of this architecture, which lies in the cache."""
+    name = f"adapter-{variant}-r{rank}-s{steps}-lr{rate:g}-on-{base.name}"
+    return once(name, lambda folder: _train(folder, variant, rank, steps, SENTENCES, base, rate))
+
+
 def gguf() -> Path:
     """The base as it came: a GGUF file of 4 bits a weight."""
     return _gguf_folder() / GGUF
@@ -105,13 +111,21 @@ def _make_base(folder: Path) -> None:
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
 
 
-def _train(folder: Path, variant: str, rank: int, steps: int, sentences: tuple[str, ...]) -> None:
+def _train(
+    folder: Path,
+    variant: str,
+    rank: int,
+    steps: int,
+    sentences: tuple[str, ...],
+    base: Path | None = None,
+    rate: float = 2e-3,
+) -> None:
     import torch
     from peft import LoraConfig, MissConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(0)
-    base = base_model()
+    base = base or base_model()
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     options: dict[str, Any] = {
@@ -125,7 +139,7 @@ def _train(folder: Path, variant: str, rank: int, steps: int, sentences: tuple[s
     model = get_peft_model(model, kind(r=rank, target_modules=targets, task_type="CAUSAL_LM", **options[variant]))
     batch = tokenizer(list(sentences), return_tensors="pt", padding=True)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-3)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=rate)
     for _ in range(steps):
         model(**batch, labels=labels).loss.backward()
         optimizer.step()

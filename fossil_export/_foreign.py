@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fossil_export._libraries import tame_bitsandbytes
 from fossil_export.adapters._peft import CONFIG
 from fossil_export.checkpoints._jsonfile import read_json
 from fossil_export.errors import CheckpointError
@@ -23,6 +24,7 @@ def read_config(folder: Path) -> Any:
 
     Raises CheckpointError where transformers has no class for it, or would load more than the folder's weights.
     """
+    tame_bitsandbytes()
     import transformers
 
     refuse_adapter(folder)

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export._grouping import grouped
-from fossil_export._sizes import Size, sizes_of
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.checkpoints._dtypes import TORCH_NAME
 from fossil_export.errors import FossilExportError, HubError
 from fossil_export.merging import MergePlan, plan_merge
 from fossil_export.merging._layout import tensor_record
 from fossil_export.merging._planning import find_base
+from fossil_export.merging._provenance import ratio_record
+from fossil_export.merging._quantization_error import by_kind, ratio_warnings
+from fossil_export.merging._sizes import Size, sizes_of
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,11 @@ class Inspection:
             "base_tensors": None
             if self.plan is None
             else [tensor_record(tensor) for tensor in self.plan.tensors if tensor.action not in ("copy", "cast")],
+            **(
+                {"trained_on": self.plan.seen.record(), "quantization": ratio_record(by_kind(self.sizes))}
+                if self.plan is not None and self.plan.trained_on is not None
+                else {}
+            ),
             "problems": list(self.problems),
             "warnings": list(self.warnings),
         }
@@ -110,6 +117,8 @@ def inspect(adapter: Adapter | str | Path, base: str | Path | None = None) -> In
         else:
             problems.append(str(problem))
     sizes = sizes_of(plan) if plan is not None and not problems else {}
+    if plan is not None:
+        warnings += tuple(ratio_warnings(plan, by_kind(sizes)))
     return Inspection(adapter, norms, plan, tuple(problems), warnings, sizes)
 
 

@@ -58,12 +58,12 @@ def write(folder: Path, base: Path, tensors: dict[str, torch.Tensor], settings: 
     return folder
 
 
-def fp8_folder(work: Path, scale: str = "float32") -> tuple[Path, Path]:
-    """(quantized, dequantized by transformers) folders."""
+def fp8_folder(work: Path, scale: str = "float32", base: Path | None = None) -> tuple[Path, Path]:
+    """(quantized, dequantized by transformers) folders, of a random model or of `base`."""
     from transformers import FineGrainedFP8Config
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-    base = plain_model(work / "plain")
+    base = base or plain_model(work / "plain")
     tensors = load_file(base / "model.safetensors")
     quantized, truth = dict(tensors), dict(tensors)
     owner = Fp8Dequantize(FineGrainedFP8Config())

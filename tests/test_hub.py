@@ -44,8 +44,10 @@ def test_ids_give_what_folders_give(hosted: LoopbackHub, models: Path, tmp_path:
     }
     assert without_names(mine) == without_names(theirs)
 
-    needed = {*here, "adapter_config.json", "adapter_model.safetensors"}
-    assert fetched(hosted) == needed and not needed & set(NOISE)
+    # The adapter's README.md may say that its training quantized the base.
+    needed = {*here, "adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert fetched(hosted) == needed and needed & set(NOISE) == {"README.md"}
+    assert not any("ada/base" in seen.path and seen.path.endswith("README.md") for seen in hosted.log)
     sizes = [
         hosted.files(repo)[name][0] for repo in ("ada/base", "ada/adapter") for name in NOISE if repo == "ada/base"
     ]
@@ -104,14 +106,13 @@ def test_an_adapter_is_one_file_of_weights(hosted: LoopbackHub, models: Path, tm
     hosted.commit("ada/adapter", {"adapter_model.bin": tmp_path / "adapter_model.bin", "optimizer.pt": b"o" * 500_000})
     assert load_adapter("ada/adapter").pickled == {}
     assert fetched(hosted) == {"adapter_config.json", "adapter_model.safetensors"}
-    wanted = merge("ada/adapter", tmp_path / "merged")
+    wanted = merge("ada/adapter", tmp_path / "merged")  # which looks into README.md, too
 
     hosted.commit("ada/adapter", {}, delete=["adapter_model.safetensors"])
     hosted.reset_log()
     result = merge("ada/adapter", tmp_path / "pickled")
-    assert fetched(hosted) == {"adapter_config.json", "adapter_model.bin"} and len(result.plan.adapter.pickled) == len(
-        state
-    )
+    wanted_files = {"adapter_config.json", "adapter_model.bin", "README.md"}
+    assert fetched(hosted) == wanted_files and len(result.plan.adapter.pickled) == len(state)
     assert result.survival == wanted.survival
     assert all(torch.equal(v, weights(tmp_path / "merged")[k]) for k, v in weights(tmp_path / "pickled").items())
 
@@ -129,6 +130,7 @@ def test_a_subfolder_and_a_single_file_are_merged_and_found_again(
     cli("merge", "hf://ada/adapter/checkpoint-100/", "--base", base, "-o", tmp_path / "merged")
     assert fetched(hosted) == {
         "fp32/one.safetensors",
+        "checkpoint-100/README.md",
         "checkpoint-100/adapter_config.json",
         "checkpoint-100/adapter_model.safetensors",
     }

@@ -16,9 +16,9 @@ from peft import LoraConfig, PeftModel
 from several_tools import trained
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-import fossil_export._sizes as sizes_module
+import fossil_export.merging._sizes as sizes_module
 from fossil_export import inspect, merge
-from fossil_export._sizes import Size, _slices
+from fossil_export.merging._sizes import Size, _slices
 
 LORA: dict[str, Any] = {"kind": LoraConfig}
 KINDS: dict[str, dict[str, Any]] = {

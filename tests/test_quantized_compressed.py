@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantized_bases import linears, merged_equal, plain_model, write
@@ -16,11 +19,6 @@ from safetensors.torch import load_file, save_file
 from transformers import CompressedTensorsConfig, LlamaForCausalLM
 
 from fossil_export.errors import CheckpointError
-
-pytest.importorskip("compressed_tensors")
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
-from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
 WEIGHT = f"{MODULE}.weight"
 

@@ -58,7 +58,6 @@ def test_nvfp4_has_scales_of_scales(tmp_path: Path) -> None:
 
 
 def test_compressed_tensors_converts_nvfp4_to_the_same(tmp_path: Path) -> None:
-    pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.entrypoints.convert import ModelOptNvfp4Converter
     from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme

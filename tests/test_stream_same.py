@@ -133,3 +133,26 @@ def test_one_commit_is_read(scene: LoopbackHub, bases: Path, tmp_path: Path) -> 
     scene.fault(moved)
     merge_to_hub(bases / "qv", "ada/new", base="ada/many", cache_dir=tmp_path / "cache")
     assert moved.times == 0 and published(scene, "ada/new") == published(scene, "ada/pushed")
+
+
+def test_a_base_that_training_quantized_is_streamed_as_it_saw_it(
+    scene: LoopbackHub, bases: Path, tmp_path: Path
+) -> None:
+    """The card says so; a base that never is here as a whole is not measured, one that is here is."""
+    seen = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    options: dict[str, Any] = {"trained_on": seen | {"bnb_4bit_compute_dtype": "bfloat16"}}
+    here = merge(bases / "qv", tmp_path / "merged", base=bases / "many", **options)
+    plain = merge(bases / "qv", tmp_path / "plain", base=bases / "many")
+    push(here.output, "ada/pushed")
+    for number, base in enumerate(("ada/many", bases / "many")):
+        repo = f"ada/streamed-{number}"
+        result = merge_to_hub(bases / "qv", repo, base=base, cache_dir=tmp_path / "cache", **options)
+        assert not result.plan.count("copy") or {move.way for move in result.plan.moves} == {"write", "copy"}
+        weights = {name: found for name, found in published(scene, repo).items() if "safetensors" in name}
+        assert weights == {name: published(scene, "ada/pushed")[name] for name in weights}
+        assert "the base quantized to nf4, double quantization; merged into the base dequantized" in card(scene, repo)
+        record = json.loads(scene.read(repo, "fossil_export.json"))
+        assert record["trained_on"]["kind"] == "nf4" and ("quantization" in record) == (number == 1)
+    assert any(
+        (here.output / file.name).read_bytes() != (plain.output / file.name).read_bytes() for file in plain.plan.files
+    )

@@ -1,155 +1,288 @@
-"""Weights as a quantized training saw them, against what transformers and bitsandbytes make of them when loading."""
+"""Adapters whose training quantized the base on loading (QLoRA), merged into the base that it saw."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import pytest
-import quantized_bnb as tools
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config, GPT2Config, GPT2LMHeadModel
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
+from conftest import edit_json
+from peft import LoraConfig, get_peft_model
+from quantized_bases import SIZES, adapter_for, fp8_folder, plain_model
+from quantized_training import as_loaded, card, settings
+from refusal_tools import refused, run
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
-from fossil_export.checkpoints._coding import CodedRows
-from fossil_export.checkpoints.quantized import coded
-from fossil_export.checkpoints.quantized._trained_on import QUANTIZERS, OfConv1d, TrainedOn
-from fossil_export.errors import CheckpointError
-
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
-
-def as_seen(value: torch.Tensor, seen: TrainedOn, start: int = 0, stop: int | None = None, turned: bool = False) -> Any:
-    """Rows of a weight, as training saw them."""
-    memory = tools.InMemory({"w": value}, {})
-    info = memory.stored.tensors["w"]
-    coding = OfConv1d(info, seen) if turned else QUANTIZERS[seen.kind](info, seen)
-    weight = coded("w", seen.compute_dtype, info.shape, coding)
-    return tools.as_torch(CodedRows(weight, memory.rows_of, start, info.shape[0] if stop is None else stop)[:])
-
-
-@settings(max_examples=40, deadline=None)
-@given(data=st.data())
-def test_nf4_is_what_the_library_makes_of_the_weight_in_the_models_dtype(data: st.DataObject) -> None:
-    stored, dtype = (data.draw(st.sampled_from(sorted(DTYPES))) for _ in range(2))
-    shape = (data.draw(st.integers(1, 40)), data.draw(st.integers(1, 300)))
-    block, nested = data.draw(st.sampled_from([64, 128, 4096])), data.draw(st.booleans())
-    torch.manual_seed(data.draw(st.integers(0, 99)))
-    value = (torch.randn(shape) * 0.03).to(DTYPES[stored])
-    value[0] = 0
-    options = {"quant_type": "nf4", "blocksize": block, "compress_statistics": nested}
-    codes, state = bnb.quantize_4bit(value.to(DTYPES[dtype]), **options)
-    truth = tools.dequantized4(codes, state, value.shape)
-    seen = TrainedOn("nf4", block, nested, dtype)
-    whole = as_seen(value, seen)
-    assert whole.dtype == DTYPES[dtype]
-    if nested:  # on a CPU the library takes the nearest but one of 256 levels for some scales
-        step = 0.02 * float(value.abs().max())
-        assert torch.allclose(whole.float(), truth.float(), rtol=0, atol=step)
-    else:
-        assert torch.equal(whole, truth)
-    first = data.draw(st.integers(0, shape[0] - 1))
-    last = data.draw(st.integers(first, shape[0]))
-    assert torch.equal(as_seen(value, seen, first, last), whole[first:last])
+from fossil_export import inspect, merge, plan_merge
+from fossil_export.errors import MergeError
 
 
-# What an H200 made of elements that lie in the middle of two levels: dtype, scale of their block, element, and the code
-# of fp4; or the number of int8.
-FP4_ON_CUDA = [
-    ("BF16", 0.064453125, -0.018798828125, 15),
-    ("BF16", 0.064453125, 0.0537109375, 2),
-    ("BF16", 0.06884765625, -0.01434326171875, 15),
-    ("BF16", 0.0732421875, 0.0213623046875, 7),
-    ("BF16", 0.0732421875, -0.0152587890625, 14),
-    ("F16", 0.0684814453125, -0.0142669677734375, 15),
-    ("F16", 0.07342529296875, -0.061187744140625, 10),
-    ("F16", 0.08056640625, 0.067138671875, 3),
-    ("F16", 0.0904541015625, 0.07537841796875, 3),
-    ("F16", 0.09228515625, 0.01922607421875, 7),
-]
-INT8_ON_CUDA = [(0.09423828125, 0.047119140625, 64), (0.10205078125, -0.051025390625, -64)]
+def same(one: Path, other: Path) -> None:
+    ours, theirs = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype and torch.equal(ours[name], value), name
 
 
-@pytest.mark.parametrize(("dtype", "scale", "element", "code"), FP4_ON_CUDA)
-def test_fp4_between_two_levels_is_rounded_as_cuda_does(dtype: str, scale: float, element: float, code: int) -> None:
-    value = torch.tensor([[scale, element] + [0.0] * 62]).to(DTYPES[dtype])
-    found = as_seen(value, TrainedOn("fp4", compute_dtype=dtype))
-    level = bnb.get_4bit_type("fp4", "cpu")[code]
-    assert found[0, 1] == (level * scale).to(DTYPES[dtype])
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return plain_model(tmp_path_factory.mktemp("base") / "plain")
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.integers(1, 30), st.integers(1, 200), st.sampled_from([64, 256]), st.integers(0, 99))
-def test_fp4_is_nearly_everywhere_what_the_library_makes_on_a_cpu(
-    rows: int, columns: int, block: int, seed: int
+@pytest.fixture
+def adapter(plain: Path, tmp_path: Path) -> Path:
+    return adapter_for(plain, tmp_path / "adapter")
+
+
+EXACT = [settings(double_quant=False), settings(double_quant=False, llm_int8_skip_modules=["q_proj", "lm_head"])]
+NEARLY = [settings(), settings("fp4", False), settings("int8")]
+# Training ran on a GPU, whose codes for values in the middle between two are others than the processor's.
+
+
+@pytest.mark.parametrize("asked", EXACT + NEARLY)
+def test_a_merge_is_that_into_what_bitsandbytes_loads(
+    asked: dict[str, Any], plain: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    torch.manual_seed(seed)
-    value = torch.randn(rows, columns)
-    codes, state = bnb.quantize_4bit(value, quant_type="fp4", blocksize=block)
-    truth = tools.dequantized4(codes, state, value.shape)
-    found = as_seen(value, TrainedOn("fp4", block, compute_dtype="F32"))
-    assert (found != truth).float().mean() <= 1e-3
+    seen = as_loaded(plain, tmp_path / "seen", asked)
+    merge(adapter, tmp_path / "wanted", base=seen, trained_on="unquantized")
+    (adapter / "README.md").write_text(card(asked))
+    result = merge(adapter, tmp_path / "merged")
+    if asked in EXACT:
+        same(tmp_path / "merged", tmp_path / "wanted")
+    else:
+        assert 0 < differing(tmp_path / "merged", tmp_path / "wanted") < 0.001
+        assert differing(tmp_path / "merged", merge(adapter, tmp_path / "plain", into="original").output) > 0.5
+    assert result.plan.trained_on is not None and not any("it seems" in line for line in result.warnings)
+    record = json.loads((tmp_path / "merged" / "fossil_export.json").read_text())
+    kind = "int8" if "load_in_8bit" in asked else asked["bnb_4bit_quant_type"]
+    assert record["into"] == "trained" and record["trained_on"]["kind"] == kind
+    assert record["trained_on"].get("double_quant") == asked.get("bnb_4bit_use_double_quant")
+    assert record["trained_on"]["skip_modules"] == asked.get("llm_int8_skip_modules")
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.sampled_from(sorted(DTYPES)), st.integers(1, 30), st.integers(1, 200), st.integers(0, 99))
-def test_int8_is_by_rows_of_float16(dtype: str, rows: int, columns: int, seed: int) -> None:
-    torch.manual_seed(seed)
-    value = torch.randn(rows, columns)
-    value[0] = 0
-    value = (value * 7).to(DTYPES[dtype])  # beyond the threshold of outliers, which concerns activations
-    truth = tools.quantized8("w", value)[1]
-    found = as_seen(value, TrainedOn("int8", compute_dtype=dtype))
-    near = found != truth
-    # A number in the middle of two may be rounded to the other one on CUDA.
-    assert near.float().mean() <= 0.01
-    assert torch.allclose(found.float(), truth.float(), rtol=0, atol=1.02 * float(value.abs().max()) / 127)
+def differing(one: Path, other: Path) -> float:
+    """Share of the values of linear layers that are not equal."""
+    ours, theirs = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    names = [name for name in theirs if "proj" in name]
+    assert ours.keys() == theirs.keys() and all(ours[name].dtype == theirs[name].dtype for name in names)
+    wrong = sum(int((ours[name] != theirs[name]).sum()) for name in names)
+    return wrong / sum(theirs[name].numel() for name in names)
 
 
-@pytest.mark.parametrize(("scale", "element", "number"), INT8_ON_CUDA)
-def test_int8_between_two_numbers_is_rounded_as_cuda_does(scale: float, element: float, number: int) -> None:
-    found = as_seen(torch.tensor([[scale, element]]).bfloat16(), TrainedOn("int8", compute_dtype="F32"))
-    truth = bnb.int8_vectorwise_dequant(torch.tensor([[127, number]], dtype=torch.int8), torch.tensor([scale]))
-    assert torch.equal(found, truth)
+def test_how_far_quantization_moved_the_base_is_told(plain: Path, adapter: Path, tmp_path: Path) -> None:
+    """In the result, the record and by inspect, whatever the updates are added to; as bitsandbytes moves it."""
+    seen = load_file(as_loaded(plain, tmp_path / "seen", settings()) / "model.safetensors")
+    stored = load_file(plain / "model.safetensors")
+    (adapter / "README.md").write_text(card(settings()))
+    for into in ("trained", "original"):
+        result = merge(adapter, tmp_path / into, into=into)
+        record = json.loads((tmp_path / into / "fossil_export.json").read_text())
+        told = (result.to_dict()["quantization"], record["quantization"], inspect(adapter).to_dict()["quantization"])
+        assert told[0] == told[1] == told[2] and len(told[0]) == 7
+        for kind, ratio in result.ratios.items():
+            names = [name for name in stored if kind in name]
+            squares = [float((stored[name].double() - seen[name].double()).square().sum()) for name in names]
+            assert ratio.modules == 2 and ratio.quantization == pytest.approx(sum(squares) ** 0.5, rel=0.002)
+        doubts = [line for line in result.warnings if "another model" in line or "--into trained" in line]
+        assert len(doubts) == (2 if into == "original" else 0)
 
 
-@pytest.mark.parametrize("dtype", sorted(DTYPES))
-def test_fp8_is_what_transformers_makes_of_it(dtype: str) -> None:
-    torch.manual_seed(0)
-    value = (torch.randn(384, 256) * 0.03).to(DTYPES[dtype])
-    value[:128, :128] = 0
-    owner: Any = SimpleNamespace(quantization_config=FineGrainedFP8Config())
-    made = Fp8Quantize(owner)._quantize_one("a.weight", value)
-    truth = Fp8Dequantize(owner)._dequantize_one(made["a.weight"], made["a.weight_scale_inv"], DTYPES[dtype])
-    seen = TrainedOn("fp8", compute_dtype=dtype)
-    assert torch.equal(as_seen(value, seen), truth)
-    assert torch.equal(as_seen(value, seen, 100, 301), truth[100:301])
-    odd = value[:100]  # which blocks do not divide, and transformers leaves as it is
-    assert torch.equal(as_seen(odd, seen), odd)
+def test_a_base_that_was_not_quantized_is_not_measured(adapter: Path, tmp_path: Path) -> None:
+    result = merge(adapter, tmp_path / "merged")
+    record = json.loads((tmp_path / "merged" / "fossil_export.json").read_text())
+    assert not result.ratios and not {"quantization", "trained_on", "into"} & record.keys()
 
 
-def test_a_conv1d_is_quantized_the_other_way_round(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 64, "n_positions": 32}
-    plain = GPT2LMHeadModel(GPT2Config(**sizes)).bfloat16()
-    plain.save_pretrained(tmp_path)
-    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    model = AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=options, dtype=torch.bfloat16, device_map={"": "cpu"}
+def test_into_the_original_nothing_but_the_updates_changes(plain: Path, adapter: Path, tmp_path: Path) -> None:
+    merge(adapter, tmp_path / "wanted", trained_on="unquantized")
+    result = merge(adapter, tmp_path / "merged", trained_on=settings(), into="original")
+    same(tmp_path / "merged", tmp_path / "wanted")
+    assert result.plan.trained_on is not None and result.plan.count("dequantize") == 0
+
+
+def test_linear_layers_that_are_not_targeted_are_as_training_saw_them(plain: Path, tmp_path: Path) -> None:
+    adapter = adapter_for(plain, tmp_path / "adapter")
+    name = drop_modules(adapter, "down_proj")
+    plan = plan_merge(adapter, trained_on=settings())
+    actions = {tensor.name: tensor.action for tensor in plan.tensors}
+    assert name and all(actions[one] == "dequantize" for one in name)
+    assert actions["lm_head.weight"] == actions["model.embed_tokens.weight"] == "copy"
+
+
+def drop_modules(adapter: Path, kind: str) -> list[str]:
+    """Take the modules of a kind out of an adapter; the names of their weights."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    gone = [name for name in tensors if kind in name]
+    save_file(
+        {name: value for name, value in tensors.items() if name not in gone}, adapter / "adapter_model.safetensors"
     )
-    weight = model.transformer.h[0].mlp.c_fc.weight
-    truth = bnb.dequantize_4bit(weight.data, weight.quant_state).T
-    found = as_seen(plain.transformer.h[0].mlp.c_fc.weight.detach(), TrainedOn("nf4"), 3, 41, turned=True)
-    assert torch.equal(found, truth[3:41])
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["target_modules"] = [name for name in config["target_modules"] if name != kind]
+    path.write_text(json.dumps(config))
+    return [name.removeprefix("base_model.model.").replace("lora_A.", "") for name in gone if "lora_A" in name]
 
 
-@pytest.mark.parametrize("kind", sorted(QUANTIZERS))
-@pytest.mark.parametrize("nested", [False, True])
-def test_values_that_the_dtype_does_not_have_are_refused(kind: str, nested: bool) -> None:
-    value = torch.full((128, 128), 1e6)
-    with pytest.raises(CheckpointError, match="w holds values that are not finite as F16"):
-        as_seen(value, TrainedOn(kind, double_quant=nested, compute_dtype="F16"))
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_model_that_was_loaded_in_another_dtype_is_quantized_in_it(dtype: str, tmp_path: Path) -> None:
+    """The result is in the dtype that the base is stored in, rounded once."""
+    base = plain_model(tmp_path / "base", "float32")
+    adapter = adapter_for(base, tmp_path / "adapter")
+    asked = settings(double_quant=False, dtype=dtype)
+    seen = as_loaded(base, tmp_path / "seen", asked, dtype)
+    merge(adapter, tmp_path / "wanted", base=seen, trained_on="unquantized", dtype="float32")
+    merge(adapter, tmp_path / "merged", trained_on=asked)
+    same(tmp_path / "merged", tmp_path / "wanted")
+
+
+def test_tied_embeddings_stay_as_they_are(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)).to(torch.bfloat16).save_pretrained(tmp_path / "b")
+    adapter = adapter_for(tmp_path / "b", tmp_path / "adapter")
+    asked = settings(double_quant=False)
+    seen = as_loaded(tmp_path / "b", tmp_path / "seen", asked)
+    merge(adapter, tmp_path / "wanted", base=seen)
+    merge(adapter, tmp_path / "merged", trained_on=asked)
+    same(tmp_path / "merged", tmp_path / "wanted")
+
+
+def test_a_fused_weight_is_quantized_as_it_is_run(tmp_path: Path) -> None:
+    """Phi-3 has q, k and v, and gate and up, in one layer each, on the disk and at work."""
+    torch.manual_seed(0)
+    config = Phi3Config(**SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    Phi3ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    adapter = adapter_for(tmp_path / "base", tmp_path / "adapter")
+    asked = settings(double_quant=False)
+    seen = as_loaded(tmp_path / "base", tmp_path / "seen", asked)
+    merge(adapter, tmp_path / "wanted", base=seen)
+    merge(adapter, tmp_path / "merged", trained_on=asked)
+    same(tmp_path / "merged", tmp_path / "wanted")
+
+
+def test_repeated_layers_have_the_quantized_weights_of_the_old_ones(plain: Path, tmp_path: Path) -> None:
+    asked = settings(double_quant=False)
+    seen = as_loaded(plain, tmp_path / "seen", asked)
+    model = AutoModelForCausalLM.from_pretrained(plain)
+    config = LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[[0, 2], [0, 1]], task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    merge(tmp_path / "adapter", tmp_path / "wanted", base=seen)
+    merge(tmp_path / "adapter", tmp_path / "merged", base=plain, trained_on=asked)
+    same(tmp_path / "merged", tmp_path / "wanted")
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_layers_that_lie_the_other_way_round_are_quantized_as_they_are_run(double_quant: bool, tmp_path: Path) -> None:
+    """GPT-2's are quantized as (out, in), and stored as (in, out)."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=96, n_layer=2, n_head=2, vocab_size=64)
+    GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    adapter = adapter_for(tmp_path / "base", tmp_path / "adapter")
+    drop_modules(adapter, "c_fc")
+    asked = settings(double_quant=double_quant)
+    seen = as_loaded(tmp_path / "base", tmp_path / "seen", asked)
+    merge(adapter, tmp_path / "wanted", base=seen)
+    result = merge(adapter, tmp_path / "merged", trained_on=asked)
+    assert result.plan.count("dequantize") == 2 and result.ratios.keys() == {"c_attn", "c_proj"}
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "wanted"))
+    wrong = sum(int((ours[name] != value).sum()) for name, value in theirs.items())
+    assert wrong < 100 if double_quant else wrong == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"trained_on": "nf4"}, "double quantization.*--bnb-4bit-use-double-quant"),
+        ({"trained_on": "int3"}, "trained_on is 'int3', expected auto, unquantized, nf4"),
+        ({"trained_on": {"load_in_4bit": True}}, "does not say how"),
+        ({"trained_on": {"bits": 4, "quant_method": "gptq"}}, "as gptq, which cannot be made"),
+        ({"trained_on": settings(bnb_4bit_blocksize=100)}, "blocks of 100, expected 32, 64"),
+        ({"into": "somewhere"}, "into is 'somewhere', expected trained or original"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(given: dict[str, Any], match: str, adapter: Path) -> None:
+    with pytest.raises(MergeError, match=match):
+        plan_merge(adapter, **given)
+
+
+def test_adapters_of_different_quantizations_have_no_base_in_common(plain: Path, adapter: Path, tmp_path: Path) -> None:
+    other = adapter_for(plain, tmp_path / "other")
+    (adapter / "README.md").write_text(card(settings()))
+    assert any(str(other) in line and "nothing says" in line for line in plan_merge([adapter, other]).warnings)
+    (other / "README.md").write_text(card(settings("int8")))
+    with pytest.raises(MergeError, match=r"was trained on nf4 with double quantization, .*other on int8; no base is"):
+        plan_merge([adapter, other])
+    for more in ({"trained_on": "unquantized"}, {"trained_on": settings()}):
+        plan_merge([adapter, other], **more)
+
+
+def test_a_quantized_base_is_what_training_saw_or_not(adapter: Path, tmp_path: Path) -> None:
+    quantized, _ = fp8_folder(tmp_path / "fp8")
+    (adapter / "README.md").write_text(card(settings()))
+    with pytest.raises(MergeError, match=r"is stored as fp8, and training saw nf4 .*--base, or choose --into original"):
+        plan_merge(adapter, quantized)
+    plan_merge(adapter, quantized, into="original")
+    (adapter / "README.md").unlink()
+    assert not plan_merge(adapter, quantized).warnings
+
+
+def test_the_command_has_the_words_of_the_trainer(plain: Path, adapter: Path, tmp_path: Path) -> None:
+    asked = ["--trained-on", "nf4", "--no-bnb-4bit-use-double-quant", "--bnb-4bit-compute-dtype", "bfloat16"]
+    asked += ["--bnb-4bit-blocksize", "128", "--llm-int8-skip-modules", "q_proj,lm_head"]
+    result = run("merge", adapter, "-o", tmp_path / "merged", *asked)
+    assert result.exit_code == 0, result.output
+    assert "nf4 (as was said); added to the base as training saw it" in result.output
+    assert "times the update (most in " in result.output
+    record = json.loads((tmp_path / "merged" / "fossil_export.json").read_text())["trained_on"]
+    assert record == {
+        "kind": "nf4",
+        "block_size": 128,
+        "double_quant": False,
+        "compute_dtype": "bfloat16",
+        "skip_modules": ["q_proj", "lm_head"],
+        "found_in": "as was said",
+    }
+    assert run("merge", adapter, "--dry-run", "--bnb-4bit-compute-dtype", "float16").exit_code == 2
+    assert run("merge", adapter, "--dry-run", "--trained-on", "int8", "--bnb-4bit-blocksize", "64").exit_code == 2
+    refused(run("merge", adapter, "--dry-run", "--trained-on", "nf4"), "--bnb-4bit-use-double-quant")
+
+
+def test_experts_are_quantized_if_the_training_had_them_as_modules(tmp_path: Path) -> None:
+    """transformers 5 runs them as parameters of three dimensions, which bitsandbytes leaves alone."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"num_hidden_layers": 1, "moe_intermediate_size": 64, "num_experts": 2, "num_experts_per_tok": 1}
+    config = Qwen3MoeConfig(**sizes, head_dim=64, mlp_only_layers=[], decoder_sparse_step=1)
+    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    adapter = adapter_for(tmp_path / "base", tmp_path / "adapter")
+    asked = settings(double_quant=False)
+    seen = as_loaded(tmp_path / "base", tmp_path / "seen", asked)
+    merge(adapter, tmp_path / "wanted", base=seen)
+    result = merge(adapter, tmp_path / "merged", trained_on=asked)
+    same(tmp_path / "merged", tmp_path / "wanted")
+    assert sum("its experts are taken to be" in line for line in result.warnings) == 1
+
+    path = adapter / "adapter_model.safetensors"
+    expert = "base_model.model.model.layers.0.mlp.experts.1.up_proj"
+    more = {f"{expert}.lora_A.weight": torch.ones(4, 256), f"{expert}.lora_B.weight": torch.ones(64, 4)}
+    save_file(load_file(path) | more, path)
+    edit_json(adapter / "adapter_config.json", target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"])
+    plan = plan_merge(adapter, trained_on=asked)
+    kinds = ("gate_proj", "up_proj", "down_proj")
+    assert {name for name in plan.seen.tensors if "experts" in name} == {
+        f"model.layers.0.mlp.experts.{number}.{kind}.weight" for number in (0, 1) for kind in kinds
+    }
+    without = plan_merge(adapter, trained_on=asked | {"llm_int8_skip_modules": ["lm_head", "up_proj"]}).seen.tensors
+    assert {name.split(".")[-2] for name in without if "experts" in name} == {"gate_proj", "down_proj"}
+    assert not any("its experts" in line for line in plan.warnings)

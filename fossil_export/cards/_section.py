@@ -94,9 +94,8 @@ def _verdict(facts: Facts) -> Iterator[str]:
 def _figures(facts: Facts, found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     reason = plain(_without_paths(str(found.get("reason") or ""), facts))
     yield "Verdict", "parity" if found["parity"] else f"**no parity**{': ' + reason if reason else ''}"
-    over = ", **which is another model if training ran over quantized weights, as it seems**"
     what = "the adapters, at their weights," if len(adapters_of(found)) > 1 else "the adapter"
-    yield "Compared with", f"{what} on the base as it is stored{over if found.get('quantized_training') else ''}"
+    yield "Compared with", f"{what} on {_base(found)}"
     if weights := part(found, "weights"):
         yield "Weights", ", ".join(f"{number(weights.get(key), 'd')} {key}" for key in ("tensors", "merged", "wrong"))
         worst = number(weights.get("worst_error_in_steps"), ".4f")
@@ -114,6 +113,18 @@ def _figures(facts: Facts, found: Mapping[str, Any]) -> Iterator[tuple[str, Any]
     versions = part(found, "versions")
     ran = _PACKAGES if part(found, "forward") else ("numpy",)
     yield "Versions", ", ".join(f"{name} {plain(versions[name])}" for name in ran if versions.get(name))
+
+
+def _base(found: Mapping[str, Any]) -> str:
+    """The base that truth and trainer of a certificate ran on."""
+    if found.get("base_weights") == "as trained":
+        how = part(found, "trained_on")
+        double = how.get("double_quant")
+        told = "" if double is None else f" with{'' if double else 'out'} double quantization"
+        return f"the base as training saw it ({plain(how.get('kind') or 'quantized')}{told})"
+    stored = ", dequantized" if found.get("base_weights") == "dequantized" else ""
+    over = ", **which is another model if training ran over quantized weights, as it seems**"
+    return f"the base as it is stored{stored}{over if found.get('quantized_training') else ''}"
 
 
 def _distance(found: Mapping[str, Any]) -> str:

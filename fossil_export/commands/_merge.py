@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from fossil_export._answers import BLOCK_SIZES, INTO, TRAINED_ON
 from fossil_export._console import lines, print_warnings, progress_bar
 from fossil_export.checkpoints._dtypes import BY_TORCH_NAME
 from fossil_export.commands._shared import BASE_HELP, publishing, show, weighted
@@ -33,6 +34,45 @@ DTYPES = ("auto", *(name for name in BY_TORCH_NAME if name != "float64"))
     default="auto",
     show_default=True,
     help="Of the result; auto: each tensor keeps its own.",
+)
+@click.option(
+    "--trained-on",
+    type=click.Choice(TRAINED_ON),
+    default="auto",
+    show_default=True,
+    help="What the base was quantized to while the adapter was trained (QLoRA); auto: what its files say.",
+)
+@click.option(
+    "--bnb-4bit-use-double-quant/--no-bnb-4bit-use-double-quant",
+    "double_quant",
+    default=None,
+    help="With --trained-on nf4 or fp4: were the scales quantized, too?  [default: what the adapter's files say]",
+)
+@click.option(
+    "--bnb-4bit-compute-dtype",
+    "compute_dtype",
+    type=click.Choice(DTYPES[1:]),
+    help="With --trained-on: the dtype that it computed in; one of 16 bits is also what the model was loaded in.  "
+    "[default: what the adapter's files say, or the base's]",
+)
+@click.option(
+    "--bnb-4bit-blocksize",
+    "block_size",
+    type=click.Choice(BLOCK_SIZES),
+    help="With --trained-on nf4 or fp4.  [default: 64]",
+)
+@click.option(
+    "--llm-int8-skip-modules",
+    "skip_modules",
+    metavar="NAMES",
+    help="With --trained-on: modules that stayed as they are, e.g. lm_head,router.  [default: the head, what is tied]",
+)
+@click.option(
+    "--into",
+    type=click.Choice(INTO),
+    default="trained",
+    show_default=True,
+    help="Of a base that training quantized: add the updates to it as training saw it, or to its original weights.",
 )
 @click.option("--max-shard-size", metavar="SIZE", help="Cut the weights anew, e.g. 5GB.  [default: the base's files]")
 @click.option("--requantize", is_flag=True, help="Keep a quantized base's format.  [default: full precision]")
@@ -65,6 +105,12 @@ def merge(
     output: str | None,
     base: str | None,
     dtype: str,
+    trained_on: str,
+    double_quant: bool | None,
+    compute_dtype: str | None,
+    block_size: str | None,
+    skip_modules: str | None,
+    into: str,
     max_shard_size: str | None,
     requantize: bool,
     min_survival: float | None,
@@ -122,6 +168,7 @@ def merge(
         if wrong:
             raise click.UsageError(why)
     adapters = [weighted(given) for given in (adapter, *more)]
+    seen = _settings(trained_on, double_quant, compute_dtype, block_size, skip_modules)
     if push_to_hub is not None:
         from fossil_export.publishing._target import Target
 
@@ -130,7 +177,15 @@ def merge(
         assert push_to_hub is not None
         from fossil_export.publishing import plan_stream, run_stream
 
-        moves = plan_stream(adapters, base, dtype=dtype, max_shard_size=max_shard_size, max_disk=max_disk)
+        moves = plan_stream(
+            adapters,
+            base,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            max_disk=max_disk,
+            trained_on=seen,
+            into=into,
+        )
         if dry_run:
             show(moves.to_dict() if as_json else None, print_moves, moves)
             print_warnings(moves.merge.warnings)
@@ -150,6 +205,8 @@ def merge(
         base,
         dtype=dtype,
         max_shard_size=max_shard_size,
+        trained_on=seen,
+        into=into,
         requantize=requantize,
         min_survival=LEAST if min_survival is None else min_survival,
     )
@@ -170,3 +227,24 @@ def merge(
     if published is not None and not as_json:
         print_push(published)
     print_warnings(result.warnings + (published.warnings if published is not None else ()))
+
+
+def _settings(
+    kind: str, double_quant: bool | None, compute_dtype: str | None, block_size: str | None, skip_modules: str | None
+) -> str | dict[str, Any]:
+    """The options on training as BitsAndBytesConfig has them."""
+    four = {"bnb_4bit_use_double_quant": double_quant, "bnb_4bit_blocksize": block_size and int(block_size)}
+    both = {
+        "bnb_4bit_compute_dtype": compute_dtype,
+        "llm_int8_skip_modules": None if skip_modules is None else [one for one in skip_modules.split(",") if one],
+    }
+    given = {key: value for key, value in (four | both).items() if value is not None}
+    if kind in ("auto", "unquantized"):
+        if given:
+            raise click.UsageError("--bnb-4bit-… and --llm-int8-skip-modules want --trained-on nf4, fp4 or int8.")
+        return kind
+    if kind == "int8":
+        if given.keys() & four.keys():
+            raise click.UsageError("--trained-on int8 has no blocks, and no double quantization.")
+        return {"load_in_8bit": True, **given}
+    return {"load_in_4bit": True, "bnb_4bit_quant_type": kind, **given}

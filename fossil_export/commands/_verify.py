@@ -6,7 +6,9 @@ import sys
 
 import click
 
+from fossil_export._answers import TRAINED_ON
 from fossil_export._console import lines, print_json, print_warnings, progress_bar
+from fossil_export.commands._merge import _settings
 from fossil_export.commands._shared import weighted
 from fossil_export.tables import print_push, print_verification
 from fossil_export.verifying._levels import LEVELS, Level
@@ -32,6 +34,19 @@ from fossil_export.verifying._levels import LEVELS, Level
 @click.option(
     "--device", default="cpu", show_default=True, metavar="DEVICE", help="Where to run models: cpu, cuda, cuda:1."
 )
+@click.option(
+    "--trained-on",
+    type=click.Choice(TRAINED_ON),
+    default="auto",
+    show_default=True,
+    help="What the base was quantized to while the adapter was trained; auto: what the record or its files say.",
+)
+@click.option(
+    "--bnb-4bit-use-double-quant/--no-bnb-4bit-use-double-quant",
+    "double_quant",
+    default=None,
+    help="With --trained-on nf4 or fp4: were the scales quantized, too?  [default: what the adapter's files say]",
+)
 @click.option("--prompts", metavar="FILE", help="Prompts, one a line.  [default: built-in ones]")
 @click.option("--report", metavar="FILE.html", help="Write a page with plots that opens offline.")
 @click.option(
@@ -45,6 +60,8 @@ def verify(
     adapters: tuple[str, ...],
     level: Level,
     device: str,
+    trained_on: str,
+    double_quant: bool | None,
     prompts: str | None,
     report: str | None,
     push_to_hub: bool,
@@ -61,6 +78,7 @@ def verify(
 
     if create_pr and not push_to_hub:
         raise click.UsageError("--create-pr wants --push-to-hub.")
+    seen = _settings(trained_on, double_quant, None, None, None)
     if push_to_hub:
         from fossil_export.publishing._certify import publish_certificate, target_of
 
@@ -74,6 +92,7 @@ def verify(
             device=device,
             prompts=prompts,
             report=report,
+            trained_on=seen,
             progress=progress,
         )
     published = None

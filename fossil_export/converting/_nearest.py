@@ -214,7 +214,7 @@ class _Updates:
                 "with --base"
             )
         self._adapter = adapter
-        plan = plan_merge(adapter, options.base)
+        plan = plan_merge(adapter, options.base, into="original")
         fetch(*plan.needed)
         self._plan = settled(plan)
         self._matrices = self._plan.matrices

@@ -26,6 +26,6 @@ def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
     graph = find_graph(options.graph)
     signature = read_signature(graph)
     arrays = adapter_arrays(adapter, signature, graph)
-    check_base(settled(plan_merge(adapter, options.base)), signature, graph)
+    check_base(settled(plan_merge(adapter, options.base, into="original")), signature, graph)
     write_adapter(output, arrays, signature)
     return {"graph": str(graph), "tensors": len(arrays), "inputs": len(signature.inputs)}

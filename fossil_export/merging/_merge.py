@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,8 @@ from fossil_export.merging._given import AnyGiven
 from fossil_export.merging._layout import TensorPlan
 from fossil_export.merging._plan import MergePlan
 from fossil_export.merging._planning import plan_merge, settled
-from fossil_export.merging._provenance import provenance, survival_record
+from fossil_export.merging._provenance import provenance, ratio_record, survival_record
+from fossil_export.merging._quantization_error import Ratio, ratio_warnings, ratios_of
 from fossil_export.merging._requantize import LEAST
 from fossil_export.merging._run import run
 from fossil_export.merging._survival import WARNING_BELOW, Survival
@@ -29,11 +30,14 @@ from fossil_export.storage import expanded, fetch
 if TYPE_CHECKING:
     import torch
 
+    from fossil_export.checkpoints.quantized._trained_on import TrainedOn
+
 
 @dataclass(frozen=True)
 class MergeResult:
     """A finished merge. `seconds` is wall time, `peak_memory` the process's largest resident size in bytes;
-    `survival` is by tensor (see merging/_survival.py)."""
+    `survival` is by tensor (see merging/_survival.py), `ratios` by kind of module, if training saw a quantized base
+    (see merging/_quantization_error.py)."""
 
     output: Path
     plan: MergePlan
@@ -41,6 +45,7 @@ class MergeResult:
     seconds: float
     peak_memory: int
     warnings: tuple[str, ...]
+    ratios: Mapping[str, Ratio] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         kept = sum(self.survival.values(), Survival()).survived
@@ -61,6 +66,7 @@ class MergeResult:
             "seconds": round(self.seconds, 3),
             "peak_memory": self.peak_memory,
             "survival": survival_record(self.survival),
+            **({"quantization": ratio_record(self.ratios)} if self.ratios else {}),
             "modules": {module: self.survival[t.name].to_dict() for t in merged for module in _modules(t)},
             "plan": self.plan.to_dict(),
             "warnings": list(self.warnings),
@@ -77,6 +83,8 @@ def merge(
     max_shard_size: int | str | None = None,
     requantize: bool = False,
     min_survival: float = LEAST,
+    trained_on: str | Mapping[str, Any] | TrainedOn = "auto",
+    into: str = "trained",
     device: str = "cpu",
     overwrite: bool = False,
     hash: bool = False,  # noqa: A002  named as the command's option
@@ -105,6 +113,8 @@ def merge(
         max_shard_size=max_shard_size,
         requantize=requantize,
         min_survival=min_survival,
+        trained_on=trained_on,
+        into=into,
     )
     return run_merge(plan, output, device=device, overwrite=overwrite, hash=hash, progress=progress, started=started)
 
@@ -132,7 +142,8 @@ def run_merge(
             survival = run(plan, folder, device, progress)
             write_companions(plan, folder)
             digests = {file.name: sha256(folder / file.name) for file in plan.files} if hash else None
-            record = provenance(plan, survival, digests)
+            ratios = ratios_of(plan)
+            record = provenance(plan, survival, digests, ratios)
             (folder / PROVENANCE).write_bytes(write_json(record))
             plan.check()
         except OSError as problem:
@@ -147,7 +158,8 @@ def run_merge(
         survival=survival,
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory(),
-        warnings=plan.warnings + tuple(survival_warnings(plan, survival)),
+        warnings=(*plan.warnings, *survival_warnings(plan, survival), *ratio_warnings(plan, ratios)),
+        ratios=ratios,
     )
 
 

@@ -7,7 +7,7 @@ provenance file records.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,11 @@ from fossil_export.checkpoints._stamp import Stamp, check_stamp
 from fossil_export.checkpoints.layouts import Matrix
 from fossil_export.errors import MergeError
 from fossil_export.merging._layout import FilePlan, TensorPlan, tensor_record
+from fossil_export.merging._trained_on import Seen
 from fossil_export.storage import Needed
 
 if TYPE_CHECKING:
-    pass
+    from fossil_export.checkpoints.quantized._trained_on import TrainedOn
 
 ACTIONS = ("merge", "replace", "add", "requantize", "dequantize", "cast", "copy")
 """What can be done to a tensor (`TensorPlan.action`)."""
@@ -36,7 +37,8 @@ class MergePlan:
     `left_behind` lists the base's files that do not belong in the result; `warnings` is what the user should know, and
     `notes` the part of it on where adapters and base were found; `stamps` are those of the files that were here when
     the plan was made. With `min_survival` the base's quantization is kept, if quantizing again leaves so much of the
-    update.
+    update. `seen` is what is known of the base that training saw, which the updates go `into` (`INTO`): then `base` has
+    the weights that training quantized as it saw them.
     """
 
     adapters: tuple[Adapter, ...]
@@ -58,6 +60,8 @@ class MergePlan:
     undecided: tuple[tuple[str, str] | None, ...]
     stamps: Mapping[Path, Stamp]
     min_survival: float | None = None
+    seen: Seen = field(default_factory=Seen)
+    into: str = "trained"
 
     def __repr__(self) -> str:
         done = ", ".join(f"{action} {count}" for action in ACTIONS if (count := self.count(action)))
@@ -75,6 +79,11 @@ class MergePlan:
                 "go on with the merged model"
             )
         return self.adapters[0]
+
+    @property
+    def trained_on(self) -> TrainedOn | None:
+        """How the base was quantized while the adapters were trained; None if it was not, or if that is not known."""
+        return self.seen.how
 
     def check(self) -> None:
         """Raise CheckpointError where a file that the plan was made from is another one by now."""
@@ -151,6 +160,7 @@ class MergePlan:
         return {
             **({"adapter": adapters[0]} if len(adapters) == 1 else {"adapters": adapters}),
             "base": {"name": self.base_name, "revision": self.base_revision, "path": str(self.base.location)},
+            **({"trained_on": self.seen.record(), "into": self.into} if self.trained_on is not None else {}),
             "dtype": self.dtype,
             "bytes": self.nbytes,
             "files": [{"file": file.name, "bytes": file.size, "tensors": len(file.tensors)} for file in self.files],

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export.adapters import Adapter
-from fossil_export.adapters._quantized import quantized_training
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._companions import QUANTIZATION_FILES, TOKENIZER_FILES, companions
 from fossil_export.checkpoints._dtypes import BY_TORCH_NAME, FLOATS, torch_name
@@ -26,11 +25,15 @@ from fossil_export.merging._plan import MergePlan
 from fossil_export.merging._quantized import refuse_casting
 from fossil_export.merging._replication import replicated
 from fossil_export.merging._requantize import LEAST, as_stored, stored_plans
+from fossil_export.merging._seen_weights import with_tensors
 from fossil_export.merging._ties import are_equal
+from fossil_export.merging._trained_on import seen_base
 from fossil_export.storage import Origin, find_origin, is_path, pinned
 
 if TYPE_CHECKING:
     import torch
+
+    from fossil_export.checkpoints.quantized._trained_on import TrainedOn
 
 
 def plan_merge(
@@ -42,6 +45,8 @@ def plan_merge(
     max_shard_size: int | str | None = None,
     requantize: bool = False,
     min_survival: float = LEAST,
+    trained_on: str | Mapping[str, Any] | TrainedOn = "auto",
+    into: str = "trained",
 ) -> MergePlan:
     """Decide how `adapter` is merged into `base`, reading only headers and configs.
 
@@ -51,6 +56,10 @@ def plan_merge(
     keeps its own) or a torch dtype, or its name, for all floating-point tensors; `max_shard_size` is in bytes or like
     "5GB", and re-cuts the files; None keeps the base's. A quantized base is dequantized, or with `requantize` kept in
     its format, which is an error if less than the share `min_survival` of the update is left by that.
+
+    `trained_on` says how the base was quantized while the adapter was trained (QLoRA): "nf4", "fp4" or "int8", the
+    settings of a BitsAndBytesConfig, "unquantized", or "auto": what the adapter's files say with certainty. The updates
+    are then added `into` the base as it was "trained" on, quantized and dequantized, or into the "original" weights.
     Raises AdapterError, CheckpointError, HubError or MergeError.
     """
     adapters, found_weights = loaded(adapter, weights)
@@ -72,10 +81,13 @@ def plan_merge(
         )
     first = next((one for one in named if one.base_revision), [*named, *adapters][0])
     found = base if isinstance(base, Origin) else find_base(first, base)
+    opened = found.checkpoint()
+    with found.by_name():
+        seen = seen_base(adapters, opened, trained_on, into, base_is_named=base is None or found.name in bases)
     asked = MergePlan(
         adapters=adapters,
         weights=found_weights,
-        base=found.checkpoint(),
+        base=with_tensors(opened, seen.tensors) if into == "trained" and seen.tensors else opened,
         base_name=found.name,
         base_revision=found.revision or (first.base_revision if base is None else None),
         base_branch=found.branch,
@@ -96,6 +108,8 @@ def plan_merge(
         undecided=(),
         stamps={},
         min_survival=min_survival if requantize else None,
+        seen=seen,
+        into=into,
     )
     return planned(asked, dtype, [None] * len(adapters))
 
@@ -174,7 +188,6 @@ def planned(asked: MergePlan, dtype: str, tied: Sequence[bool | None]) -> MergeP
     keep = {name: path for name, path in keep.items() if name not in names}
     read = {header.path.name for header in base.files}
     read |= {base.index_path.name} if base.index_path is not None else set()
-    quantized = tuple(line for adapter in adapters for line in _quantized(adapter))
     return replace(
         asked,
         dtype=dtype,
@@ -184,18 +197,15 @@ def planned(asked: MergePlan, dtype: str, tied: Sequence[bool | None]) -> MergeP
         config_edits=config_edits,
         companions=keep,
         left_behind=tuple(name for name in left if name not in names | read),
-        warnings=asked.notes + tuple(base.notes) + places.warnings + quantized + _other_tokenizers(with_tokenizer),
+        warnings=(
+            *asked.notes,
+            *base.notes,
+            *places.warnings,
+            *asked.seen.warnings,
+            *_other_tokenizers(with_tokenizer),
+        ),
         undecided=places.undecided,
         stamps=_stamps(adapters, base, keep.values()),
-    )
-
-
-def _quantized(adapter: Adapter) -> tuple[str, ...]:
-    if not (sign := quantized_training(adapter)):
-        return ()
-    return (
-        f"{adapter.path}: was trained over quantized weights, it seems ({sign}); merged into unquantized ones it is "
-        "another model, unless those are the quantized weights dequantized",
     )
 
 
@@ -237,7 +247,7 @@ def _tensor_plan(name: str, info: TensorInfo | None, places: Places, dtype: str)
     pieces = places.pieces.get(name, ())
     for piece in pieces:
         piece.check(source)
-    own = info.dtype if info is not None else source.dtype
+    own = _stored_dtype(info if info is not None else source)
     target = BY_TORCH_NAME[dtype] if dtype != "auto" and own in FLOATS else own
     return TensorPlan(
         name=name,
@@ -249,6 +259,12 @@ def _tensor_plan(name: str, info: TensorInfo | None, places: Places, dtype: str)
         pieces=pieces,
         added=info is None,
     )
+
+
+def _stored_dtype(info: TensorInfo) -> str:
+    """That of the file, if it is one of floats: what training saw may have been cast to another one."""
+    stored = info.coding.stored[0].dtype if info.coding is not None else info.dtype
+    return stored if stored in FLOATS else info.dtype
 
 
 def _config(

@@ -13,6 +13,7 @@ from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import identity, sha256
 from fossil_export.merging._layout import tensor_record
 from fossil_export.merging._plan import MergePlan
+from fossil_export.merging._quantization_error import Ratio
 from fossil_export.merging._survival import SAMPLE_ROWS, Survival
 from fossil_export.version import __version__
 
@@ -20,9 +21,13 @@ FORMAT = 1
 
 
 def provenance(
-    plan: MergePlan, survival: Mapping[str, Survival], digests: Mapping[str, str] | None = None
+    plan: MergePlan,
+    survival: Mapping[str, Survival],
+    digests: Mapping[str, str] | None = None,
+    ratios: Mapping[str, Ratio] | None = None,
 ) -> dict[str, Any]:
-    """The record of a merge; with `digests` (SHA-256 of each finished weights file) it holds those of the base too."""
+    """The record of a merge; with `digests` (SHA-256 of each finished weights file) it holds those of the base too,
+    with `ratios` how far training's quantization moved the base."""
     base = plan.base
     adapters = [_adapter_record(adapter) for adapter in plan.adapters]
     if plan.weights != (1.0,):
@@ -38,12 +43,14 @@ def provenance(
             "weights": identity(base, full=digests is not None),
             "configs": _configs(plan),
         },
+        **({"trained_on": plan.seen.record(), "into": plan.into} if plan.trained_on is not None else {}),
         "dtype": plan.dtype,
         **({"quantization": _quantization(plan)} if base.quantized is not None else {}),
         "config_edits": dict(plan.config_edits),
         "companions": sorted(plan.companions),
         "left_behind": list(plan.left_behind),
         "survival": survival_record(survival),
+        **({"quantization": ratio_record(ratios)} if ratios else {}),
         "tensors": [],
     }
     for tensor in plan.tensors:
@@ -92,6 +99,11 @@ def scales(record: Mapping[str, Any]) -> list[Any]:
 def survival_record(survival: Mapping[str, Survival]) -> dict[str, Any]:
     """The total over all merged tensors and how it was sampled."""
     return {**sum(survival.values(), Survival()).to_dict(), "sample_rows_per_tensor": SAMPLE_ROWS}
+
+
+def ratio_record(ratios: Mapping[str, Ratio]) -> dict[str, Any]:
+    """q and ‖ΔW‖ by kind of module."""
+    return {kind: ratio.to_dict() for kind, ratio in sorted(ratios.items())}
 
 
 def _configs(plan: MergePlan) -> dict[str, str]:

@@ -40,9 +40,9 @@ def replicated(adapters: Iterable[Adapter], base: Checkpoint) -> Checkpoint:
     if len(maps) > 1:
         paths = " and ".join(str(one.path) for one in maps.values())
         raise MergeError(f"{paths}: were trained on other layers of the base (layer_replication); merge one of them")
-    adapter = next(iter(maps.values()))
-    wanted = adapter.config.get("layer_replication")
-    if not wanted or base.found.get(_KEY) is True:
+    adapter = next(iter(maps.values()), None)
+    wanted = adapter.config.get("layer_replication") if adapter is not None else None
+    if adapter is None or not wanted or base.found.get(_KEY) is True:
         return base
     key = f"{_KEY} {wanted}"
     if key not in base.found:

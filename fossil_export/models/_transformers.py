@@ -10,6 +10,7 @@ from functools import cache
 from threading import RLock, get_ident
 from typing import Any
 
+from fossil_export._libraries import tame_bitsandbytes
 from fossil_export.models import _configs, _traits
 from fossil_export.models._architecture import Architecture, pattern_of
 
@@ -39,6 +40,7 @@ def read(config: Mapping[str, Any], class_name: str) -> Architecture | None:
 def _quiet() -> Iterator[None]:
     """Without what transformers logs of a strange config, or of PyTorch that is missing: its answer says it."""
     importlib.import_module("torch")
+    tame_bitsandbytes()
     from transformers import logging
 
     level = logging.get_verbosity()

@@ -131,7 +131,7 @@ def decide(
         check_products(adapter)
     for package in ("onnx", "onnx_ir"):
         required(package)
-    merge = plan_merge(adapter, base, dtype="auto")
+    merge = plan_merge(adapter, base, dtype="auto", into="original")
     if onnx is not None:
         graph: Path | None = find_graph(onnx)
         assert graph is not None

@@ -24,6 +24,7 @@ from fossil_export.merging._layout import parse_size
 from fossil_export.merging._merge import survival_warnings
 from fossil_export.merging._planning import plan_merge, settled
 from fossil_export.merging._provenance import provenance, survival_record
+from fossil_export.merging._quantization_error import Ratio, ratio_warnings, ratios_of
 from fossil_export.merging._run import Writer
 from fossil_export.merging._survival import Survival
 from fossil_export.publishing._about import card_for, facts_of, local_names
@@ -40,6 +41,8 @@ from fossil_export.storage import fetch
 
 if TYPE_CHECKING:
     import torch
+
+    from fossil_export.checkpoints.quantized._trained_on import TrainedOn
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ def merge_to_hub(
     weights: Sequence[float] | None = None,
     dtype: str | torch.dtype = "auto",
     max_shard_size: int | str | None = None,
+    trained_on: str | Mapping[str, Any] | TrainedOn = "auto",
+    into: str = "trained",
     device: str = "cpu",
     hash: bool = False,  # noqa: A002  named as the command's option
     private: bool = False,
@@ -94,7 +99,16 @@ def merge_to_hub(
     where the file at hand and the journal lie (default: ~/.cache/fossil-export). Files that the adapter does not touch
     are copied on the Hub. Interrupted, the same call goes on where it stopped. Raises a FossilExportError in one line.
     """
-    plan = plan_stream(adapter, base, weights=weights, dtype=dtype, max_shard_size=max_shard_size, max_disk=max_disk)
+    plan = plan_stream(
+        adapter,
+        base,
+        weights=weights,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        max_disk=max_disk,
+        trained_on=trained_on,
+        into=into,
+    )
     return run_stream(
         plan,
         repo_id,
@@ -117,9 +131,19 @@ def plan_stream(
     dtype: str | torch.dtype = "auto",
     max_shard_size: int | str | None = None,
     max_disk: int | str | None = None,
+    trained_on: str | Mapping[str, Any] | TrainedOn = "auto",
+    into: str = "trained",
 ) -> StreamPlan:
     """What `merge_to_hub` will do with each file, from headers alone."""
-    merge = plan_merge(adapter, base, weights=weights, dtype=dtype, max_shard_size=max_shard_size)
+    merge = plan_merge(
+        adapter,
+        base,
+        weights=weights,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        trained_on=trained_on,
+        into=into,
+    )
     return plan_moves(merge, None if max_disk is None else parse_size(max_disk, "max_disk"))
 
 
@@ -160,7 +184,7 @@ def run_stream(
         shutil.rmtree(folder, ignore_errors=True)
     commit = published.commit
     notes = [*repository.notes, *merge.warnings, *published.notes]
-    notes += survival_warnings(merge, carrier.survival)
+    notes += [*survival_warnings(merge, carrier.survival), *ratio_warnings(merge, published.ratios)]
     return StreamResult(
         push=PushResult.of(
             repository, commit, started, published.files, carrier.nbytes, notes, published.removed, merge.left_behind
@@ -178,6 +202,7 @@ class _Published:
     files: tuple[str, ...]
     removed: tuple[str, ...]
     notes: list[str]
+    ratios: Mapping[str, Ratio]
 
 
 def _refuse_target(plan: StreamPlan, repository: Repository) -> None:
@@ -200,8 +225,9 @@ def _publish(carrier: Carrier, repository: Repository, with_hash: bool, title: s
     paths = Paths([merge.base.location, *(one.path for one in merge.adapters)], local_names(provenance(merge, {})))
     carrier.companions(paths)
     ends: list[Closing] = []
+    ratios = ratios_of(merge)
     while True:
-        record = provenance(merge, carrier.survival, carrier.digests() if with_hash else None)
+        record = provenance(merge, carrier.survival, carrier.digests() if with_hash else None, ratios)
         carrier.send(PROVENANCE, paths.published(PROVENANCE, write_json(record)))
         names = (*sorted(carrier.operations), CARD)
         facts, problems = _facts(plan, repository, record, names)
@@ -222,7 +248,7 @@ def _publish(carrier: Carrier, repository: Repository, with_hash: bool, title: s
         branch = f"refs/pr/{commit.pr_url.rpartition('/')[2]}" if commit.pr_url else repository.revision
         where = repository.repo_id + (f"@{branch}" if branch else "")
         said = [note.replace("verify DIR` first", f"verify {where} --push-to-hub`") for note in ends[0].notes]
-        return _Published(commit, names, ends[0].removed, [*problems, *said])
+        return _Published(commit, names, ends[0].removed, [*problems, *said], ratios)
 
 
 def _facts(

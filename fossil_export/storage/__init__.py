@@ -44,12 +44,24 @@ def pinned(name: str, revision: str | None) -> str:
     return name
 
 
+def at_hand(name: str, revision: str | None, file: str) -> Path | None:
+    """A file of the model that an adapter names, if it is on this machine already; nothing is asked or fetched."""
+    if is_path(name):
+        return path if (path := Path(name) / file).is_file() else None
+    if STORAGES["hub"].parse(name) is None:
+        return None
+    from fossil_export.storage.hub._opening import cached_file
+
+    return cached_file(name, revision, file)
+
+
 __all__ = [
     "STORAGES",
     "ModelName",
     "Needed",
     "Origin",
     "Storage",
+    "at_hand",
     "expanded",
     "fetch",
     "find_origin",

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import click
 
 from fossil_export._console import print_pairs, print_table
+from fossil_export.tables._merging import ratios_told
 from fossil_export.tables._shared import GROUPS, named_at
 
 if TYPE_CHECKING:
     from fossil_export._inspection import Inspection, Kind
-    from fossil_export._sizes import Size
+    from fossil_export.merging._sizes import Size
 
 
 def print_inspection(found: Inspection, every: bool = False) -> None:
@@ -81,6 +82,12 @@ def _print_adapter(found: Inspection) -> None:
     ]
     if (change := _change(found)) is not None:
         pairs.append(("change", change))
+    if found.plan is not None and found.plan.trained_on is not None:
+        from fossil_export.merging._quantization_error import by_kind
+
+        pairs.append(("trained on", found.plan.seen.told))
+        if ratios := by_kind(found.sizes):
+            pairs.append(("quantization", ratios_told(ratios)))
     print_pairs(pairs)
 
 

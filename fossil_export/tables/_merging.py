@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import click
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from fossil_export.merging import MergePlan, MergeResult
     from fossil_export.merging._change import Change
     from fossil_export.merging._layout import TensorPlan
+    from fossil_export.merging._quantization_error import Ratio
     from fossil_export.publishing import StreamPlan, StreamResult
 
 
@@ -63,6 +65,7 @@ def print_plan_summary(plan: MergePlan) -> None:
                 for adapter, times in zip(plan.adapters, _times(plan), strict=True)
             ),
             ("base", named_at(plan.base_name, plan.base_revision) + _format(plan)),
+            *_seen(plan),
             ("tensors", ", ".join(f"{action} {count}" for action in ACTIONS if (count := plan.count(action)))),
             ("files", f"{len(plan.files)} of weights, {readable_bytes(plan.nbytes)}; {len(plan.companions)} others"),
             *(
@@ -86,6 +89,25 @@ def _edit(key: str, value: object) -> str:
     return f"{key} removed" if value is None else f"{key} = {value}"
 
 
+def _seen(plan: MergePlan) -> list[tuple[str, str]]:
+    """What training saw of the base, if it is known, and what the updates are added to."""
+    if plan.trained_on is None:
+        return []
+    added = "the base as training saw it" if plan.into == "trained" else "the original weights"
+    return [("trained on", f"{plan.seen.told}; added to {added}")]
+
+
+def ratios_told(ratios: Mapping[str, Ratio]) -> str:
+    """ "0.9–9.5 times the update (most in k_proj)"."""
+    known = {kind: one.ratio for kind, one in ratios.items() if one.ratio is not None}
+    if not known:
+        return "-"
+    most = max(known, key=lambda kind: known[kind])
+    least, largest = f"{min(known.values()):.3g}", f"{known[most]:.3g}"
+    span = largest if least == largest else f"{least}–{largest}"
+    return f"moved the weights by {span} times the update{f' (most in {most})' if len(known) > 1 else ''}"
+
+
 def _times(plan: MergePlan) -> list[str]:
     """The weight of each adapter, in words; nothing if there is one at weight 1."""
     if plan.weights == (1.0,):
@@ -107,6 +129,8 @@ def print_result(result: MergeResult) -> None:
                 "merged",
                 f"{plan.count('merge')} of {len(plan.tensors)} tensors ({_trained_as(plan)})",
             ),
+            *_seen(plan),
+            *([("quantization", ratios_told(result.ratios))] if result.ratios else []),
             ("update kept", "-" if total is None else f"{total:.1%} (sampled rows)"),
             ("written", readable_bytes(plan.nbytes)),
             ("time", f"{result.seconds:.1f} s"),

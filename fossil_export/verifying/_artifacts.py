@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from fossil_export.checkpoints._checkpoint import Checkpoint
@@ -25,6 +26,9 @@ class Artifact(Protocol):
 
     def incomparable(self) -> str | None:
         """Why the weights level alone would say nothing; None where it compares something."""
+
+    def runnable(self) -> AbstractContextManager[Artifact]:
+        """The artifact as its runtime can run it, while the context lasts."""
 
     def subject(self, base: Checkpoint, added: Sum, device: str) -> Subject:
         """How to run it."""

@@ -6,6 +6,7 @@ import math
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,9 @@ from fossil_export.checkpoints._dtypes import element_count, numpy_dtype
 from fossil_export.checkpoints._header import TensorInfo, read_header
 from fossil_export.checkpoints._jsonfile import read_json
 from fossil_export.errors import AdapterError, listed
+from fossil_export.merging._onto import plan_onto
 from fossil_export.merging._plan import MergePlan
-from fossil_export.merging._planning import plan_merge, settled
+from fossil_export.merging._planning import settled
 from fossil_export.verifying._folder import check_record
 from fossil_export.verifying._forward import Subject
 from fossil_export.verifying._models import Tokens, TorchRunner, open_lora
@@ -57,14 +59,17 @@ class LoraFolder:
         self, base: Checkpoint, added: Sum, record: Mapping[str, Any] | None, progress: Any
     ) -> tuple[tuple[TensorCheck, ...] | None, list[str]]:
         adapter = added.only
-        self._plan = settled(plan_merge(adapter, base.location))
+        self._plan = settled(plan_onto(base, added.adapters, added.weights))
         return None, [*check_record(base, [adapter], record), *_check(self.folder, adapter, self._plan)]
 
     def incomparable(self) -> str | None:
         return None
 
+    def runnable(self) -> AbstractContextManager[LoraFolder]:
+        return nullcontext(self)
+
     def subject(self, base: Checkpoint, added: Sum, device: str) -> Subject:
-        plan = self._plan or settled(plan_merge(added.only, base.location))
+        plan = self._plan or settled(plan_onto(base, [added.only], added.weights))
         described = base.location
         if plan.config is not None:  # the task's own config, as a merge would write it
             self._described = tempfile.TemporaryDirectory()

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fossil_export.checkpoints._checkpoint import Checkpoint, identity
 from fossil_export.merging._naming import names_in
-from fossil_export.merging._planning import plan_merge, settled
+from fossil_export.merging._onto import plan_onto
+from fossil_export.merging._planning import settled
 from fossil_export.merging._replication import replicated
 from fossil_export.verifying._artifacts import Progress, count_parameters
 from fossil_export.verifying._folder import check_folder
 from fossil_export.verifying._forward import Subject
 from fossil_export.verifying._models import Tokens, open_artifact
 from fossil_export.verifying._requantized import check_requantized
+from fossil_export.verifying._seen import plain_base
 from fossil_export.verifying._stored import stored_dtype
 from fossil_export.verifying._sum import Sum
 from fossil_export.verifying._weights import TensorCheck, check_weights
@@ -32,7 +35,7 @@ class MergedFolder:
         self, base: Checkpoint, added: Sum, record: Mapping[str, Any] | None, progress: Progress
     ) -> tuple[tuple[TensorCheck, ...] | None, list[str]]:
         dtype = (record or {}).get("dtype", "auto")
-        plan = settled(plan_merge(added.adapters, base.location, weights=added.weights, dtype=dtype))
+        plan = settled(plan_onto(base, added.adapters, added.weights, dtype=dtype))
         base = replicated(added.adapters, base)
         problems = list(check_folder(self.checkpoint, base, record, plan))
         tensors: tuple[TensorCheck, ...] | None
@@ -45,6 +48,12 @@ class MergedFolder:
 
     def incomparable(self) -> str | None:
         return None
+
+    @contextmanager
+    def runnable(self) -> Iterator[MergedFolder]:
+        """Without what a quantized one would need to be run: the floats that it stands for."""
+        with plain_base(self.checkpoint) as plain:
+            yield self if plain is self.checkpoint else MergedFolder(plain.location, plain)
 
     def subject(self, base: Checkpoint, added: Sum, device: str) -> Subject:
         problems: list[str] = []

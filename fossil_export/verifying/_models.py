@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fossil_export._foreign import load_model, load_tokenizer, model_class, read_config
+from fossil_export._libraries import tame_bitsandbytes
 from fossil_export.errors import FossilExportError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ def check_device(device: str) -> None:
 
 def libraries() -> None:
     """Raise MissingExtraError unless what the forward level needs is installed."""
+    tame_bitsandbytes()
     try:
         import peft  # noqa: F401
         import torch  # noqa: F401

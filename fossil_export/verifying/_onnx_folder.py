@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fossil_export.checkpoints._checkpoint import Checkpoint, sha256
-from fossil_export.merging._planning import plan_merge
+from fossil_export.merging._onto import plan_onto
 from fossil_export.verifying._artifacts import Progress, count_parameters
 from fossil_export.verifying._folder import check_record
 from fossil_export.verifying._forward import Subject
@@ -29,7 +30,7 @@ class OnnxFolder:
         from fossil_export.verifying._shards import check_shards
 
         adapter = added.only
-        plan_merge(adapter, base.location)  # do they go together?
+        plan_onto(base, [adapter], added.weights)  # do they go together?
         return None, [*check_record(base, [adapter], record), *check_shards(self.folder, adapter)]
 
     def incomparable(self) -> str | None:
@@ -40,6 +41,9 @@ class OnnxFolder:
         if mode == "swappable" or (mode == "fused" and (has_pairs(self.folder) or is_quantized(self.folder))):
             return None
         return f"a {mode} graph has no shards of its own; it is checked by running it, with --level forward"
+
+    def runnable(self) -> AbstractContextManager[OnnxFolder]:
+        return nullcontext(self)
 
     def subject(self, base: Checkpoint, added: Sum, device: str) -> Subject:
         from fossil_export.verifying._onnx_models import OnnxRunner, providers

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fossil_export.adapters._quantized import quantized_training
 from fossil_export.checkpoints._checkpoint import Checkpoint, identity, sha256
 from fossil_export.checkpoints._jsonfile import write_json
 from fossil_export.errors import listed
@@ -17,6 +16,7 @@ from fossil_export.storage import Origin
 from fossil_export.verifying._forward import FACTOR, Distance, ForwardCheck
 from fossil_export.verifying._opening import open_any
 from fossil_export.verifying._sum import Sum
+from fossil_export.verifying._training import Training
 from fossil_export.verifying._weights import TensorCheck
 from fossil_export.version import __version__
 
@@ -26,7 +26,7 @@ class Verification:
     """The verdict on one artifact, which came from `origin` and is now in the folder `artifact`. `problems` is empty
     for parity, else the reasons, the first one first; `tensors` is None unless the weights level ran, `forward` unless
     the forward level did. `base_name` is the base's id on the Hub with its commit, else its path; `added` are the
-    adapters and their weights."""
+    adapters and their weights, `training` the base that truth and trainer ran on."""
 
     origin: Origin
     artifact: Path
@@ -39,6 +39,7 @@ class Verification:
     device: str
     seconds: float
     warnings: tuple[str, ...] = ()
+    training: Training = field(default_factory=Training)
 
     def __repr__(self) -> str:
         found = "parity" if self.parity else f"{len(self.problems)} problems, the first: {self.problems[0]}"
@@ -46,19 +47,17 @@ class Verification:
 
     @property
     def quantized_training(self) -> str | None:
-        """What says that training ran over quantized weights. The trainer of this verification did not: it is the
+        """What says that training ran over quantized weights, if the trainer of this verification did not: it is the
         adapter on `base` as that is stored."""
-        return next((sign for one in self.added.adapters if (sign := quantized_training(one))), None)
+        return self.training.doubt
 
     @property
     def compared_with(self) -> str:
         """What the verdict is about, in words."""
-        sign = self.quantized_training
-        doubt = f"; trained over quantized weights, it seems ({sign}), it is another model there" if sign else ""
         count = len(self.added.adapters)
         what = "the adapter" if count == 1 else f"the {count} adapters together"
         times = "" if set(self.added.weights) == {1.0} else f", at {_weights(self.added)},"
-        return f"{what}{times} on the base as it is stored{doubt}"
+        return f"{what}{times} on {self.training.base}"
 
     @property
     def parity(self) -> bool:
@@ -90,7 +89,9 @@ def certificate(result: Verification) -> dict[str, Any]:
         "reason": result.problems[0] if result.problems else None,
         **_adapters(result.added),
         "base": result.base_name,
-        "base_weights": "as stored",
+        "base_weights": result.training.base_weights,
+        **({"trained_on": result.training.seen.record()} if result.training.seen.how is not None else {}),
+        **({"into": "original"} if result.training.is_other else {}),
         "quantized_training": result.quantized_training,
         "device": result.device,
         "versions": versions(),

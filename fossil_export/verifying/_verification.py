@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.artifacts._kinds import kind_of_file
@@ -26,8 +26,13 @@ from fossil_export.verifying._levels import LEVELS, Level
 from fossil_export.verifying._models import check_device, tokenize
 from fossil_export.verifying._opening import open_any
 from fossil_export.verifying._prompts import PROMPTS, read_prompts
+from fossil_export.verifying._seen import plain_base
 from fossil_export.verifying._sum import Sum
+from fossil_export.verifying._training import is_sound, training_of
 from fossil_export.verifying._verdict import Verification, certificate_file, device_name
+
+if TYPE_CHECKING:
+    from fossil_export.verifying._training import Asked
 
 SWAPPED = 2
 """Prompts that are asked before, with and after an adapter that can be swapped."""
@@ -42,6 +47,7 @@ def verify(
     device: str = "cpu",
     prompts: str | Path | None = None,
     report: str | Path | None = None,
+    trained_on: Asked = "auto",
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> Verification:
     """Is `artifact` (a folder that `merge`, `export_onnx` or `convert` wrote) what was trained?
@@ -49,9 +55,10 @@ def verify(
     All three may be ids on the Hub. `base` and `adapter` default to those its `fossil_export.json` names; `adapter` may
     be several, or pairs with weights, as for `merge`, and one without a weight has the recorded one. `level` is
     "weights" (every tensor, streamed, no model class), "forward" (logits and continuations against the trainer, which
-    needs the extra [peft]) or "all". `prompts` is a text file, one a line; `report` an HTML file to write. Writes
-    `fossil_parity.json` beside the weights; for an artifact on the Hub `publish_certificate` does. `progress` is called
-    with the bytes compared.
+    needs the extra [peft]) or "all". `prompts` is a text file, one a line; `report` an HTML file to write. The trainer
+    runs on the base as training saw it: `trained_on` says how that was quantized, as for `merge` (default: as the
+    artifact's record says, else as the adapter's files do). Writes `fossil_parity.json` beside the weights; for an
+    artifact on the Hub `publish_certificate` does. `progress` is called with the bytes compared.
 
     Raises a FossilExportError when something cannot be read or run; a difference is no error but a verdict.
     """
@@ -59,7 +66,7 @@ def verify(
         raise FossilExportError(f"level is {level!r}, expected {', '.join(LEVELS)}")
     origin = find_origin(artifact, CheckpointError, "artifact")
     with origin.by_name():
-        result = _verified(origin, base, adapter, level, device, prompts, report, progress)
+        result = _verified(origin, base, adapter, level, device, prompts, report, trained_on, progress)
         if origin.is_path:
             try:
                 _write(result.artifact / CERTIFICATE, certificate_file(result))
@@ -80,6 +87,7 @@ def _verified(
     device: str,
     prompts: str | Path | None,
     report: str | Path | None,
+    trained_on: Asked,
     progress: Callable[[int], None],
 ) -> Verification:
     """The verdict; nothing is written."""
@@ -100,7 +108,9 @@ def _verified(
         _named(base, (record or {}).get("base", {}), "base", folder), CheckpointError, "base model"
     )
     base_checkpoint = _whole(found_base, added)
-    base_folder = found_base.path
+    named = base is None or found_base.name in {one.base_model for one in added.adapters}
+    with found_base.by_name():
+        training, trained = training_of(added, base_checkpoint, record, trained_on, base_is_named=named)
     base_name = str(base_checkpoint.location) if found_base.is_path else pinned(found_base.name, found_base.revision)
     texts = read_prompts(prompts) if prompts is not None else PROMPTS
     if level != "weights":
@@ -115,27 +125,28 @@ def _verified(
     problems: list[str] = []
     tensors = forward = None
     together = True
+    notes: list[str] = []
     if level in ("weights", "all"):
         try:
-            tensors, problems = found.weights(base_checkpoint, added, record, progress)
+            changed = base_checkpoint if training.into == "original" else trained
+            tensors, problems = found.weights(changed, added, record, progress)
         except MergeError as problem:  # adapter and base do not go together: nothing made of them can be right
             problems.append(str(problem))
             together = False
     if level in ("forward", "all") and together:
         try:
-            subject = found.subject(base_checkpoint, added, device)
-            forward = check_forward(
-                subject,
-                base_folder,
-                added,
-                found.dtype(base_checkpoint),
-                found.parameters(base_checkpoint),
-                texts,
-                device,
-            )
-            problems += subject.problems
-            problems += [forward.problem] if forward.problem else []
-            problems += found.afterwards(tokenize(subject.described_by, texts[:SWAPPED]), device)
+            if training.quantized and not training.seen.tensors:
+                raise CheckpointError(f"{folder}: cannot be run beside its trainer; {training.seen.warnings[-1]}")
+            with plain_base(trained) as plain, found.runnable() as running:
+                subject = running.subject(plain, added, device)
+                forward = check_forward(
+                    subject, plain.location, added, running.dtype(plain), running.parameters(plain), texts, device
+                )
+                problems += subject.problems
+                wrong, note = training.explained(forward.problem)
+                problems += [wrong] if wrong else []
+                notes += [note] if note else []
+                problems += running.afterwards(tokenize(subject.described_by, texts[:SWAPPED]), device)
         except FossilExportError:
             raise
         except Exception as problem:  # whatever a model's own code raises on weights that are not its
@@ -144,6 +155,8 @@ def _verified(
                 alone = "" if found.incomparable() else "; its tensors alone are checked with --level weights"
                 raise CheckpointError(f"{folder}: {what}{alone}") from problem
             problems.append(f"the artifact {what}")  # what is wrong with its weights may be why
+    if forward is None and training.untold:
+        problems.append(training.untold)
     return Verification(
         origin=origin,
         artifact=folder,
@@ -155,7 +168,12 @@ def _verified(
         forward=forward,
         device=device_name(device),
         seconds=time.perf_counter() - started,
-        warnings=origin.notes + found_base.notes + tuple(note for one in added.adapters for note in one.notes),
+        warnings=origin.notes
+        + found_base.notes
+        + tuple(note for one in added.adapters for note in one.notes)
+        + training.seen.warnings
+        + tuple(notes),
+        training=training,
     )
 
 
@@ -173,6 +191,7 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
         sound &= all(math.isfinite(adapter.get("weight", 1.0)) for adapter in adapters)
         sound &= all(isinstance(e["size"], int) and e["header_sha256"] for e in record["base"]["weights"])
         sound &= all(e["sha256"] for e in files)
+        sound &= is_sound(record)
         sound &= all(isinstance(e["file"], str) and e["file"] for e in [*record["base"]["weights"], *files])
     except (KeyError, TypeError, AttributeError, OverflowError):
         sound = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from fossil_export.cards._facts import Facts
+from fossil_export.cards._facts import Facts, part
 from fossil_export.cards._markdown import plain, string
 from fossil_export.cards.kinds._kind_card import KindCard, Sources
 from fossil_export.cards.kinds._transformers import auto, imported, reader, run, task_or_pipeline, tokenizer_of
@@ -18,6 +18,12 @@ def _summary(facts: Facts, told: Sources) -> str:
 def _made(facts: Facts) -> Iterator[tuple[str, Any]]:
     dtype, config = (facts.record or {}).get("dtype"), facts.config or {}
     own = config.get("dtype") or config.get("torch_dtype")
+    if (seen := part(facts.record, "trained_on")).get("kind"):
+        double = ", double quantization" if seen.get("double_quant") is True else ""
+        where = "into the base's original weights, which is another model than the trained one"
+        if (facts.record or {}).get("into") == "trained":
+            where = "into the base dequantized again, as training saw it"
+        yield "Trained on", f"the base quantized to {plain(seen['kind'])}{double}; merged {where}"
     yield "Dtype", plain((own or "the base's") if dtype in (None, "auto") else dtype)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
+from pathlib import Path
 
 from fossil_export.checkpoints._folder import LocalFolder
 from fossil_export.checkpoints._single_file import write_file
@@ -87,6 +88,20 @@ def _cached(repository: str, revision: str | None) -> tuple[HubFolder | LocalFol
         return LocalFolder(snapshot), commit, (note,)
     entries = {file.path: Entry(file.size, "") for file in listing}  # it has no hashes of large files
     return HubFolder(repository, commit, entries), commit, ()
+
+
+def cached_file(name: str, revision: str | None, file: str) -> Path | None:
+    """A file of the model `name` in the Hub's cache, at its root; None if it is not there."""
+    repository, _, typed = name.removeprefix("hf://").partition("@")
+    commit = revision or typed or "main"
+    try:
+        storage = storage_of(repository)
+        if not _COMMIT.fullmatch(commit):
+            commit = (storage / "refs" / commit).read_text().strip()
+        path = storage / "snapshots" / commit / file
+        return path if path.is_file() else None
+    except (OSError, ValueError):
+        return None
 
 
 def _remember(repository: str, revision: str | None, commit: str) -> None:

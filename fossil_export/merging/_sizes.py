@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,13 @@ from fossil_export.checkpoints._coding import read_rows
 from fossil_export.checkpoints._dtypes import BITS, FLOATS, element_count
 from fossil_export.checkpoints._folder import LocalFolder
 from fossil_export.checkpoints._header import TensorInfo
+from fossil_export.checkpoints.layouts import Matrix
+from fossil_export.checkpoints.quantized._trained_on import OfConv1d
 from fossil_export.errors import FossilExportError
-from fossil_export.merging import MergePlan
 from fossil_export.merging._change import Change, Part
 from fossil_export.merging._layout import TensorPlan
+from fossil_export.merging._plan import MergePlan
+from fossil_export.merging._seen_weights import seen_weight
 from fossil_export.methods import Tiling
 
 if TYPE_CHECKING:
@@ -42,11 +45,13 @@ CUTS = 16
 
 @dataclass(frozen=True)
 class Size:
-    """‖ΔW‖ and ‖W‖ of one weight; None for what was not to be had. `share` is that of its rows that were read."""
+    """‖ΔW‖ and ‖W‖ of one weight; None for what was not to be had. `share` is that of its rows that were read;
+    `quantization` is ‖W − W'‖, if training saw it quantized, as W'."""
 
     update: float | None
     weight: float | None
     share: float = 1.0
+    quantization: float | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -57,17 +62,21 @@ class Size:
 
     def beside(self, other: Size) -> Size:
         """Of two weights of one module, such as experts, together."""
-        pairs = ((self.update, other.update), (self.weight, other.weight))
-        update, weight = (None if None in pair else math.hypot(*(one or 0.0 for one in pair)) for pair in pairs)
-        return Size(update, weight, min(self.share, other.share))
+        pairs = (
+            (self.update, other.update),
+            (self.weight, other.weight),
+            (self.quantization, other.quantization),
+        )
+        update, weight, moved = (None if None in pair else math.hypot(*(one or 0.0 for one in pair)) for pair in pairs)
+        return Size(update, weight, min(self.share, other.share), moved)
 
 
-def sizes_of(plan: MergePlan) -> dict[str, Size]:
+def sizes_of(plan: MergePlan, most: int | None = None) -> dict[str, Size]:
     """By module, and by name for a tensor that comes whole. Of a base, or an adapter, that is not on this machine no
-    values are read."""
+    values are read. `most` bytes are read of a weight (default: `LIMIT`)."""
     changed = [tensor for tensor in plan.tensors if tensor.action in ("merge", "replace")]
     count = sum(len(tensor.changes) or 1 for tensor in changed)
-    limit = min(LIMIT, TOTAL // max(1, count))
+    limit = min(LIMIT if most is None else most, TOTAL // max(1, count))
     base_is_here = all(header.path.is_file() for header in plan.base.files)
     found: dict[str, Size] = {}
     for tensor in changed:
@@ -125,20 +134,40 @@ def _of_change(plan: MergePlan, tensor: TensorPlan, part: Part, change: Change, 
     def rows_of(info: TensorInfo, start: int, stop: int) -> Array:
         return _read(plan, info, owner, start, stop)
 
-    of_update = of_weight = 0.0
+    of_update = of_weight = of_quantization = 0.0
     read = 0
+    seen = _seen(plan, change, owner)
     unit = change.into.unit(trained.block_rows)
     bits = BITS[source.dtype]
     for start, stop in _slices(outputs, unit, limit * 8 // max(1, inputs * bits)):
         weight = part.matrix_rows(rows_of, start, stop)[:].astype(np.float32)
         of_weight += _square(weight)
         read += stop - start
+        if seen is not None:
+            pair = [one.read(rows_of, start, stop)[:].astype(np.float32) for one in seen]
+            of_quantization += _square(pair[0] - pair[1])
         if update is None:
             own = method.part(arrays, start, stop)
             of_update += _square(method.update(weight.astype(np.float64), own, numbers, 0))
     share = read / outputs
     size = math.sqrt(of_update / share) if update is None else update
-    return Size(size * abs(change.weight), math.sqrt(of_weight / share), share)
+    moved = math.sqrt(of_quantization / share) if seen is not None else None
+    return Size(size * abs(change.weight), math.sqrt(of_weight / share), share, moved)
+
+
+def _seen(plan: MergePlan, change: Change, owner: int | None) -> tuple[Matrix, Matrix] | None:
+    """The matrix that a change goes into as the base has it, and as training saw it if that quantized it.
+
+    Its scales are left as they are, so that rows can be had without the rest.
+    """
+    info = change.into.stored[0]
+    how = plan.trained_on
+    stored = info.coding.stored[0] if info.coding is not None else info
+    if owner is not None or how is None or stored.name not in plan.seen.tensors or stored.shape != info.shape:
+        return None
+    turned = isinstance(plan.seen.tensors[stored.name].coding, OfConv1d)
+    seen = seen_weight(stored, replace(how, double_quant=False), turned)
+    return change.into.moved(stored), change.into.moved(seen)
 
 
 def _from_form(arrays: Mapping[str, Array], change: Change, outputs: int, inputs: int) -> float | None:

@@ -1,0 +1,15 @@
+"""What may be said of the base that training saw; the words of commands and functions alike."""
+
+from __future__ import annotations
+
+KINDS = ("nf4", "fp4", "int8")
+"""What bitsandbytes quantizes to while a model is loaded: the same each time, from the weights alone."""
+
+TRAINED_ON = ("auto", "unquantized", *KINDS)
+"""What `trained_on` may be, besides all settings."""
+
+BLOCK_SIZES = ("32", "64", "128", "256", "512", "1024", "2048", "4096")
+"""Elements that share a scale in nf4 and fp4; bitsandbytes takes 64, but on some GPUs of AMD 128."""
+
+INTO = ("trained", "original")
+"""What updates are added to: the base as training saw it, or as it is stored."""

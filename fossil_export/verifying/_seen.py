@@ -1,0 +1,73 @@
+"""The folder that truth and trainer are loaded from. transformers reads plain safetensors; not every base is that."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from fossil_export.checkpoints._checkpoint import Checkpoint
+from fossil_export.checkpoints._choice import INDEX_ENDING, WEIGHTS
+from fossil_export.checkpoints._opening import open_checkpoint
+from fossil_export.errors import FossilExportError
+from fossil_export.merging._merge import write_companions
+from fossil_export.merging._onto import plan_copy
+from fossil_export.merging._run import run
+
+INDEX = f"model{INDEX_ENDING}"
+
+
+@contextmanager
+def plain_base(checkpoint: Checkpoint) -> Iterator[Checkpoint]:
+    """The checkpoint itself if transformers loads its folder as the floats that are seen here, else a plain copy.
+
+    The copy holds the dequantized weights (fp8, say, does not run on a CPU), is streamed into the folder for temporary
+    files, and goes when the block ends. Raises FossilExportError if that disk is too small.
+    """
+    if _is_plain(checkpoint):
+        yield checkpoint
+        return
+    plan = plan_copy(checkpoint)
+    if plan.index is not None:
+        plan = replace(plan, index=(INDEX, plan.index[1]))
+    place = Path(tempfile.gettempdir())
+    needed = plan.nbytes + sum(path.stat().st_size for path in plan.companions.values())
+    if (free := shutil.disk_usage(place).free) < needed:
+        raise FossilExportError(
+            f"{checkpoint.location}: is run as plain weights, which take {needed:,} bytes, and {place} has {free:,} "
+            "free; set TMPDIR to a folder on a larger disk, or leave the run out with --level weights"
+        )
+    with tempfile.TemporaryDirectory(prefix="fossil-export-base-") as name:
+        folder = Path(name)
+        try:
+            run(plan, folder)
+            write_companions(plan, folder)
+            plan.check()
+        except OSError as problem:
+            plan.check()  # an input that is gone is no fault of this disk's
+            raise FossilExportError(
+                f"{checkpoint.location}: could not be written as plain weights into {folder}: {problem.strerror}; set "
+                "TMPDIR to a folder on another disk"
+            ) from problem
+        try:
+            yield open_checkpoint(folder)
+        except FossilExportError as problem:  # the user knows the base by its own path
+            problem.args = (str(problem).replace(name, str(checkpoint.location)),)
+            raise
+
+
+def _is_plain(checkpoint: Checkpoint) -> bool:
+    """Whether transformers, given the folder, loads these files, and these tensors of them."""
+    if any(header.derived for header in checkpoint.files):
+        return False
+    if any(info.coding is not None for info in checkpoint.tensors.values()):  # as training saw them
+        return False
+    if checkpoint.folder is None:  # without a config nothing can be loaded, and a copy has none either
+        return True
+    names = [header.path.name for header in checkpoint.files]
+    if checkpoint.index_path is None:
+        return names == [WEIGHTS]
+    return checkpoint.index_path.name == INDEX and WEIGHTS not in checkpoint.home.root_names()
