@@ -44,6 +44,11 @@ class TensorPlan:
         return self.encodes or self
 
     @property
+    def leads(self) -> bool:
+        """Whether it has the codes of what it encodes, and not what is beside them."""
+        return self.coded is None or self.coded.coding is None or self.coded.coding.stored[0].name == self.name
+
+    @property
     def parts(self) -> tuple[Part, ...]:
         """Its matrices that change, its pieces, and what lies between them."""
         return tuple(parts_of(self.shape, self.changes, self.pieces))

@@ -6,7 +6,7 @@ float32 and quantized once (`Encoder.encode`); how much of the update that leave
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from fossil_export.errors import MergeError, listed
 from fossil_export.merging._change import Part
 from fossil_export.merging._layout import TensorPlan
 from fossil_export.merging._plan import MergePlan
+from fossil_export.merging._quantized import quantization
 from fossil_export.merging._survival import Survival, measure
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ LEAST = 0.5
 def as_stored(base: Checkpoint, given: Checkpoint) -> Checkpoint:
     """The base with its quantized tensors. Raises MergeError if it is not quantized, or is another than the one `given`
     (layers are repeated, or taken as training saw them)."""
+    if base.quantized is None and (unread := quantization(base)):
+        raise MergeError(f"{base.location}: cannot be quantized again; {unread}")
     if base.quantized is None:
         raise MergeError(
             f"{base.location}: is not quantized, so nothing can be quantized again; leave out --requantize"
@@ -51,6 +54,9 @@ def stored_plans(base: Checkpoint, plans: Mapping[str, TensorPlan]) -> dict[str,
     cannot be written."""
     assert base.quantized is not None
     weights = {info.name: one for one in base.tensors.values() if one.coding for info in one.coding.stored}
+    held = {one.name for one in weights.values()} | base.quantized.stored.tensors.keys()
+    if any(plan.action != "copy" and name not in held for name, plan in plans.items()):
+        raise _not_written(base)  # not under its own name
     found: dict[str, list[TensorPlan]] = {}
     for header in base.quantized.stored.files:
         tensors = found.setdefault(header.output_name, [])
@@ -73,16 +79,31 @@ def _encoded(info: TensorInfo, weight: TensorPlan, base: Checkpoint) -> TensorPl
     coded = base.tensors[weight.name]
     assert base.quantized is not None
     if not (hasattr(coded.coding, "encode") or hasattr(coded.coding, "encoder")):
-        raise MergeError(
-            f"{base.location}: weights of {base.quantized.format} are read and not written; leave out --requantize, "
-            "and quantize the merged model with the library that made the base"
-        )
+        raise _not_written(base)
     if weight.shape != coded.shape:
         raise MergeError(
             f"{base.location}: {weight.name} {list(coded.shape)} becomes {list(weight.shape)}, which its quantized "
             "form has no room for; leave out --requantize"
         )
     return replace(_copied(info), encodes=replace(weight, dtype="F32"), coded=coded)
+
+
+def _not_written(base: Checkpoint) -> MergeError:
+    assert base.quantized is not None
+    return MergeError(
+        f"{base.location}: weights of {base.quantized.format} are read and not written; leave out --requantize, "
+        "and quantize the merged model with the library that made the base"
+    )
+
+
+def refuse_added(base: Checkpoint, added: Iterable[TensorPlan]) -> None:
+    """Raise MergeError for a matrix that the base does not have: by its config it may be a quantized one."""
+    for tensor in added:
+        if len(tensor.shape) > 1:
+            raise MergeError(
+                f"{base.location}: has no {tensor.name}, which the adapter brings or parts from the embedding; the "
+                "base's config says of quantized weights only which there are now; leave out --requantize"
+            )
 
 
 def ranges(coded: TensorInfo, parts: Sequence[Part]) -> list[tuple[int, int]]:

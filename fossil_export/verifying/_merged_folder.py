@@ -46,6 +46,11 @@ class MergedFolder:
             problems += more
         return tensors, problems + [f"{check.name} {check.problem}" for check in tensors or () if check.problem]
 
+    @property
+    def requantized(self) -> str | None:
+        """The quantized format that it is in, which a merge keeps if it is told to; None for plain floats."""
+        return self.checkpoint.quantized.format if self.checkpoint.quantized is not None else None
+
     def incomparable(self) -> str | None:
         return None
 

@@ -322,7 +322,7 @@ def _between(found: dict[str, Any], nearby: list[dict[str, Any] | None], key: st
     if isinstance(found[key], float) and all(isinstance(one, float) for one in values):
         floats: list[float] = values  # type: ignore[assignment]
         return min(floats) <= found[key] <= max(floats)
-    return any(found[key] == one for one in values)
+    return bool(found[key] in values)
 
 
 def _wide(coded: TensorInfo) -> TensorInfo:
