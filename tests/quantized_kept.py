@@ -25,7 +25,7 @@ from test_quantized_mlx import folders as mlx_folders
 @dataclass(frozen=True)
 class Case:
     """`requantized` is, for a weight's name, its merged values in float32 and its tensors in the base, what the library
-    stores of the values; None if none is here that does. `size` is of what was trained."""
+    stores of the values; None if none is here that does."""
 
     quantized: Path
     dequantized: Path
@@ -110,7 +110,7 @@ def _compressed(work: Path, form: str, library: Any, **weights: Any) -> Case:
         scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
         if kept is not None and form == "pack-quantized":
             scale = kept[f"{module}.weight_scale"]
-        found = library.compress({"weight": value, "weight_scale": scale}, scheme)
+        found = library.compress({"weight": value, "weight_scale": scale.to(torch.bfloat16)}, scheme)
         return {f"{module}.{own}": part for own, part in found.items()}
 
     for name in linears(tensors):

@@ -138,9 +138,7 @@ def _copy_slabs(whole: CopySlab) -> Iterator[CopySlab]:
         start = stop
 
 
-def row_slabs(
-    tensor: TensorPlan, part: Part, offset: int, span: tuple[int, int] | None = None
-) -> Iterator[RowsSlab]:
+def row_slabs(tensor: TensorPlan, part: Part, offset: int, span: tuple[int, int] | None = None) -> Iterator[RowsSlab]:
     """Those of a part; of one that nothing changes only the elements in `span`, if it is given."""
     unit = part.unit
     first, last = 0, part.rows

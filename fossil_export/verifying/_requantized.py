@@ -286,7 +286,7 @@ def _whole(info: TensorInfo, codes_of: ReadRows) -> Array:
 def _same(one: Array, other: Array) -> bool:
     import numpy as np
 
-    return one.nbytes == other.nbytes and bool((_raw(one) == _raw(other)).all())
+    return bool(one.nbytes == other.nbytes and (_raw(one) == _raw(other)).all())
 
 
 def _raw(array: Array) -> Array:
@@ -321,7 +321,8 @@ def _between(found: dict[str, Any], nearby: list[dict[str, Any] | None], key: st
     values = [one.get(key) for one in nearby if one is not None]
     if isinstance(found[key], float) and all(isinstance(one, float) for one in values):
         floats: list[float] = values  # type: ignore[assignment]
-        return min(floats) <= found[key] <= max(floats)
+        own: float = found[key]
+        return min(floats) <= own <= max(floats)
     return bool(found[key] in values)
 
 
