@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export.checkpoints._coding import CodedRows
-from fossil_export.checkpoints._dtypes import FLOATS, element_count, numpy_dtype, stored_dtype
+from fossil_export.checkpoints._dtypes import FLOATS, numpy_dtype, stored_dtype
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints._input import InputFile, StoredArray
 from fossil_export.checkpoints._output import ALIGNMENT, OutputFile

@@ -15,7 +15,6 @@ from fossil_export.tables._shared import described, named_at, print_grouped
 if TYPE_CHECKING:
     from fossil_export.merging import MergePlan, MergeResult
     from fossil_export.merging._change import Change
-    from fossil_export.merging._layout import TensorPlan
     from fossil_export.merging._quantization_error import Ratio
     from fossil_export.publishing import StreamPlan, StreamResult
 

@@ -6,9 +6,11 @@ that reach (`_nearby`), and the artifact must have what one of them gives:
 
 - scales, zeros and other parameters lie between those of the nearby values (encoders are monotone in what they measure:
   only a tie in their rounding can be between);
-- a code stands for the same value as the code of a nearby one on the artifact's own parameters. Where parameters have
-  such ties, any code will do that is no further from the exact value than the best of these: the artifact's code is the
-  nearest on its parameters to a value within reach, so that it is further by twice the reach at most.
+- of codes on the artifact's own parameters, the artifact's is the nearest to a value within reach: no further from it
+  than the code of the exact value, which is on the same parameters. So it is for the exact value, or for an end of the
+  reach, as the encoder rounds that to 16 bits first (`rounds_to`), or not; or else it is the code of a nearby value.
+
+What this costs for all values: one encoding, if parameters have no ties.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._coding import BLOCK, CodedRows
-from fossil_export.checkpoints._dtypes import BITS, element_count, stored_dtype
+from fossil_export.checkpoints._dtypes import BITS, element_count, numpy_dtype, stored_dtype
 from fossil_export.checkpoints._header import TensorInfo, slice_of
 from fossil_export.merging._change import Part, parts_of
 from fossil_export.merging._placement import Places
@@ -41,7 +43,7 @@ UNIT = 2.0**-24
 """The error of one rounding to float32."""
 
 ROUNDED = {"BF16": 2.0**-7, "F16": 2.0**-10}
-"""What rounding two values before they are quantized can put between them, for encoders that do (`rounds_to`)."""
+"""What rounding can put between two decoded values, and what `rounds_to` may be."""
 
 
 def check_requantized(
@@ -139,84 +141,75 @@ class _Weight:
         """Rows [start, stop) of the coded matrix, which are quantized by themselves."""
         import numpy as np
 
-        exact, reach = self._exact(start * width, stop * width)
-        exact, reach = exact.reshape(-1, width), reach.reshape(-1, width)
-        codes_of = self._files.codes
-        own, found = part_of(self._own, start, stop), part_of(self._found, start, stop)
-        mine: Any = own.coding
-        encoder = mine.encoder(codes_of) if hasattr(mine, "encoder") else mine
-        assert mine is not None and found.coding is not None
-        stored = {info.name: _whole(info, codes_of) for info in found.coding.stored}
+        exact, reach = (one.reshape(-1, width) for one in self._exact(start * width, stop * width))
         if not np.isfinite(exact).all():
             self._beside = "is not finite as the adapter has it"
             return
-        given: list[Mapping[str, Array]] = []
-        for values in _nearby(exact, reach):
-            given.append(encoder.encode(values))
-            if all(_same(given[-1][name], stored[name]) for name in stored):
-                break
-        alike = given[-1:] if all(_same(given[-1][name], stored[name]) for name in stored) else []
-        ties = False
-        for info in found.coding.stored[1:] if not alike else ():
-            ties = ties or not _same(given[0][info.name], stored[info.name])
-            if wrong := _outside(info, stored[info.name], [one[info.name] for one in given]):
-                self._beside = self._beside or wrong
-        names = [info.name for info in found.coding.stored]
+        own, found = part_of(self._own, start, stop), part_of(self._found, start, stop)
+        assert own.coding is not None and found.coding is not None
+        encoder: Any = own.coding
+        encoder = encoder.encoder(self._files.codes) if hasattr(encoder, "encoder") else encoder
+        stored = {info.name: _whole(info, self._files.codes) for info in found.coding.stored}
+        codes, *beside = found.coding.stored
         flat = replace(_wide(found), shape=exact.shape)
 
-        def rows_with(codes: Array) -> CodedRows:
-            return CodedRows(flat, _reader(found, {**stored, names[0]: codes}), 0, len(exact))
+        def rows_with(other: Array) -> CodedRows:
+            return CodedRows(flat, _reader(found, {**stored, codes.name: other}), 0, len(exact))
 
-        after = rows_with(stored[names[0]])
-        others = [rows_with(one[names[0]]) for one in given if not alike]
-        before = None
+        after = rows_with(stored[codes.name])
+        mine = encoder.encode(exact)
+        ties = not all(_same(mine[info.name], stored[info.name]) for info in beside)
+        off = np.empty(0, np.intp)
+        if ties or not _same(mine[codes.name], stored[codes.name]):
+            off = _differing(after, rows_with(mine[codes.name]))
+        if len(off) or ties:
+            points = _Points(flat, off, exact, reach, getattr(own.coding, "rounds_to", None))
+            values = _at(after, off)
+            given = [_at(rows_with(mine[codes.name]), off)]
+            wrong = np.ones(len(off), bool)
+            if points.fine:
+                wrong &= ~points.nearest(values, given)
+            if wrong.any() or ties:
+                low = {info.name: mine[info.name] for info in beside}
+                high, texts = dict(low), {info.name: [low[info.name]] for info in beside if _is_text(info, stored)}
+                for other in _nearby(exact, reach):
+                    theirs = encoder.encode(other)
+                    given.append(_at(rows_with(theirs[codes.name]), off))
+                    wrong &= given[-1] != values
+                    for info in beside if ties else ():
+                        if info.name in texts:
+                            texts[info.name].append(theirs[info.name])
+                        else:
+                            low[info.name] = np.minimum(low[info.name], theirs[info.name])
+                            high[info.name] = np.maximum(high[info.name], theirs[info.name])
+                    if not ties and not wrong.any():
+                        break
+                if ties:
+                    wrong &= ~points.nearest(values, given)
+                    for info in beside:
+                        one = stored[info.name]
+                        if not (_told(one, texts[info.name]) if info.name in texts else True):
+                            self._beside = self._beside or f"has another {info.name}"
+                        elif info.name not in texts:
+                            self._beside = self._beside or _outside(info, one, low[info.name], high[info.name])
+            if count := int(np.count_nonzero(wrong)):
+                if not self._wrong:
+                    self._first = start * width + int(off[int(wrong.argmax())])
+                self._wrong += count
         if not self._brought:
             before = CodedRows(replace(own, shape=exact.shape), self._files.codes, 0, len(exact))
-        first_rounded = ROUNDED.get(getattr(mine, "rounds_to", None) or "", 8 * UNIT)
-        step = max(1, BLOCK // max(1, width))
-        for at in range(0, len(exact), step):
-            some = slice(at, min(at + step, len(exact)))
-            values = after[some].astype(np.float64)
-            if others:
-                wrong_here = self._differing(exact[some], reach[some], values, others, some, ties, first_rounded)
-                if count := int(np.count_nonzero(wrong_here)):
-                    if not self._wrong:
-                        self._first = (start + at) * width + int(wrong_here.argmax())
-                    self._wrong += count
-            if before is not None:
+            for some in _blocks(exact.shape):
                 was = before[some].astype(np.float64)
                 update = exact[some] - was
                 self._update += float(np.einsum("ij,ij->", update, update))
-                self._kept += float(np.einsum("ij,ij->", values - was, update))
-
-    def _differing(
-        self,
-        exact: Array,
-        reach: Array,
-        values: Array,
-        others: list[CodedRows],
-        some: slice,
-        ties: bool,
-        first_rounded: float,
-    ) -> Array:
-        import numpy as np
-
-        wrong = np.ones(values.shape, bool)
-        nearest = np.full(values.shape, np.inf)
-        for one in others:
-            theirs = one[some].astype(np.float64)
-            wrong &= theirs != values
-            np.minimum(nearest, np.abs(theirs - exact), out=nearest)
-        if ties and wrong.any():
-            more = 2.0 * reach + first_rounded * np.abs(exact)
-            wrong &= ~(np.abs(values - exact) <= nearest + more)
-        return wrong
+                self._kept += float(np.einsum("ij,ij->", after[some] - was, update))
 
     def _exact(self, first: int, last: int) -> tuple[Array, Array]:
-        """Elements [first, last) in float64, and how far the merge's float32 may be from them."""
+        """Elements [first, last), computed in float64 and rounded to float32, and how far from them those of the merge
+        may be."""
         import numpy as np
 
-        exact, reach = np.empty(last - first), np.zeros(last - first, np.float32)
+        exact, reach = np.empty(last - first, np.float32), np.zeros(last - first, np.float32)
         for part in self._parts:
             if part.last <= first or part.first >= last:
                 continue
@@ -262,19 +255,75 @@ def _reach(exact: Array, bound: Array | None) -> Array:
 
 
 def _nearby(exact: Array, reach: Array) -> Iterator[Array]:
-    """The exact values in float32, and others within reach of them: all larger or smaller, in size or as numbers, and
-    some of each."""
+    """Values within reach: all larger or smaller, in size or as numbers, and some of each. They are in one array."""
     import numpy as np
 
-    yield exact.astype(np.float32)
-    signs = np.sign(exact)
-    for times in (signs, -signs, np.ones((1, 1)), -np.ones((1, 1))):
-        yield (exact + times * reach).astype(np.float32)
-    generator = np.random.default_rng(0)
-    for _ in range(2):
-        some = generator.integers(0, 2, exact.shape, np.int8) * 2 - 1
-        yield (exact + some * reach).astype(np.float32)
-        yield (exact - some * reach).astype(np.float32)
+    found = np.empty(exact.shape, np.float32)
+    for kind in ("size", "number", *range(2)):
+        for direction in (1, -1):
+            generator = np.random.default_rng(kind if isinstance(kind, int) else 0)
+            for some in _blocks(exact.shape):
+                signs: Any = direction
+                if kind == "size":
+                    signs = np.sign(exact[some]) * np.float32(direction)
+                elif isinstance(kind, int):
+                    signs = (generator.integers(0, 2, exact[some].shape, np.int8) * 2 - 1) * np.float32(direction)
+                np.copyto(found[some], exact[some] + signs * reach[some])
+            yield found
+
+
+def _blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    step = max(1, BLOCK // max(1, shape[1]))
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
+
+
+def _differing(found: CodedRows, wanted: CodedRows) -> Array:
+    """The elements, by number, whose values differ."""
+    import numpy as np
+
+    width = found.shape[1]
+    return np.concatenate(
+        [np.flatnonzero(found[some] != wanted[some]) + some.start * width for some in _blocks(found.shape)]
+    )
+
+
+def _at(rows: CodedRows, elements: Array) -> Array:
+    """The values of some elements, by number in order, in float64."""
+    import numpy as np
+
+    width, found = rows.shape[1], np.empty(len(elements))
+    for some in _blocks(rows.shape):
+        first, last = np.searchsorted(elements, [some.start * width, some.stop * width])
+        if first < last:
+            found[first:last] = rows[some].reshape(-1)[elements[first:last] - some.start * width]
+    return found
+
+
+class _Points:
+    """The exact values of some elements, and those at the ends of their reach, as the encoder sees them."""
+
+    def __init__(self, coded: TensorInfo, elements: Array, exact: Array, reach: Array, rounds_to: str | None) -> None:
+        import numpy as np
+
+        self.fine = coded.dtype != "BF16"
+        """Whether decoded values tell codes apart, of which 8 bits may be near each other."""
+        values, far = exact.reshape(-1)[elements], reach.reshape(-1)[elements]
+        points = [values - far, values, values + far]
+        if rounds_to in ROUNDED:
+            points = [one.astype(numpy_dtype(rounds_to)) for one in points]
+        self._points = [one.astype(np.float64) for one in points]
+        self._more = np.abs(self._points[1]) * (8 * UNIT + ROUNDED.get(coded.dtype, 0.0))
+
+    def nearest(self, values: Array, given: list[Array]) -> Array:
+        """Where a point is no further from the value than from all of those that are given for it."""
+        import numpy as np
+
+        found = np.zeros(len(values), bool)
+        for point in self._points:
+            best = np.minimum.reduce([np.abs(one - point) for one in given])
+            found |= np.abs(values - point) <= best + self._more
+        return found
 
 
 def _whole(info: TensorInfo, codes_of: ReadRows) -> Array:
@@ -284,7 +333,6 @@ def _whole(info: TensorInfo, codes_of: ReadRows) -> Array:
 
 
 def _same(one: Array, other: Array) -> bool:
-    import numpy as np
 
     return bool(one.nbytes == other.nbytes and (_raw(one) == _raw(other)).all())
 
@@ -296,17 +344,25 @@ def _raw(array: Array) -> Array:
     return found
 
 
-def _outside(info: TensorInfo, found: Array, nearby: list[Array]) -> str | None:
+def _outside(info: TensorInfo, found: Array, low: Array, high: Array) -> str | None:
     """What is wrong with a parameter that is not among, or between, those of the nearby values."""
     import numpy as np
 
-    if info.dtype == "U8" and (texts := [_json(one) for one in (found, *nearby)]) and texts[0] is not None:
-        return None if all(_between(texts[0], texts[1:], key) for key in texts[0]) else f"has another {info.name}"
-    wide = [one.reshape(-1).astype(np.float64) for one in (found, *nearby)]
-    inside = (wide[0] >= np.minimum.reduce(wide[1:])) & (wide[0] <= np.maximum.reduce(wide[1:]))
+    wide = [one.reshape(-1).astype(np.float64) for one in (found, low, high)]
+    inside = (wide[0] >= wide[1]) & (wide[0] <= wide[2])
     if inside.all():
         return None
     return f"has {int((~inside).sum())} other values in {info.name}, the first at [{int((~inside).argmax())}]"
+
+
+def _is_text(info: TensorInfo, stored: Mapping[str, Array]) -> bool:
+    return info.dtype == "U8" and _json(stored[info.name]) is not None
+
+
+def _told(found: Array, nearby: list[Array]) -> bool:
+    """Whether a text says nothing else, and numbers between theirs."""
+    own, others = _json(found), [_json(one) for one in nearby]
+    return own is not None and all(_between(own, others, key) for key in own)
 
 
 def _json(array: Array) -> dict[str, Any] | None:
