@@ -1,8 +1,8 @@
 """Weights level of a merge that kept the base's quantization: is what is stored the merged weight, quantized once?
 
 Stored tensors that no change touches must be the base's bytes. A weight that changes is rebuilt in float64; what the
-merge had of it in float32 is within `_reach` of that. It is quantized here from the exact values and from others within
-that reach (`_nearby`), and the artifact must have what one of them gives:
+merge had of it in float32 is within `reach` of that. It is quantized here from the exact values and from others within
+that reach (`nearby`), and the artifact must have what one of them gives:
 
 - scales, zeros and other parameters lie between those of the nearby values (encoders are monotone in what they measure:
   only a tie in their rounding can be between);
@@ -15,19 +15,19 @@ What this costs for all values: one encoding, if parameters have no ties.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._coding import BLOCK, CodedRows
-from fossil_export.checkpoints._dtypes import BITS, element_count, numpy_dtype, stored_dtype
+from fossil_export.checkpoints._dtypes import BITS, element_count, stored_dtype
 from fossil_export.checkpoints._header import TensorInfo, slice_of
 from fossil_export.merging._change import Part, parts_of
 from fossil_export.merging._placement import Places
 from fossil_export.merging._requantize import part_of, ranges
 from fossil_export.verifying._comparison import Files, Job, addend
+from fossil_export.verifying._nearby import Points, blocks, is_text, nearby, outside, says, wide
 from fossil_export.verifying._rebuilding import rebuild
 from fossil_export.verifying._sum import Sum
 from fossil_export.verifying._weights import TensorCheck, check_tensors, places_of
@@ -38,12 +38,6 @@ if TYPE_CHECKING:
     from fossil_export.checkpoints.layouts import ReadRows
 
     Array = np.ndarray[Any, Any]
-
-UNIT = 2.0**-24
-"""The error of one rounding to float32."""
-
-ROUNDED = {"BF16": 2.0**-7, "F16": 2.0**-10}
-"""What rounding can put between two decoded values, and what `rounds_to` may be."""
 
 
 def check_requantized(
@@ -163,42 +157,39 @@ class _Weight:
         if ties or not _same(mine[codes.name], stored[codes.name]):
             off = _differing(after, rows_with(mine[codes.name]))
         if len(off) or ties:
-            points = _Points(flat, off, exact, reach, getattr(own.coding, "rounds_to", None))
+            points = Points(flat, off, exact, reach, getattr(own.coding, "rounds_to", None))
             values = _at(after, off)
             given = [_at(rows_with(mine[codes.name]), off)]
             wrong = np.ones(len(off), bool)
             if points.fine:
                 wrong &= ~points.nearest(values, given)
             if wrong.any() or ties:
-                low = {info.name: mine[info.name] for info in beside}
-                high, texts = dict(low), {info.name: [low[info.name]] for info in beside if _is_text(info, stored)}
-                for other in _nearby(exact, reach):
+                texts = {info.name: [mine[info.name]] for info in beside if is_text(info, stored[info.name])}
+                low = {info.name: wide(mine[info.name]) for info in beside if info.name not in texts}
+                high = dict(low)
+                for other in nearby(exact, reach):
                     theirs = encoder.encode(other)
                     given.append(_at(rows_with(theirs[codes.name]), off))
                     wrong &= given[-1] != values
-                    for info in beside if ties else ():
-                        if info.name in texts:
-                            texts[info.name].append(theirs[info.name])
-                        else:
-                            low[info.name] = np.minimum(low[info.name], theirs[info.name])
-                            high[info.name] = np.maximum(high[info.name], theirs[info.name])
+                    for name in texts:
+                        texts[name].append(theirs[name])
+                    for name in low:
+                        low[name] = np.minimum(low[name], wide(theirs[name]))
+                        high[name] = np.maximum(high[name], wide(theirs[name]))
                     if not ties and not wrong.any():
                         break
                 if ties:
                     wrong &= ~points.nearest(values, given)
-                    for info in beside:
-                        one = stored[info.name]
-                        if not (_told(one, texts[info.name]) if info.name in texts else True):
-                            self._beside = self._beside or f"has another {info.name}"
-                        elif info.name not in texts:
-                            self._beside = self._beside or _outside(info, one, low[info.name], high[info.name])
+                    told = [outside(name, stored[name], low[name], high[name]) for name in low]
+                    told += [f"has another {name}" for name in texts if not says(stored[name], texts[name])]
+                    self._beside = self._beside or next(filter(None, told), None)
             if count := int(np.count_nonzero(wrong)):
                 if not self._wrong:
                     self._first = start * width + int(off[int(wrong.argmax())])
                 self._wrong += count
         if not self._brought:
             before = CodedRows(replace(own, shape=exact.shape), self._files.codes, 0, len(exact))
-            for some in _blocks(exact.shape):
+            for some in blocks(exact.shape):
                 was = before[some].astype(np.float64)
                 update = exact[some] - was
                 self._update += float(np.einsum("ij,ij->", update, update))
@@ -225,7 +216,7 @@ class _Weight:
                 needed = [addend(one, job, start, stop, adapters[one.adapter], self._files) for one in part.changes]
                 rows = np.empty(weight.shape)
                 bound = rebuild(needed, weight, rows, part.dtype == "F64")
-                near = _reach(rows, bound)
+                near = reach_of(rows, bound)
                 for values, target in ((rows, exact), (near, reach)):
                     for one in part.matrix.write(values, start):
                         at = one.offset - first
@@ -246,45 +237,13 @@ class _Weight:
             exact[low + cut : low + cut + len(rows)] = rows
 
 
-def _reach(exact: Array, bound: Array | None) -> Array:
-    """How far from the exact values those may be that were computed in float32 and rounded to it, and then some."""
-    import numpy as np
-
-    found: Array = np.abs(exact) * (4 * UNIT) + 2.0**-140
-    return found if bound is None else found + 2.0 * bound
-
-
-def _nearby(exact: Array, reach: Array) -> Iterator[Array]:
-    """Values within reach: all larger or smaller, in size or as numbers, and some of each. They are in one array."""
-    import numpy as np
-
-    found = np.empty(exact.shape, np.float32)
-    for kind in ("size", "number", *range(2)):
-        for direction in (1, -1):
-            generator = np.random.default_rng(kind if isinstance(kind, int) else 0)
-            for some in _blocks(exact.shape):
-                signs: Any = direction
-                if kind == "size":
-                    signs = np.sign(exact[some]) * np.float32(direction)
-                elif isinstance(kind, int):
-                    signs = (generator.integers(0, 2, exact[some].shape, np.int8) * 2 - 1) * np.float32(direction)
-                np.copyto(found[some], exact[some] + signs * reach[some])
-            yield found
-
-
-def _blocks(shape: tuple[int, ...]) -> Iterator[slice]:
-    step = max(1, BLOCK // max(1, shape[1]))
-    for start in range(0, shape[0], step):
-        yield slice(start, min(start + step, shape[0]))
-
-
 def _differing(found: CodedRows, wanted: CodedRows) -> Array:
     """The elements, by number, whose values differ."""
     import numpy as np
 
     width = found.shape[1]
     return np.concatenate(
-        [np.flatnonzero(found[some] != wanted[some]) + some.start * width for some in _blocks(found.shape)]
+        [np.flatnonzero(found[some] != wanted[some]) + some.start * width for some in blocks(found.shape)]
     )
 
 
@@ -293,37 +252,11 @@ def _at(rows: CodedRows, elements: Array) -> Array:
     import numpy as np
 
     width, found = rows.shape[1], np.empty(len(elements))
-    for some in _blocks(rows.shape):
+    for some in blocks(rows.shape):
         first, last = np.searchsorted(elements, [some.start * width, some.stop * width])
         if first < last:
             found[first:last] = rows[some].reshape(-1)[elements[first:last] - some.start * width]
     return found
-
-
-class _Points:
-    """The exact values of some elements, and those at the ends of their reach, as the encoder sees them."""
-
-    def __init__(self, coded: TensorInfo, elements: Array, exact: Array, reach: Array, rounds_to: str | None) -> None:
-        import numpy as np
-
-        self.fine = coded.dtype != "BF16"
-        """Whether decoded values tell codes apart, of which 8 bits may be near each other."""
-        values, far = exact.reshape(-1)[elements], reach.reshape(-1)[elements]
-        points = [values - far, values, values + far]
-        if rounds_to in ROUNDED:
-            points = [one.astype(numpy_dtype(rounds_to)) for one in points]
-        self._points = [one.astype(np.float64) for one in points]
-        self._more = np.abs(self._points[1]) * (8 * UNIT + ROUNDED.get(coded.dtype, 0.0))
-
-    def nearest(self, values: Array, given: list[Array]) -> Array:
-        """Where a point is no further from the value than from all of those that are given for it."""
-        import numpy as np
-
-        found = np.zeros(len(values), bool)
-        for point in self._points:
-            best = np.minimum.reduce([np.abs(one - point) for one in given])
-            found |= np.abs(values - point) <= best + self._more
-        return found
 
 
 def _whole(info: TensorInfo, codes_of: ReadRows) -> Array:
@@ -342,44 +275,6 @@ def _raw(array: Array) -> Array:
 
     found: Array = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     return found
-
-
-def _outside(info: TensorInfo, found: Array, low: Array, high: Array) -> str | None:
-    """What is wrong with a parameter that is not among, or between, those of the nearby values."""
-    import numpy as np
-
-    wide = [one.reshape(-1).astype(np.float64) for one in (found, low, high)]
-    inside = (wide[0] >= wide[1]) & (wide[0] <= wide[2])
-    if inside.all():
-        return None
-    return f"has {int((~inside).sum())} other values in {info.name}, the first at [{int((~inside).argmax())}]"
-
-
-def _is_text(info: TensorInfo, stored: Mapping[str, Array]) -> bool:
-    return info.dtype == "U8" and _json(stored[info.name]) is not None
-
-
-def _told(found: Array, nearby: list[Array]) -> bool:
-    """Whether a text says nothing else, and numbers between theirs."""
-    own, others = _json(found), [_json(one) for one in nearby]
-    return own is not None and all(_between(own, others, key) for key in own)
-
-
-def _json(array: Array) -> dict[str, Any] | None:
-    try:
-        found = json.loads(_raw(array).tobytes())
-    except (ValueError, UnicodeDecodeError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _between(found: dict[str, Any], nearby: list[dict[str, Any] | None], key: str) -> bool:
-    values = [one.get(key) for one in nearby if one is not None]
-    if isinstance(found[key], float) and all(isinstance(one, float) for one in values):
-        floats: list[float] = values  # type: ignore[assignment]
-        own: float = found[key]
-        return min(floats) <= own <= max(floats)
-    return bool(found[key] in values)
 
 
 def _wide(coded: TensorInfo) -> TensorInfo:
