@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gguf_bases
 import numpy as np
 import pytest
 import torch
@@ -381,3 +382,13 @@ def test_the_command_says_what_it_did(made: Any, tmp_path: Path) -> None:
         without = [one for one in options if one not in ("--requantize", "-o", str(out))]
         found = CliRunner().invoke(main, ["merge", *without, "--push-to-hub", "ada/out", *option])
         assert found.exit_code == 2 and wrong in found.output, found.output
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "F16"])
+def test_a_gguf_base_is_refused(kind: str, tmp_path: Path) -> None:
+    base = gguf_bases.write(tmp_path / "base.gguf", kind=kind)
+    model = AutoModelForCausalLM.from_pretrained(gguf_bases.loaded(base, tmp_path / "plain"))
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    refused(
+        tmp_path / "adapter", base, "gguf are read and not written; leave out --requantize|is not quantized", tmp_path
+    )
