@@ -21,6 +21,7 @@ from typing import Any
 
 import common
 import merge
+import ml_dtypes
 import numpy as np
 
 from fossil_export.checkpoints._header import encode_header
@@ -36,10 +37,15 @@ def random_bytes(rng: np.random.Generator, count: int) -> Any:
     return rng.integers(0, 256, count, np.uint8)
 
 
+def fp8_codes(rng: np.random.Generator, count: int) -> Any:
+    """Codes of normally distributed weights, whose largest in a block becomes 448."""
+    pool = (rng.standard_normal(1 << 22, np.float32) * 110).clip(-448, 448)
+    return np.resize(pool.astype(ml_dtypes.float8_e4m3fn).view(np.uint8), count)
+
+
 def fp8(rng: np.random.Generator, name: str, rows: int, columns: int) -> Iterator[Tensor]:
     grid = (-(-rows // 128), -(-columns // 128))
-    # 0x7f and 0xff are NaN.
-    yield name, "F8_E4M3", (rows, columns), lambda: random_bytes(rng, rows * columns) & 0xBF
+    yield name, "F8_E4M3", (rows, columns), lambda: fp8_codes(rng, rows * columns)
     yield f"{name}_scale_inv", "F32", grid, lambda: rng.random(grid, np.float32) * 1e-4
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from fossil_export import load_adapter, merge
 from fossil_export.adapters._targets import is_targeted
-from fossil_export.errors import AdapterError, FossilExportError, MergeError
+from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError
 
 NAMES = [
     "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.12.self_attn.v_proj",
@@ -157,7 +157,7 @@ def test_a_quantized_base_is_refused(tmp_path: Path) -> None:
         tensors[f"{name}.scales"] = weight[:1].half()
 
     edit_weights(base, quantize)
-    with pytest.raises(MergeError, match="quantized"):
+    with pytest.raises(CheckpointError, match="quantized"):
         merge(tmp_path / "lora", tmp_path / "merged")
     edit_weights(base, lambda tensors: tensors.update({f"{name}.weight": weights(base)[f"{name}.qweight"].char()}))
     with pytest.raises(MergeError, match="quantized"):

@@ -19,6 +19,7 @@ WEIGHTS = "model.safetensors"
 INDEX_ENDING = ".safetensors.index.json"
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX_ENDING = ".bin.index.json"
+_PART = re.compile(r"model-\d+-of-\d+\.safetensors")
 _NO_WEIGHTS = re.compile(
     r"adapter_model|adapter_\d|training_args|optimizer|scheduler|scaler|rng_state|trainer|random_states|v(alue)?_head"
 )
@@ -40,7 +41,9 @@ def choose(home: Folder) -> tuple[str | None, str | None]:
     if default in names:
         return default, None
     is_adapter = "adapter_config.json" in names
-    if not is_adapter or "config.json" in names:  # an adapter's pytorch_model.bin is a value head
+    # Parts without their index are damage, which older weights beside them must not hide.
+    parts = any(_PART.fullmatch(name) for name in names)
+    if not parts and (not is_adapter or "config.json" in names):  # an adapter's pytorch_model.bin is a value head
         if PICKLED in names:
             return None, PICKLED
         if (pickled_index := f"pytorch_model{PICKLED_INDEX_ENDING}") in names:
