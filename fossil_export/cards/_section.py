@@ -37,9 +37,11 @@ def generated(facts: Facts) -> str:
         measured = f", measured on {rows} rows of each" if isinstance(rows, int) else ""
         found += [f"{kept:.1%} of the trained update is in the stored weights{measured}."]
         if kept < WARNING_BELOW:
+            kept_format = part(facts.record, "quantization").get("kept") is True
+            remedy = "without `--requantize`" if kept_format else "with `--dtype float32`"
             found += [
                 "**That is little**: steps of the weights' number format are larger than much of what was trained. "
-                "A merge with `--dtype float32`, or the adapter apart from the weights, keeps all of it."
+                f"A merge {remedy}, or the adapter apart from the weights, keeps all of it."
             ]
     papers = [method.paper for method in methods_of(facts) if method.paper is not None]
     if papers:
@@ -93,13 +95,19 @@ def _verdict(facts: Facts) -> Iterator[str]:
 
 def _figures(facts: Facts, found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     reason = plain(_without_paths(str(found.get("reason") or ""), facts))
-    yield "Verdict", "parity" if found["parity"] else f"**no parity**{': ' + reason if reason else ''}"
+    told = "parity"
+    if found.get("requantized") and not part(found, "forward"):
+        told = "quantized again as it must be; its answers were not compared with the trained model's"
+    yield "Verdict", told if found["parity"] else f"**no parity**{': ' + reason if reason else ''}"
     what = "the adapters, at their weights," if len(adapters_of(found)) > 1 else "the adapter"
     yield "Compared with", f"{what} on {_base(found)}"
     if weights := part(found, "weights"):
-        yield "Weights", ", ".join(f"{number(weights.get(key), 'd')} {key}" for key in ("tensors", "merged", "wrong"))
+        again = weights.get("requantized")
+        keys = ("tensors", "merged", *(("requantized",) if again else ()), "wrong")
+        yield "Weights", ", ".join(f"{number(weights.get(key), 'd')} {key}" for key in keys)
         worst = number(weights.get("worst_error_in_steps"), ".4f")
-        yield "Worst error", f"{worst} steps of the dtype (0.5 is exact rounding)"
+        if weights.get("merged") or not again:
+            yield "Worst error", f"{worst} steps of the dtype (0.5 is exact rounding)"
     if forward := part(found, "forward"):
         trainer = part(forward, "trainer")
         yield "Trainer", f"{_distance(trainer)} ({plain(trainer.get('dtype') or '–')})"

@@ -46,7 +46,20 @@ class Encoder(Protocol):
 
     def encode(self, matrix: Array) -> Mapping[str, Array]:
         """Its stored tensors, by name, for other values (rows, width) in float32: each in the shape and dtype that it
-        has. As the format's library quantizes, if that takes no data (see `Calibrated` if it does)."""
+        has. As the format's library quantizes, if that takes no data (see `Calibrated` if it does). A coding that keeps
+        some of them in itself has a method `written`, which gives that of what was encoded."""
+
+
+class Divisible(Protocol):
+    """An encoder whose rows can be written a few at a time. (One that rounds values to 16 bits before it quantizes them
+    has that dtype as `rounds_to`, divisible or not.)"""
+
+    @property
+    def unit(self) -> int:
+        """Rows that are quantized together, and not together with others."""
+
+    def part(self, start: int, stop: int) -> Coding:
+        """The coding of rows [start, stop), whole units: of the same tensors what these have."""
 
 
 class Calibrated(Protocol):

@@ -24,7 +24,7 @@ class TensorPlan:
     `dtype`.
 
     `owner` is the number of the adapter that `source` comes with, None for the base's; `added` says that the base has
-    no tensor of that name. One that `encodes` a weight has its own values of it quantized again.
+    no tensor of that name. One that `encodes` a weight, which the base has as `coded`, has it quantized again.
     """
 
     name: str
@@ -36,11 +36,17 @@ class TensorPlan:
     pieces: tuple[Piece, ...] = ()
     added: bool = False
     encodes: TensorPlan | None = None
+    coded: TensorInfo | None = None
 
     @property
     def weight(self) -> TensorPlan:
         """The floats that it holds: itself, or what it encodes."""
         return self.encodes or self
+
+    @property
+    def leads(self) -> bool:
+        """Whether it has the codes of what it encodes, and not what is beside them."""
+        return self.coded is None or self.coded.coding is None or self.coded.coding.stored[0].name == self.name
 
     @property
     def parts(self) -> tuple[Part, ...]:

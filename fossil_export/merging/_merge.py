@@ -51,7 +51,7 @@ class MergeResult:
         kept = sum(self.survival.values(), Survival()).survived
         share = "" if kept is None else f", {kept:.1%} of the update kept"
         return (
-            f"<MergeResult {self.output}: {len(self.survival)} of {len(self.plan.tensors)} tensors merged{share}, "
+            f"<MergeResult {self.output}: {len(self.survival)} of {self.plan.parameters} tensors merged{share}, "
             f"{self.plan.nbytes:,} bytes in {self.seconds:.1f} s>"
         )
 
@@ -61,7 +61,7 @@ class MergeResult:
         return {
             "output": str(self.output),
             "tensors_merged": len(merged),
-            "tensors": len(self.plan.tensors),
+            "tensors": self.plan.parameters,
             "bytes": self.plan.nbytes,
             "seconds": round(self.seconds, 3),
             "peak_memory": self.peak_memory,
@@ -199,6 +199,11 @@ def survival_warnings(plan: MergePlan, survival: Mapping[str, Survival]) -> list
     if total >= WARNING_BELOW:
         return []
     worst = sorted(survival, key=lambda name: survival[name].survived or 0.0)
+    if plan.min_survival is not None:
+        return [
+            f"only {total:.0%} of the update survived quantizing again (least in {listed(worst, 3)}); "
+            "merge without --requantize, or serve the adapter beside the quantized model"
+        ]
     return [
         f"only {total:.0%} of the update survived rounding (least in {listed(worst, 3)}); "
         "merge with --dtype float32, or keep the shards apart from the weights when you serve the model"

@@ -109,6 +109,18 @@ class MergePlan:
         return tuple(tensor for file in self.files for tensor, _ in file.tensors)
 
     @property
+    def parameters(self) -> int:
+        """How many tensors the model has, of which each that stays quantized is one, however many it lies in."""
+        if self.min_survival is None:
+            return len(self.tensors)
+        return len(self.base.tensors) + self.count("add")
+
+    @property
+    def merged(self) -> int:
+        """How many of them updates are added to."""
+        return sum(bool(tensor.weight.changes) and tensor.leads for tensor in self.tensors)
+
+    @property
     def modules(self) -> dict[str, TensorPlan]:
         """The tensor that each trained module changes, by the module's name."""
         return {change.trained.module: tensor for tensor in self.tensors for change in tensor.changes}

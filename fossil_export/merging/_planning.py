@@ -24,7 +24,7 @@ from fossil_export.merging._placement import Places, together
 from fossil_export.merging._plan import MergePlan
 from fossil_export.merging._quantized import refuse_casting
 from fossil_export.merging._replication import replicated
-from fossil_export.merging._requantize import LEAST, as_stored, stored_plans
+from fossil_export.merging._requantize import LEAST, as_stored, refuse_added, stored_plans
 from fossil_export.merging._seen_weights import with_tensors
 from fossil_export.merging._ties import are_equal
 from fossil_export.merging._trained_on import seen_base
@@ -64,6 +64,8 @@ def plan_merge(
     """
     adapters, found_weights = loaded(adapter, weights)
     dtype = torch_name(dtype)
+    if not 0 <= min_survival <= 1:
+        raise MergeError(f"min_survival is {min_survival!r}, expected a share from 0 to 1")
     if requantize and dtype != "auto":
         raise MergeError("--requantize keeps the base's dtypes; leave out --dtype")
     if dtype != "auto" and dtype not in BY_TORCH_NAME:
@@ -156,8 +158,10 @@ def planned(asked: MergePlan, dtype: str, tied: Sequence[bool | None]) -> MergeP
         by_file = {one.output_name: [plans[info.name] for info in one.tensors] for one in base.files}
     else:
         by_file = stored_plans(base, plans)
-    for name in places.added:
-        by_file[base.files[-1].output_name].append(_tensor_plan(name, None, places, dtype))
+    new = [_tensor_plan(name, None, places, dtype) for name in places.added]
+    if stored is not base:
+        refuse_added(base, new)
+    by_file[base.files[-1].output_name] += new
     if any(header.derived for header in base.files):  # a file may have held nothing but layers that are left out
         by_file = {name: tensors for name, tensors in by_file.items() if tensors}
     files, index = lay_out(stored, by_file, asked.max_shard_size)

@@ -6,16 +6,19 @@ float32 and quantized once (`Encoder.encode`); how much of the update that leave
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._coding import BLOCK, CodedRows
+from fossil_export.checkpoints._dtypes import element_count
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.errors import MergeError, listed
+from fossil_export.merging._change import Part
 from fossil_export.merging._layout import TensorPlan
 from fossil_export.merging._plan import MergePlan
+from fossil_export.merging._quantized import quantization
 from fossil_export.merging._survival import Survival, measure
 
 if TYPE_CHECKING:
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
+AT_ONCE = 1 << 24
+"""Elements that are quantized at a time, if the format lets them be apart."""
+
 LEAST = 0.5
 """Share of the update that must be left, if the user does not say."""
 
@@ -32,6 +38,8 @@ LEAST = 0.5
 def as_stored(base: Checkpoint, given: Checkpoint) -> Checkpoint:
     """The base with its quantized tensors. Raises MergeError if it is not quantized, or is another than the one `given`
     (layers are repeated, or taken as training saw them)."""
+    if base.quantized is None and (unread := quantization(base)):
+        raise MergeError(f"{base.location}: cannot be quantized again; {unread}")
     if base.quantized is None:
         raise MergeError(
             f"{base.location}: is not quantized, so nothing can be quantized again; leave out --requantize"
@@ -46,6 +54,9 @@ def stored_plans(base: Checkpoint, plans: Mapping[str, TensorPlan]) -> dict[str,
     cannot be written."""
     assert base.quantized is not None
     weights = {info.name: one for one in base.tensors.values() if one.coding for info in one.coding.stored}
+    held = {one.name for one in weights.values()} | base.quantized.stored.tensors.keys()
+    if any(plan.action != "copy" and name not in held for name, plan in plans.items()):
+        raise _not_written(base)  # not under its own name
     found: dict[str, list[TensorPlan]] = {}
     for header in base.quantized.stored.files:
         tensors = found.setdefault(header.output_name, [])
@@ -68,16 +79,60 @@ def _encoded(info: TensorInfo, weight: TensorPlan, base: Checkpoint) -> TensorPl
     coded = base.tensors[weight.name]
     assert base.quantized is not None
     if not (hasattr(coded.coding, "encode") or hasattr(coded.coding, "encoder")):
-        raise MergeError(
-            f"{base.location}: weights of {base.quantized.format} are read and not written; leave out --requantize, "
-            "and quantize the merged model with the library that made the base"
-        )
+        raise _not_written(base)
     if weight.shape != coded.shape:
         raise MergeError(
             f"{base.location}: {weight.name} {list(coded.shape)} becomes {list(weight.shape)}, which its quantized "
             "form has no room for; leave out --requantize"
         )
-    return replace(_copied(info), encodes=replace(weight, dtype="F32"))
+    return replace(_copied(info), encodes=replace(weight, dtype="F32"), coded=coded)
+
+
+def _not_written(base: Checkpoint) -> MergeError:
+    assert base.quantized is not None
+    return MergeError(
+        f"{base.location}: weights of {base.quantized.format} are read and not written; leave out --requantize, "
+        "and quantize the merged model with the library that made the base"
+    )
+
+
+def refuse_added(base: Checkpoint, added: Iterable[TensorPlan]) -> None:
+    """Raise MergeError for a matrix that the base does not have: by its config it may be a quantized one."""
+    for tensor in added:
+        if len(tensor.shape) > 1:
+            raise MergeError(
+                f"{base.location}: has no {tensor.name}, which the adapter brings or parts from the embedding; the "
+                "base's config says of quantized weights only which there are now; leave out --requantize"
+            )
+
+
+def ranges(coded: TensorInfo, parts: Sequence[Part]) -> list[tuple[int, int]]:
+    """The rows of a quantized weight's matrix that are quantized together: about `AT_ONCE` elements, if its coding has
+    units of rows (`Divisible`) and none of the `parts` that change or are brought is in two of them; else all rows."""
+    coding: Any = coded.coding
+    count = element_count(coded.shape)
+    unit = getattr(coding, "unit", None)
+    if unit is None:
+        return [(0, count // coding.width)]
+    unit *= coding.width
+    whole = sorted((part.first, part.last) for part in parts if part.changes or part.piece is not None)
+    found, start, at = [], 0, 0
+    for stop in range(unit, count, unit):
+        while at < len(whole) and whole[at][1] <= stop:
+            at += 1
+        inside = at < len(whole) and whole[at][0] < stop
+        if not inside and stop - start + unit > AT_ONCE:
+            found.append((start // coding.width, stop // coding.width))
+            start = stop
+    return [*found, (start // coding.width, count // coding.width)]
+
+
+def part_of(coded: TensorInfo, start: int, stop: int) -> TensorInfo:
+    """Rows [start, stop) of a quantized weight's matrix, one of its `ranges`, as a weight."""
+    coding: Any = coded.coding
+    if (start, stop) == (0, element_count(coded.shape) // coding.width):
+        return coded
+    return replace(coded, shape=(stop - start, coding.width), coding=coding.part(start, stop))
 
 
 @dataclass(frozen=True)
@@ -103,14 +158,15 @@ def encode(coded: TensorInfo, before: CodedRows | None, matrix: Array, codes_of:
     def rows_of(info: TensorInfo, start: int, stop: int) -> Array:
         return tensors[info.name].reshape(info.shape)[start:stop]
 
-    after = CodedRows(replace(coded, shape=matrix.shape), rows_of, 0, len(matrix))
+    own = coding.written(tensors) if hasattr(coding, "written") else coding
+    after = CodedRows(replace(coded, shape=matrix.shape, coding=own), rows_of, 0, len(matrix))
     total, step = Survival(), max(1, BLOCK // matrix.shape[1])
     import numpy as np
 
     for start in range(0, len(matrix), step):
         stop = min(start + step, len(matrix))
-        own = before[start:stop].astype(np.float32)
-        total += measure(own, matrix[start:stop] - own, after[start:stop].astype(np.float32))
+        was = before[start:stop].astype(np.float32)
+        total += measure(was, matrix[start:stop] - was, after[start:stop].astype(np.float32))
     return Encoded(tensors, total)
 
 

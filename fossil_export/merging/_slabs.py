@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fossil_export.checkpoints._dtypes import FLOATS, itemsize
+from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.merging._change import Part
 from fossil_export.merging._layout import FilePlan, TensorPlan
+from fossil_export.merging._requantize import part_of, ranges
 
 SLAB = 8 << 20
 """Bytes written at a time."""
@@ -52,14 +54,17 @@ class RowsSlab:
 
 @dataclass(frozen=True, slots=True)
 class EncodeSlab:
-    """A weight that is merged and quantized again as a whole: its stored tensors in this file, with their offsets."""
+    """Rows [start, stop) of the matrix of a weight that is merged and quantized again, which are quantized together:
+    what they have of its stored tensors in this file, with their offsets."""
 
     weight: TensorPlan
-    tensors: tuple[tuple[TensorPlan, int], ...]
+    start: int
+    stop: int
+    tensors: tuple[tuple[TensorInfo, int], ...]
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor, _ in self.tensors)
+        return sum(info.nbytes for info, _ in self.tensors)
 
 
 Slab = CopySlab | RowsSlab | EncodeSlab
@@ -73,7 +78,7 @@ def slabs(file: FilePlan) -> Iterator[Slab]:
         if tensor.encodes is not None:
             encoded.setdefault(tensor.encodes.name, []).append((tensor, offset))
     for own in encoded.values():
-        yield EncodeSlab(own[0][0].weight, tuple(own))
+        yield from _encode_slabs(own)
     for tensor, offset in file.tensors:
         if tensor.nbytes == 0 or tensor.encodes is not None:
             continue
@@ -89,6 +94,21 @@ def slabs(file: FilePlan) -> Iterator[Slab]:
                 pending = slab
     if pending is not None:
         yield from _copy_slabs(pending)
+
+
+def _encode_slabs(own: Sequence[tuple[TensorPlan, int]]) -> Iterator[EncodeSlab]:
+    weight, coded = own[0][0].weight, own[0][0].coded
+    assert coded is not None
+    offsets = {tensor.name: (tensor.source, offset) for tensor, offset in own}
+    for start, stop in ranges(coded, weight.parts):
+        part = part_of(coded, start, stop)
+        assert part.coding is not None
+        found = []
+        for info in part.coding.stored:
+            if info.name in offsets:
+                whole, offset = offsets[info.name]
+                found.append((info, offset + (info.offset or 0) - (whole.offset or 0)))
+        yield EncodeSlab(weight, start, stop, tuple(found))
 
 
 def _copied(tensor: TensorPlan, part: Part, offset: int) -> CopySlab | None:
@@ -118,8 +138,13 @@ def _copy_slabs(whole: CopySlab) -> Iterator[CopySlab]:
         start = stop
 
 
-def row_slabs(tensor: TensorPlan, part: Part, offset: int) -> Iterator[RowsSlab]:
+def row_slabs(tensor: TensorPlan, part: Part, offset: int, span: tuple[int, int] | None = None) -> Iterator[RowsSlab]:
+    """Those of a part; of one that nothing changes only the elements in `span`, if it is given."""
     unit = part.unit
+    first, last = 0, part.rows
+    if span is not None and not part.changes:
+        first = max(span[0] - part.first, 0) // part.width
+        last = -(-(min(span[1], part.last) - part.first) // part.width)
     rows = max(1, SLAB // (part.width * itemsize(tensor.dtype) * unit)) * unit
-    for start in range(0, part.rows, rows):
-        yield RowsSlab(tensor, part, start, min(start + rows, part.rows), offset)
+    for start in range(first, last, rows):
+        yield RowsSlab(tensor, part, start, min(start + rows, last), offset)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export.checkpoints._coding import CodedRows
-from fossil_export.checkpoints._dtypes import FLOATS, element_count, numpy_dtype, stored_dtype
+from fossil_export.checkpoints._dtypes import FLOATS, numpy_dtype, stored_dtype
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints._input import InputFile, StoredArray
 from fossil_export.checkpoints._output import ALIGNMENT, OutputFile
@@ -24,7 +24,7 @@ from fossil_export.merging._engine import Engine, Update, compute_dtype, is_fini
 from fossil_export.merging._kept import SMALL, Kept, Large
 from fossil_export.merging._layout import TensorPlan
 from fossil_export.merging._plan import MergePlan
-from fossil_export.merging._requantize import encode
+from fossil_export.merging._requantize import encode, part_of
 from fossil_export.merging._slabs import SLAB, CopySlab, EncodeSlab, RowsSlab, Slab, row_slabs
 from fossil_export.merging._survival import Survival, sampled_share
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 WHOLE = 2
-"""Weights that are in memory as a whole at a time, to be quantized again."""
+"""Weights, or rows of them that are quantized together, that are in memory at a time."""
 
 
 class Worker:
@@ -56,7 +56,7 @@ class Worker:
         self._lock = threading.Lock()
         self._local = threading.local()
         self._kept = Kept()
-        self._encoded: dict[str, Survival] = {}
+        self._encoded: dict[str, dict[int, Survival]] = {}
         self._whole = threading.Semaphore(WHOLE)
 
     def check(self) -> None:
@@ -76,7 +76,8 @@ class Worker:
     def survival(self, tensor: TensorPlan) -> Survival:
         """The sums over a merged tensor, added up in the order of its rows and taken for the whole of it."""
         if tensor.encodes is not None:
-            return self._encoded[tensor.name]
+            rows = self._encoded[tensor.name]
+            return sum((rows[start] for start in sorted(rows)), Survival())
         found, total = self._sums[tensor.name], Survival()
         for part in tensor.parts:
             if part.changes:
@@ -139,31 +140,38 @@ class Worker:
             self._cast(slab.tensor, slab.part, slab.part.unchanged_rows(source, rows_of, slab.start, slab.stop), out)
 
     def _encode(self, slab: EncodeSlab, output: OutputFile) -> None:
-        """A whole weight, merged in float32, quantized once."""
+        """Rows of a weight, merged in float32, quantized once."""
         import numpy as np
 
         weight = slab.weight
-        coded = self._tensors[weight.name]
-        assert coded.coding is not None
-        values = np.empty(element_count(weight.shape), np.float32)
+        whole = self._tensors[weight.name]
+        assert whole.coding is not None
+        coded = part_of(whole, slab.start, slab.stop)
+        width = whole.coding.width
+        first, last = slab.start * width, slab.stop * width
+        values = np.empty(last - first, np.float32)
         for part in weight.parts:
-            for rows in row_slabs(weight, part, 0):
+            if part.last <= first or part.first >= last:
+                continue
+            for rows in row_slabs(weight, part, 0, (first, last)):
                 out = np.empty((rows.count, part.width), np.float32)
                 self._fill(rows, out)
                 placed = part.matrix.write(out, rows.start) if part.changes else [Stored(rows.write_at // 4, out)]
                 for stored in placed:
-                    values[stored.offset : stored.offset + stored.values.size] = stored.values.reshape(-1)
-        matrix = values.reshape(-1, coded.coding.width)
+                    at = stored.offset - first
+                    values[at : at + stored.values.size] = stored.values.reshape(-1)
+        matrix = values.reshape(-1, width)
         flat = replace(coded, shape=matrix.shape)
         before = CodedRows(flat, self._codes, 0, len(matrix)) if weight.changes and not weight.brought else None
         found = encode(coded, before, matrix, self._codes)
-        for tensor, offset in slab.tensors:
-            raw = np.ascontiguousarray(found.tensors[tensor.name]).reshape(-1).view(np.uint8)
+        for info, offset in slab.tensors:
+            raw = np.ascontiguousarray(found.tensors[info.name]).reshape(-1).view(np.uint8)
             written = self._buffer("written", len(raw), offset)
             np.copyto(written, raw)
             output.write(offset, written)
-            if tensor.name == coded.coding.stored[0].name and before is not None:
-                self._encoded[tensor.name] = found.survival
+            if info.name == whole.coding.stored[0].name and before is not None:
+                with self._lock:
+                    self._encoded.setdefault(info.name, {})[slab.start] = found.survival
 
     def _read(self, info: TensorInfo, start: int, stop: int, *, owner: int | None) -> Rows:
         """Rows [start, stop) of the first axis of a tensor that the base or an adapter stores."""

@@ -110,14 +110,19 @@ def print_push_plan(plan: PushPlan) -> None:
 
 
 def print_verification(result: Verification) -> None:
-    pairs = [("verdict", "parity" if result.parity else "NOT the trained model")]
+    pairs = [("verdict", result.verdict)]
     pairs.append(("compared with", result.compared_with))
     if result.tensors is not None:
         merged = [check for check in result.tensors if check.action == "merge"]
         wrong = sum(check.problem is not None for check in result.tensors)
         worst = max((check.worst for check in merged), default=0.0)
-        pairs.append(("weights", f"{len(result.tensors)} tensors, {len(merged)} merged, {wrong} wrong"))
-        pairs.append(("worst error", f"{worst:.4f} steps of the dtype (0.5 is exact rounding)"))
+        again = sum(check.action == "requantize" for check in result.tensors)
+        told = f", {again} quantized again ({result.requantized})" if again else ""
+        pairs.append(("weights", f"{len(result.tensors)} tensors, {len(merged)} merged{told}, {wrong} wrong"))
+        if merged or not again:
+            pairs.append(("worst error", f"{worst:.4f} steps of the dtype (0.5 is exact rounding)"))
+        if again and result.survived is not None:
+            pairs.append(("update kept", f"{result.survived:.1%}"))
     if result.forward is not None:
         forward = result.forward
         for name, found in (("trainer", forward.trainer), ("artifact", forward.artifact)):

@@ -15,7 +15,6 @@ from fossil_export.tables._shared import described, named_at, print_grouped
 if TYPE_CHECKING:
     from fossil_export.merging import MergePlan, MergeResult
     from fossil_export.merging._change import Change
-    from fossil_export.merging._layout import TensorPlan
     from fossil_export.merging._quantization_error import Ratio
     from fossil_export.publishing import StreamPlan, StreamResult
 
@@ -33,17 +32,11 @@ def print_plan(plan: MergePlan, every: bool = False) -> None:
             or tensor.source.name,
         )
         for tensor in plan.tensors
-        if tensor.action in ("merge", "replace", "add", "requantize") and (tensor.encodes is None or _is_first(tensor))
+        if tensor.action in ("merge", "replace", "add", "requantize") and tensor.leads
     ]
     print_grouped(("action", "tensor", "dtype", "shape", "from"), rows, every)
     click.echo()
     print_plan_summary(plan)
-
-
-def _is_first(tensor: TensorPlan) -> bool:
-    """Whether it holds the codes of a weight, and not what is beside them."""
-    coding = tensor.weight.source.coding
-    return coding is not None and coding.stored[0].name == tensor.name
 
 
 def _told(change: Change) -> str:
@@ -120,18 +113,25 @@ def _trained_as(plan: MergePlan) -> str:
     return " + ".join(f"{described(adapter)}{times}" for adapter, times in pairs)
 
 
+def _kept_in(plan: MergePlan) -> str:
+    return plan.base.quantized.format if plan.base.quantized is not None else "-"
+
+
 def print_result(result: MergeResult) -> None:
+    from fossil_export.merging._survival import Survival
+
     plan = result.plan
-    total = result.to_dict()["survival"]["survived"]
+    total = sum(result.survival.values(), Survival()).survived
+    sampled = " (sampled rows)" if plan.min_survival is None else f" (quantized again: {_kept_in(plan)})"
     print_pairs(
         [
             (
                 "merged",
-                f"{plan.count('merge')} of {len(plan.tensors)} tensors ({_trained_as(plan)})",
+                f"{plan.merged} of {plan.parameters} tensors ({_trained_as(plan)})",
             ),
             *_seen(plan),
             *([("quantization", ratios_told(result.ratios))] if result.ratios else []),
-            ("update kept", "-" if total is None else f"{total:.1%} (sampled rows)"),
+            ("update kept", "-" if total is None else f"{total:.1%}{sampled}"),
             ("written", readable_bytes(plan.nbytes)),
             ("time", f"{result.seconds:.1f} s"),
             ("peak memory", readable_bytes(result.peak_memory)),

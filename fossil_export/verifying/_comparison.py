@@ -145,12 +145,13 @@ class Files:
 
         def read(info: TensorInfo, start: int, stop: int) -> Any:
             if info.coding is not None:
-                return CodedRows(info, self._codes, start, stop)
+                return CodedRows(info, self.codes, start, stop)
             return self.array(info, adapter)[start:stop]
 
         return read
 
-    def _codes(self, info: TensorInfo, start: int, stop: int) -> Any:
+    def codes(self, info: TensorInfo, start: int, stop: int) -> Any:
+        """Rows of what values are decoded from."""
         assert info.offset is not None
         whole = StoredArray(self._file(info), info.offset, info.shape, stored_dtype(info.dtype))
         return whole if (start, stop) == (0, len(whole)) else whole[start:stop]  # of all of it, columns may be wanted

@@ -17,6 +17,7 @@ from fossil_export.verifying._artifacts import Progress, count_parameters
 from fossil_export.verifying._folder import check_folder
 from fossil_export.verifying._forward import Subject
 from fossil_export.verifying._models import Tokens, open_artifact
+from fossil_export.verifying._requantized import check_requantized
 from fossil_export.verifying._seen import plain_base
 from fossil_export.verifying._stored import stored_dtype
 from fossil_export.verifying._sum import Sum
@@ -37,8 +38,18 @@ class MergedFolder:
         plan = settled(plan_onto(base, added.adapters, added.weights, dtype=dtype))
         base = replicated(added.adapters, base)
         problems = list(check_folder(self.checkpoint, base, record, plan))
-        tensors = check_weights(self.checkpoint, base, added, dtype, progress)
-        return tensors, problems + [f"{check.name} {check.problem}" for check in tensors if check.problem]
+        tensors: tuple[TensorCheck, ...] | None
+        if self.checkpoint.quantized is None:
+            tensors = check_weights(self.checkpoint, base, added, dtype, progress)
+        else:
+            tensors, more = check_requantized(self.checkpoint, base, added, progress)
+            problems += more
+        return tensors, problems + [f"{check.name} {check.problem}" for check in tensors or () if check.problem]
+
+    @property
+    def requantized(self) -> str | None:
+        """The quantized format that it is in, which a merge keeps if it is told to; None for plain floats."""
+        return self.checkpoint.quantized.format if self.checkpoint.quantized is not None else None
 
     def incomparable(self) -> str | None:
         return None

@@ -98,6 +98,8 @@ def html(result: Verification) -> str:
 def _verdict(result: Verification) -> str:
     levels = [name for name, found in (("weights", result.tensors), ("forward", result.forward)) if found is not None]
     said = "The artifact is the trained model, up to rounding." if result.parity else result.problems[0]
+    if result.parity and result.verdict != "parity":
+        said = f"{result.verdict[0].upper()}{result.verdict[1:]}."
     ran = f"Levels that ran: {' and '.join(levels)}" if levels else "No level could run"
     return (
         f'<header class="verdict{"" if result.parity else " bad"}">'

@@ -40,6 +40,8 @@ class Verification:
     seconds: float
     warnings: tuple[str, ...] = ()
     training: Training = field(default_factory=Training)
+    requantized: str | None = None
+    """The quantized format that the artifact was left in."""
 
     def __repr__(self) -> str:
         found = "parity" if self.parity else f"{len(self.problems)} problems, the first: {self.problems[0]}"
@@ -62,6 +64,21 @@ class Verification:
     @property
     def parity(self) -> bool:
         return not self.problems
+
+    @property
+    def verdict(self) -> str:
+        """In a few words: "parity" only of what may answer as the trained model does."""
+        if not self.parity:
+            return "NOT the trained model"
+        if self.requantized and self.forward is None:
+            return "quantized again as it must be; its answers were not compared"
+        return "parity"
+
+    @property
+    def survived(self) -> float | None:
+        """The share of the update that is in the weights, if they were compared."""
+        update = sum(check.update for check in self.tensors or ())
+        return sum(check.kept for check in self.tensors or ()) / update if update else None
 
     def to_dict(self) -> dict[str, Any]:
         """Every figure, as `--json` prints it; infinite errors are None."""
@@ -92,6 +109,7 @@ def certificate(result: Verification) -> dict[str, Any]:
         "base_weights": result.training.base_weights,
         **({"trained_on": result.training.seen.record()} if result.training.seen.how is not None else {}),
         **({"into": "original"} if result.training.is_other else {}),
+        **({"requantized": result.requantized} if result.requantized else {}),
         "quantized_training": result.quantized_training,
         "device": result.device,
         "versions": versions(),
@@ -99,16 +117,16 @@ def certificate(result: Verification) -> dict[str, Any]:
         "forward": None,
     }
     if result.tensors is not None:
-        kept = sum(check.kept for check in result.tensors)
-        update = sum(check.update for check in result.tensors)
         merged = [check for check in result.tensors if check.action == "merge"]
+        again = sum(check.action == "requantize" for check in result.tensors)
         found["weights"] = {
             "tensors": len(result.tensors),
             "merged": len(merged),
+            **({"requantized": again} if result.requantized else {}),
             "wrong": sum(check.problem is not None for check in result.tensors),
             "worst_error_in_steps": finite(max((check.worst for check in merged), default=0.0)),
             "elements_off": sum(check.off for check in result.tensors),
-            "update_survived": finite(kept / update) if update else None,
+            "update_survived": None if result.survived is None else finite(result.survived),
         }
     if result.forward is not None:
         forward = result.forward

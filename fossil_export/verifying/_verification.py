@@ -126,6 +126,7 @@ def _verified(
     tensors = forward = None
     together = True
     notes: list[str] = []
+    requantized = getattr(found, "requantized", None)
     if level in ("weights", "all"):
         try:
             changed = base_checkpoint if training.into == "original" else trained
@@ -146,6 +147,8 @@ def _verified(
                 wrong, note = training.explained(forward.problem)
                 problems += [wrong] if wrong else []
                 notes += [note] if note else []
+                if wrong and requantized:
+                    problems[-1] += f"; it was quantized again ({requantized}), which makes another model of it"
                 problems += running.afterwards(tokenize(subject.described_by, texts[:SWAPPED]), device)
         except FossilExportError:
             raise
@@ -157,6 +160,11 @@ def _verified(
             problems.append(f"the artifact {what}")  # what is wrong with its weights may be why
     if forward is None and training.untold:
         problems.append(training.untold)
+    if forward is None and requantized:
+        notes.append(
+            f"it was quantized again ({requantized}), which makes another model of it; --level forward says how far "
+            "its answers are from the trained model's"
+        )
     return Verification(
         origin=origin,
         artifact=folder,
@@ -174,6 +182,7 @@ def _verified(
         + training.seen.warnings
         + tuple(notes),
         training=training,
+        requantized=requantized,
     )
 
 

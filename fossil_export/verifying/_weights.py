@@ -8,7 +8,7 @@ a sum, a proven bound for bat's products).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -67,9 +67,21 @@ def check_weights(
     little memory. Raises MergeError where an adapter does not belong to the base.
     """
     base = replicated(added.adapters, base)
-    places = _places(added, base)
+    return check_tensors(artifact, base, added, places_of(added, base), dtype, progress, {})
+
+
+def check_tensors(
+    artifact: Checkpoint,
+    base: Checkpoint,
+    added: Sum,
+    places: Places,
+    dtype: str,
+    progress: Callable[[int], None],
+    known: Mapping[str, TensorCheck],
+) -> tuple[TensorCheck, ...]:
+    """The same for what goes to these `places`; of some tensors the check is `known`."""
     names = [*base.tensors, *places.added]
-    tensors = [_expected(name, artifact, base, places, dtype) for name in names]
+    tensors = [known.get(name) or _expected(name, artifact, base, places, dtype) for name in names]
     jobs = [job for found in tensors if isinstance(found, tuple) for job in found]
     headers = [*artifact.files, *base.files, *(header for one in added.adapters for header in one.headers)]
     threads = os.cpu_count() or 1
@@ -87,7 +99,8 @@ def check_weights(
     return tuple(checks)
 
 
-def _places(added: Sum, base: Checkpoint) -> Places:
+def places_of(added: Sum, base: Checkpoint) -> Places:
+    """Where everything that was trained goes. Raises MergeError where it has no place."""
     placements = []
     for adapter in added.adapters:
         placement = place(adapter, base)

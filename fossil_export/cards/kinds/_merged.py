@@ -24,6 +24,10 @@ def _made(facts: Facts) -> Iterator[tuple[str, Any]]:
         if (facts.record or {}).get("into") == "trained":
             where = "into the base dequantized again, as training saw it"
         yield "Trained on", f"the base quantized to {plain(seen['kind'])}{double}; merged {where}"
+    if name := (quantization := part(facts.record, "quantization")).get("base"):
+        kept = quantization.get("kept") is True
+        told = "merged weights are quantized again, all others are as they were" if kept else "dequantized"
+        yield "Quantization", f"the base's {plain(str(name))}: {told}"
     yield "Dtype", plain((own or "the base's") if dtype in (None, "auto") else dtype)
 
 

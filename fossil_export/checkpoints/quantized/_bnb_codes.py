@@ -11,8 +11,9 @@ not divide rows, as that on CUDA does not), and `int8_vectorwise_dequant` in bit
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fossil_export.checkpoints._coding import BLOCK, Coding, Decode
@@ -143,6 +144,15 @@ class FourBitCodes:
         }
         return found | (self._plain_scales(scales) if self.nested is None else self._nested_scales(scales, self.nested))
 
+    def written(self, tensors: Mapping[str, Array]) -> FourBitCodes:
+        """The coding of what `encode` gave: it has an offset of its own."""
+        if self.state.nested is None:
+            return self
+        text = tensors[self.text.name].tobytes().decode()
+        offset = float(json.loads(text)["nested_offset"])
+        state = replace(self.state, text=text, nested=replace(self.state.nested, offset=offset))
+        return replace(self, state=state)
+
     def _plain_scales(self, scales: Array) -> dict[str, Array]:
         import numpy as np
 
@@ -175,6 +185,7 @@ class RowsOfInt8:
     scales: TensorInfo
     form: TensorInfo | None
     dtype: str
+    rounds_to = "F16"
 
     @property
     def stored(self) -> tuple[TensorInfo, ...]:
@@ -226,6 +237,10 @@ class Turned:
     dtype: str
 
     @property
+    def rounds_to(self) -> str | None:
+        return getattr(self.coding, "rounds_to", None)
+
+    @property
     def stored(self) -> tuple[TensorInfo, ...]:
         return self.coding.stored
 
@@ -243,6 +258,9 @@ class Turned:
             last = min(first + step, self.outputs)
             found[:, first:last] = decode(first, last)[:, start:stop].T
         return lambda begin, end: found[begin:end]
+
+    def written(self, tensors: Mapping[str, Array]) -> Turned:
+        return replace(self, coding=self.coding.written(tensors)) if isinstance(self.coding, FourBitCodes) else self
 
     def encode(self, matrix: Array) -> Mapping[str, Array]:
         import numpy as np

@@ -83,6 +83,18 @@ class Affine:
             )
         return found
 
+    @property
+    def rounds_to(self) -> str:
+        return self.scales.dtype
+
+    @property
+    def unit(self) -> int:
+        return 1
+
+    def part(self, start: int, stop: int) -> Affine:
+        codes, scales, biases = (_rows(_flat(info), start, stop) for info in self.stored)
+        return Affine(codes, scales, biases, self.bits, self.once)
+
     def encode(self, matrix: Array) -> Mapping[str, Array]:
         """As MLX quantizes on a CPU (`mx.quantize`), or as transformers does for Metal; values are rounded to the dtype
         of the scales before."""
@@ -169,6 +181,11 @@ def _flat(info: TensorInfo) -> TensorInfo:
     """A tensor (…, n) as a matrix."""
     count = element_count(info.shape)
     return slice_of(info, 0, count, (element_count(info.shape[:-1]), info.shape[-1]))
+
+
+def _rows(matrix: TensorInfo, start: int, stop: int) -> TensorInfo:
+    width = matrix.shape[1]
+    return slice_of(matrix, start * width, (stop - start) * width, (stop - start, width))
 
 
 class Mlx(BaseFormat):

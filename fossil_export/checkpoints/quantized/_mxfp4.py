@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fossil_export.checkpoints._coding import Decode
-from fossil_export.checkpoints._dtypes import numpy_dtype
-from fossil_export.checkpoints._header import TensorInfo
+from fossil_export.checkpoints._dtypes import element_count, numpy_dtype
+from fossil_export.checkpoints._header import TensorInfo, slice_of
 from fossil_export.checkpoints.quantized._format import BaseFormat, Stored, coded, float_dtype
 from fossil_export.errors import CheckpointError
 
@@ -108,6 +108,17 @@ class Mxfp4:
                 )
             yield before + low * GROUP - start, own, powers
 
+    rounds_to = "BF16"
+
+    @property
+    def unit(self) -> int:
+        return self.inputs
+
+    def part(self, start: int, stop: int) -> Mxfp4:
+        first, count = start // self.inputs, (stop - start) // self.inputs
+        codes, scales = (_experts(info, first, count) for info in self.stored)
+        return Mxfp4(codes, scales, self.dtype)
+
     def encode(self, matrix: Array) -> Mapping[str, Array]:
         """As transformers quantizes: the least power of two with which all 32 values are at most 6, and the nearest
         code, of two equally near ones the larger. Values are rounded to bfloat16 before."""
@@ -124,6 +135,11 @@ class Mxfp4:
                 found = _encoded(part.reshape(-1, groups, GROUP))
                 codes[expert, first : first + step], scales[expert, first : first + step] = found
         return {self.codes.name: codes, self.scales.name: scales}
+
+
+def _experts(info: TensorInfo, first: int, count: int) -> TensorInfo:
+    size = element_count(info.shape[1:])
+    return slice_of(info, first * size, count * size, (count, *info.shape[1:]))
 
 
 def _encoded(values: Array) -> tuple[Array, Array]:

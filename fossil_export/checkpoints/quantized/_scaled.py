@@ -10,7 +10,7 @@ cut.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -83,6 +83,18 @@ class Scaled:
         numbers = np.arange(start, stop)
         found: Array = numbers // self.outputs * self.grid[0] + numbers % self.outputs // self.block[0]
         return found
+
+    @property
+    def unit(self) -> int | None:
+        """Rows of one matrix; None if something is told of all of them at once."""
+        return None if self.overall is not None else self.outputs
+
+    def part(self, start: int, stop: int) -> Scaled:
+        grids = start // self.outputs * self.grid[0], stop // self.outputs * self.grid[0]
+        beside = [None if one is None else _rows(one, self.grid[1], *grids) for one in (self.scales, self.zeros)]
+        assert beside[0] is not None
+        codes = _rows(self.codes, self.codes.shape[-1], start, stop)
+        return replace(self, codes=codes, scales=beside[0], zeros=beside[1])
 
     def encode(self, matrix: Array) -> dict[str, Array]:
         from fossil_export.checkpoints.quantized._scaling import encode
@@ -265,6 +277,11 @@ def _damaged(info: TensorInfo) -> CheckpointError:
     return CheckpointError(
         f"{info.path}: {info.name} holds infinite or NaN values; the base is damaged, fetch it again"
     )
+
+
+def _rows(info: TensorInfo, columns: int, start: int, stop: int) -> TensorInfo:
+    """Rows [start, stop) of a tensor as a matrix of so many columns."""
+    return slice_of(info, start * columns, (stop - start) * columns, (stop - start, columns))
 
 
 def _matrix(info: TensorInfo, columns: int) -> TensorInfo:

@@ -1,0 +1,394 @@
+"""Merges that keep the base's quantization: against the formats' own libraries, and what verify says of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gguf_bases
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import edit_json
+from peft import LoraConfig, PeftModel, get_peft_model
+from quantized_bnb import Tensors
+from quantized_kept import CASES, Case
+from quantized_mxfp4 import trained
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import fossil_export
+from fossil_export.checkpoints._header import TensorInfo
+from fossil_export.checkpoints._opening import open_checkpoint
+from fossil_export.cli import main
+from fossil_export.errors import MergeError
+from fossil_export.merging import _requantize
+from fossil_export.verifying._comparison import Files
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Case, Path]]:
+    """A base of the format that is named, its adapter and the merge that keeps the format; made once, only read."""
+
+    @cache
+    def case(name: str) -> tuple[Case, Path]:
+        work = tmp_path_factory.mktemp(name.replace(" ", "_"))
+        found = CASES[name](work)
+        merge(found, work / "merged")
+        return found, work / "merged"
+
+    return case
+
+
+def merge(case: Case, folder: Path, **options: Any) -> fossil_export.MergeResult:
+    return fossil_export.merge(
+        case.adapter, folder, base=case.quantized, requantize=True, **{"min_survival": 0, **options}
+    )
+
+
+def verified(case: Case, folder: Path, level: Any = "weights") -> fossil_export.Verification:
+    return fossil_export.verify(folder, adapter=case.adapter, base=case.quantized, level=level)
+
+
+def touched(case: Case) -> dict[str, TensorInfo]:
+    """The quantized weights that the adapter changes."""
+    base = open_checkpoint(case.quantized)
+    plan = fossil_export.plan_merge(case.adapter, case.quantized)
+    return {one.name: base.tensors[one.name] for one in plan.tensors if one.changes and base.tensors[one.name].coding}
+
+
+def stored_of(info: TensorInfo) -> list[str]:
+    assert info.coding is not None
+    return [one.name for one in info.coding.stored]
+
+
+def codes_of(info: TensorInfo) -> str:
+    return stored_of(info)[0]
+
+
+def merged_by_peft(case: Case, dtype: torch.dtype = torch.float32) -> Tensors:
+    model = AutoModelForCausalLM.from_pretrained(case.dequantized, dtype=dtype)
+    return PeftModel.from_pretrained(model, str(case.adapter)).merge_and_unload().state_dict()
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_all_but_the_merged_weights_is_the_bases_byte_for_byte(name: str, made: Any) -> None:
+    case, merged = made(name)
+    changed = {one for info in touched(case).values() for one in stored_of(info)}
+    assert changed
+    plan = fossil_export.plan_merge(case.adapter, case.quantized)
+    changed |= {one.name for one in plan.tensors if one.changes and not plan.base.tensors[one.name].coding}
+    before, after = load_file(case.quantized / WEIGHTS), load_file(merged / WEIGHTS)
+    assert list(before) == list(after)
+    for one, value in before.items():
+        same = torch.equal(after[one].reshape(-1).view(torch.uint8), value.reshape(-1).view(torch.uint8))
+        assert same or one in changed, one
+    assert all(not torch.equal(after[one], before[one]) for one in map(codes_of, touched(case).values()))
+    size = 8 + int.from_bytes((case.quantized / WEIGHTS).read_bytes()[:8], "little")
+    assert (case.quantized / WEIGHTS).read_bytes()[:size] == (merged / WEIGHTS).read_bytes()[:size]
+    assert (case.quantized / "config.json").read_bytes() == (merged / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8", "fp8", "packed", "channels"])
+def test_merged_weights_are_what_the_library_makes_of_them(name: str, made: Any) -> None:
+    case, merged = made(name)
+    before, after, wanted = load_file(case.quantized / WEIGHTS), load_file(merged / WEIGHTS), merged_by_peft(case)
+    different = total = 0
+    for weight, info in touched(case).items():
+        for one, value in case.requantized(weight, wanted[weight], before).items():
+            if one in stored_of(info) and value.ndim and "quant_state" not in one:
+                # PEFT adds in another order: scales may differ in the last bit, and so may codes between two.
+                different += int((after[one].view(torch.uint8) != value.contiguous().view(torch.uint8)).sum())
+                total += value.nbytes if value.dtype != torch.float32 else 0
+                if value.is_floating_point():
+                    assert torch.allclose(after[one].float(), value.float(), rtol=1e-6 if value.nbytes > 1 else 0.1)
+    assert total > 300_000 / 4 and different < 2e-3 * total
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_verify_finds_the_weights_right_and_says_that_it_is_another_model(name: str, made: Any) -> None:
+    case, merged = made(name)
+    found = verified(case, merged)
+    assert found.parity, found.problems
+    assert found.verdict == "quantized again as it must be; its answers were not compared"
+    assert any("quantized again" in line for line in found.warnings)
+    certificate = json.loads((merged / "fossil_parity.json").read_text())
+    record = json.loads((merged / "fossil_export.json").read_text())
+    assert certificate["requantized"] == record["quantization"]["base"] and record["quantization"]["kept"]
+    assert certificate["weights"]["requantized"] == len(touched(case))
+    assert certificate["weights"]["update_survived"] == pytest.approx(record["survival"]["survived"], rel=0.02)
+
+
+def rewritten(case: Case, merged: Path, folder: Path, change: Callable[[Tensors], None]) -> Path:
+    shutil.copytree(merged, folder)
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    return folder
+
+
+def flipped(value: torch.Tensor, at: int, mask: int) -> torch.Tensor:
+    found = value.clone().contiguous()
+    found.reshape(-1).view(torch.uint8)[at] ^= mask
+    return found
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_one_code_that_is_the_next_one_is_seen(name: str, made: Any, tmp_path: Path) -> None:
+    case, merged = made(name)
+    weight, info = next(iter(touched(case).items()))
+    codes = codes_of(info)
+    # The lowest bit of a code: a value that is one step off.
+    folder = rewritten(case, merged, tmp_path / "off", lambda one: one.update({codes: flipped(one[codes], 40, 1)}))
+    found = verified(case, folder)
+    assert not found.parity and f"{weight} 1 of" in found.problems[0], found.problems
+    assert "are not the merged ones quantized once" in found.problems[0]
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_another_scale_is_seen(name: str, made: Any, tmp_path: Path) -> None:
+    case, merged = made(name)
+    weight, info = next(iter(touched(case).items()))
+    scales = stored_of(info)[1]
+    before = load_file(merged / WEIGHTS)[scales]
+    # One step of its dtype; more of a float32, which may differ in its last bits.
+    mask, at = (16, 1) if before.dtype == torch.float32 else (1, 0)
+    folder = rewritten(case, merged, tmp_path / "off", lambda one: one.update({scales: flipped(before, at, mask)}))
+    found = verified(case, folder)
+    assert not found.parity and found.problems[0].startswith(weight), found.problems
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_a_weight_that_was_left_as_it_was_is_seen(name: str, made: Any, tmp_path: Path) -> None:
+    case, merged = made(name)
+    before = load_file(case.quantized / WEIGHTS)
+    weight, info = list(touched(case).items())[-1]
+    folder = rewritten(
+        case, merged, tmp_path / "off", lambda one: one.update({key: before[key] for key in stored_of(info)})
+    )
+    found = verified(case, folder)
+    assert not found.parity and found.problems[0].startswith(weight), found.problems
+
+
+def test_what_lies_beside_merged_weights_is_compared(made: Any, tmp_path: Path) -> None:
+    case, merged = made("nf4")
+    norm = "model.norm.weight"
+    assert (
+        "is missing" in verified(case, rewritten(case, merged, tmp_path / "a", lambda one: one.pop(norm))).problems[0]
+    )
+    more = rewritten(case, merged, tmp_path / "b", lambda one: one.update(extra=torch.zeros(2)))
+    assert "extra is in the artifact" in verified(case, more).problems[0]
+    bits = rewritten(case, merged, tmp_path / "c", lambda one: one.update({norm: flipped(one[norm], 0, 1)}))
+    assert norm in verified(case, bits).problems[0]
+    shutil.copytree(merged, tmp_path / "d")
+    edit_json(
+        tmp_path / "d" / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}
+    )
+    assert "other settings of the quantization" in verified(case, tmp_path / "d").problems[0]
+
+
+def test_a_quantized_artifact_of_another_kind_of_base_is_no_parity(made: Any) -> None:
+    case, merged = made("nf4")
+    found = fossil_export.verify(merged, adapter=case.adapter, base=case.dequantized, level="weights")
+    assert not found.parity and any("is quantized (bitsandbytes), and the base" in line for line in found.problems)
+
+
+def test_answers_are_compared_with_the_trained_models(made: Any) -> None:
+    case, merged = made("nf4")
+    found = verified(case, merged, "all")
+    assert not found.parity and found.verdict == "NOT the trained model"
+    assert "it was quantized again (bitsandbytes), which makes another model of it" in found.problems[0]
+    assert (
+        found.forward is not None and found.forward.artifact.relative_error > 20 * found.forward.trainer.relative_error
+    )
+    assert 0 < (found.survived or 0) < 1 and not any(check.problem for check in found.tensors or ())
+
+
+def again(case: Case, weight: str, values: torch.Tensor) -> Tensors:
+    """The stored tensors of a weight of these values, on the base's scales if these are kept."""
+    base = open_checkpoint(case.quantized)
+    coding: Any = base.tensors[weight].coding
+    with Files(list(base.files)) as files:
+        encoder = coding.encoder(files.codes) if hasattr(coding, "encoder") else coding
+        found = encoder.encode(np.ascontiguousarray(values.float().numpy().reshape(-1, coding.width)))
+    before = load_file(case.quantized / WEIGHTS)
+    return {
+        one: torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8)
+        .view(before[one].dtype)
+        .reshape(value.shape)
+        for one, value in found.items()
+    }
+
+
+@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_any_order_of_float32_sums_gives_is_right(name: str, seed: int, made: Any, tmp_path: Path) -> None:
+    case, merged = made(name)
+    exact = merged_by_peft(case, torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+
+    def change(tensors: Tensors) -> None:
+        for weight in touched(case):
+            noise = torch.rand(exact[weight].shape, generator=generator, dtype=torch.float64) * 2 - 1
+            tensors |= again(case, weight, exact[weight] * (1 + noise * 2.0**-23))
+
+    found = verified(case, rewritten(case, merged, tmp_path / "noisy", change))
+    assert found.parity, found.problems
+
+
+def test_the_device_and_pieces_do_not_show(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("mxfp4", "fp8", "nested nf4"):
+        case, merged = made(name)
+        wanted = (merged / WEIGHTS).read_bytes()
+        record = (merged / "fossil_export.json").read_bytes()
+        merge(case, tmp_path / name / "torch", device="cpu:0")
+        assert (tmp_path / name / "torch" / WEIGHTS).read_bytes() == wanted
+        with monkeypatch.context() as patch:
+            patch.setattr(_requantize, "AT_ONCE", 1)
+            merge(case, tmp_path / name / "cut")
+            assert (tmp_path / name / "cut" / WEIGHTS).read_bytes() == wanted
+            assert verified(case, tmp_path / name / "cut").parity
+        assert (tmp_path / name / "torch" / "fossil_export.json").read_bytes() == record
+
+
+def test_experts_are_quantized_one_by_one(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, _ = made("mxfp4")
+    plan = fossil_export.plan_merge(case.adapter, case.quantized, requantize=True)
+    experts = [one for one in plan.tensors if one.encodes is not None and one.leads]
+    monkeypatch.setattr(_requantize, "AT_ONCE", 1)
+    for one in experts:
+        assert one.coded is not None and one.coded.shape[0] == 3
+        assert len(_requantize.ranges(one.coded, one.weight.parts)) == 3
+
+
+def test_progress_tells_of_all_bytes(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, _ = made("mxfp4")
+    monkeypatch.setattr(_requantize, "AT_ONCE", 1)
+    told: list[int] = []
+    result = merge(case, tmp_path / "out", progress=told.append)
+    assert sum(told) == sum(one.nbytes for one in result.plan.tensors)
+
+
+def test_a_merge_in_which_too_little_is_left_is_refused(made: Any, tmp_path: Path) -> None:
+    case, merged = made("packed")
+    kept = json.loads((merged / "fossil_export.json").read_text())["survival"]["survived"]
+    assert kept < 0.5
+    with pytest.raises(MergeError, match=r"keep 4\d.\d% of the update .* less than the 50.0% .*leave out --requantize"):
+        fossil_export.merge(case.adapter, tmp_path / "out", base=case.quantized, requantize=True)
+    assert not (tmp_path / "out").exists()
+    result = merge(case, tmp_path / "out", min_survival=kept - 0.01)
+    assert any("survived quantizing again" in line and "without --requantize" in line for line in result.warnings)
+    assert not any("float32" in line for line in result.warnings)
+
+
+def test_shares_are_told_by_module(made: Any) -> None:
+    case, merged = made("gptq")
+    record = json.loads((merged / "fossil_export.json").read_text())
+    shares = {one["module"]: one["survived"] for one in record["tensors"] if "survived" in one}
+    assert len(shares) == 14 and all(0.2 < share < 1 for share in shares.values())
+    assert shares.keys() == {one.removesuffix(".weight") for one in touched(case)}
+
+
+@pytest.mark.parametrize("name", ["nf4", "mlx"])
+def test_whole_modules_are_quantized_too(name: str, tmp_path: Path) -> None:
+    case = CASES[name](tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["down_proj"])
+    saved = Case(case.quantized, case.dequantized, trained(case.dequantized, tmp_path / "saved", config))
+    merge(saved, tmp_path / "out")
+    assert verified(saved, tmp_path / "out").parity
+    after = load_file(tmp_path / "out" / WEIGHTS)
+    weight = "model.layers.1.mlp.down_proj.weight"
+    value = load_file(saved.adapter / "adapter_model.safetensors")[f"base_model.model.{weight}"]
+    for one, wanted in again(case, weight, value).items():
+        assert torch.equal(after[one], wanted), one
+    off = rewritten(
+        saved, tmp_path / "out", tmp_path / "off", lambda one: one.update({weight: flipped(after[weight], 7, 1)})
+    )
+    assert weight in verified(saved, off).problems[0]
+
+
+def test_several_adapters_and_weights(made: Any, tmp_path: Path) -> None:
+    case, _ = made("fp8")
+    other = LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+    second = trained(case.dequantized, tmp_path / "second", other)
+    given = [(case.adapter, 0.5), (second, 1.0)]
+    fossil_export.merge(given, tmp_path / "out", base=case.quantized, requantize=True)
+    found = fossil_export.verify(tmp_path / "out", adapter=given, base=case.quantized, level="weights")
+    assert found.parity, found.problems
+    half = fossil_export.verify(tmp_path / "out", adapter=[(case.adapter, 0.6), (second, 1.0)], base=case.quantized,
+                                level="weights")  # fmt: skip
+    assert not half.parity
+
+
+@pytest.mark.parametrize("name", ["nested nf4", "channels", "awq"])
+def test_methods_that_need_the_weight(name: str, made: Any, tmp_path: Path) -> None:
+    case, _ = made(name)
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], use_dora=True)
+    dora = Case(case.quantized, case.dequantized, trained(case.dequantized, tmp_path / "dora", config))
+    merge(dora, tmp_path / "out")
+    found = verified(dora, tmp_path / "out")
+    assert found.parity, found.problems
+
+
+def test_files_may_be_cut_anew(made: Any, tmp_path: Path) -> None:
+    case, merged = made("nested nf4")
+    merge(case, tmp_path / "out", max_shard_size=100_000)
+    found = {key: value for path in (tmp_path / "out").glob("*.safetensors") for key, value in load_file(path).items()}
+    wanted = load_file(merged / WEIGHTS)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[key], value) for key, value in wanted.items())
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3 and verified(case, tmp_path / "out").parity
+
+
+def refused(adapter: Path, base: Path, match: str, tmp_path: Path, **options: Any) -> None:
+    with pytest.raises(MergeError, match=match):
+        fossil_export.merge(adapter, tmp_path / "refused", base=base, requantize=True, **options)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_what_cannot_be_quantized_again_is_refused(made: Any, tmp_path: Path) -> None:
+    case, _ = made("nf4")
+    refused(case.adapter, case.dequantized, "is not quantized, so nothing can be quantized again", tmp_path)
+    refused(case.adapter, case.quantized, "keeps the base's dtypes; leave out --dtype", tmp_path, dtype="float32")
+    refused(case.adapter, case.quantized, "min_survival is 2, expected a share", tmp_path, min_survival=2)
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["score"], task_type="SEQ_CLS")
+    model = AutoModelForSequenceClassification.from_pretrained(case.dequantized)
+    get_peft_model(model, config).save_pretrained(tmp_path / "score")
+    refused(tmp_path / "score", case.quantized, "has no score.weight, .*leave out --requantize", tmp_path)
+
+
+def test_the_command_says_what_it_did(made: Any, tmp_path: Path) -> None:
+    case, _ = made("nf4")
+    out = tmp_path / "out"
+    options = [str(case.adapter), "--base", str(case.quantized), "-o", str(out), "--requantize"]
+    planned = CliRunner().invoke(main, ["merge", *options, "--dry-run"])
+    assert "(bitsandbytes, kept)" in planned.output and "requantize 56" in planned.output, planned.output
+    done = CliRunner().invoke(main, ["merge", *options])
+    assert "14 of 21 tensors" in done.output and "(quantized again: bitsandbytes)" in done.output, done.output
+    says = CliRunner().invoke(main, ["verify", str(out), "--base", str(case.quantized), "--adapter", str(case.adapter),
+                                     "--level", "weights"])  # fmt: skip
+    assert says.exit_code == 0 and "its answers were not compared" in says.output, says.output
+    assert "14 quantized again (bitsandbytes), 0 wrong" in says.output and "update kept" in says.output
+    for wrong, option in (
+        ("wants --requantize", ["--min-survival", "0.1"]),
+        ("take back", ["--requantize", "--stream"]),
+    ):
+        without = [one for one in options if one not in ("--requantize", "-o", str(out))]
+        found = CliRunner().invoke(main, ["merge", *without, "--push-to-hub", "ada/out", *option])
+        assert found.exit_code == 2 and wrong in found.output, found.output
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "F16"])
+def test_a_gguf_base_is_refused(kind: str, tmp_path: Path) -> None:
+    base = gguf_bases.write(tmp_path / "base.gguf", kind=kind)
+    model = AutoModelForCausalLM.from_pretrained(gguf_bases.loaded(base, tmp_path / "plain"))
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    refused(
+        tmp_path / "adapter", base, "gguf are read and not written; leave out --requantize|is not quantized", tmp_path
+    )
