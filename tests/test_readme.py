@@ -15,6 +15,7 @@ import smollm2
 import torch
 from conftest import edit_json, make_adapter
 from loopback import LoopbackHub, environment
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -66,6 +67,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict
     for name, rank in (("my-adapter", 8), ("other-adapter", 4), ("old-bone-adapter", 8)):
         make_adapter(folder / name, base, r=rank)
         edit_json(folder / name / "adapter_config.json", base_model_name_or_path="user/base")
+    make_adapter(folder / "my-qlora", base, kind=LoraConfig, r=8)
+    edit_json(folder / "my-qlora" / "adapter_config.json", base_model_name_or_path="user/base")
     bone = folder / "old-bone-adapter"
     shards = load_file(bone / "adapter_model.safetensors")
     save_file(
