@@ -157,6 +157,8 @@ def _verified(
             problems.append(f"the artifact {what}")  # what is wrong with its weights may be why
     if forward is None and training.untold:
         problems.append(training.untold)
+    if training.elsewhere:
+        problems.append(training.elsewhere)
     return Verification(
         origin=origin,
         artifact=folder,
