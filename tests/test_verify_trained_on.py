@@ -173,3 +173,11 @@ def test_a_merge_into_another_quantized_base_is_not_the_trained_model(adapter: P
     assert "its base is stored as fp8; training saw nf4 with double quantization (its README.md" in problem
     (adapter / "README.md").unlink()
     assert verify(tmp_path / "merged", base=base, level="weights").problems == ()
+
+
+def test_training_in_another_dtype_than_the_stored_one_is_no_fault_of_the_merge(adapter: Path, tmp_path: Path) -> None:
+    (adapter / "README.md").write_text(card(settings(dtype="float16")))
+    merge(adapter, tmp_path / "merged")
+    assert verify(tmp_path / "merged", level="weights").problems == ()
+    tamper(tmp_path / "merged", UP1, flip)
+    assert len(verify(tmp_path / "merged", level="weights").problems) == 1
