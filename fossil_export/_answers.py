@@ -5,7 +5,9 @@ from __future__ import annotations
 KINDS = ("nf4", "fp4", "int8")
 """What bitsandbytes quantizes to while a model is loaded: the same each time, from the weights alone."""
 
-TRAINED_ON = ("auto", "unquantized", *KINDS)
+UNQUANTIZED = "unquantized"
+
+TRAINED_ON = ("auto", UNQUANTIZED, *KINDS)
 """What `trained_on` may be, besides all settings."""
 
 BLOCK_SIZES = ("32", "64", "128", "256", "512", "1024", "2048", "4096")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from conftest import edit_json
 from quantized_training import card, settings
 
 from fossil_export import load_adapter, plan_merge
-from fossil_export.adapters._quantized import Sign, agreed, quantized_training, signs
+from fossil_export.adapters._quantized import Sign, agreed, quantized_training, settings_at, signs
 from fossil_export.errors import AdapterError
 
 AXOLOTL = """<details><summary>See axolotl config</summary>
@@ -200,3 +201,70 @@ def test_what_axolotl_loads_in_another_way_is_not_certain(base: Path, adapter: P
     assert plan_merge(adapter).trained_on is not None
     (sign,) = signs(load_adapter(adapter))
     assert "falcon_h1" in sign.apart
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "wanted"),
+    [
+        ("README.md", card(settings()).replace("\n", "\r\n"), ("nf4", True, "bfloat16", None)),
+        ("README.md", axolotl("load_in_4bit: true", "adapter: qlora", "bf16: auto"), ("nf4", True, "bfloat16", None)),
+        ("training_args.yaml", "\ufeff" + yaml(FACTORY), ("nf4", True, "bfloat16", None)),
+        ("training_args.yaml", yaml(FACTORY | {"bf16": False, "pure_bf16": True}), ("nf4", True, "bfloat16", None)),
+        ("args.json", "\ufeff" + json.dumps(SWIFT), ("nf4", True, "bfloat16", None)),
+    ],
+)
+def test_other_ways_to_write_the_same_say_the_same(file: str, text: str, wanted: Any, adapter: Path) -> None:
+    (adapter / file).write_bytes(text.encode())
+    (sign,) = signs(load_adapter(adapter))
+    assert how(sign) == wanted
+
+
+@pytest.mark.parametrize("value", ['!!int ""', '!!float ""', '!!timestamp "x"', '!!bool "x"', "[" * 20000, "1" * 5000])
+@pytest.mark.parametrize("file", ["README.md", "training_args.yaml"])
+def test_yaml_that_is_broken_says_nothing(value: str, file: str, adapter: Path) -> None:
+    line = f"load_in_4bit: {value}"
+    (adapter / file).write_text(axolotl(line) if file == "README.md" else line)
+    assert signs(load_adapter(adapter)) == ()
+
+
+def test_json_that_is_too_deep_says_nothing(adapter: Path, tmp_path: Path) -> None:
+    deep = '{"quantization_config": ' + "[" * 200_000
+    (adapter / "args.json").write_text(deep)
+    assert signs(load_adapter(adapter)) == ()
+    (tmp_path / "config.json").write_text(deep)
+    assert settings_at(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["See axolotl config ", "See axolotl config ```yaml\n", "quantization config was used during training: \n"]
+)
+def test_a_card_that_begins_again_and_again_is_soon_read(text: str, adapter: Path) -> None:
+    (adapter / "README.md").write_text((text * 60_000)[:1_000_000])
+    started = time.perf_counter()
+    signs(load_adapter(adapter))
+    assert time.perf_counter() - started < 5
+
+
+def test_what_is_no_methods_name_is_not_shown(adapter: Path) -> None:
+    (adapter / "args.json").write_text(json.dumps({"quant_method": "\x1b[2J\nall is well"}))
+    (sign,) = signs(load_adapter(adapter))
+    assert (sign.kind, sign.where) == (None, "its args.json has quant_method")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/models/llama-bnb-4bit/",
+        "C:\\models\\llama-bnb-4bit",
+        "/x/hub/models--unsloth--llama-bnb-4bit/snapshots/0a1b2c",
+    ],
+)
+def test_a_folder_tells_by_its_name_too(name: str, adapter: Path) -> None:
+    (sign,) = signs(replace(load_adapter(adapter), base_model=name))
+    assert name in sign.where
+
+
+def test_the_other_bits_of_llama_factory_have_no_kind_of_four(adapter: Path) -> None:
+    (adapter / "training_args.yaml").write_text(yaml(FACTORY | {"quantization_type": "int8"}))
+    (sign,) = signs(load_adapter(adapter))
+    assert not sign.is_certain

@@ -240,7 +240,7 @@ def test_a_quantized_base_is_what_training_saw_or_not(adapter: Path, tmp_path: P
 
 def test_the_command_has_the_words_of_the_trainer(plain: Path, adapter: Path, tmp_path: Path) -> None:
     asked = ["--trained-on", "nf4", "--no-bnb-4bit-use-double-quant", "--bnb-4bit-compute-dtype", "bfloat16"]
-    asked += ["--bnb-4bit-blocksize", "128", "--llm-int8-skip-modules", "q_proj,lm_head"]
+    asked += ["--bnb-4bit-blocksize", "128", "--llm-int8-skip-modules", "q_proj, lm_head"]
     result = run("merge", adapter, "-o", tmp_path / "merged", *asked)
     assert result.exit_code == 0, result.output
     assert "nf4 (as was said); added to the base as training saw it" in result.output
@@ -286,3 +286,20 @@ def test_experts_are_quantized_if_the_training_had_them_as_modules(tmp_path: Pat
     without = plan_merge(adapter, trained_on=asked | {"llm_int8_skip_modules": ["lm_head", "up_proj"]}).seen.tensors
     assert {name.split(".")[-2] for name in without if "experts" in name} == {"gate_proj", "down_proj"}
     assert not any("its experts" in line for line in plan.warnings)
+
+
+def test_a_guess_at_the_dtype_that_the_model_was_loaded_in_is_told(plain: Path, adapter: Path, tmp_path: Path) -> None:
+    """A weight of float16 that is rounded to bfloat16 first is quantized to other values."""
+    (adapter / "README.md").write_text(card(settings()))
+    assert not any("taken to have been loaded" in line for line in plan_merge(adapter).warnings)
+    base = tmp_path / "half"
+    base.mkdir()
+    tensors = {name: tensor.half() for name, tensor in load_file(plain / "model.safetensors").items()}
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((plain / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    plan = plan_merge(adapter, base)
+    assert plan.trained_on is not None and plan.trained_on.compute_dtype == "BF16"
+    assert any("stored as float16, and taken to have been loaded as bfloat16" in line for line in plan.warnings)
+    plan = plan_merge(adapter, base, trained_on=settings(dtype="float32"))
+    assert plan.trained_on is not None and plan.trained_on.compute_dtype == "F16" and not plan.warnings

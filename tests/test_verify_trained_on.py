@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from conftest import edit_json
-from quantized_bases import adapter_for, plain_model
+from quantized_bases import adapter_for, fp8_folder, plain_model
 from quantized_training import as_loaded, card, settings
 from verify_tools import flip, tamper
 
@@ -153,3 +153,31 @@ def test_a_damaged_record_is_told(changes: dict[str, Any], adapter: Path, tmp_pa
     edit_json(tmp_path / "merged" / "fossil_export.json", **changes)
     with pytest.raises(CheckpointError, match=r"fossil_export.json: is damaged"):
         verify(tmp_path / "merged", level="weights")
+
+
+def test_a_merge_that_was_said_to_be_of_no_quantized_training_is_that(adapter: Path, tmp_path: Path) -> None:
+    """The adapter's files say otherwise; the record has what the user said, and the certificate has both."""
+    merge(adapter, tmp_path / "merged", trained_on="unquantized")
+    found = verify(tmp_path / "merged", level="weights")
+    assert found.parity and "as it is stored" in found.compared_with
+    known = certificate(tmp_path / "merged")
+    assert known["base_weights"] == "as stored" and known["quantized_training"] is not None
+    assert not verify(tmp_path / "merged", level="weights", trained_on="nf4").parity
+
+
+def test_a_merge_into_another_quantized_base_is_not_the_trained_model(adapter: Path, tmp_path: Path) -> None:
+    base, _ = fp8_folder(tmp_path / "fp8")
+    merge(adapter, tmp_path / "merged", base=base, into="original")
+    found = verify(tmp_path / "merged", base=base, level="weights")
+    (problem,) = found.problems
+    assert "its base is stored as fp8; training saw nf4 with double quantization (its README.md" in problem
+    (adapter / "README.md").unlink()
+    assert verify(tmp_path / "merged", base=base, level="weights").problems == ()
+
+
+def test_training_in_another_dtype_than_the_stored_one_is_no_fault_of_the_merge(adapter: Path, tmp_path: Path) -> None:
+    (adapter / "README.md").write_text(card(settings(dtype="float16")))
+    merge(adapter, tmp_path / "merged")
+    assert verify(tmp_path / "merged", level="weights").problems == ()
+    tamper(tmp_path / "merged", UP1, flip)
+    assert len(verify(tmp_path / "merged", level="weights").problems) == 1

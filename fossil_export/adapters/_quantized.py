@@ -37,9 +37,20 @@ _METHODS = ("gptq", "awq", "hqq", "aqlm", "mxfp4", "nvfp4", "nf4")
 _CARD = re.compile(r"quantization config was used during training:?\s*\n((?:\s*- \w+:.*\n?)*)")
 _FIELD = re.compile(r"- (\w+):[ \t]*(.*)")
 _LOADED = re.compile(r"load_in_[48]bit: True")
-_AXOLOTL = re.compile(r"See axolotl config.*?```ya?ml\n(.*?)\n```", re.DOTALL)
+_AXOLOTL = "See axolotl config"
+_YAML_BLOCK = re.compile(r"```ya?ml\n(.*?)\n```", re.DOTALL)
 
-_LARGEST = 4 << 20
+_LONGEST = 1 << 16
+_BRACKETS = 1000
+# Of YAML that is read. A trainer's settings are some kilobytes; PyYAML takes minutes for what is long or deep.
+
+_METHOD = re.compile(r"[\w.-]{1,40}", re.ASCII)
+# A method's name. It is shown, and what lies with an adapter may be anything.
+
+_CACHED = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]")
+# A model in the cache of the Hub, by its path.
+
+_LARGEST = 1 << 20
 # Bytes of such a file; what is larger is none.
 
 
@@ -103,7 +114,7 @@ def of_settings(settings: Mapping[str, Any], where: str) -> Sign | None:
     """What a `quantization_config` says; None if it quantizes nothing."""
     method = settings.get("quant_method")
     if isinstance(method, str) and method not in ("bitsandbytes", "QuantizationMethod.BITS_AND_BYTES"):
-        return Sign(where, method.removeprefix("QuantizationMethod.").lower())
+        return Sign(where, _method(method.removeprefix("QuantizationMethod.").lower()))
     dtype, skip = _dtype(settings.get("bnb_4bit_compute_dtype")), _modules(settings.get("llm_int8_skip_modules"))
     if _true(settings.get("load_in_8bit")) or _true(settings.get("_load_in_8bit")):
         return Sign(where, "int8", None, dtype, skip)
@@ -121,8 +132,10 @@ def of_settings(settings: Mapping[str, Any], where: str) -> Sign | None:
 
 def _named(adapter: Adapter) -> Iterator[Sign]:
     name = adapter.base_model or ""
-    if match := _NAMES.search(name.rpartition("/")[2]):
-        words = {word.lower() for word in _NAMES.findall(name.rpartition("/")[2])}
+    cached = _CACHED.search(name)
+    last = cached[1] if cached is not None else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    if match := _NAMES.search(last):
+        words = {word.lower() for word in _NAMES.findall(last)}
         kind = next((method for method in _METHODS if method in words), None)
         yield Sign(f"its base is called {name}", "fp8" if match[1].lower() == "fp8" else kind)
 
@@ -136,17 +149,20 @@ def _written(adapter: Adapter) -> Iterator[Sign]:
         if file not in names:
             continue
         try:
-            text = adapter.home.read(file).decode(errors="replace") if adapter.home.size(file) <= _LARGEST else ""
+            text = adapter.home.read(file).decode("utf-8-sig", "replace") if adapter.home.size(file) <= _LARGEST else ""
         except (OSError, FossilExportError):
             continue
-        yield from reader(text)
+        yield from reader(text.replace("\r\n", "\n"))
 
 
 def _of_card(text: str) -> Iterator[Sign]:
     where = f"its {CARD} has the settings of a quantized base"
     blocks = [dict(_FIELD.findall(block)) for block in _CARD.findall(text)]
     found = [sign for block in blocks if block for sign in (of_settings(block, where),) if sign is not None]
-    found += [sign for block in _AXOLOTL.findall(text) for sign in _of_axolotl(block)]
+    begin = text.find(_AXOLOTL)
+    # At the first place alone: a text that begins so again and again, and never ends, would take hours.
+    if begin >= 0 and (block := _YAML_BLOCK.search(text[begin : begin + _LONGEST])) is not None:
+        found += _of_axolotl(block[1])
     yield from found
     if not found and (any(not block for block in blocks) or _LOADED.search(text)):
         yield Sign(where)
@@ -161,7 +177,7 @@ def _of_axolotl(text: str) -> Iterator[Sign]:
         if settings.get("adapter") != "qlora":
             yield Sign(where)
             return
-        dtype = "bfloat16" if _true(settings.get("bf16")) else "float16" if _true(settings.get("fp16")) else None
+        dtype = _half(settings)
         asked = {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": "nf4",
@@ -179,29 +195,33 @@ def _of_axolotl(text: str) -> Iterator[Sign]:
 
 def _of_llama_factory(text: str) -> Iterator[Sign]:
     settings, where = _yaml(text), "its training_args.yaml has quantization_bit"
-    bits, method = settings.get("quantization_bit"), str(settings.get("quantization_method", "bnb")).lower()
+    bits, method = settings.get("quantization_bit"), settings.get("quantization_method", "bnb")
+    method = method.lower() if isinstance(method, str) else ""
     if bits in (None, "none", 0):
         return
     if method in ("bnb", "bitsandbytes") and bits in (4, 8):
         double = _boolean(settings.get("double_quantization", True))
-        dtype = "bfloat16" if _true(settings.get("bf16")) else "float16" if _true(settings.get("fp16")) else None
+        dtype = _half(settings)
         kind = settings.get("quantization_type", "nf4")
-        yield Sign(where, "int8") if bits == 8 else Sign(where, kind if kind in KINDS else None, double, dtype)
+        known = kind if kind in ("nf4", "fp4") else None
+        yield Sign(where, "int8") if bits == 8 else Sign(where, known, double, dtype)
     else:
-        yield Sign(where, None if method in ("bnb", "bitsandbytes") else method)
+        yield Sign(where, None if method in ("bnb", "bitsandbytes") else _method(method))
 
 
 def _of_swift(text: str) -> Iterator[Sign]:
     try:
         settings = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if not isinstance(method, str):
         return
-    where, bits = f"its args.json has quant_method {method}", settings.get("quant_bits")
+    where, bits = "its args.json has quant_method", settings.get("quant_bits")
+    if _method(method) is not None:
+        where = f"{where} {method}"
     if method != "bnb":
-        yield Sign(where, method)
+        yield Sign(where, _method(method))
     elif bits == 8:
         yield Sign(where, "int8")
     else:
@@ -221,15 +241,29 @@ _READERS: dict[str, Callable[[str], Iterator[Sign]]] = {
 def _yaml(text: str) -> Mapping[str, Any]:
     import yaml  # type: ignore[import-untyped]
 
+    if len(text) > _LONGEST or text.count("[") + text.count("{") > _BRACKETS:
+        return {}
     try:
         found = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except Exception:  # for values with a wrong tag it raises whatever comes up
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _true(value: Any) -> bool:
     return _boolean(value) is True
+
+
+def _half(settings: Mapping[str, Any]) -> str | None:
+    """The dtype that axolotl or LLaMA-Factory load a model in. "auto" is bfloat16 on all GPUs that have it."""
+    for dtype, names in (("bfloat16", ("bf16", "bfloat16", "pure_bf16")), ("float16", ("fp16", "float16"))):
+        if any(_true(value := settings.get(name)) or value in ("auto", "full") for name in names):
+            return dtype
+    return None
+
+
+def _method(name: str) -> str | None:
+    return name if _METHOD.fullmatch(name) else None
 
 
 def _boolean(value: Any) -> bool | None:
@@ -255,7 +289,7 @@ def settings_at(folder: Path) -> Mapping[str, Any] | None:
     """The `quantization_config` of a model folder on this machine; None without one."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     from fossil_export.checkpoints.quantized import settings_of
 

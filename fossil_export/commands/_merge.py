@@ -236,7 +236,9 @@ def _settings(
     four = {"bnb_4bit_use_double_quant": double_quant, "bnb_4bit_blocksize": block_size and int(block_size)}
     both = {
         "bnb_4bit_compute_dtype": compute_dtype,
-        "llm_int8_skip_modules": None if skip_modules is None else [one for one in skip_modules.split(",") if one],
+        "llm_int8_skip_modules": None
+        if skip_modules is None
+        else [one.strip() for one in skip_modules.split(",") if one.strip()],
     }
     given = {key: value for key, value in (four | both).items() if value is not None}
     if kind in ("auto", "unquantized"):

@@ -14,6 +14,7 @@ from fossil_export.checkpoints._choice import INDEX_ENDING
 from fossil_export.checkpoints._dtypes import BITS, TORCH_NAME, byte_count, element_count
 from fossil_export.checkpoints._header import Header, TensorInfo, encode_header
 from fossil_export.checkpoints._jsonfile import write_json
+from fossil_export.checkpoints.quantized._trained_on import AS_TRAINED
 from fossil_export.errors import MergeError
 from fossil_export.merging._change import Change, Part, Piece, parts_of
 
@@ -74,7 +75,10 @@ class TensorPlan:
         if self.brought:
             return "replace"
         coding = self.source.coding
-        if coding is not None and coding.stored[0].dtype != self.source.dtype:  # else it lies in another order
+        if coding is None:
+            return "copy" if self.dtype == self.source.dtype else "cast"
+        # Any other coding of the same dtype is another order of the elements.
+        if isinstance(coding, AS_TRAINED) or coding.stored[0].dtype != self.source.dtype:
             return "dequantize"
         return "copy" if self.dtype == self.source.dtype else "cast"
 

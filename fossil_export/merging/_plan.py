@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export._answers import INTO
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._stamp import Stamp, check_stamp
@@ -84,6 +85,13 @@ class MergePlan:
     def trained_on(self) -> TrainedOn | None:
         """How the base was quantized while the adapters were trained; None if it was not, or if that is not known."""
         return self.seen.how
+
+    def seen_record(self) -> dict[str, Any]:
+        """What training saw, as records have it. A base that is stored quantized has no other original."""
+        found = self.seen.record()
+        if self.trained_on is None:
+            return {"trained_on": found} if found is not None else {}
+        return {"trained_on": found, "into": self.into if self.base.quantized is None else INTO[0]}
 
     def check(self) -> None:
         """Raise CheckpointError where a file that the plan was made from is another one by now."""
@@ -172,7 +180,7 @@ class MergePlan:
         return {
             **({"adapter": adapters[0]} if len(adapters) == 1 else {"adapters": adapters}),
             "base": {"name": self.base_name, "revision": self.base_revision, "path": str(self.base.location)},
-            **({"trained_on": self.seen.record(), "into": self.into} if self.trained_on is not None else {}),
+            **self.seen_record(),
             "dtype": self.dtype,
             "bytes": self.nbytes,
             "files": [{"file": file.name, "bytes": file.size, "tensors": len(file.tensors)} for file in self.files],

@@ -251,7 +251,7 @@ def _tensor_plan(name: str, info: TensorInfo | None, places: Places, dtype: str)
     pieces = places.pieces.get(name, ())
     for piece in pieces:
         piece.check(source)
-    own = _stored_dtype(info if info is not None else source)
+    own = stored_dtype(info if info is not None else source)
     target = BY_TORCH_NAME[dtype] if dtype != "auto" and own in FLOATS else own
     return TensorPlan(
         name=name,
@@ -265,7 +265,7 @@ def _tensor_plan(name: str, info: TensorInfo | None, places: Places, dtype: str)
     )
 
 
-def _stored_dtype(info: TensorInfo) -> str:
+def stored_dtype(info: TensorInfo) -> str:
     """That of the file, if it is one of floats: what training saw may have been cast to another one."""
     stored = info.coding.stored[0].dtype if info.coding is not None else info.dtype
     return stored if stored in FLOATS else info.dtype

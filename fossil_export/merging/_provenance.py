@@ -43,7 +43,7 @@ def provenance(
             "weights": identity(base, full=digests is not None),
             "configs": _configs(plan),
         },
-        **({"trained_on": plan.seen.record(), "into": plan.into} if plan.trained_on is not None else {}),
+        **plan.seen_record(),
         "dtype": plan.dtype,
         **({"quantization": _quantization(plan)} if base.quantized is not None else {}),
         "config_edits": dict(plan.config_edits),

@@ -69,7 +69,10 @@ def as_trained(
         found_there = [info for info in experts(adapter, base) if not any(module in info.name for module in kept)]
         stored |= {info.name: info for info in found_there}
     if not stored:
-        raise MergeError(f"{base.location}: has no weights that are quantized while {naming.model.name} is loaded")
+        raise MergeError(
+            f"{base.location}: has no weights that the installed transformers quantizes while {naming.model.name} is "
+            "loaded; choose --into original"
+        )
     return {name: seen_weight(info, how, name in turned) for name, info in stored.items()}
 
 

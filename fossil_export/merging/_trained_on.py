@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fossil_export._answers import BLOCK_SIZES, INTO, KINDS, TRAINED_ON
+from fossil_export._answers import BLOCK_SIZES, INTO, KINDS, TRAINED_ON, UNQUANTIZED
 from fossil_export.adapters import Adapter
 from fossil_export.adapters._quantized import Sign, agreed, of_settings, settings_at, signs
 from fossil_export.checkpoints._checkpoint import Checkpoint
@@ -21,6 +21,9 @@ from fossil_export.checkpoints.quantized._trained_on import TrainedOn
 from fossil_export.errors import MergeError, listed
 from fossil_export.merging._seen_weights import as_trained, experts
 from fossil_export.storage import at_hand
+
+_COARSER = (("F32", "BF16"), ("F32", "F16"), ("F16", "BF16"))
+# Dtypes as stored and as loaded, between which a weight is rounded before it is quantized.
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,10 @@ class Seen:
     where: str | None = None
     tensors: Mapping[str, TensorInfo] = field(default_factory=dict, repr=False)
     warnings: tuple[str, ...] = ()
+    denied: bool = False
+    """Whether the user says that it was not quantized."""
+    other: str | None = None
+    """What it surely saw, if that is not what the base is stored as; in words."""
 
     @property
     def told(self) -> str:
@@ -45,10 +52,10 @@ class Seen:
         double = {True: " with double quantization", False: ""}
         return f"{self.how.kind}{double[self.how.double_quant]} ({self.where})"
 
-    def record(self) -> dict[str, Any] | None:
+    def record(self) -> dict[str, Any] | str | None:
         """As the provenance file has it."""
         if self.how is None:
-            return None
+            return UNQUANTIZED if self.denied else None
         four = self.how.kind in ("nf4", "fp4")
         return {
             "kind": self.how.kind,
@@ -77,8 +84,8 @@ def seen_base(
         raise MergeError(
             f"trained_on is {asked!r}, expected {', '.join(TRAINED_ON)}, or the settings of a quantization"
         )
-    if asked == "unquantized" or (isinstance(asked, TrainedOn) and asked.kind == "unquantized"):
-        return Seen()
+    if asked == UNQUANTIZED or (isinstance(asked, TrainedOn) and asked.kind == UNQUANTIZED):
+        return Seen(denied=True)
     answer = None if asked == "auto" else _answer(asked)
     found = [_sign(adapter, base_is_named, strict=answer is None) for adapter in adapters]
     sign = _together(adapters, found) if answer is None else _filled(answer, found)
@@ -97,6 +104,13 @@ def seen_base(
     silent = [adapter.name for adapter, one in zip(adapters, found, strict=True) if one is None]
     warnings = (f"{listed(silent)}: nothing says that it was trained on {sign.told}; it is taken to be",)
     told: tuple[str, ...] = warnings if answer is None and silent else ()
+    own = float_dtype(base.config or {}, _commonest(base))
+    if answer is None and (own, how.compute_dtype) in _COARSER:
+        stored, loaded = TORCH_NAME[own], TORCH_NAME[how.compute_dtype]
+        told += (
+            f"{base.location}: is stored as {stored}, and taken to have been loaded as {loaded}, which training "
+            f"computed in; if it was loaded as it is stored: --trained-on {sign.kind} --bnb-4bit-compute-dtype float32",
+        )
     if into == "original":
         told += (
             f"{listed([adapter.name for adapter in adapters])}: was trained over quantized weights ({sign.told}, "
@@ -188,7 +202,8 @@ def _stored_so(sign: Sign, base: Checkpoint, asked: bool, into: str) -> Seen:
             f"({sign.where}); name the unquantized base with --base, or choose --into original"
         )
     if not agrees:
-        return Seen(warnings=(f"{base.location}: is stored as {kind}, and {sign.where}: {sign.told}",))
+        other = f"{sign.told} ({sign.where})" if asked or sign.is_certain else None
+        return Seen(warnings=(f"{base.location}: is stored as {kind}, and {sign.where}: {sign.told}",), other=other)
     if sign.is_certain and own.is_certain and sign.kind in KINDS:
         return Seen(_how(sign, base, None), sign.skip_modules, sign.where)
     return Seen()

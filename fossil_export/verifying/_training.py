@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fossil_export._answers import INTO, KINDS
+from fossil_export._answers import INTO, KINDS, UNQUANTIZED
 from fossil_export.adapters._quantized import quantized_training
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._dtypes import BY_TORCH_NAME
@@ -76,6 +76,13 @@ class Training:
         return problem, None
 
     @property
+    def elsewhere(self) -> str | None:
+        """What is wrong if the base is stored quantized, and otherwise than training saw it."""
+        if self.seen.other is None:
+            return None
+        return f"its base is stored as {self.stored_as}; training saw {self.seen.other}: not the model that was trained"
+
+    @property
     def untold(self) -> str | None:
         """What is wrong if the artifact was not run."""
         if not self.is_other:
@@ -93,12 +100,17 @@ def training_of(
     else as the adapters' files tell. Raises MergeError if that base cannot be made and is needed."""
     record = record or {}
     into = str(record.get("into", "trained"))
-    if asked == "auto" and record.get("trained_on") is not None:
+    if asked == "auto" and record.get("trained_on") == UNQUANTIZED:
+        # Who merged it says so; what the adapter's files say is told beside.
+        seen = Seen(denied=True)
+    elif asked == "auto" and record.get("trained_on") is not None:
         seen = _recorded(record["trained_on"], added, base, into)
     else:
-        seen = seen_base(added.adapters, base, asked, into, base_is_named=base_is_named)
+        # A merge into a base that is stored otherwise has its verdict all the same.
+        stored = into if base.quantized is None else "original"
+        seen = seen_base(added.adapters, base, asked, stored, base_is_named=base_is_named)
     signs = [sign for one in added.adapters if (sign := quantized_training(one))]
-    known = asked != "auto" or seen.how is not None or base.quantized is not None
+    known = asked != "auto" or seen.how is not None or (base.quantized is not None and not seen.warnings)
     found = Training(
         seen,
         into,
@@ -133,7 +145,7 @@ def is_sound(record: Mapping[str, Any]) -> bool:
     if record.get("into", "trained") not in INTO:
         return False
     entry = record.get("trained_on")
-    if entry is None:
+    if entry is None or entry == UNQUANTIZED:
         return True
     how, skip = _how(entry), entry["skip_modules"]
     sound = (

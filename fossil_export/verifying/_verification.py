@@ -165,6 +165,8 @@ def _verified(
             f"it was quantized again ({requantized}), which makes another model of it; --level forward says how far "
             "its answers are from the trained model's"
         )
+    if training.elsewhere:
+        problems.append(training.elsewhere)
     return Verification(
         origin=origin,
         artifact=folder,

@@ -21,6 +21,7 @@ from fossil_export.checkpoints._dtypes import BY_TORCH_NAME, FLOATS, element_cou
 from fossil_export.merging._change import Change, parts_of
 from fossil_export.merging._place import place
 from fossil_export.merging._placement import Places, together
+from fossil_export.merging._planning import stored_dtype
 from fossil_export.merging._replication import replicated
 from fossil_export.merging._ties import are_equal
 from fossil_export.verifying._comparison import Files, Job, Sums, compare
@@ -126,7 +127,7 @@ def _expected(
 
     if found is None:
         return failed("is missing from the artifact")
-    stored = own.dtype if own is not None else source.dtype
+    stored = stored_dtype(own if own is not None else source)
     wanted = BY_TORCH_NAME[dtype] if dtype != "auto" and stored in FLOATS else stored
     if found.dtype != wanted:
         return failed(f"is stored as {found.dtype}, should be {wanted}")

@@ -263,6 +263,10 @@ class OfConv1d:
         return Turned(own, outputs, self.seen.compute_dtype).open(turned, start, stop)
 
 
+AS_TRAINED = (FourBits, Int8, Fp8Blocks, OfConv1d)
+"""The codings of weights as training saw them, which have the dtype that they are made of."""
+
+
 def narrowed(part: Array, dtype: str) -> Array:
     """Floats as `dtype`; overflow gives infinities."""
     import numpy as np
