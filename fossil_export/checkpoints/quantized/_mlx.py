@@ -242,7 +242,7 @@ def _weight(module: str, biases_name: str, settings: Mapping[str, Any], once: bo
         known = "which is not read here" if mode in MODES else "which is not known"
         raise stored.error(codes, f"is quantized with MLX's mode {mode!r}, {known}; {_OUT}")
     bits, group = settings.get("bits"), settings.get("group_size")
-    if bits not in BITS or type(group) is not int or group < 1:
+    if type(bits) is not int or bits not in BITS or type(group) is not int or group < 1:
         raise stored.error(codes, f"has {bits!r} bits in groups of {group!r}, by config.json; mend it")
     if biases is None:
         raise stored.error(codes, f"has no {biases_name} beside it; fetch that file again")
