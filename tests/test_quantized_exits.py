@@ -22,9 +22,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize(
     "config",
-    [LoraConfig(r=4, use_dora=True, target_modules=["q_proj"]), MissConfig(r=4, init_weights="bat", target_modules=["q_proj"])],
+    [
+        LoraConfig(r=4, use_dora=True, target_modules=["q_proj"]),
+        MissConfig(r=4, init_weights="bat", target_modules=["q_proj"]),
+    ],
     ids=["dora", "bat"],
-)  # fmt: skip
+)
 def test_the_nearest_lora_of_an_update_that_depends_on_the_weights(
     config: Any, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:

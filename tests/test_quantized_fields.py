@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 from quantized_int4 import awq, gptq
 from quantized_scaled import MODULE, checkpoint, fp8_codes, same, scales, values
+from safetensors.torch import save_file
 
+from fossil_export.checkpoints._opening import open_checkpoint
 from fossil_export.errors import CheckpointError
 
 WEIGHT = f"{MODULE}.weight"
@@ -88,3 +91,23 @@ def test_a_vector_of_fp4_codes_is_refused(tmp_path: Path) -> None:
     tensors[f"{WEIGHT}_scale_2"] = torch.ones(())
     with pytest.raises(CheckpointError, match="is no matrix"):
         checkpoint(tmp_path, tensors, {"quant_method": "modelopt", "quant_algo": "NVFP4"})
+
+
+def test_a_second_scale_of_a_weight_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"{WEIGHT}_scale .*another scale"):
+        checkpoint(tmp_path, FP8 | {f"{WEIGHT}_scale": scales(1)}, {"quant_method": "fp8"})
+
+
+def test_codes_of_torchao_that_no_header_describes_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "torchao"}}')
+    fields = {"block_size": [1, 16], "dtype": {"_type": "torch.dtype", "_data": "bfloat16"}}
+    said = {"_type": "Int8Tensor", "_data": fields, "_tensor_data_names": ["qdata", "scale"]}
+    tensors = {}
+    for module in (MODULE, f"{MODULE}2"):
+        tensors |= {
+            f"{module}._weight_qdata": torch.ones(8, 16, dtype=torch.int8),
+            f"{module}._weight_scale": scales(8, 1),
+        }
+    save_file(tensors, tmp_path / "model.safetensors", {WEIGHT: json.dumps(said)})
+    with pytest.raises(CheckpointError, match=f"{MODULE}2._weight_qdata .*does not describe"):
+        open_checkpoint(tmp_path)

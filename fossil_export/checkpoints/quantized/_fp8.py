@@ -73,8 +73,10 @@ class Fp8(BaseFormat):
                 coding = replace(coding, style=style)
             yield coded(name, dtype, (*codes.shape[:-1], coding.width), coding)
         for name, info in stored.tensors.items():
-            if name.endswith(("_scale_inv", ".qscale_weight")) and name not in taken:
-                raise stored.error(info, "is the scale of a weight that is not there as codes; fetch both again")
+            if name.endswith(("_scale_inv", ".qscale_weight", ".weight_scale")) and name not in taken:
+                raise stored.error(
+                    info, "is the scale of a weight that is not there as codes, or has another scale; fetch both again"
+                )
 
     def passes_over(self, info: TensorInfo, stored: Stored) -> bool:
         """Scales of activations and caches."""
