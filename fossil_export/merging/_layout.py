@@ -67,14 +67,20 @@ class TensorPlan:
             return "add"
         if self.brought:
             return "replace"
-        coding = self.source.coding
-        if coding is not None and coding.stored[0].dtype != self.source.dtype:  # else it lies in another order
+        if is_decoded(self.source):
             return "dequantize"
         return "copy" if self.dtype == self.source.dtype else "cast"
 
     @property
     def nbytes(self) -> int:
         return byte_count(self.dtype, self.shape)
+
+
+def is_decoded(info: TensorInfo) -> bool:
+    """Whether a tensor's values are computed from codes; others with a coding just lie in another order. (Codes may be
+    stored as if they were floats of the same dtype, but not without their scales.)"""
+    coding = info.coding
+    return coding is not None and (coding.stored[0].dtype != info.dtype or len(coding.stored) > 1)
 
 
 def tensor_record(tensor: TensorPlan) -> dict[str, Any]:

@@ -64,11 +64,12 @@ class Affine:
         def decode(first: int, last: int) -> Array:
             found = _unpacked(stream[first:last], self.bits).astype(np.float32)
             groups = found.reshape(last - first, scales.shape[1], -1)
-            groups *= scales[first:last, :, None]
-            if not self.once and dtype != np.float32:
-                groups[:] = groups.astype(dtype)
-            groups += biases[first:last, :, None]
-            rounded: Array = found.astype(dtype)
+            with np.errstate(over="ignore", invalid="ignore"):  # the caller sees what is not finite
+                groups *= scales[first:last, :, None]
+                if not self.once and dtype != np.float32:
+                    groups[:] = groups.astype(dtype)
+                groups += biases[first:last, :, None]
+                rounded: Array = found.astype(dtype)
             return rounded
 
         return decode

@@ -93,10 +93,11 @@ class Scaled:
                 some = np.stack([some & 15, some >> 4], -1).reshape(len(some), -1)
             found = values.take(some)
             blocks = found.reshape(len(found), self.grid[-1], sizes[-1])
-            if zeros is not None and not plain:
-                blocks -= zeros[own[start:stop], :, None]
-            blocks *= scales[own[start:stop], :, None]
-            rounded: Array = found.astype(numpy_dtype(self.dtype))
+            with np.errstate(over="ignore", invalid="ignore"):  # the caller sees what is not finite
+                if zeros is not None and not plain:
+                    blocks -= zeros[own[start:stop], :, None]
+                blocks *= scales[own[start:stop], :, None]
+                rounded: Array = found.astype(numpy_dtype(self.dtype))
             return rounded
 
         return decode
