@@ -68,7 +68,9 @@ def test_any_rows_are_what_the_library_decompresses(data: st.DataObject, tmp_pat
     group = data.draw(st.sampled_from([None, 16, 24, 32]))
     args = said(data.draw(st.sampled_from([2, 3, 4, 7, 8])), group, symmetric=data.draw(st.booleans()))
     width = data.draw(st.integers(1, 70)) if group is None else group * data.draw(st.integers(1, 4))
-    shape = data.draw(st.integers(1, 80)), width
+    # The library cannot read zero points that are one word for each group.
+    least = 1 if args.symmetric else 32 // args.bits + 1
+    shape = data.draw(st.integers(least, 80)), width
     torch.manual_seed(data.draw(st.integers(0, 99)))
     state = compressed(shape, args, data.draw(st.sampled_from(["bfloat16", "float16", "float32"])))
     start = data.draw(st.integers(0, shape[0] - 1))

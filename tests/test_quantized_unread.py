@@ -158,7 +158,8 @@ def test_pickled_codes_are_refused_by_name_too(scene: Path, tmp_path: Path) -> N
     base = quantized(scene, tmp_path / "base", "hqq")
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
     (base / "model.safetensors").unlink()
-    assert "the base is quantized with HQQ" in says(scene / "of_codes", base, tmp_path)
+    text = says(scene / "of_codes", base, tmp_path)
+    assert "q_proj.weight" in text and "the base is quantized with HQQ" in text
 
 
 def test_the_command_says_it_in_one_line(scene: Path, tmp_path: Path) -> None:

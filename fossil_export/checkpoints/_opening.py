@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from fossil_export.checkpoints._choice import (
     renamed,
 )
 from fossil_export.checkpoints._companions import MODELOPT, QUANTIZATION_FILES
+from fossil_export.checkpoints._dtypes import FLOATS
 from fossil_export.checkpoints._folder import Folder, LocalFolder
 from fossil_export.checkpoints._header import Header, TensorInfo
 from fossil_export.checkpoints._weights_file import is_pickle
@@ -124,6 +125,7 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
             return [by_first[info.name]]
         return [] if info.name in taken or FORMATS[name].passes_over(info, stored) else [info]
 
+    _refuse_codes(stored, (one for info in checkpoint.tensors.values() for one in shown(info)))
     files = tuple(
         replace(
             header,
@@ -140,6 +142,16 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
         tensors=by_name(files),
         quantized=Quantized(name, settings or {}, checkpoint),
     )
+
+
+def _refuse_codes(stored: Stored, left: Iterable[TensorInfo]) -> None:
+    """Raise CheckpointError for a tensor that only a scale could give a meaning, and that no format has taken."""
+    for info in left:
+        coded = info.dtype.startswith(("F8", "F6", "F4")) or info.name.endswith(".weight")
+        if coded and info.coding is None and info.dtype not in FLOATS:
+            raise stored.error(
+                info, f"is stored as {info.dtype}, and config.json does not say how to read it; fetch the base again"
+            )
 
 
 def _settings_beside(checkpoint: Checkpoint) -> Mapping[str, Any] | None:

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fossil_export.adapters import Adapter
+from fossil_export.checkpoints._checkpoint import view_rows
+from fossil_export.checkpoints._coding import read_rows
 from fossil_export.checkpoints._dtypes import element_count
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.converting._form import Part, finite, matrices, refusal, without_form
@@ -220,7 +223,10 @@ class _Updates:
         self._matrices = self._plan.matrices
 
     def _rows(self, info: TensorInfo, start: int, stop: int) -> Array:
-        return self._adapter.array(info, start, stop)
+        if info.coding is None and (info.offset is None or info.path in self._adapter.files):
+            return self._adapter.array(info, start, stop)
+        found: Array = read_rows(info, start, stop, partial(view_rows, self._plan.base.home))[:]
+        return found
 
     def of(self, module: str) -> Array:
         """ΔW (out, in) in float32."""

@@ -74,17 +74,22 @@ class TensorPlan:
             return "add"
         if self.brought:
             return "replace"
-        coding = self.source.coding
-        if coding is None:
-            return "copy" if self.dtype == self.source.dtype else "cast"
-        # Any other coding of the same dtype is another order of the elements.
-        if isinstance(coding, AS_TRAINED) or coding.stored[0].dtype != self.source.dtype:
+        if is_decoded(self.source):
             return "dequantize"
         return "copy" if self.dtype == self.source.dtype else "cast"
 
     @property
     def nbytes(self) -> int:
         return byte_count(self.dtype, self.shape)
+
+
+def is_decoded(info: TensorInfo) -> bool:
+    """Whether a tensor's values are computed from codes; others with a coding just lie in another order. (Codes may be
+    stored as if they were floats of the same dtype, but not without their scales.)"""
+    coding = info.coding
+    if coding is None:
+        return False
+    return isinstance(coding, AS_TRAINED) or coding.stored[0].dtype != info.dtype or len(coding.stored) > 1
 
 
 def tensor_record(tensor: TensorPlan) -> dict[str, Any]:

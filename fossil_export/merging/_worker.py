@@ -22,7 +22,7 @@ from fossil_export.errors import MergeError
 from fossil_export.merging._change import Part
 from fossil_export.merging._engine import Engine, Update, compute_dtype, is_finite, merge_slab
 from fossil_export.merging._kept import SMALL, Kept, Large
-from fossil_export.merging._layout import TensorPlan
+from fossil_export.merging._layout import TensorPlan, is_decoded
 from fossil_export.merging._plan import MergePlan
 from fossil_export.merging._requantize import encode, part_of
 from fossil_export.merging._slabs import SLAB, CopySlab, EncodeSlab, RowsSlab, Slab, row_slabs
@@ -204,8 +204,11 @@ class Worker:
             np.copyto(out, data, casting="unsafe")
         if not is_finite(out):
             source, owner = tensor.origin(part)
-            if owner is not None and not is_finite(data):
-                raise MergeError(_diverged(source))
+            if not is_finite(data):
+                if owner is not None:
+                    raise MergeError(_diverged(source))
+                if is_decoded(source):
+                    raise MergeError(_damaged(source))
             # A base may hold infinities of its own (masks); finite values must stay finite.
             if np.isfinite(data[~np.isfinite(out.astype(np.float64))].astype(np.float64)).any():
                 raise MergeError(_overflow(tensor))
@@ -241,7 +244,7 @@ class Worker:
         if not is_finite(data):
             if owner is not None:
                 return _diverged(source)
-            return f"{source.path}: {source.name} holds infinite or NaN values; the base is damaged, fetch it again"
+            return _damaged(source)
         for change in tensor.changes:
             for info in change.trained.tensors.values():
                 if info.dtype in FLOATS and not is_finite(self._adapters[change.adapter].array(info)):
@@ -291,6 +294,10 @@ class Worker:
 
 def _diverged(info: TensorInfo) -> str:
     return f"{info.path}: {info.name} holds infinite or NaN values; training diverged, take an earlier adapter"
+
+
+def _damaged(info: TensorInfo) -> str:
+    return f"{info.path}: {info.name} holds infinite or NaN values; the base is damaged, fetch it again"
 
 
 def _overflow(tensor: TensorPlan) -> str:

@@ -203,8 +203,9 @@ class RowsOfInt8:
 
         def decode(begin: int, end: int) -> Array:
             found = codes[begin:end].astype(np.float32)
-            found *= scales[begin:end, None]
-            found *= INVERSE_127
+            with np.errstate(over="ignore"):  # the caller sees what is not finite
+                found *= scales[begin:end, None]
+                found *= INVERSE_127
             return rounded(found, self.dtype)
 
         return decode

@@ -163,7 +163,8 @@ def _weights(stored: Stored, at: str, args: Any) -> Weights:
     block = _block(stored, f"{at}.block_structure", args.get("block_structure"))
     if (strategy == "block") != (block is not None):
         raise stored.error(UNDER, f"has {at} with strategy {strategy!r} and block_structure {block!r}; mend it")
-    order = {"static": "weight", "dynamic": "group", False: None}.get(args.get("actorder"), args.get("actorder"))
+    order = args.get("actorder")
+    order = {"static": "weight", "dynamic": "group"}.get(order, order) if isinstance(order, str) else order or None
     if order not in (None, "weight", "group"):
         raise _wrong(stored, f"{at}.actorder", order, "weight, group or null")
     return Weights(bits, kind, symmetric, strategy, group if by_group else None, block, order)

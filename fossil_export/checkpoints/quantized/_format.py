@@ -47,6 +47,15 @@ class Stored:
         found: Array = self.rows_of(replace(info, shape=info.shape or (1,)), 0, info.shape[0] if info.shape else 1)[:]
         return found
 
+    def names(self, key: str) -> list[str]:
+        """The names that the settings list under `key`; none if it is not there. Raises CheckpointError."""
+        found = (self.settings or {}).get(key)
+        if found is None:
+            return []
+        if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+            raise self.error(key, f"is {found!r} in config.json, not a list of names; mend it")
+        return found
+
     def error(self, info: TensorInfo | str, problem: str) -> CheckpointError:
         """What to raise for a tensor of it."""
         name, where = (info, self.where) if isinstance(info, str) else (f"{info.name} {list(info.shape)}", info.path)

@@ -65,13 +65,18 @@ class Fp8(BaseFormat):
             if (key := skipped(name.removesuffix(".weight"))) is not None:
                 raise stored.error(codes, f"is quantized, but the config says that it is not ({key}); fetch both again")
             taken.add(scales.name)
-            coding = _by_rows(stored, codes, scales, dtype) if by_rows else _scaled(stored, codes, scales, block, dtype)
+            # What vLLM reads has one scale for a weight, and says no more of it.
+            whole = "weight_block_size" not in settings and element_count(scales.shape) == 1
+            own = None if whole else block
+            coding = _by_rows(stored, codes, scales, dtype) if by_rows else _scaled(stored, codes, scales, own, dtype)
             if not by_rows and not coding.packed:
                 coding = replace(coding, style=style)
             yield coded(name, dtype, (*codes.shape[:-1], coding.width), coding)
         for name, info in stored.tensors.items():
-            if name.endswith(("_scale_inv", ".qscale_weight")) and name not in taken:
-                raise stored.error(info, "is the scale of a weight that is not there as codes; fetch both again")
+            if name.endswith(("_scale_inv", ".qscale_weight", ".weight_scale")) and name not in taken:
+                raise stored.error(
+                    info, "is the scale of a weight that is not there as codes, or has another scale; fetch both again"
+                )
 
     def passes_over(self, info: TensorInfo, stored: Stored) -> bool:
         """Scales of activations and caches."""
@@ -150,7 +155,7 @@ def _skipped(stored: Stored, settings: Mapping[str, Any]) -> Callable[[str], str
     of one around it begins (a pattern, to where a part of the name ends), or how it ends.
     """
     key = next((key for key in SKIPPED if settings.get(key)), None)
-    entries = [one for one in (settings[key] if key else ()) if isinstance(one, str) and one]
+    entries = [one for one in stored.names(key) if one] if key else []
     plain, ends = {one for one in entries if not _PATTERN & set(one)}, tuple(entries)
     try:
         patterns = [re.compile(rf"(?:{one})(?:(?<=\.)|(?=\.|$))") for one in entries if one not in plain]

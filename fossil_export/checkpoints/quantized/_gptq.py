@@ -188,7 +188,7 @@ class Gptq(BaseFormat):
             )
         if is_auto_round(found):
             packing = found.get("packing_format", found.get("backend"))
-            if packing not in PACKINGS:
+            if not isinstance(packing, str) or packing not in PACKINGS:
                 raise stored.error("packing_format", f"is {packing!r} in config.json, which is not read; {AUTO_ROUND}")
             return read_settings(stored, BITS), PACKINGS[packing]
         kind = found.get("checkpoint_format") or found.get("format") or "gptq"
@@ -197,7 +197,7 @@ class Gptq(BaseFormat):
                 "config.json",
                 "says that weights are in Marlin's order, which is not read; take the base in gptq format",
             )
-        if kind not in FORMATS:
+        if not isinstance(kind, str) or kind not in FORMATS:
             raise stored.error("checkpoint_format", f"is {kind!r} in config.json; read are {' and '.join(FORMATS)}")
         return read_settings(stored, BITS), FORMATS[kind]
 

@@ -120,13 +120,13 @@ class Steps:
         narrow = self._bits < 8
         steps = np.subtract(codes, zeros).view(np.int8) if narrow else np.subtract(codes, zeros, dtype=np.int16)
         values = steps.astype(np.float32)
-        values *= scales
-        values = values.reshape(out.shape)
-        if self._halves:
-            _to_halves(values, out)
-            return
-        with np.errstate(over="ignore"):
-            np.copyto(out, values, casting="unsafe")
+        with np.errstate(over="ignore"):  # the caller sees what is not finite
+            values *= scales
+            values = values.reshape(out.shape)
+            if self._halves:
+                _to_halves(values, out)
+            else:
+                np.copyto(out, values, casting="unsafe")
 
     def _zeros_of(self, first: int, last: int) -> Array:
         return self._zeros if self._zeros.size == 1 else self._of_columns(self._zeros[first:last])

@@ -64,11 +64,12 @@ class Affine:
         def decode(first: int, last: int) -> Array:
             found = _unpacked(stream[first:last], self.bits).astype(np.float32)
             groups = found.reshape(last - first, scales.shape[1], -1)
-            groups *= scales[first:last, :, None]
-            if not self.once and dtype != np.float32:
-                groups[:] = groups.astype(dtype)
-            groups += biases[first:last, :, None]
-            rounded: Array = found.astype(dtype)
+            with np.errstate(over="ignore", invalid="ignore"):  # the caller sees what is not finite
+                groups *= scales[first:last, :, None]
+                if not self.once and dtype != np.float32:
+                    groups[:] = groups.astype(dtype)
+                groups += biases[first:last, :, None]
+                rounded: Array = found.astype(dtype)
             return rounded
 
         return decode
@@ -259,7 +260,7 @@ def _weight(module: str, biases_name: str, settings: Mapping[str, Any], once: bo
         known = "which is not read here" if mode in MODES else "which is not known"
         raise stored.error(codes, f"is quantized with MLX's mode {mode!r}, {known}; {_OUT}")
     bits, group = settings.get("bits"), settings.get("group_size")
-    if bits not in BITS or type(group) is not int or group < 1:
+    if type(bits) is not int or bits not in BITS or type(group) is not int or group < 1:
         raise stored.error(codes, f"has {bits!r} bits in groups of {group!r}, by config.json; mend it")
     if biases is None:
         raise stored.error(codes, f"has no {biases_name} beside it; fetch that file again")

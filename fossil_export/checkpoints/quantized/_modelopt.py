@@ -38,7 +38,7 @@ class ModelOpt(BaseFormat):
     def read(self, stored: Stored) -> Iterator[TensorInfo]:
         settings = stored.settings or {}
         _check(stored, settings)
-        dtype, excluded = float_dtype(stored.config), _excluded(settings)
+        dtype, excluded = float_dtype(stored.config), _excluded(stored)
         taken: set[str] = set()
         for name, codes in stored.tensors.items():
             if name.endswith(MORE):
@@ -67,16 +67,15 @@ class ModelOpt(BaseFormat):
 def _check(stored: Stored, settings: Mapping[str, Any]) -> None:
     """Only algorithms that are read."""
     layers = settings.get("quantized_layers") or {}
-    found = [settings.get("quant_algo")]
-    found += [one.get("quant_algo") for one in layers.values() if isinstance(one, dict)]
-    for algorithm in found:
-        if algorithm not in ALGORITHMS:
+    if not isinstance(layers, dict) or not all(isinstance(one, dict) for one in layers.values()):
+        raise stored.error("quantized_layers", f"is {layers!r}, not settings by module; mend the config")
+    for algorithm in (settings.get("quant_algo"), *(one.get("quant_algo") for one in layers.values())):
+        if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
             raise stored.error("quant_algo", f"is {algorithm!r} ({METHOD}), which is not read")
 
 
-def _excluded(settings: Mapping[str, Any]) -> Callable[[str], bool]:
-    entries = settings.get("ignore") or settings.get("exclude_modules") or ()
-    names = [one for one in entries if isinstance(one, str)]
+def _excluded(stored: Stored) -> Callable[[str], bool]:
+    names = stored.names("ignore") or stored.names("exclude_modules")
     if not names:
         return lambda module: False
     plain = {one for one in names if not set("*?[") & set(one)}
@@ -110,6 +109,8 @@ def _fp8(stored: Stored, codes: TensorInfo, scales: TensorInfo, settings: Mappin
 
 
 def _fp4(stored: Stored, codes: TensorInfo, scales: TensorInfo, settings: Mapping[str, Any], dtype: str) -> Scaled:
+    if len(codes.shape) < 2:
+        raise stored.error(codes, "is no matrix, and only those are quantized; fetch it again")
     overall = stored.tensors.get(f"{codes.name}_scale_2")
     if overall is None:
         raise stored.error(codes, f"has no {codes.name}_scale_2 beside it; fetch that file again")
@@ -120,6 +121,6 @@ def _fp4(stored: Stored, codes: TensorInfo, scales: TensorInfo, settings: Mappin
         raise stored.error("group_size", f"is {group!r}, not a size; mend the config")
     *lead, outputs, half = codes.shape
     wanted = (*lead, outputs, 2 * half // group)
-    if len(codes.shape) < 2 or 2 * half % group or scales.shape != wanted or scales.dtype != "F8_E4M3":
+    if 2 * half % group or scales.shape != wanted or scales.dtype != "F8_E4M3":
         raise stored.error(scales, f"is {scales.dtype}, and must be F8_E4M3 {list(wanted)}; fetch it again")
     return Scaled(codes, scales, (1, group), dtype, outputs, packed=True, overall=overall)

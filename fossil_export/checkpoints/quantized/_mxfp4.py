@@ -171,7 +171,7 @@ class Mxfp4Format(BaseFormat):
 
     def read(self, stored: Stored) -> Iterator[TensorInfo]:
         dtype = float_dtype(stored.config)
-        kept = _kept((stored.settings or {}).get("modules_to_not_convert"), stored)
+        kept = _kept(stored)
         for name, codes in stored.tensors.items():
             parameter = name.removesuffix(BLOCKS)
             if name.endswith(SCALES) and name.removesuffix(SCALES) + BLOCKS not in stored.tensors:
@@ -196,12 +196,11 @@ class Mxfp4Format(BaseFormat):
             yield coded(parameter, dtype, (experts, groups * GROUP, outputs), Mxfp4(codes, scales, dtype))
 
 
-def _kept(patterns: Any, stored: Stored) -> Any:
+def _kept(stored: Stored) -> Any:
     """What tells whether a module is left as it is; None if all are quantized."""
-    if patterns is None:
+    patterns = stored.names("modules_to_not_convert")
+    if not patterns:
         return None
-    if not isinstance(patterns, list) or not all(isinstance(one, str) for one in patterns):
-        raise stored.error("modules_to_not_convert", f"is {patterns!r} in config.json, not a list of names; mend it")
     try:
         # A whole module, by its beginning; as `should_convert_module` in transformers/quantizers has it.
         begins = re.compile("|".join(f"(?:{one})(?:(?<=\\.)|(?=\\.|$))" for one in patterns) or r"(?!)")

@@ -93,10 +93,11 @@ class Scaled:
                 some = np.stack([some & 15, some >> 4], -1).reshape(len(some), -1)
             found = values.take(some)
             blocks = found.reshape(len(found), self.grid[-1], sizes[-1])
-            if zeros is not None and not plain:
-                blocks -= zeros[own[start:stop], :, None]
-            blocks *= scales[own[start:stop], :, None]
-            rounded: Array = found.astype(numpy_dtype(self.dtype))
+            with np.errstate(over="ignore", invalid="ignore"):  # the caller sees what is not finite
+                if zeros is not None and not plain:
+                    blocks -= zeros[own[start:stop], :, None]
+                blocks *= scales[own[start:stop], :, None]
+                rounded: Array = found.astype(numpy_dtype(self.dtype))
             return rounded
 
         return decode
@@ -140,8 +141,15 @@ class TorchAo(BaseFormat):
                 "the header of its files",
                 f"does not tell how torchao quantized it, as since torchao 0.15; {_AGAIN}",
             )
+        taken: set[str] = set()
         for name, kind, fields, names in found:
-            yield from _weight(name, kind, fields, names, stored)
+            for one in _weight(name, kind, fields, names, stored):
+                assert one.coding is not None
+                taken.update(info.name for info in one.coding.stored)
+                yield one
+        for name, info in stored.tensors.items():
+            if name.endswith("_qdata") and name.rpartition(".")[2].startswith("_") and name not in taken:
+                raise stored.error(info, f"is of a weight that the header of its file does not describe; {_AGAIN}")
 
     def passes_over(self, info: TensorInfo, stored: Stored) -> bool:
         return info.name.endswith(ACTIVATIONS)

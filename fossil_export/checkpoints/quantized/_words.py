@@ -101,16 +101,18 @@ def read_settings(stored: Stored, known: Collection[int], bits: str = "bits", gr
     if found.get("pack_dtype", "int32") not in ("int32", "I32"):
         raise stored.error("pack_dtype", f"is {found['pack_dtype']!r} in config.json; read is int32")
     # Auto-Round says "bits": 16 of the layers that it leaves as they are.
-    sizes = {rule[bits] for rule in rules if rule.get(bits) is not None and (rule is found or rule[bits] != 16)}
-    groups = {rule[group] for rule in rules if rule.get(group) is not None}
-    if not sizes or not sizes <= set(known) or any(type(one) is not int for one in sizes):
-        raise stored.error(
-            bits,
-            f"is {', '.join(map(repr, sizes)) or 'not there'} in config.json; read are {', '.join(map(str, known))}",
-        )
+    sizes = [rule[bits] for rule in rules if rule.get(bits) is not None and (rule is found or rule[bits] != 16)]
+    groups = [rule[group] for rule in rules if rule.get(group) is not None]
+    if not sizes or any(type(one) is not int or one not in known for one in sizes):
+        wanted = ", ".join(map(str, known))
+        raise stored.error(bits, f"is {_values(sizes)} in config.json; read are {wanted}")
     if not groups or any(type(one) is not int or one == 0 or one < -1 for one in groups):
-        raise stored.error(group, f"is {', '.join(map(repr, groups)) or 'not there'} in config.json, no size; mend it")
+        raise stored.error(group, f"is {_values(groups)} in config.json, no size; mend it")
     return Settings(frozenset(sizes), frozenset(groups), _same(rules, "sym"), _same(rules, "desc_act"))
+
+
+def _values(found: list[Any]) -> str:
+    return ", ".join(sorted(set(map(repr, found)))) or "not there"
 
 
 def _same(rules: list[Mapping[str, Any]], field: str) -> bool | None:
