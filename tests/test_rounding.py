@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fossil_export.checkpoints._rounding import rounded
+from fossil_export.checkpoints._rounding import round_to_bfloat16, rounded
 
 NUMPY = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32}
 
@@ -33,3 +33,11 @@ def test_every_number_of_float16_and_every_middle_of_two_is_rounded_right(toward
     if towards is not None:
         values = np.nextafter(values, np.float32(towards))
     np.testing.assert_array_equal(rounded(values.copy(), "F16"), values.astype(np.float16))
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=50))
+def test_bfloat16_in_place_is_the_cast(values: list[float]) -> None:
+    wide = np.array(values, np.float32)
+    want = wide.astype(ml_dtypes.bfloat16).astype(np.float32)
+    round_to_bfloat16(wide, np.empty(wide.shape, np.uint32))
+    assert np.array_equal(wide, want)

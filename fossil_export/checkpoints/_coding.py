@@ -94,11 +94,30 @@ class CodedRows:
         found: Array = self._decoded(0, len(self))[key]
         return found
 
+    def wide(self, start: int, stop: int) -> Array | None:
+        """Rows [start, stop) in float32, with the values that they have in their dtype, in memory that may be written
+        to until rows are asked for again; None if the coding has no such way, or the rows are not whole ones of it."""
+        width = self._coding.width
+        if self._row != width or self._first % width or start >= stop:
+            return None
+        origin, decode = self._open()
+        wide = getattr(decode, "wide", None)
+        first = self._first // width - origin
+        found: Array | None = None if wide is None else wide(first + start, first + stop)
+        return found
+
     def blocks(self) -> Iterator[tuple[int, Array]]:
         """All rows, a few at a time, each time with the number of the first."""
         step = max(1, BLOCK // max(1, self._row))
         for start in range(0, len(self), step):
             yield start, self[start : start + step]
+
+    def _open(self) -> tuple[int, Decode]:
+        if self._opened is None:
+            width = self._coding.width
+            first, last = self._first // width, -(-(self._first + len(self) * self._row) // width)
+            self._opened = first, self._coding.open(self._rows_of, first, last)
+        return self._opened
 
     def _decoded(self, start: int, stop: int) -> Array:
         import numpy as np
@@ -107,10 +126,7 @@ class CodedRows:
         if not element_count(shape):
             return np.empty(shape, self.dtype)
         width = self._coding.width
-        if self._opened is None:
-            first, last = self._first // width, -(-(self._first + len(self) * self._row) // width)
-            self._opened = first, self._coding.open(self._rows_of, first, last)
-        origin, decode = self._opened
+        origin, decode = self._open()
         begin, end = self._first + start * self._row, self._first + stop * self._row
         rows = begin // width, -(-end // width)
         found = decode(rows[0] - origin, rows[1] - origin)

@@ -185,6 +185,19 @@ class StoredArray:
         return raw.view(self.dtype)
 
 
+class Reused:
+    """Memory for one `StoredArray` of which one slice is needed at a time: asking the system for it anew, page by page,
+    costs more than the arithmetic on it."""
+
+    def __init__(self) -> None:
+        self._whole: np.ndarray[Any, Any] | None = None
+
+    def __call__(self, nbytes: int) -> np.ndarray[Any, Any]:
+        if self._whole is None or len(self._whole) < nbytes:
+            self._whole = _fresh(nbytes)
+        return self._whole[:nbytes]
+
+
 def _fresh(nbytes: int) -> np.ndarray[Any, Any]:
     import numpy as np
 

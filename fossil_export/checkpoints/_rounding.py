@@ -53,3 +53,15 @@ def rounded(values: Array, dtype: str) -> Array:
     result |= signs
     found = result.view(np.float16)
     return found
+
+
+def round_to_bfloat16(values: Array, odd: Array) -> None:
+    """Float32 `values`, none of them NaN, to the nearest that bfloat16 has, ties to even, in place; `odd` is memory."""
+    import numpy as np
+
+    bits = values.view(np.uint32)
+    np.right_shift(bits, 16, out=odd)
+    np.bitwise_and(odd, 1, out=odd)
+    odd += np.uint32(0x7FFF)
+    bits += odd
+    bits &= np.uint32(0xFFFF0000)

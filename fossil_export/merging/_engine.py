@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fossil_export.checkpoints._coding import CodedRows
 from fossil_export.checkpoints._dtypes import element_count, numpy_dtype
 from fossil_export.errors import MergeError, MissingExtraError
 from fossil_export.merging._layout import TensorPlan
@@ -200,7 +201,7 @@ def merge_slab(
     total = Survival()
     for first in range(0, len(stored), step):
         stop = min(first + step, len(stored))
-        weight = engine.widen(stored[first:stop], dtype)
+        weight = _widened(engine, stored, first, stop, dtype)
         sampled: list[tuple[slice, Array, Array]] = []
         whole = engine.numpy(weight).copy() if at_once else None
         for row in () if at_once else _between(sample, start + first, start + stop):
@@ -216,6 +217,15 @@ def merge_slab(
         for rows, before, update in sampled:
             total += measure(before, update, result[rows])
     return total
+
+
+def _widened(engine: Engine, stored: Any, first: int, stop: int, dtype: str) -> Any:
+    """Rows of `stored` to compute with; those that are decoded need not be narrowed before."""
+    if isinstance(engine, NumpyEngine) and dtype == "F32" and isinstance(stored, CodedRows):
+        weight = stored.wide(first, stop)
+        if weight is not None:
+            return weight
+    return engine.widen(stored[first:stop], dtype)
 
 
 def _total(weight: Any, updates: Sequence[Update], start: int) -> Any:

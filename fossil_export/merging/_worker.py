@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fossil_export.checkpoints._coding import CodedRows
 from fossil_export.checkpoints._dtypes import FLOATS, numpy_dtype, stored_dtype
 from fossil_export.checkpoints._header import TensorInfo
-from fossil_export.checkpoints._input import InputFile, StoredArray
+from fossil_export.checkpoints._input import InputFile, Reused, StoredArray
 from fossil_export.checkpoints._output import ALIGNMENT, OutputFile
 from fossil_export.checkpoints._stamp import changed
 from fossil_export.checkpoints.layouts import Rows, Stored
@@ -185,11 +185,12 @@ class Worker:
         return StoredArray(self._source(info.path), offset, shape, dtype, partial(self._buffer, "read"))
 
     def _codes(self, info: TensorInfo, start: int, stop: int) -> StoredArray:
-        """The same for what values are decoded from, each in memory of its own: several are needed at once."""
+        """The same for what values are decoded from, each in memory of its own: several are needed at once. Of one, a
+        slice is good until the next."""
         assert info.offset is not None
         shape, dtype = (stop - start, *info.shape[1:]), stored_dtype(info.dtype)
         offset = info.offset + start * (info.nbytes // max(1, info.shape[0]))
-        return StoredArray(self._source(info.path), offset, shape, dtype)
+        return StoredArray(self._source(info.path), offset, shape, dtype, Reused())
 
     def _cast(self, tensor: TensorPlan, part: Part, stored: Rows, out: Array) -> None:
         """Rows as they are, in the dtype of `out`."""

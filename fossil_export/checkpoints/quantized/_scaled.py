@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from fossil_export.checkpoints._coding import Decode
 from fossil_export.checkpoints._dtypes import element_count, numpy_dtype, stored_dtype
 from fossil_export.checkpoints._header import TensorInfo, slice_of
+from fossil_export.checkpoints._rounding import round_to_bfloat16
+from fossil_export.checkpoints.quantized._levels import scratch
 from fossil_export.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -114,19 +116,17 @@ class Scaled:
             zeros = rows_of(_matrix(self.zeros, self.grid[1]), first_scale, last_scale)[:].astype(np.float32)
         subtract = None if zeros is None or not zeros.any() else Spread(zeros, at, self.block, self.width)
         ways: tuple[Widen, Spread] | None = None
-        scratch = np.empty(0, np.float32)
 
-        def decode(first: int, last: int) -> Array:
-            nonlocal scratch, ways
+        def values(first: int, last: int, round_in_place: bool) -> Array:
+            """In float32; else not rounded yet."""
+            nonlocal ways
             own = codes[first:last].view(np.uint8)
             if ways is None:
                 widen, factor = self._widener(own, np.inf if subtract else float(np.abs(scales).max(initial=0)))
                 ways = widen, Spread(scales * np.float32(factor), at, self.block, self.width)
             widen, multiply = ways
-            count = (last - first) * self.width
-            if len(scratch) < count:
-                scratch = np.empty(count, np.float32)
-            found = scratch[:count].reshape(last - first, self.width)
+            found = scratch("scaled", (last - first) * self.width, np.float32).reshape(last - first, self.width)
+            # All at once: threads wait for each other between short calls.
             with np.errstate(over="ignore", invalid="ignore"):  # the caller sees what is not finite
                 widen(own, found)
                 if subtract is not None:
@@ -134,10 +134,22 @@ class Scaled:
                     if self.between != "F32" and self.codes.dtype != "I8":  # whole numbers of 8 bits are exact
                         found[:] = found.astype(numpy_dtype(self.between))
                 multiply.apply(np.multiply, found, first, last)
+            if round_in_place:
+                round_to_bfloat16(found, scratch("odd", found.size, np.uint32).reshape(found.shape))
+            return found
+
+        def decode(first: int, last: int) -> Array:
+            found = values(first, last, False)
+            with np.errstate(over="ignore", invalid="ignore"):
                 rounded = found if self.between == "F32" else found.astype(numpy_dtype(self.between))
                 # A copy also if nothing is rounded: the next rows come in the same place.
                 return rounded.astype(numpy_dtype(self.dtype))
 
+        def wide(first: int, last: int) -> Array:
+            return values(first, last, True)
+
+        if self.dtype == "BF16" and self.between in ("F32", "BF16"):
+            decode.wide = wide  # type: ignore[attr-defined]
         return decode
 
     def _scales(self, rows_of: ReadRows, start: int, stop: int) -> Array:
