@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-KINDS = ("nf4", "fp4", "int8")
-"""What bitsandbytes quantizes to while a model is loaded: the same each time, from the weights alone."""
+FOUR_BITS = ("nf4", "fp4")
+KINDS = (*FOUR_BITS, "int8", "fp8")
+"""What bitsandbytes, and transformers' FineGrainedFP8Config with its blocks of 128 × 128, quantize to while a model is
+loaded: the same each time, from the weights alone."""
 
 UNQUANTIZED = "unquantized"
 

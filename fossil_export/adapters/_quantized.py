@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fossil_export._answers import KINDS
+from fossil_export._answers import FOUR_BITS
 from fossil_export.adapters._adapter import Adapter
 from fossil_export.checkpoints._companions import CARD
 from fossil_export.errors import AdapterError, FossilExportError
@@ -74,7 +74,7 @@ class Sign:
     @property
     def is_certain(self) -> bool:
         """Whether it says all that the weights depend on."""
-        return self.kind == "int8" or (self.kind in KINDS and self.double_quant is not None)
+        return self.kind == "int8" or (self.kind in FOUR_BITS and self.double_quant is not None)
 
     @property
     def told(self) -> str:

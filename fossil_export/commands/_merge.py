@@ -245,6 +245,10 @@ def _settings(
         if given:
             raise click.UsageError("--bnb-4bit-… and --llm-int8-skip-modules want --trained-on nf4, fp4 or int8.")
         return kind
+    if kind == "fp8":
+        if given:
+            raise click.UsageError("--trained-on fp8 takes no --bnb-4bit-… and --llm-int8-skip-modules.")
+        return kind
     if kind == "int8":
         if given.keys() & four.keys():
             raise click.UsageError("--trained-on int8 has no blocks, and no double quantization.")

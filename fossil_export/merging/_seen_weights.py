@@ -39,6 +39,13 @@ def as_trained(
     """The weights of `base` that training quantized, as it saw them, by their stored names. Raises MergeError."""
     naming = naming_of(adapter, base)
     found, parameters = _quantized(naming, base, skip_modules)
+    if how.kind == "fp8" and found.other:
+        raise MergeError(
+            f"{base.location}: {found.other} is quantized to fp8 in another way than linear layers are, which is not "
+            "done here; choose --into original"
+        )
+    if how.kind == "fp8":  # which leaves Conv1D as it is
+        parameters = {one: shape for one, shape in parameters.items() if one not in found.turned}
     names = naming.names
     stored: dict[str, TensorInfo] = {}
     turned: set[str] = set()
@@ -60,6 +67,10 @@ def as_trained(
         except Unknown as problem:
             raise MergeError(_cannot(base, infos[0], f"is stored in another way than it is run ({problem})")) from None
         width = infos[0].shape[-1]
+        if how.kind == "fp8":
+            raise MergeError(
+                _cannot(base, infos[0], f"is a part of {made.parameters[0]}, whose blocks go over its parts")
+            )
         if how.kind != "int8" and (how.double_quant or width % how.block_size or len(infos[0].shape) < 2):
             why = "scales were quantized for all of its parts" if how.double_quant else "blocks do not end with rows"
             raise MergeError(_cannot(base, infos[0], f"is a part of {made.parameters[0]}, whose {why}"))

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fossil_export._answers import BLOCK_SIZES, INTO, KINDS, TRAINED_ON, UNQUANTIZED
+from fossil_export._answers import BLOCK_SIZES, FOUR_BITS, INTO, KINDS, TRAINED_ON, UNQUANTIZED
 from fossil_export.adapters import Adapter
 from fossil_export.adapters._quantized import Sign, agreed, of_settings, settings_at, signs
 from fossil_export.checkpoints._checkpoint import Checkpoint
@@ -56,7 +56,7 @@ class Seen:
         """As the provenance file has it."""
         if self.how is None:
             return UNQUANTIZED if self.denied else None
-        four = self.how.kind in ("nf4", "fp4")
+        four = self.how.kind in FOUR_BITS
         return {
             "kind": self.how.kind,
             **({"block_size": self.how.block_size, "double_quant": self.how.double_quant} if four else {}),
@@ -152,7 +152,7 @@ def _filled(answer: Sign, found: Sequence[Sign | None]) -> Sign:
                 compute_dtype=answer.compute_dtype or one.compute_dtype,
                 skip_modules=one.skip_modules if answer.skip_modules is None else answer.skip_modules,
             )
-    if answer.kind in KINDS and not answer.is_certain:
+    if answer.kind in FOUR_BITS and not answer.is_certain:
         raise MergeError(
             f"trained_on is {answer.kind}, and whether its scales were quantized too (double quantization) was not "
             "found; say --bnb-4bit-use-double-quant or --no-bnb-4bit-use-double-quant"

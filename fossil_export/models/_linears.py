@@ -1,8 +1,9 @@
-"""Which weights of a model bitsandbytes quantizes while transformers loads it, asked of the installed transformers.
+"""Which weights of a model are quantized while transformers loads it, asked of the installed transformers.
 
-These are the weights of its linear layers (`nn.Linear` itself, no class made of it, and `Conv1D`), but for the head,
-what is tied, and what the class keeps in float32 or the settings name. Source: `replace_with_bnb_linear` in
-transformers/integrations/bitsandbytes.py, `get_modules_to_not_convert` in transformers/quantizers/base.py.
+These are the weights of its linear layers (`nn.Linear` itself, no class made of it, and for bitsandbytes `Conv1D`), but
+for the head, what is tied, and what the class keeps in float32 or the settings name. Source: `replace_with_bnb_linear`
+and `replace_with_fp8_linear` in transformers/integrations/bitsandbytes.py and finegrained_fp8.py,
+`get_modules_to_not_convert` in transformers/quantizers/base.py.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class Linears:
     shapes: Mapping[str, tuple[int, int]]
     turned: frozenset[str]
     skipped: tuple[str, ...]
+    other: str | None = None
+    """A module that transformers quantizes to fp8 in a way of its own: experts, or linear layers in groups."""
 
 
 def linears(config: Mapping[str, Any], class_name: str, skip: Sequence[str] | None) -> Linears | None:
@@ -53,9 +56,12 @@ def _found(model: Any, skip: Sequence[str] | None) -> Linears | None:
     kept = HfQuantizer.get_modules_to_not_convert(model, names, model._keep_in_fp32_modules)
     shapes: dict[str, tuple[int, int]] = {}
     turned = set()
+    other: str | None = None
     for name, module in model.named_modules():
         if type(module).__name__ in _REPLACED:
             return None
+        if name.endswith(".experts") or "GroupedLinear" in type(module).__name__:
+            other = other or name
         if not (type(module) is nn.Linear or isinstance(module, Conv1D)) or not should_convert_module(name, kept):
             continue
         weight = f"{name}.weight"
@@ -64,4 +70,4 @@ def _found(model: Any, skip: Sequence[str] | None) -> Linears | None:
             turned.add(weight)
             outputs, inputs = inputs, outputs
         shapes[weight] = (outputs, inputs)
-    return Linears(shapes, frozenset(turned), tuple(sorted(kept)))
+    return Linears(shapes, frozenset(turned), tuple(sorted(kept)), other)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fossil_export._answers import INTO, KINDS, UNQUANTIZED
+from fossil_export._answers import FOUR_BITS, INTO, KINDS, UNQUANTIZED
 from fossil_export.adapters._quantized import quantized_training
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._dtypes import BY_TORCH_NAME
@@ -36,7 +36,7 @@ class Training:
         """ "nf4 with double quantization"; for a base that training quantized."""
         how = self.seen.how
         assert how is not None
-        double = f" with{'' if how.double_quant else 'out'} double quantization" if how.kind != "int8" else ""
+        double = f" with{'' if how.double_quant else 'out'} double quantization" if how.kind in FOUR_BITS else ""
         return f"{how.kind}{double}"
 
     @property
