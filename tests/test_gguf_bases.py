@@ -101,6 +101,16 @@ def test_a_merge_into_another_dtype_and_more_files(tmp_path: Path) -> None:
     assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_the_trainer_of_a_verification_has_the_dtype_of_the_result(dtype: str, tmp_path: Path) -> None:
+    base = write(tmp_path / "gguf" / "model.gguf")
+    adapter = adapter_for(loaded(base, tmp_path / "plain"), tmp_path / "adapter")
+    fossil_export.merge(adapter, tmp_path / "out", base=base, dtype=dtype)
+    verdict = fossil_export.verify(tmp_path / "out", adapter=adapter, base=base)
+    assert verdict.parity, verdict.problems
+    assert verdict.forward is not None and verdict.forward.trainer_dtype == ("float32" if dtype == "auto" else "bfloat16")
+
+
 @pytest.mark.parametrize("arch", ["qwen2moe", "qwen3moe"])
 def test_experts_are_saved_one_by_one(arch: str, tmp_path: Path) -> None:
     path = write(tmp_path / "gguf" / "model.gguf", arch)

@@ -140,9 +140,9 @@ def _verified(
                 raise CheckpointError(f"{folder}: cannot be run beside its trainer; {training.seen.warnings[-1]}")
             with plain_base(trained) as plain, found.runnable() as running:
                 subject = running.subject(plain, added, device)
-                forward = check_forward(
-                    subject, plain.location, added, running.dtype(plain), running.parameters(plain), texts, device
-                )
+                # A GGUF file has no dtype of its own: the trainer has the result's.
+                dtype = running.dtype(getattr(running, "checkpoint", plain) if base_checkpoint.made_of else plain)
+                forward = check_forward(subject, plain.location, added, dtype, running.parameters(plain), texts, device)
                 problems += subject.problems
                 wrong, note = training.explained(forward.problem)
                 problems += [wrong] if wrong else []
