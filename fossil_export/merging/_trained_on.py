@@ -154,8 +154,8 @@ def _filled(answer: Sign, found: Sequence[Sign | None]) -> Sign:
             )
     if answer.kind in FOUR_BITS and not answer.is_certain:
         raise MergeError(
-            f"trained_on is {answer.kind}, and whether its scales were quantized too (double quantization) was not "
-            "found; say --bnb-4bit-use-double-quant or --no-bnb-4bit-use-double-quant"
+            f"--trained-on {answer.kind}: whether its scales were quantized too (double quantization) was not found; "
+            "say --bnb-4bit-use-double-quant or --no-bnb-4bit-use-double-quant"
         )
     return answer
 
@@ -203,7 +203,8 @@ def _stored_so(sign: Sign, base: Checkpoint, asked: bool, into: str) -> Seen:
         )
     if not agrees:
         other = f"{sign.told} ({sign.where})" if asked or sign.is_certain else None
-        return Seen(warnings=(f"{base.location}: is stored as {kind}, and {sign.where}: {sign.told}",), other=other)
+        told = f"{base.location}: is stored as {kind}, and training saw {sign.told} ({sign.where})"
+        return Seen(warnings=(told,), other=other)
     if sign.is_certain and own.is_certain and sign.kind in KINDS:
         return Seen(_how(sign, base, None), sign.skip_modules, sign.where)
     return Seen()
