@@ -108,7 +108,9 @@ def test_the_trainer_of_a_verification_has_the_dtype_of_the_result(dtype: str, t
     fossil_export.merge(adapter, tmp_path / "out", base=base, dtype=dtype)
     verdict = fossil_export.verify(tmp_path / "out", adapter=adapter, base=base)
     assert verdict.parity, verdict.problems
-    assert verdict.forward is not None and verdict.forward.trainer_dtype == ("float32" if dtype == "auto" else "bfloat16")
+    assert verdict.forward is not None and verdict.forward.trainer_dtype == (
+        "float32" if dtype == "auto" else "bfloat16"
+    )
 
 
 @pytest.mark.parametrize("arch", ["qwen2moe", "qwen3moe"])
