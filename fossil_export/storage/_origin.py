@@ -10,7 +10,6 @@ from typing import Protocol, runtime_checkable
 
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._folder import Folder
-from fossil_export.checkpoints._opening import open_checkpoint
 from fossil_export.errors import FossilExportError
 
 
@@ -55,6 +54,9 @@ class Origin:
 
     def checkpoint(self) -> Checkpoint:
         """The model that lies there, opened by its headers."""
+        # The formats that a base may have are many, and no command's help needs them.
+        from fossil_export.checkpoints._opening import open_checkpoint
+
         with self.by_name():
             return open_checkpoint(self.path if self.is_path else self.folder, self.file)
 
