@@ -4,6 +4,7 @@
 # make test-install  the wheel, installed beside a trainer that was there before
 # make architectures        write the table of architectures from the transformers in the environment
 # make architectures-check  say whether that transformers would make another table, and compare all classes
+# make torture       commands killed, starved and fed with damage; writes docs/reliability.md
 # make sweep         every model class of transformers, merged and compared; writes docs/support*.md
 #
 # The first three make the environment (.venv) first. PyTorch comes as version TORCH; where pip would take its CUDA
@@ -24,7 +25,7 @@ TRAINER = transformers==5.17.0 peft==0.21.2
 FRESH = $(abspath $(VENV)-install)
 FRESH_PIP = $(FRESH)/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test test-floor test-install lint types bench sweep formats llama-cpp architectures architectures-check clean
+.PHONY: demo test test-floor test-install lint types bench sweep torture formats llama-cpp architectures architectures-check clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python examples/demo.py
@@ -71,6 +72,10 @@ architectures-check: $(VENV)/ready
 sweep: $(VENV)/ready
 	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks $(VENV)/bin/python -m sweep --family miss --write docs/support.md
 	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks $(VENV)/bin/python -m sweep --family lora --write docs/support-lora.md
+
+# Goes on where it was stopped (build/torture.jsonl).
+torture: $(VENV)/ready
+	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks $(VENV)/bin/python -m torture --write docs/reliability.md
 
 # The converted adapter in llama.cpp, which takes minutes to build.
 llama-cpp: $(VENV)/ready

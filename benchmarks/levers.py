@@ -26,10 +26,10 @@ import numpy as np
 
 from fossil_export import merge
 from fossil_export.checkpoints import _input as input_file
-from fossil_export.checkpoints import _output as output
 from fossil_export.merging import _engine as engine
 from fossil_export.merging import _run as run
 from fossil_export.merging import _slabs as slabs
+from fossil_export.writing import _output as output
 
 
 def patch(owner: Any, name: str, value: Any) -> None:

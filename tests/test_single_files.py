@@ -13,8 +13,8 @@ import pytest
 from conftest import make_adapter, make_base
 
 from fossil_export import convert
-from fossil_export.checkpoints._single_file import staged_file, write_file
 from fossil_export.errors import OutputError
+from fossil_export.writing._single_file import staged_file, write_file
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_
     script = """
 import sys, time
 from pathlib import Path
-from fossil_export.checkpoints._single_file import staged_file
+from fossil_export.writing._single_file import staged_file
 with staged_file(Path(sys.argv[1])) as path:
     path.write_bytes(b"half")
     print(path, flush=True)
@@ -77,7 +77,7 @@ with staged_file(Path(sys.argv[1])) as path:
 WRITER = """
 import sys
 from pathlib import Path
-from fossil_export.checkpoints._single_file import write_file
+from fossil_export.writing._single_file import write_file
 letter = sys.argv[2].encode()
 for _ in range(60):
     write_file(Path(sys.argv[1]), letter * 300_000)

@@ -19,9 +19,9 @@ import pytest
 from conftest import interruptible, make_adapter, weights
 
 from fossil_export import FossilExportError, merge
-from fossil_export.checkpoints import _output as output_module
-from fossil_export.checkpoints import _staging as staging
-from fossil_export.checkpoints._output import OutputFile
+from fossil_export.writing import _output as output_module
+from fossil_export.writing import _staging as staging
+from fossil_export.writing._output import OutputFile
 
 # A merge that stops in the middle until it is killed. Its threads report at once, so a line has to be one write.
 STUCK = """
@@ -111,7 +111,7 @@ def test_disk_that_fills_up_while_writing(adapter: Path, tmp_path: Path, monkeyp
 def test_no_permission() -> None:
     """As another user, since root may write anywhere."""
     script = (
-        "import os, sys, pathlib; from fossil_export.checkpoints._staging import staged_folder\n"
+        "import os, sys, pathlib; from fossil_export.writing._staging import staged_folder\n"
         "os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)\n"
         "with staged_folder(pathlib.Path(sys.argv[1]), 0): pass"
     )

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export.adapters import Adapter, load_adapter
-from fossil_export.checkpoints._single_file import staged_file
-from fossil_export.checkpoints._staging import check_destination, staged_folder
 from fossil_export.converting._converters import CONVERTERS, OPTIONS, Converter, Format, Outtype, takers
 from fossil_export.converting._options import Options
 from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, OutputError, listed
 from fossil_export.merging._planning import find_base
 from fossil_export.methods import ROWS
 from fossil_export.storage import expanded, fetch, is_path
+from fossil_export.writing._single_file import staged_file
+from fossil_export.writing._staging import check_destination, staged_folder
 
 
 @dataclass(frozen=True)

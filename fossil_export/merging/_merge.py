@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from fossil_export.checkpoints._checkpoint import sha256
 from fossil_export.checkpoints._companions import PROVENANCE
 from fossil_export.checkpoints._jsonfile import write_json
-from fossil_export.checkpoints._staging import check_destination, staged_folder
 from fossil_export.errors import OutputError, listed
 from fossil_export.merging._given import AnyGiven
 from fossil_export.merging._layout import TensorPlan
@@ -26,6 +25,7 @@ from fossil_export.merging._requantize import LEAST
 from fossil_export.merging._run import run
 from fossil_export.merging._survival import WARNING_BELOW, Survival
 from fossil_export.storage import expanded, fetch
+from fossil_export.writing._staging import check_destination, staged_folder
 
 if TYPE_CHECKING:
     import torch

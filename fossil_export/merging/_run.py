@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from fossil_export._threads import in_order, one_blas_thread
 from fossil_export.checkpoints._header import Header
-from fossil_export.checkpoints._output import OutputFile
 from fossil_export.merging._engine import choose_engine
 from fossil_export.merging._layout import FilePlan
 from fossil_export.merging._plan import MergePlan
@@ -26,6 +25,7 @@ from fossil_export.merging._requantize import refuse_lost
 from fossil_export.merging._slabs import CopySlab, Slab, slabs
 from fossil_export.merging._survival import Survival
 from fossil_export.merging._worker import Worker
+from fossil_export.writing._output import OutputFile
 
 if TYPE_CHECKING:
     import numpy as np

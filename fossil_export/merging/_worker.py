@@ -15,7 +15,6 @@ from fossil_export.checkpoints._coding import CodedRows
 from fossil_export.checkpoints._dtypes import FLOATS, numpy_dtype, stored_dtype
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints._input import InputFile, Reused, StoredArray
-from fossil_export.checkpoints._output import ALIGNMENT, OutputFile
 from fossil_export.checkpoints._stamp import changed
 from fossil_export.checkpoints.layouts import Rows, Stored
 from fossil_export.errors import MergeError
@@ -27,6 +26,7 @@ from fossil_export.merging._plan import MergePlan
 from fossil_export.merging._requantize import encode, part_of
 from fossil_export.merging._slabs import SLAB, CopySlab, EncodeSlab, RowsSlab, Slab, row_slabs
 from fossil_export.merging._survival import Survival, sampled_share
+from fossil_export.writing._output import ALIGNMENT, OutputFile
 
 if TYPE_CHECKING:
     import numpy as np

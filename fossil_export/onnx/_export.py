@@ -13,7 +13,6 @@ from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._companions import PROVENANCE
 from fossil_export.checkpoints._dtypes import element_count
 from fossil_export.checkpoints._jsonfile import read_json, write_json
-from fossil_export.checkpoints._staging import check_destination, staged_folder
 from fossil_export.errors import OnnxError, OutputError, listed
 from fossil_export.merging._merge import write_companions
 from fossil_export.merging._planning import settled, with_dtype
@@ -27,6 +26,7 @@ from fossil_export.onnx.builders._existing import companions, share_data
 from fossil_export.onnx.graph._check import check
 from fossil_export.onnx.modes import MODES, ModeName
 from fossil_export.storage import expanded, fetch
+from fossil_export.writing._staging import check_destination, staged_folder
 
 Progress = Callable[[str], None]
 

@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fossil_export.checkpoints._single_file import write_file
 from fossil_export.merging._survival import Survival
 from fossil_export.publishing._operations import uploaded
+from fossil_export.writing._single_file import write_file
 
 
 class Journal:

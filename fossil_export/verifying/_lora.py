@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from fossil_export.verifying._stored import stored_dtype
 from fossil_export.verifying._sum import Sum
 from fossil_export.verifying._weights import TensorCheck
 from fossil_export.verifying.reference import EXACT
+from fossil_export.writing._scratch import Scratch
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
@@ -53,7 +53,7 @@ class LoraFolder:
 
     folder: Path
     _plan: MergePlan | None = None
-    _described: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+    _described: Scratch | None = field(default=None, repr=False)
 
     def weights(
         self, base: Checkpoint, added: Sum, record: Mapping[str, Any] | None, progress: Any
@@ -72,8 +72,8 @@ class LoraFolder:
         plan = self._plan or settled(plan_onto(base, [added.only], added.weights))
         described = base.location
         if plan.config is not None:  # the task's own config, as a merge would write it
-            self._described = tempfile.TemporaryDirectory()
-            described = Path(self._described.name)
+            self._described = Scratch()
+            described = self._described.path
             (described / "config.json").write_bytes(plan.config)
             for name, path in plan.companions.items():
                 if "/" not in name and name != "config.json":

@@ -16,6 +16,7 @@ from fossil_export.errors import FossilExportError
 from fossil_export.merging._merge import write_companions
 from fossil_export.merging._onto import plan_copy
 from fossil_export.merging._run import run
+from fossil_export.writing._scratch import scratch_folder
 
 INDEX = f"model{INDEX_ENDING}"
 
@@ -40,8 +41,7 @@ def plain_base(checkpoint: Checkpoint) -> Iterator[Checkpoint]:
             f"{checkpoint.location}: is run as plain weights, which take {needed:,} bytes, and {place} has {free:,} "
             "free; set TMPDIR to a folder on a larger disk, or leave the run out with --level weights"
         )
-    with tempfile.TemporaryDirectory(prefix="fossil-export-base-") as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         try:
             run(plan, folder)
             write_companions(plan, folder)
@@ -55,7 +55,7 @@ def plain_base(checkpoint: Checkpoint) -> Iterator[Checkpoint]:
         try:
             yield open_checkpoint(folder)
         except FossilExportError as problem:  # the user knows the base by its own path
-            problem.args = (str(problem).replace(name, str(checkpoint.location)),)
+            problem.args = (str(problem).replace(str(folder), str(checkpoint.location)),)
             raise
 
 

@@ -15,7 +15,6 @@ from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._companions import CERTIFICATE, PROVENANCE, is_weights
 from fossil_export.checkpoints._dtypes import BY_TORCH_NAME
 from fossil_export.checkpoints._jsonfile import read_json
-from fossil_export.checkpoints._single_file import write_file
 from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError, listed
 from fossil_export.merging._given import AnyGiven, with_weights
 from fossil_export.merging._planning import plan_merge
@@ -30,6 +29,7 @@ from fossil_export.verifying._seen import plain_base
 from fossil_export.verifying._sum import Sum
 from fossil_export.verifying._training import is_sound, training_of
 from fossil_export.verifying._verdict import Verification, certificate_file, device_name
+from fossil_export.writing._single_file import write_file
 
 if TYPE_CHECKING:
     from fossil_export.verifying._training import Asked

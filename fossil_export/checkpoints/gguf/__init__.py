@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +20,7 @@ from fossil_export.checkpoints.gguf._file import GgufFile, read_gguf
 from fossil_export.checkpoints.gguf._home import MadeFolder
 from fossil_export.checkpoints.gguf._losses import losses
 from fossil_export.errors import CheckpointError, FossilExportError, listed
+from fossil_export.writing._scratch import Scratch
 
 if TYPE_CHECKING:
     from fossil_export.checkpoints._folder import Folder
@@ -145,10 +145,10 @@ class _Head:
 
     def __init__(self, file: GgufFile, head: bytes) -> None:
         self._file, self._head = file, head
-        self._folder = tempfile.TemporaryDirectory(prefix="fossil-export-gguf-")
+        self._scratch = Scratch()
 
     def __enter__(self) -> tuple[Path, Path]:
-        root = Path(self._folder.name)
+        root = self._scratch.path
         path, made = root / "model.gguf", root / "made"
         made.mkdir()
         path.write_bytes(self._head)
@@ -156,7 +156,7 @@ class _Head:
         return path, made
 
     def __exit__(self, *problem: object) -> None:
-        self._folder.cleanup()
+        self._scratch.close()
 
 
 def _line(problem: Exception) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
 from fossil_export.checkpoints._header import Header
 from fossil_export.checkpoints._stamp import changed
+from fossil_export.writing._scratch import Scratch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,8 +31,8 @@ class MadeFolder:
         self._real, self._own = real, own
         self._fill: Callable[[Path], Iterable[str]] | None = fill
         self.notes = list(notes)
-        self.path = Path(tempfile.mkdtemp(prefix="fossil-export-gguf-"))
-        weakref.finalize(self, rmtree, self.path, ignore_errors=True)
+        self._scratch = Scratch()
+        self.path = self._scratch.path
         for name, content in files.items():
             (self.path / name).write_bytes(content)
 

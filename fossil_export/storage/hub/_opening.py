@@ -7,10 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from fossil_export.checkpoints._folder import LocalFolder
-from fossil_export.checkpoints._single_file import write_file
 from fossil_export.errors import HubError
 from fossil_export.storage.hub._errors import ATTEMPTS, NOT_CACHED, NotThereError, explained, is_unreachable, retried
 from fossil_export.storage.hub._remote import Entry, HubFolder, storage_of
+from fossil_export.writing._single_file import write_file
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 

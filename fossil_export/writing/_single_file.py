@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 
-from fossil_export.checkpoints._staging import claim, hold, partial_name, rename_new, sync
+from fossil_export.writing._staging import claim, hold, partial_name, rename_new, sync
 
 
 @contextmanager
