@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from fossil_export.storage.hub import _limits
 from fossil_export.storage.hub._client import LOGGERS
 
 
@@ -88,12 +89,19 @@ def lines() -> Iterator[Callable[[str], None]]:
 
 
 def quiet_hub() -> None:
-    """Keep the Hub's client from writing bars and retries into pipes, and from logging signed addresses."""
+    """Keep the Hub's client from writing bars and retries into pipes, and from logging signed addresses; and have it
+    said on a terminal when the Hub makes us wait."""
+    _limits.announce = _tell
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     for name in LOGGERS:
         logging.getLogger(name).addFilter(_without_queries)
+
+
+def _tell(line: str) -> None:
+    if sys.stderr.isatty():
+        click.echo(f"\r\x1b[K{line}", err=True)  # in place of a status line
 
 
 def _without_queries(record: logging.LogRecord) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from fossil_export.artifacts._kinds import KINDS
-from fossil_export.cards._facts import HUB, Facts, adapters_of, hub_id, part, paths_of, survived
+from fossil_export.cards._facts import Facts, adapters_of, hub_id, part, paths_of, survived
 from fossil_export.cards._frontmatter import BEGIN, END, FILLER, MARKED, NOTE, edited, is_template, noted, read_card
 from fossil_export.cards._markdown import plain
 from fossil_export.cards._methods import methods_of
@@ -118,7 +118,7 @@ def _wanted(facts: Facts, data: Mapping[str, Any], template: bool) -> dict[str, 
     terms = {key: card.get(key) for key in ("license", "license_name", "license_link")}
     link = terms["license_link"]
     if isinstance(link, str) and link and not re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:", link):
-        terms["license_link"] = f"{HUB}/{base}/blob/main/{quote(link.lstrip('./'))}" if base else None
+        terms["license_link"] = f"{facts.hub}/{base}/blob/main/{quote(link.lstrip('./'))}" if base else None
     if all(data.get(key) in (None, value) for key, value in terms.items()):
         wanted |= terms  # one license, not half of the user's and half of the base's
     language = card.get("language")

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-HUB = "https://huggingface.co"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
 _PARTS = ("adapter", "base")
 
@@ -17,7 +16,7 @@ class Facts:
     """What is known of an artifact. `base` and `adapter` are ids on the Hub, None for what is not there: the path
     of a folder is never published. If several adapters were added, `adapters` has that of each. `files` are the names
     of what is published; `config` is config.json or adapter_config.json, `base_card` the metadata of the base's
-    README.md, `base_folder` its folder in its repository, None for the root."""
+    README.md, `base_folder` its folder in its repository, None for the root. `hub` is the Hub's address, for links."""
 
     repo_id: str
     kind: str
@@ -31,6 +30,7 @@ class Facts:
     adapter_revision: str | None
     base_card: Mapping[str, Any] | None
     base_folder: str | None = None
+    hub: str = "https://huggingface.co"
     adapters: tuple[str | None, ...] = ()
 
 

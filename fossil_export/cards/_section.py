@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from fossil_export.artifacts._kinds import KINDS
-from fossil_export.cards._facts import HUB, Facts, adapters_of, hub_id, part, paths_of, survived
+from fossil_export.cards._facts import Facts, adapters_of, hub_id, part, paths_of, survived
 from fossil_export.cards._markdown import fenced, number, plain
 from fossil_export.cards._methods import methods_of
 from fossil_export.cards.kinds._kind_card import Sources
@@ -51,8 +51,8 @@ def generated(facts: Facts) -> str:
 
 
 def _summary(facts: Facts) -> str:
-    base = _link(facts.base, facts.base_revision) or "a base model that is not on the Hub"
-    link = _link(facts.adapter, facts.adapter_revision)
+    base = _link(facts, facts.base, facts.base_revision) or "a base model that is not on the Hub"
+    link = _link(facts, facts.adapter, facts.adapter_revision)
     adapter = f"the adapter {link}" if link else "an adapter"
     adapter = f"the sum of {len(facts.adapters)} adapters" if facts.adapters else adapter
     method = " and ".join(method.markdown() for method in methods_of(facts))
@@ -64,12 +64,12 @@ def _made(facts: Facts) -> Iterator[tuple[str, Any]]:
     record, card = facts.record or {}, CARDS[facts.kind]
     adapter = part(record, "adapter")
     for entry, name in zip(adapters_of(record), facts.adapters, strict=False):
-        where = _link(name, entry.get("revision")) or "not on the Hub"
+        where = _link(facts, name, entry.get("revision")) or "not on the Hub"
         yield "Adapter", f"{where} ({plain(entry.get('variant') or '')}, at weight {number(entry.get('weight'), 'g')})"
     if not facts.adapters and (not card.is_the_adapter or adapter.get("name")):
-        yield "Adapter", _link(facts.adapter, facts.adapter_revision) or "not on the Hub"
+        yield "Adapter", _link(facts, facts.adapter, facts.adapter_revision) or "not on the Hub"
     yield "Adapter's revision", plain(facts.adapter_revision or "") if facts.adapter else None
-    yield "Base", _link(facts.base, facts.base_revision) or "not on the Hub"
+    yield "Base", _link(facts, facts.base, facts.base_revision) or "not on the Hub"
     yield "Base's revision", plain(facts.base_revision or "") if facts.base else None
     yield "Variant", plain(adapter.get("variant") or "")
     yield "Rank", plain(adapter.get("rank") or "")
@@ -146,10 +146,10 @@ def _without_paths(line: str, facts: Facts) -> str:
     return re.sub(r"(?<![\w.:/-])(?:[A-Za-z]:|~|\.{1,2})?[/\\](?:[^\s/\\:;,'\"]+[/\\])*([^\s/\\:;,'\"]+)", r"\1", line)
 
 
-def _link(name: str | None, revision: str | None) -> str | None:
+def _link(facts: Facts, name: str | None, revision: str | None) -> str | None:
     if hub_id(name) is None or name is None:
         return None
-    return f"[{plain(name)}]({HUB}/{quote(name)}" + (f"/tree/{quote(revision, safe='')})" if revision else ")")
+    return f"[{plain(name)}]({facts.hub}/{quote(name)}" + (f"/tree/{quote(revision, safe='')})" if revision else ")")
 
 
 def _table(head: tuple[str, str], rows: Iterator[tuple[str, Any]]) -> str:

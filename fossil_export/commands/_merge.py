@@ -170,9 +170,11 @@ def merge(
     adapters = [weighted(given) for given in (adapter, *more)]
     seen = _settings(trained_on, double_quant, compute_dtype, block_size, skip_modules)
     if push_to_hub is not None:
+        from fossil_export.publishing._foreseen import foresee_merged
         from fossil_export.publishing._target import Target
 
-        Target(push_to_hub)  # a wrong name shows now
+        place = Target(push_to_hub, revision, create_pr)  # a wrong name shows now
+        exists = not (dry_run or stream) and place.foresee()  # and what else will be refused, before hours of work
     if stream:
         assert push_to_hub is not None
         from fossil_export.publishing import plan_stream, run_stream
@@ -214,6 +216,8 @@ def merge(
         show(plan.to_dict() if as_json else None, partial(print_plan, every=every), plan)
         print_warnings(plan.warnings)
         return
+    if push_to_hub is not None:
+        foresee_merged(plan, place, exists)
     with progress_bar(plan.nbytes, "merging") as progress:
         result = run_merge(plan, output, device=device, overwrite=overwrite, hash=with_hash, progress=progress)
     published = None

@@ -13,7 +13,8 @@ from fossil_export.cards._frontmatter import MARKED, is_template, read_card
 from fossil_export.checkpoints._companions import CARD
 from fossil_export.errors import FossilExportError, HubError
 from fossil_export.publishing._target import Target
-from fossil_export.storage.hub._errors import retried
+from fossil_export.storage.hub import _client as client
+from fossil_export.storage.hub._errors import endpoint, retried
 from fossil_export.storage.hub._names import folder_of, is_old_id, is_on_hub, names_hub, repository_of
 
 _MACHINES = {"base_model", "library_name", "tags"}
@@ -59,6 +60,7 @@ def facts_of(
         adapter_revision=entries[0].get("revision") if adapter is not None else None,
         base_card=metadata,
         base_folder=folder_of(base.get("name")) if on_hub else None,
+        hub=endpoint(),
         adapters=adapters if len(adapters) > 1 else (),
     )
     return facts, problems
@@ -161,7 +163,7 @@ def _card_of(what: str, name: Any, revision: str | None, on_hub: bool) -> tuple[
 
         def run() -> str | None:
             try:
-                return str(hf_hub_download(repository, CARD, revision=revision))
+                return str(hf_hub_download(repository, CARD, revision=revision, library_name=client.LIBRARY))
             except RemoteEntryNotFoundError:
                 return None
 

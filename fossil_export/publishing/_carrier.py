@@ -248,6 +248,7 @@ class Carrier:
                 revision=remote.commit,
                 local_dir=self._folder / BASE,
                 force_download=again,
+                library_name=client.LIBRARY,
             )
 
         for again in (False, True):

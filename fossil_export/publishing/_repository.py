@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ from fossil_export.publishing._refusals import is_copy_refusal, is_damaged, why_
 from fossil_export.publishing._target import Target
 from fossil_export.storage.hub import _client as client
 from fossil_export.storage.hub import _errors as errors
+from fossil_export.storage.hub import _limits as limits
 from fossil_export.storage.hub._errors import (
-    ATTEMPTS,
     endpoint,
     explained,
     is_conflict,
@@ -56,7 +55,7 @@ class Repository(Target):
             if "/" not in self.repo_id or not self._api.repo_exists(self.repo_id):
                 self.repo_id = self._api.create_repo(self.repo_id, private=private, exist_ok=True).repo_id
             elif not self.create_pr:
-                self._api.auth_check(self.repo_id, write=True)
+                self._may_write()
             if self.revision is not None and not self.create_pr and not self.revision.startswith("refs/"):
                 self._api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
             info = self._api.model_info(self.repo_id)
@@ -97,10 +96,17 @@ class Repository(Target):
                     raise HubError(
                         f"{self.repo_id}: {doing}: arrived damaged twice; run the same command again later"
                     ) from problem
-        if ignored := [addition.path_in_repo for addition in additions if client.is_ignored(addition)]:
+        if ignored := self._left_out(additions):
             raise HubError(
                 f"{self.repo_id}: its .gitignore leaves out {listed(ignored)}; change it, then run the command again"
             )
+
+    def _left_out(self, additions: Iterable[Any]) -> list[str]:
+        """Names of the files that a commit would leave out, for the repository's .gitignore. Other Hubs call what the
+        branch holds already so, too, and of that the commit sends nothing."""
+        ignored = [addition for addition in additions if client.is_ignored(addition)]
+        there = self.files(self.revision or "main") if ignored else {}
+        return [one.path_in_repo for one in ignored if there.get(one.path_in_repo) != digest_of(one)]
 
     def commit(self, build: Build, message: str) -> Commit:
         """One commit of what `build` gives, held against what the Hub then lists; `build` is asked again where the
@@ -109,8 +115,8 @@ class Repository(Target):
         A commit whose answer was lost is recognised by its files. Raises CopyRefusedError where only the copies
         are in the way, HubError otherwise.
         """
-        pause = errors.PAUSE
-        for attempt in range(ATTEMPTS):
+        trouble = errors.Trouble()
+        while True:
             # All that is decided is decided for this commit, and nothing is put on top of any other.
             head = self.head()
             there = self.files(head)
@@ -119,6 +125,7 @@ class Repository(Target):
             pending = [one for one in operations if there.get(name_of(one)) != expected[name_of(one)]]
             if not pending:
                 return Commit(head, f"{endpoint()}/{self.repo_id}/commit/{head}", None, False)
+            limits.notice()
             try:
                 commit = self._send(pending, head, message)
             except Exception as problem:
@@ -128,16 +135,13 @@ class Repository(Target):
                     raise explained(problem, self.repo_id, "committing") from problem
                 landed = self._landed(expected, head, message)
                 if landed is None:
-                    wait = max(pause, errors.asked_pause(problem))
-                    if attempt == ATTEMPTS - 1 or wait > errors.PATIENCE:
+                    if not trouble.may_go_on(problem):
                         raise explained(problem, self.repo_id, "committing") from problem
-                    time.sleep(wait)
-                    pause *= 2
+                    trouble.rest()
                     continue
                 commit = landed
             self._check(commit, expected)
             return commit
-        raise AssertionError("unreachable")
 
     def _send(self, operations: Iterable[Operation], head: str, message: str) -> Commit:
         with warnings.catch_warnings():

@@ -163,6 +163,7 @@ def run_stream(
     """Carry out a plan that `plan_stream` made; arguments as for `merge_to_hub`."""
     started = time.perf_counter()
     repository = Repository(repo_id, revision, create_pr)
+    repository.foresee()
     merge = plan.merge
     fetch(*(merge.needed if plan.remote is None else (adapter.needed for adapter in merge.adapters)))
     if any(plan.merge.undecided):

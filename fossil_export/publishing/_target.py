@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from fossil_export.errors import HubError
-from fossil_export.publishing._questions import held, said_of_card
+from fossil_export.publishing._questions import held, refuse_owner, said_of_card
 from fossil_export.storage.hub import _client as client
 from fossil_export.storage.hub import _errors as errors
 from fossil_export.storage.hub._errors import check_client, endpoint, retried
@@ -45,7 +45,7 @@ class Target:
         self.revision = revision or None
         self.create_pr = create_pr
         self.notes: list[str] = []
-        self._api = HfApi(library_name="fossil-export")
+        self._api = HfApi(library_name=client.LIBRARY)
 
     @property
     def page(self) -> str:
@@ -59,7 +59,7 @@ class Target:
 
         def run() -> bool:
             if "/" not in self.repo_id:
-                self.repo_id = f"{self._api.whoami()['name']}/{self.repo_id}"
+                self.repo_id = f"{self._who()['name']}/{self.repo_id}"
             if not self._api.repo_exists(self.repo_id):
                 return False
             info = self._api.model_info(self.repo_id)
@@ -84,14 +84,23 @@ class Target:
 
         return retried(run, self.repo_id, "looking into it")
 
+    def foresee(self) -> bool:
+        """Raise HubError for what would stop a commit, as far as one can know it without making anything: the Hub is
+        out of reach, or one may not write there. Gives whether the repository exists."""
+        exists = self.find()
+        self.check_writing(exists)
+        return exists
+
     def check_writing(self, exists: bool) -> None:
-        """Raise HubError unless one is known to the Hub and, if the repository exists, may write to it."""
+        """Raise HubError unless one is known to the Hub and may write to the repository, or make it."""
 
         def run() -> None:
-            if exists and not self.create_pr:
-                self._api.auth_check(self.repo_id, write=True)
+            if not exists:
+                refuse_owner(self.repo_id, self._who())
+            elif self.create_pr:
+                self._who()
             else:
-                self._api.whoami()
+                self._may_write()
 
         retried(run, self.repo_id, "asking for permission")
 
@@ -100,8 +109,10 @@ class Target:
         self._online()
 
         def run() -> list[str]:
-            if not self.create_pr:
-                self._api.auth_check(self.repo_id, write=True)
+            if self.create_pr:
+                self._who()
+            else:
+                self._may_write()
             refs = self._api.list_repo_refs(self.repo_id, include_pull_requests=True)
             return [ref.name for ref in refs.branches] + [ref.ref for ref in refs.pull_requests or []]
 
@@ -133,7 +144,10 @@ class Target:
         """A small text file at a commit, with its own line ends. Raises HubError, also where it is not there."""
         from huggingface_hub import hf_hub_download
 
-        path = retried(lambda: hf_hub_download(self.repo_id, name, revision=commit), self.repo_id, f"reading {name}")
+        def run() -> str:
+            return str(hf_hub_download(self.repo_id, name, revision=commit, library_name=client.LIBRARY))
+
+        path = retried(run, self.repo_id, f"reading {name}")
         try:
             return Path(path).read_bytes().decode()
         except UnicodeDecodeError as problem:
@@ -158,6 +172,23 @@ class Target:
             ask = partial(held, self.repo_id, some, branch)
             found |= retried(ask, self.repo_id, "asking what it holds")
         return found
+
+    def _who(self) -> dict[str, Any]:
+        """Whose token it is; the Hub lets one ask this only seldom."""
+        return dict(self._api.whoami(cache=True))
+
+    def _may_write(self) -> None:
+        """Raise the client's error for who may not. Of a Hub that cannot be asked this, the requests that follow tell
+        it, before anything is sent."""
+        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+        try:
+            self._api.auth_check(self.repo_id, write=True)
+        except (GatedRepoError, RepositoryNotFoundError):
+            raise
+        except HfHubHTTPError as problem:
+            if errors.status_of(problem) not in (404, 405, 501):
+                raise
 
     def _opened(self, run: Callable[[], T]) -> T:
         try:

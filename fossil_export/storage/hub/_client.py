@@ -17,6 +17,9 @@ FLOOR, ABOVE = (1, 23), (3, 0)
 SUPPORTED = f"huggingface-hub>={FLOOR[0]}.{FLOOR[1]},<{ABOVE[0]}"
 """The versions that the tests are run with, at both ends."""
 
+LIBRARY = "fossil-export"
+"""What the client is told to send as the name of whoever uses it."""
+
 LOGGERS = ("huggingface_hub.utils._http", "huggingface_hub.file_download", "httpx", "httpx2")
 """Loggers that are told signed addresses. The client's 1.x speaks through httpx, its 2.x through httpx2."""
 

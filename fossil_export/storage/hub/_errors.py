@@ -5,14 +5,17 @@ from __future__ import annotations
 import errno
 import json
 import re
-import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from time import monotonic
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 from fossil_export.errors import FossilExportError, HubError
 from fossil_export.storage.hub import _client as client
+from fossil_export.storage.hub import _limits as limits
 from fossil_export.storage.hub import _xet as xet
+from fossil_export.storage.hub._answers import address_of, code_of, is_of_storage, is_page
 
 T = TypeVar("T")
 
@@ -25,8 +28,9 @@ ATTEMPTS = 5
 PAUSE = 1.0
 """Seconds before the second attempt; each further pause is twice as long."""
 PATIENCE = 60.0
-"""Seconds after which a Hub that answers, but only with errors, is given up."""
+"""Seconds after which a Hub that answers, but only with errors, is given up. A limit that it tells is waited for."""
 
+WITHOUT_XET = ", or with HF_HUB_DISABLE_XET=1 to go without hf_xet"
 NOT_CACHED = "is not, or not wholly, in the Hub's cache, and HF_HUB_OFFLINE is set; unset it, or fetch the model first"
 
 _SECRETS = re.compile(r"hf_\w{6,}|(?<=Bearer )\S+|(?<=\?)[^\s'\">]*=[^\s'\">]*|(?<=://)[^\s/@]+(?=@)")
@@ -39,9 +43,13 @@ def redacted(text: str) -> str:
 
 def endpoint() -> str:
     """The address of the Hub for people: HF_ENDPOINT, as the client read it, without a password."""
+    return redacted(_endpoint())
+
+
+def _endpoint() -> str:
     from huggingface_hub import constants
 
-    return redacted(str(constants.ENDPOINT))
+    return str(constants.ENDPOINT)
 
 
 def check_client() -> None:
@@ -82,34 +90,64 @@ def is_conflict(problem: BaseException) -> bool:
 
 def is_transient(problem: BaseException) -> bool:
     """Whether the same request may well succeed a little later."""
-    return any(status_of(cause) in (408, 429, 500, 502, 503, 504) or _is_network(cause) for cause in causes_of(problem))
+    passing = (408, 429, 500, 502, 503, 504)
+    return any(
+        status_of(cause) in passing or _is_network(cause) or refused_by_storage(cause) for cause in causes_of(problem)
+    )
 
 
 def retried(run: Callable[[], T], name: str, doing: str = "", attempts: int = ATTEMPTS) -> T:
     """`run()`, again a few times where the Hub had trouble that its client gives up on. Raises as `explained` says.
 
-    A pause is as long as the Hub asks for, unless it would be over `PATIENCE`.
+    If the Hub says how long to wait, that is waited, unless it is longer than its windows (`limits.LONGEST`).
     """
-    pause = PAUSE
-    until = None
-    for attempt in range(attempts):
+    trouble = Trouble(attempts)
+    while True:
         try:
+            limits.notice()
             return run()
         except FossilExportError:
             raise
         except Exception as problem:
-            until = until or time.monotonic() + PATIENCE
-            wait = max(pause, asked_pause(problem))
-            late = any(map(status_of, causes_of(problem))) and time.monotonic() + wait > until
-            by_xet = any(map(xet.is_xet, causes_of(problem)))
-            last = min(attempts - 1, 1) if by_xet else attempts - 1  # hf_xet has tried for minutes already
-            if attempt >= last or late or not is_transient(problem):
+            if not (is_transient(problem) and trouble.may_go_on(problem)):
                 raise explained(problem, name, doing) from problem
-            if by_xet:
+            if any(map(xet.is_xet, causes_of(problem))):
                 client.renew_xet_session()
-        time.sleep(wait)
-        pause *= 2
-    raise AssertionError("unreachable")
+        trouble.rest()
+
+
+class Trouble:
+    """How often the Hub failed in one step, and how long to wait before the next of `attempts`."""
+
+    def __init__(self, attempts: int = ATTEMPTS) -> None:
+        self._left, self._once = attempts, 2
+        self._limits = limits.WAITS
+        self._pause = PAUSE
+        self._next = 0.0
+        self._until: float | None = None
+
+    def may_go_on(self, problem: BaseException) -> bool:
+        """Whether there is a next attempt after `problem`, which is transient."""
+        causes = list(causes_of(problem))
+        asked = max(map(limits.asked_pause, causes))
+        if asked > 0:
+            self._limits -= 1
+            self._next = asked
+            return asked <= limits.LONGEST and self._limits >= 0
+        now = monotonic()
+        self._until = self._until or now + PATIENCE
+        self._next, self._pause = self._pause, self._pause * 2
+        self._left -= 1
+        if any(xet.is_xet(cause) or refused_by_storage(cause) for cause in causes):
+            # hf_xet has tried for minutes already, and a new signed address helps at once or not at all.
+            self._once -= 1
+            self._left = min(self._left, self._once)
+        late = any(map(status_of, causes)) and not is_conflict(problem) and now + self._next > self._until
+        return self._left > 0 and not late
+
+    def rest(self) -> None:
+        """Wait for as long as the last problem makes advisable."""
+        limits.wait(self._next)
 
 
 def causes_of(problem: BaseException) -> Iterator[BaseException]:
@@ -123,6 +161,14 @@ def causes_of(problem: BaseException) -> Iterator[BaseException]:
 def status_of(problem: BaseException) -> int:
     response = getattr(problem, "response", None)
     return int(getattr(response, "status_code", 0) or 0) or xet.status_of(problem)
+
+
+def refused_by_storage(problem: BaseException) -> bool:
+    """Whether it was not the Hub that forbade it, but the host of its large files, which knows no tokens: a signed
+    address that is too old, a clock that is wrong, a proxy."""
+    response = getattr(problem, "response", None)
+    by_host = response is not None and is_of_storage(response, _endpoint())
+    return status_of(problem) == 403 and (by_host or xet.is_xet(problem))
 
 
 def errno_of(problem: BaseException | None) -> int | None:
@@ -141,15 +187,6 @@ def _is_network(problem: BaseException) -> bool:
     )
 
 
-def asked_pause(problem: BaseException) -> float:
-    """The seconds that the Hub itself asks to wait."""
-    for cause in causes_of(problem):
-        asked = getattr(getattr(cause, "response", None), "headers", {}).get("Retry-After", "")
-        if asked.isdigit():
-            return float(asked)
-    return 0.0
-
-
 def _is_not_there(problem: BaseException) -> bool:
     return type(problem).__name__ in ("RepositoryNotFoundError", "HFValidationError") or _is_offline(problem)
 
@@ -164,6 +201,8 @@ def _remedy(problem: BaseException, page: str) -> str | None:
     by_xet = xet.is_xet(problem)
     # Behind each of the client's errors is the HTTP library's own, which knows no more than the status.
     status = status_of(problem) if by_xet or isinstance(problem, errors.HfHubHTTPError) else 0
+    if status in (404, 405, 501) and re.search("/xet-(read|write)-token/", address_of(problem)):
+        return f"the Hub shows no way to its Xet storage (status {status}); run the same command again{WITHOUT_XET}"
     if isinstance(problem, errors.GatedRepoError):
         return f"is gated; accept the licence at {page} and log in with `hf auth login`"
     if isinstance(problem, errors.RevisionNotFoundError):
@@ -176,23 +215,44 @@ def _remedy(problem: BaseException, page: str) -> str | None:
         return "no such model on the Hub, or it is private; check the name, or log in with `hf auth login`"
     if isinstance(problem, errors.HFValidationError):
         return f"is no name of a model on the Hub ({_line(problem).removesuffix('.')}); write user/repo"
-    if status == 401:
+    if status == 401 or isinstance(problem, errors.LocalTokenNotFoundError):
         return "the Hub wants to know who you are; log in with `hf auth login`, or set HF_TOKEN"
+    if refused_by_storage(problem):
+        host = "the Xet storage" if by_xet else f"the storage host {urlsplit(address_of(problem)).hostname}"
+        code = ", ".join(filter(None, ("status 403", code_of(problem))))
+        return (
+            f"{host} refuses this ({code}), not the Hub itself; check this machine's clock and HTTPS_PROXY, and run "
+            f"the same command again{WITHOUT_XET if by_xet else ''}"
+        )
+    if status == 403 and is_page(problem):
+        return (
+            f"{endpoint()} is refused (status 403) by a page that is not the Hub's; check HTTPS_PROXY and HF_ENDPOINT, "
+            "and run the same command again"
+        )
     if status == 403:
         return (
             "your token may not do that; take one that may (to publish, with write access) from "
             f"{endpoint()}/settings/tokens and log in with `hf auth login`{_said(problem)}"
         )
     if status == 429:
-        return "the Hub asks for fewer requests; wait a few minutes and run the same command again"
+        return limits.when_to_return(limits.asked_pause(problem))
     if status in (409, 412):
         return f"somebody else changed it at the same time; run the same command again{_said(problem)}"
+    if status >= 500 and by_xet:
+        return (
+            f"the Xet storage has trouble of its own (status {status}); run the same command again later{WITHOUT_XET}"
+        )
     if status >= 500:
         return f"the Hub has trouble of its own (status {status}); run the same command again later"
     if status >= 400:
         return f"the Hub refuses this (status {status}){_said(problem)}; see {page}"
     if _is_offline(problem):
         return NOT_CACHED
+    if by_xet and _is_network(problem):
+        return (
+            f"the Xet storage cannot be reached ({_line(problem)}); check the network and HTTPS_PROXY, and run the "
+            f"same command again{WITHOUT_XET}"
+        )
     if _is_network(problem):
         return (
             f"{endpoint()} cannot be reached ({_line(problem)}); check the network, HTTPS_PROXY and HF_ENDPOINT, "
@@ -205,7 +265,7 @@ def _remedy(problem: BaseException, page: str) -> str | None:
     if isinstance(problem, OSError) and str(problem.filename).startswith(str(constants.HF_HUB_CACHE)):
         return f"{problem.filename}: {problem.strerror}; see to the Hub's cache, or move it with HF_HOME"
     if by_xet:
-        return f"{_line(problem)}; run the same command again, or with HF_HUB_DISABLE_XET=1 to go without hf_xet"
+        return f"{_line(problem)}; run the same command again{WITHOUT_XET}"
     return None
 
 

@@ -34,7 +34,7 @@ class HubStorage(Storage):
         repository = repository_of(name)
         # Of an id without hf:// PEFT is told what was typed.
         known = repository if name.startswith("hf://") else name
-        return ModelName(known, folder_of(name), f"https://huggingface.co/{repository}")
+        return ModelName(known, folder_of(name), _page(repository))
 
     def pinned(self, name: str, revision: str) -> str:
         if not name.startswith("hf://"):
@@ -42,6 +42,13 @@ class HubStorage(Storage):
         repository = repository_of(name)
         inside = name.removeprefix(f"hf://{repository}")
         return name if inside.startswith("@") else f"hf://{repository}@{revision}{inside}"
+
+
+def _page(repository: str) -> str | None:
+    try:
+        return f"{endpoint()}/{repository}"
+    except ValueError:  # the client refuses its settings, which are none of the caller's business
+        return None
 
 
 def _open(text: str, error: type[FossilExportError]) -> Origin:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fossil_export.checkpoints._folder import LocalFolder
 from fossil_export.errors import HubError
+from fossil_export.storage.hub import _client as client
 from fossil_export.storage.hub._errors import ATTEMPTS, NOT_CACHED, NotThereError, explained, is_unreachable, retried
 from fossil_export.storage.hub._remote import Entry, HubFolder, storage_of
 from fossil_export.writing._single_file import write_file
@@ -23,7 +24,7 @@ def open_repository(repository: str, revision: str | None) -> tuple[HubFolder | 
     """
     from huggingface_hub import HfApi, constants
 
-    api = HfApi(library_name="fossil-export")
+    api = HfApi(library_name=client.LIBRARY)
     try:
         cached = _cached(repository, revision)
     except ValueError as problem:

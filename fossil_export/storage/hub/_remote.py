@@ -20,6 +20,7 @@ from fossil_export.checkpoints._folder import LocalFolder, hub_blob
 from fossil_export.checkpoints._header import Header, header_length, parse_header
 from fossil_export.checkpoints._weights_file import header_of, is_pickle
 from fossil_export.errors import HubError, listed
+from fossil_export.storage.hub import _client as client
 from fossil_export.storage.hub._background import interruptible
 from fossil_export.storage.hub._errors import retried
 
@@ -129,6 +130,7 @@ class HubFolder:
                 revision=self.commit,
                 allow_patterns=wanted,
                 tqdm_class=_silent() if small else None,
+                library_name=client.LIBRARY,
             )
 
         retried(lambda: interruptible(run), self.repository)
@@ -182,7 +184,11 @@ class HubFolder:
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
         url = hf_hub_url(self.repository, self.prefix + name, revision=self.commit)
-        headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        headers = {
+            **build_hf_headers(library_name=client.LIBRARY),
+            "Range": f"bytes={start}-{stop - 1}",
+            "Accept-Encoding": "identity",
+        }
         once: dict[str, Any] = {"retry_on_exceptions": (), "retry_on_status_codes": ()}
 
         def run() -> bytes:
