@@ -97,7 +97,9 @@ def test_the_pause_that_the_hub_asks_for_is_made(hosted: LoopbackHub) -> None:
     started = time.monotonic()
     assert load_adapter("ada/adapter").rank == 8 and time.monotonic() - started > 1
     hosted.fault(Fault("GET", "^/api/models/ada/adapter$", status=429, headers={"Retry-After": "3600"}, times=None))
-    with pytest.raises(HubError, match="fewer requests; wait a few minutes"):
+    with pytest.raises(
+        HubError, match=r"fewer requests, and for a pause of 60 minutes; run the same command after \d\d:\d\d"
+    ):
         load_adapter("ada/adapter")
 
 

@@ -22,7 +22,7 @@ source = loopback_tools.source
 
 
 def test_round_trip(hub: LoopbackHub, api: HfApi, tmp_path: Path) -> None:
-    files = FILES | {"onnx/model.onnx": b"onnx", "onnx/tokenizer.json": b"{" * 100_001, "empty.bin": b""}
+    files = FILES | {"onnx/model.onnx": b"onnx", "onnx/tokenizer.json": b"{" * ((10 << 20) + 1), "empty.bin": b""}
     folder = folder_of(tmp_path / "folder", files)
     for _ in range(2):
         assert api.create_repo("ada/new", private=True, exist_ok=True).repo_id == "ada/new"
@@ -40,6 +40,7 @@ def test_round_trip(hub: LoopbackHub, api: HfApi, tmp_path: Path) -> None:
     assert tree["onnx/tokenizer.json"].lfs.sha256 == hub.files("ada/new")["onnx/tokenizer.json"][1]
     assert tree["config.json"].lfs is None and tree["config.json"].last_commit.oid == info.sha
     assert [entry.path for entry in api.list_repo_tree("ada/new", "onnx")] == ["onnx/model.onnx", "onnx/tokenizer.json"]
+    assert hub.read("ada/new", ".gitattributes").endswith(b"onnx/tokenizer.json filter=lfs diff=lfs merge=lfs -text\n")
     assert api.whoami()["name"] == "ada"
     assert api.list_repo_commits("ada/new")[0].title == "Upload folder using huggingface_hub"
 
@@ -57,7 +58,12 @@ def test_range_of_an_lfs_file(hub: LoopbackHub, api: HfApi, source: str) -> None
     assert read_range(source, "model.safetensors", 1000, 2999) == WEIGHTS[1000:3000]
     assert read_range(source, "config.json", 2, 100) == FILES["config.json"][2:]
     assert hub.moved()[0] < 5000
-    assert [(request.has_token, request.status) for request in hub.log] == [(True, 302), (False, 206), (True, 206)]
+    assert [(request.has_token, request.status) for request in hub.log] == [
+        (True, 302),
+        (False, 206),
+        (True, 307),
+        (True, 206),
+    ]
     with pytest.raises(hub_errors.HfHubHTTPError) as refused:
         read_range(source, "model.safetensors", len(WEIGHTS), len(WEIGHTS) + 5)
     assert refused.value.response.status_code == 416

@@ -116,7 +116,7 @@ def test_the_card_of_an_adapter_tells_what_it_is(kind: str, hosted: LoopbackHub,
     assert {"fossil", "miss", "tile"} <= set(data["tags"])
     assert "| Variant | tile |\n| Rank | 8 |\n| Trained parameters | 6,144 |\n" in text
     assert "verif" not in text and not any("verif" in line for line in result.warnings)
-    source = f"[ada/adapter](https://huggingface.co/ada/adapter/tree/{hosted.head('ada/adapter')})"
+    source = f"[ada/adapter]({hosted.endpoint}/ada/adapter/tree/{hosted.head('ada/adapter')})"
     assert (source in text) == (kind != "miss") and "not on the Hub" not in text
     assert ("| Numbers | f32 |" in text) == (kind != "miss") == (f"Made by | fossil-export {__version__}" in text)
 

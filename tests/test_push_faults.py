@@ -54,7 +54,10 @@ def test_trouble(
         (401, "log in with `hf auth login`"),
         (403, "your token may not do that"),
         (404, "run the same command|check the name|see http"),
-        (429, "asks for fewer requests; wait a few minutes"),
+        (
+            429,
+            "asks for fewer requests(; wait a few minutes|, and for a pause of 60 minutes; run the same command after)",
+        ),
         (413, r"the Hub refuses this \(status 413\)"),
     ],
 )

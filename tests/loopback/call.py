@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.message import Message
+from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from loopback.faults import Fault
 from loopback.git import Refusal
 from loopback.state import Hub
+from loopback.users import User
 
 
 @dataclass
@@ -46,6 +50,14 @@ def json_reply(value: Any, status: int = 200, headers: Any = None, content_type:
     return Reply(status, body, {"Content-Type": content_type, **(headers or {})})
 
 
+def xml_reply(refusal: Refusal) -> Reply:
+    """As S3 refuses."""
+    told = f"<Error><Code>{refusal.code or 'InvalidRequest'}</Code><Message>{escape(refusal.message)}</Message></Error>"
+    headers = {name: value for name, value in refusal.headers.items() if not name.startswith("X-Error-")}
+    body = f'<?xml version="1.0" encoding="UTF-8"?>\n{told}'.encode()
+    return Reply(refusal.status, body, {"Content-Type": "application/xml", **headers})
+
+
 @dataclass
 class Call:
     hub: Hub
@@ -53,7 +65,8 @@ class Call:
     headers: Message
     incoming: Iterator[bytes]  # the body
     fault: Fault
-    user: str | None = None  # whose token came with it
+    user: User | None = None  # whose token came with it
+    path: str = ""  # as it came
 
     def body(self) -> bytes:
         return b"".join(self.incoming)
@@ -64,16 +77,29 @@ class Call:
     def flag(self, name: str) -> bool:
         return self.query.get(name, [""])[0].lower() in ("1", "true")
 
+    def page(self, entries: Sequence[Any], most: int) -> Reply:
+        """The part of a list that the query asks for, and the address of the next one."""
+        size = min(int(self.query.get("limit", [str(most)])[0]), most)
+        at = int(base64.urlsafe_b64decode(self.query["cursor"][0])) if "cursor" in self.query else 0
+        headers = {}
+        if at + size < len(entries):
+            cursor = base64.urlsafe_b64encode(str(at + size).encode()).decode()
+            query = urlencode(self.query | {"limit": [str(size)], "cursor": [cursor]}, doseq=True)
+            headers["Link"] = f'<{self.hub.endpoint}{self.path}?{query}>; rel="next"'
+        return json_reply(list(entries[at : at + size]), headers=headers)
+
     def ranged(self, length: int, headers: dict[str, str]) -> tuple[int, int, int]:
-        """Status, first byte and length for the Range header, if any; only one range is served."""
+        """Status, first byte and length for the Range header, if any. As S3, it gives the whole for several ranges."""
         match = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
         headers["Accept-Ranges"] = "bytes"
         if match is None or match.groups() == ("", ""):
             return 200, 0, length
         first, last = match.groups()
+        if (first and last and int(last) < int(first)) or (length == 0 and not first):
+            return 200, 0, length  # no range at all, by RFC 9110
         start = int(first) if first else max(0, length - int(last))
         end = min(int(last) + 1, length) if first and last else length
         if start >= end:
-            raise Refusal(416, "Range Not Satisfiable", **{"Content-Range": f"bytes */{length}"})
+            raise Refusal(416, "Range Not Satisfiable", "InvalidRange", **{"Content-Range": f"bytes */{length}"})
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{length}"
         return 206, start, end - start

@@ -5,25 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-
-LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".onnx", ".onnx.data", ".onnx_adapter")
-# The Hub starts every repository with this file, in a first commit of its own.
-GITATTRIBUTES = b"".join(b"*%s filter=lfs diff=lfs merge=lfs -text\n" % suffix.encode() for suffix in LFS_SUFFIXES)
 
 
 class Refusal(Exception):
-    """An error answer: the client chooses its exception by the status and `X-Error-Code`."""
+    """An error answer: the client chooses its exception by the status and `X-Error-Code`. From the storage host it goes
+    as S3's XML, with `code` in it."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **headers: str) -> None:
         super().__init__(message)
-        self.status, self.message = status, message
+        self.status, self.message, self.code = status, message, code
         self.headers = {"X-Error-Message": message, **headers} | ({"X-Error-Code": code} if code else {})
-
-
-def upload_mode(path: str, size: int) -> str:
-    heavy = size > 10 * 1024 * 1024 or (Path(path).name == "tokenizer.json" and size > 100_000)
-    return "lfs" if heavy or path.endswith(LFS_SUFFIXES) else "regular"
 
 
 @dataclass(frozen=True)
@@ -72,6 +63,11 @@ class Repo:
     @property
     def owner(self) -> str:
         return self.id.split("/")[0]
+
+    def attributes(self, commit: Commit) -> bytes:
+        """Its .gitattributes at a commit."""
+        found = commit.files.get(".gitattributes")
+        return found.content or b"" if found is not None else b""
 
     def at(self, revision: str) -> Commit:
         head = self.branches.get(revision.removeprefix("refs/heads/"))

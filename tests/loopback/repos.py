@@ -11,14 +11,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from loopback.git import GITATTRIBUTES, Blob, Commit, Refusal, Repo, upload_mode
+from loopback.attributes import GITATTRIBUTES, LARGE, SAMPLE, tracking, upload_mode
+from loopback.git import Blob, Commit, Refusal, Repo
+from loopback.names import check_branch, check_path, check_repo
 from loopback.objects import Objects, sha256_of
+from loopback.users import Accounts
 
 
 class Repos(Objects):
     def __init__(self, storage: Path, tokens: Mapping[str, str] | None = None, xet: bool = False) -> None:
         super().__init__(storage, xet)
-        self.tokens = dict(tokens or {})
+        self.accounts = Accounts(dict(tokens or {}))
         self.granted: set[str] = set()  # users who were let into every gated repository
         self.renamed: dict[str, str] = {}  # repositories that have another name now
         self.lock = threading.RLock()
@@ -27,6 +30,7 @@ class Repos(Objects):
     # What tests call
 
     def create(self, repo_id: str, private: bool = False, gated: bool = False) -> None:
+        check_repo(repo_id)
         repo = Repo(repo_id, private, gated)
         with self.lock:
             self._repos[repo_id] = repo
@@ -42,13 +46,17 @@ class Repos(Objects):
     ) -> str:
         """A commit made behind the client's back; an unknown branch starts from main."""
         repo = self._repos[repo_id]
+        for path in files:
+            check_path(path)
         taken = {path: self._take(repo, path, content) for path, content in files.items()}
         large = [self.object_path(blob.sha256) for blob in taken.values() if blob.content is None]
         if self.xet is not None and large:
             self.xet.put(*large)
         changes: dict[str, Blob | None] = {**taken}
         with self.lock:
-            repo.branches.setdefault(branch, repo.branches["main"])
+            if branch not in repo.branches:
+                check_branch(branch)
+                repo.branches[branch] = repo.branches["main"]
             return self.advance(repo, branch, message, changes | dict.fromkeys(delete)).sha
 
     def add_folder(self, repo_id: str, folder: Path) -> str:
@@ -78,15 +86,16 @@ class Repos(Objects):
 
     def readable(self, user: str | None, repo_id: str) -> Repo:
         repo = self._repos.get(repo_id)
-        if repo is None or (repo.private and user not in (None, repo.owner)):
+        hidden = repo is not None and repo.private and not self.accounts.is_member(user, repo.owner)
+        if repo is None or (hidden and user is not None):
             raise Refusal(404, "Repository not found", "RepoNotFound")
-        if repo.private and user is None:
+        if hidden:
             raise Refusal(401, "Invalid username or password.", "RepoNotFound")
         return repo
 
     def content_readable(self, user: str | None, repo_id: str) -> Repo:
         repo = self.readable(user, repo_id)
-        if repo.gated and user != repo.owner and user not in self.granted:
+        if repo.gated and not self.accounts.is_member(user, repo.owner) and user not in self.granted:
             told = f"Access to model {repo_id} is restricted and you are not in the authorized list."
             raise Refusal(401 if user is None else 403, told, "GatedRepo")
         return repo
@@ -96,7 +105,9 @@ class Repos(Objects):
             # The client takes a bare 401 of an https Hub for a missing repository; over http it needs the code.
             raise Refusal(401, "Invalid username or password.", "RepoNotFound")
         repo = self.readable(user, repo_id)
-        if user != repo.owner and not through_pull_request:
+        if getattr(user, "role", "write") == "read":
+            raise Refusal(403, "You need a token with write access: this one may only read")
+        if not through_pull_request and not self.accounts.may_write(user, repo.owner, repo_id):
             told = "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request"
             raise Refusal(403, told)
         return repo
@@ -130,7 +141,7 @@ class Repos(Objects):
     def push(self, repo: Repo, branch: str, lines: list[dict[str, Any]], author: str, pull: bool) -> tuple[str, Commit]:
         """The Hub's commit call, all of it or nothing; gives the branch it landed on."""
         with self.lock:
-            if branch not in repo.branches:
+            if branch not in repo.branches:  # a tag or a commit takes nothing
                 raise Refusal(404, f"Invalid rev id: {branch}", "RevisionNotFound")
             header = lines[0]["value"]
             base = repo.at(branch)
@@ -142,6 +153,11 @@ class Repos(Objects):
             changes: dict[str, Blob | None] = {}
             for line in lines[1:]:
                 changes |= self._change(repo, base, line["key"], line["value"])
+            large = [path for path, blob in changes.items() if blob is not None and blob.content is None]
+            attributes = changes.get(".gitattributes") or base.files.get(".gitattributes")
+            before = attributes.content or b"" if attributes is not None else b""
+            if (after := tracking(before, *large)) != before:
+                changes[".gitattributes"] = Blob.regular(after)  # as the Hub does, in the same commit
             if pull:
                 branch = f"refs/pr/{1 + sum(name.startswith('refs/pr/') for name in repo.branches)}"
             made = self.advance(
@@ -151,9 +167,12 @@ class Repos(Objects):
 
     def _change(self, repo: Repo, base: Commit, key: str, value: dict[str, Any]) -> dict[str, Blob | None]:
         path = value["path"]
+        check_path(path.rstrip("/"))
         if key == "file":
             content = value["content"]
             raw = base64.b64decode(content) if value.get("encoding") == "base64" else content.encode()
+            if len(raw) > LARGE:
+                raise Refusal(400, f"{path}: files of more than 10 MiB must be uploaded as large files")
             return {path: Blob.regular(raw)}
         if key == "lfsFile":
             size = self.size_of(repo, value["oid"])
@@ -170,7 +189,12 @@ class Repos(Objects):
 
     def _take(self, repo: Repo, path: str, content: bytes | Path) -> Blob:
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
-        if size == 0 or upload_mode(path, size) == "regular":
+        if isinstance(content, bytes):
+            sample = content[:SAMPLE]
+        else:
+            with content.open("rb") as file:
+                sample = file.read(SAMPLE)
+        if size == 0 or upload_mode(path, size, sample, repo.attributes(repo.at("main"))) == "regular":
             return Blob.regular(content if isinstance(content, bytes) else content.read_bytes())
         oid = hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else sha256_of(content)
         kept = self.object_path(oid)

@@ -17,12 +17,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
-from loopback.call import Call, Reply, json_reply
+from loopback.call import Call, Reply, json_reply, xml_reply
 from loopback.faults import Request
 from loopback.git import Refusal
 from loopback.objects import CHUNK
 from loopback.routes import ROUTES
 from loopback.state import Hub
+from loopback.users import User
 
 
 class _Cut(Exception):
@@ -67,6 +68,8 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.log.append(self.seen)
         self.fault = self.hub.fault_for(self.command, path)
         self.incoming = self._incoming()
+        self.on_storage = False
+        self.told: dict[str, str] = {}  # headers of every answer
         try:
             self.send(self._reply())
         except _Cut:
@@ -90,7 +93,10 @@ class Handler(BaseHTTPRequestHandler):
             try:
                 reply = self._route()
             except Refusal as refusal:
-                reply = json_reply({"error": refusal.message}, refusal.status, dict(refusal.headers))
+                if self.on_storage:
+                    reply = xml_reply(refusal)
+                else:
+                    reply = json_reply({"error": refusal.message}, refusal.status, dict(refusal.headers))
             except Exception as error:
                 self.hub.incidents.append(f"{self.command} {self.path}: {error!r}")
                 reply = json_reply({"error": repr(error)}, 500)
@@ -139,7 +145,7 @@ class Handler(BaseHTTPRequestHandler):
         length = reply.length
         self.seen.status = reply.status
         self.send_response(reply.status)
-        for name, value in (reply.headers | {"Content-Length": str(length)}).items():
+        for name, value in (self.told | reply.headers | {"Content-Length": str(length)}).items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
@@ -171,22 +177,30 @@ class Handler(BaseHTTPRequestHandler):
             groups = route.match(self.command, self.raw_path)
             if groups is not None:
                 user = None
+                self.on_storage = route.storage
                 if route.storage:
                     self._check_storage_host()
                 else:
                     user = self._user()
+                    self._limit(user)
                 if route.signed:
                     self._check_signature()
-                call = Call(self.hub, self.query, self.headers, self.incoming, self.fault, user)
+                call = Call(self.hub, self.query, self.headers, self.incoming, self.fault, user, self.raw_path)
                 answer = route.answer(call, **groups)
                 return answer if isinstance(answer, Reply) else json_reply(answer)
         raise Refusal(404, f"The loopback Hub does not serve {self.command} {self.raw_path}")
 
-    def _user(self) -> str | None:
+    def _limit(self, user: User | None) -> None:
+        with self.hub.lock:
+            allowed, self.told = self.hub.limiter.take(self.raw_path, user or self.client_address[0])
+        if not allowed:
+            raise Refusal(429, "We had to rate limit you. To continue using our service, slow down or authenticate.")
+
+    def _user(self) -> User | None:
         header = self.headers.get("Authorization")
         if header is None:
             return None
-        user = self.hub.tokens.get(header.removeprefix("Bearer "))
+        user = self.hub.accounts.user(header.removeprefix("Bearer "))
         if user is None:
             raise Refusal(401, "Invalid credentials in Authorization header")
         return user
@@ -194,10 +208,17 @@ class Handler(BaseHTTPRequestHandler):
     def _check_storage_host(self) -> None:
         if self.headers.get("Authorization") is not None:
             self.hub.incidents.append(f"A token came to the storage host: {self.command} {self.raw_path}")
-            raise Refusal(400, "Only one auth mechanism allowed")
+            raise Refusal(400, "Only one auth mechanism allowed", "InvalidArgument")
         if not self.headers.get("Host", "").startswith("localhost:"):
-            raise Refusal(404, "This is not the storage host")
+            raise Refusal(404, "This is not the storage host", "NoSuchKey")
+        if self.command == "PUT" and self.headers.get("Transfer-Encoding") is not None:
+            raise Refusal(501, "A header you provided implies functionality that is not implemented", "NotImplemented")
+        if self.command == "PUT" and self.headers.get("Content-Length") is None:
+            raise Refusal(411, "You must provide the Content-Length HTTP header.", "MissingContentLength")
 
     def _check_signature(self) -> None:
-        if self.query.get("signature") != [self.hub.signature(self.raw_path)]:
-            raise Refusal(403, "Access denied")
+        expires, signature = (self.query.get(name, [""])[0] for name in ("Expires", "signature"))
+        if signature != self.hub.signature(self.raw_path, expires):
+            raise Refusal(403, "Access Denied", "AccessDenied")
+        if float(expires) <= time.time():
+            raise Refusal(403, "Request has expired", "AccessDenied")

@@ -6,10 +6,12 @@ import hashlib
 import re
 import secrets
 import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from loopback.faults import Fault, Request
+from loopback.limiter import Limiter
 from loopback.repos import Repos
 
 
@@ -22,6 +24,11 @@ class Hub(Repos):
         self.secret = secrets.token_hex(8)
         self.connections: set[socket.socket] = set()
         self.port = 0
+        self.limiter = Limiter()
+        self.lifetime = 3600.0  # seconds that a signed address is good for
+        self.page_size, self.commits_a_page = 1000, 50  # entries in one answer; a client may ask for fewer
+        self.has_auth_check = True  # Hubs by others may have none
+        self.ignores_unchanged = False  # these may say shouldIgnore of files that the branch holds already
         self.endpoint = ""
         self._faults: list[Fault] = []
 
@@ -54,7 +61,8 @@ class Hub(Repos):
     def signed(self, path: str, elsewhere: bool = True) -> str:
         """A url that needs no token, on the storage host or on the Hub itself."""
         origin = f"http://localhost:{self.port}" if elsewhere else self.endpoint
-        return f"{origin}{path}?signature={self.signature(path)}"
+        expires = str(int(time.time() + self.lifetime))
+        return f"{origin}{path}?Expires={expires}&signature={self.signature(path, expires)}"
 
-    def signature(self, path: str) -> str:
-        return hashlib.sha256((self.secret + path).encode()).hexdigest()[:32]
+    def signature(self, path: str, expires: str) -> str:
+        return hashlib.sha256((self.secret + path + expires).encode()).hexdigest()[:32]

@@ -50,6 +50,7 @@ ROUTES = [
     Route("POST", f"{_MODEL}/commit/{_REV}", uploads.commit),
     Route("POST", f"/{_REPO}\\.git/info/lfs/objects/batch", uploads.lfs_batch),
     Route("POST", f"/{_REPO}\\.git/info/lfs/verify", uploads.verify),
+    Route("GET HEAD", f"/api/resolve-cache/models/{_REPO}/{_REV}/(?P<path>.+)", downloads.resolve_cache),
     Route("GET HEAD", f"/{_REPO}/resolve/{_REV}/(?P<path>.+)", downloads.resolve),
     Route("GET HEAD", "/cdn/(?P<oid>[0-9a-f]{64})", downloads.download, storage=True, signed=True),
     Route("PUT", f"/storage/{_OBJECT}/(?P<part>[0-9]+)", uploads.store, storage=True, signed=True),

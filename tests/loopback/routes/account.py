@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
-
 from loopback.call import Call, json_reply
 from loopback.git import Refusal
-from loopback.routes.card import front_matter
+from loopback.names import check_repo
+from loopback.routes.card import said_of
 
 
 def whoami(call: Call) -> Any:
     if call.user is None:
         raise Refusal(401, "Invalid username or password.")
-    auth = {"type": "access_token", "accessToken": {"displayName": "loopback", "role": "write"}}
-    return {"type": "user", "id": call.user, "name": call.user, "fullname": call.user, "orgs": [], "auth": auth}
+    return call.hub.accounts.told(call.user)
 
 
 def harnesses(call: Call) -> Any:
@@ -29,8 +27,9 @@ def create_repo(call: Call) -> Any:
     repo_id = f"{told.get('organization') or call.user}/{told['name']}"
     if told.get("type", "model") != "model":
         raise Refusal(400, "The loopback Hub has models only")
-    if repo_id.split("/")[0] != call.user:
-        owner = repo_id.split("/")[0]
+    owner = repo_id.split("/")[0]
+    check_repo(repo_id)
+    if not call.hub.accounts.may_write(call.user, owner, repo_id):
         raise Refusal(403, f'You don\'t have the rights to create a model under the namespace "{owner}"')
     answer = {"url": f"{call.hub.endpoint}/{repo_id}", "name": repo_id}
     with call.hub.lock:
@@ -41,14 +40,13 @@ def create_repo(call: Call) -> Any:
 
 
 def validate_yaml(call: Call) -> Any:
-    try:
-        card = front_matter(call.json()["content"])
-    except (yaml.YAMLError, ValueError) as error:
-        return json_reply({"errors": [{"message": str(error)}], "warnings": []}, 400)
-    warned = [] if card else [{"message": "empty or missing yaml metadata in repo card"}]
-    return {"errors": [], "warnings": warned}
+    errors, warnings = said_of(call.json()["content"])
+    told = {"errors": [{"message": one} for one in errors], "warnings": [{"message": one} for one in warnings]}
+    return json_reply(told, 400 if errors else 200)
 
 
 def auth_check(call: Call, repo: str, write: str) -> Any:
+    if not call.hub.has_auth_check:
+        raise Refusal(404, "Not Found")
     (call.hub.writable if write else call.hub.content_readable)(call.user, repo)
     return {}

@@ -7,7 +7,7 @@ import time
 from urllib.parse import quote
 
 from loopback.call import Call, Reply, json_reply
-from loopback.git import Refusal
+from loopback.git import Blob, Refusal
 
 
 def resolve(call: Call, repo: str, revision: str, path: str) -> Reply:
@@ -24,6 +24,26 @@ def resolve(call: Call, repo: str, revision: str, path: str) -> Reply:
             headers |= {"X-Xet-Hash": call.hub.xet_hash(blob.sha256), "Link": f'<{route}>; rel="xet-auth"'}
         signed = call.hub.signed(f"/cdn/{blob.sha256}")
         return Reply(302, headers=headers | {"Location": f"{signed}&name={quote(path, safe='')}"})
+    if blob.size and not (found.private or found.gated):  # from a cache that is open to all
+        origin = quote(f"/{repo}/resolve/{revision}/{path}", safe="")
+        query = f"{origin}=&etag={quote(chr(34) + blob.oid + chr(34), safe='')}"
+        where = f"/api/resolve-cache/models/{repo}/{commit.sha}/{quote(path)}?{query}"
+        return Reply(307, headers=headers | {"Accept-Ranges": "bytes", "Location": where})
+    return _small(call, blob, headers)
+
+
+def resolve_cache(call: Call, repo: str, revision: str, path: str) -> Reply:
+    """A small file at a commit."""
+    found = call.hub.readable(None, repo)
+    commit = found.at(revision)
+    blob = commit.files.get(path)
+    if found.gated or blob is None or blob.content is None:
+        raise Refusal(404, "Entry not found", "EntryNotFound")
+    return _small(call, blob, {"X-Repo-Commit": commit.sha})
+
+
+def _small(call: Call, blob: Blob, headers: dict[str, str]) -> Reply:
+    assert blob.content is not None
     status, first, length = call.ranged(blob.size, headers)
     headers |= {"ETag": f'"{blob.oid}"', "Content-Type": "text/plain; charset=utf-8"}
     return Reply(status, blob.content[first : first + length], headers)
@@ -32,7 +52,7 @@ def resolve(call: Call, repo: str, revision: str, path: str) -> Reply:
 def download(call: Call, oid: str) -> Reply:
     stored = call.hub.object_path(oid)
     if not stored.exists():
-        raise Refusal(404, "No such object")
+        raise Refusal(404, "The specified key does not exist.", "NoSuchKey")
     headers = {"ETag": f'"{oid}"', "Content-Type": "application/octet-stream"}
     name = quote(call.query.get("name", [oid])[0].rpartition("/")[2])
     headers["Content-Disposition"] = f'inline; filename="{name}";'

@@ -54,7 +54,7 @@ def tree(call: Call, repo: str, revision: str, path: str) -> Any:
             listed[name] = _described(call, found, commit, name, call.flag("expand"))
     if inside and not listed:
         raise Refusal(404, f"{path} does not exist on {revision}", "EntryNotFound")
-    return list(listed.values())
+    return call.page(list(listed.values()), 100 if call.flag("expand") else call.hub.page_size)
 
 
 def paths_info(call: Call, repo: str, revision: str) -> Any:
@@ -86,10 +86,11 @@ def refs(call: Call, repo: str) -> Any:
 def commits(call: Call, repo: str, revision: str) -> Any:
     found = call.hub.readable(call.user, repo)
     keys = [(old.sha, old.author, old.date, old.title, old.description) for old in found.history(found.at(revision))]
-    return [
+    told = [
         {"id": sha, "authors": [{"user": author}], "date": date, "title": title, "message": text}
         for sha, author, date, title, text in keys
     ]
+    return call.page(told, call.hub.commits_a_page)
 
 
 def discussions(call: Call, repo: str) -> Any:

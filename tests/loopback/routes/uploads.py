@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from typing import Any
 
+from loopback.attributes import is_ignored, upload_mode
 from loopback.call import Call, Reply, json_reply
-from loopback.git import Refusal, upload_mode
+from loopback.git import Blob, Refusal
+from loopback.names import check_branch, check_path
+from loopback.routes.card import refuse_card
 
 
 def branch(call: Call, repo: str, branch: str) -> Any:
     told = call.json()
     found = call.hub.writable(call.user, repo)
+    check_branch(branch)
     with call.hub.lock:
         if branch in found.branches:
             raise Refusal(409, f"Reference already exists: refs/heads/{branch}")
@@ -21,11 +26,17 @@ def branch(call: Call, repo: str, branch: str) -> Any:
 
 def preupload(call: Call, repo: str, revision: str) -> Any:
     found = call.hub.writable(call.user, repo, through_pull_request=call.flag("create_pr"))
-    present = found.at(revision).files
+    commit, asked = found.at(revision), call.json()
+    present, attributes = commit.files, found.attributes(commit)
+    ignoring = asked.get("gitIgnore") or (present.get(".gitignore", Blob.regular(b"")).content or b"").decode()
     answer = []
-    for file in call.json()["files"]:
+    for file in asked["files"]:
         path, blob = file["path"], present.get(file["path"])
-        told = {"path": path, "uploadMode": upload_mode(path, file["size"]), "shouldIgnore": False}
+        check_path(path)
+        sample = base64.b64decode(file["sample"])
+        mode = upload_mode(path, file["size"], sample, attributes)
+        same = blob is not None and blob.size == file["size"] and call.hub.ignores_unchanged
+        told = {"path": path, "uploadMode": mode, "shouldIgnore": same or is_ignored(path, ignoring)}
         if blob is not None:
             told["oid"] = blob.sha256 if blob.content is None else blob.oid
         answer.append(told)
@@ -82,6 +93,7 @@ def commit(call: Call, repo: str, revision: str) -> Any:
     pull = call.flag("create_pr")
     found = call.hub.writable(call.user, repo, through_pull_request=pull)
     lines = [json.loads(line) for line in call.body().splitlines() if line.strip()]
+    refuse_card(lines)
     branch, made = call.hub.push(found, revision, lines, str(call.user), pull)
     answer = {"success": True, "commitOid": made.sha, "commitUrl": f"{call.hub.endpoint}/{repo}/commit/{made.sha}"}
     if pull:
