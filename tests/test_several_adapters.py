@@ -175,7 +175,7 @@ def test_the_card_of_several_and_no_path_of_theirs(hosted: LoopbackHub, models: 
         assert b"/srv/private" not in hosted.read("ada/new", name), name
     card = hosted.read("ada/new", "README.md").decode()
     assert "the sum of 2 adapters is merged into its weights" in card
-    assert f"| Adapter | [ada/adapter]({hub.endpoint}/ada/adapter/tree/" in card and "at weight 1)" in card
+    assert f"| Adapter | [ada/adapter]({hosted.endpoint}/ada/adapter/tree/" in card and "at weight 1)" in card
     assert "| Adapter | not on the Hub (tile, at weight 0.5) |" in card and "- tile\n" in card
 
 
