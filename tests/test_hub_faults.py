@@ -61,7 +61,8 @@ PASSING: dict[str, tuple[str, str, int]] = {
     "info": ("GET", "^/api/models/ada/base$", 0),
     "tree": ("GET", "^/api/models/ada/base/tree/", 0),
     "head": ("HEAD", "ada/base/resolve/.*config.json", 0),
-    "get": ("GET", "ada/base/resolve/.*config.json", 0),
+    "redirected head": ("HEAD", "/resolve-cache/.*ada/base/.*config.json", 0),
+    "get": ("GET", "/resolve-cache/.*ada/base/.*config.json", 0),
     "range": ("GET", f"ada/base/resolve/.*{PART}", 0),
     "range of storage": ("GET", "/cdn/PART", 0),
     "storage": ("GET", "/cdn/PART", 1),
@@ -74,7 +75,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "cut": {"cut_after": 20},
     "reset": {"cut_after": 20, "reset": True},
 }
-BODILESS = ("head", "range")
+BODILESS = ("head", "redirected head", "range")
 # The range is of a large file: a redirection to the storage host.
 
 
@@ -136,7 +137,9 @@ def test_a_damaged_download_is_refused_and_forgotten(
     hosted: LoopbackHub, wanted: dict[str, bytes], tmp_path: Path, name: str
 ) -> None:
     repo = "ada/adapter" if name.startswith("adapter") else "ada/base"
-    fault = Fault("GET", cdn(hosted, name, repo) if name.endswith("s") else f"{repo}/resolve/.*{name}", corrupt=True)
+    fault = Fault(
+        "GET", cdn(hosted, name, repo) if name.endswith("s") else f"/resolve-cache/.*{repo}/.*{name}", corrupt=True
+    )
     fault.skip = 2 * name.endswith("s")  # the first two are for the header
     hosted.fault(fault)
     result = cli("merge", "ada/adapter", "-o", tmp_path / "merged", code=1)

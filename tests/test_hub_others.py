@@ -125,7 +125,7 @@ def test_a_hub_without_xet_gets_the_hint(status: int, right: str, hub: LoopbackH
             "has trouble of its",
         ),
         (
-            RuntimeError("Authentication error: HTTP status client error (403 Forbidden) for url"),
+            RuntimeError("Task error: HTTP status client error (403 Forbidden) for url"),
             "refuses this (status 403)",
         ),
     ],

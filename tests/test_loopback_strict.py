@@ -116,7 +116,7 @@ def test_names_are_checked(hub: LoopbackHub, api: HfApi, source: str) -> None:
     for branch in ("a b", "a..b", "-a", "a.lock", "a~1", "@", "a@{1}", "refs/heads/x", "0" * 40, ".a", "a/"):
         with pytest.raises(hub_errors.HfHubHTTPError, match="Invalid reference name"):
             api.create_branch("ada/new", branch=branch)
-    for path in ("a//b", "a/../b", "a\\b", "a\n"):
+    for path in ("a//b", "a\\b", "a\n"):
         with pytest.raises(hub_errors.HfHubHTTPError, match="Invalid path"):
             add(api, "ada/new", {path: b"x"})
     assert set(hub.files("ada/new")) == {".gitattributes"}

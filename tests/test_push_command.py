@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ADA
 from hub_tools import cli, content
-from loopback import LoopbackHub, environment
+from loopback import Fault, LoopbackHub, environment
 from push_tools import JUNK, graph, litter, made, published
 
 from fossil_export import FossilExportError, push
@@ -53,11 +53,13 @@ def test_merge_and_push_in_one_command(hosted: LoopbackHub, models: Path, tmp_pa
     shown = cli("merge", "ada/adapter", "-o", tmp_path / "out2", "--push-to-hub", "ada/new2").stdout
     assert "update kept" in shown and "published" in shown
     assert content(tmp_path / "out") == {name: data for name, data in published(hosted).items() if name != "README.md"}
+    # What cannot be known before the merge leaves it there.
+    hosted.fault(Fault("POST", "/api/repos/create", status=403))
     line = cli(
-        "merge", "ada/adapter", "-o", tmp_path / "my out", "--push-to-hub", "bob/new", "--private", "--commit-message",
+        "merge", "ada/adapter", "-o", tmp_path / "my out", "--push-to-hub", "ada/new3", "--private", "--commit-message",
         "A first", code=1,
     ).stderr.strip()  # fmt: skip
-    command = f"`fossil-export push '{tmp_path}/my out' bob/new --private --commit-message 'A first'`"
+    command = f"`fossil-export push '{tmp_path}/my out' ada/new3 --private --commit-message 'A first'`"
     assert "\n" not in line and "may not do that" in line and line.endswith(f"go on with {command})")
     assert (tmp_path / "my out" / "config.json").is_file()
 

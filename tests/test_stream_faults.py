@@ -24,7 +24,10 @@ scene = stream_fault_tools.scene
 
 def test_an_upload_fails(scene: LoopbackHub, tmp_path: Path) -> None:
     scene.fault(Fault("PUT", "/storage/", status=403, skip=1, times=None))
-    line = failing(tmp_path, r"may not do that.*\(1 of 3 files are uploaded; the same command goes on from there\)$")
+    line = failing(
+        tmp_path,
+        r"the storage host localhost refuses this.*\(1 of 3 files are uploaded; the same command goes on from there\)$",
+    )
     assert line.startswith(f"ada/new: uploading {SECOND}: ") and nothing(scene)
     assert fetched(scene) == [FIRST, SECOND] and len(weights(tmp_path / "cache")) == 1
     scene.clear_faults()

@@ -48,7 +48,7 @@ def forbid(hub: LoopbackHub) -> None:
 def test_copies_that_the_hub_refuses(
     how: Callable[[LoopbackHub], None], scene: LoopbackHub, bases: Path, tmp_path: Path
 ) -> None:
-    scene.commit("ada/many", {"tokenizer.json": b'{"long": "%s"}' % (b"x" * 110_000)})  # in storage, as weights are
+    scene.commit("ada/many", {"tokenizer.json": b'{"long": "%s"}' % (b"x" * 11_000_000)})  # in storage, as weights are
     push(merge(bases / "qv", tmp_path / "merged", base="ada/many").output, "ada/pushed")
     how(scene)
     scene.reset_log()

@@ -127,7 +127,7 @@ def test_what_was_fetched_is_kept(scene: LoopbackHub, tmp_path: Path) -> None:
 def test_an_interrupted_passing_through_goes_on(scene: LoopbackHub, tmp_path: Path) -> None:
     scene.refuse_copies = True
     scene.fault(Fault("PUT", "/storage/", status=403, skip=5, times=None))
-    failing(tmp_path, r"may not do that.*\(5 of 7 files are uploaded")
+    failing(tmp_path, r"the storage host localhost refuses this.*\(5 of 7 files are uploaded")
     assert nothing(scene)
     scene.clear_faults()
     before = set(stored(scene))

@@ -198,7 +198,7 @@ def test_storage_that_is_gone(right: str, hub: LoopbackHub, command: Command, fo
         line = command.refused("merge", "ada/qv", "--output", command.folder / "merged")
     else:
         line = command.refused("push", folders / "qv", "ada/new")
-    assert f"{hub.endpoint} cannot be reached (" in line and "http://127.0.0.1:9/" in line
+    assert "the Xet storage cannot be reached (" in line and "http://127.0.0.1:9/" in line
     # hf_xet has its own patience; ours would multiply it.
     assert len(tokens(hub, right)) <= 2
 
@@ -243,11 +243,15 @@ def test_no_more_on_the_disk_than_planned(hub: LoopbackHub, command: Command, tm
 
 
 NO_ANSWER = "error sending request for url (http://a/?sig=1)"
+# fmt: off
 RAISED: list[tuple[BaseException, bool, str]] = [
     (RuntimeError(f"Task error: CAS Client Error: Request middleware error: {NO_ANSWER}"), True, "cannot be reached"),
     (ConnectionError(f"Network error: Request middleware error: {NO_ANSWER}"), True, "cannot be reached"),
     (TimeoutError("Timeout: after 300 s"), True, "cannot be reached"),
-    (RuntimeError("Task error: HTTP status client error (403 Forbidden), domain: http://a"), False, "may not do that"),
+    (RuntimeError("Task error: HTTP status client error (403 Forbidden), domain: http://a"), True,
+     "the Xet storage refuses this (status 403), not the Hub itself"),
+    (ConnectionError("Network error: Request error: HTTP status client error (403 Forbidden), domain: "
+                     "http://a/api/models/ada/new/xet-write-token/main"), False, "may not do that"),
     (ConnectionError("Rate limited: HTTP status client error (429 Too Many Requests)"), True, "fewer requests"),
     (ConnectionError("Server error: HTTP status server error (503 Service Unavailable)"), True, "(status 503)"),
     (RuntimeError("Task error: IO Error: No space left on device (os error 28)"), False, "no room left on the disk"),
@@ -255,6 +259,7 @@ RAISED: list[tuple[BaseException, bool, str]] = [
     (RuntimeError("Data integrity error: hash mismatch"), False, "hash mismatch; run the same command again, or with"),
     (RuntimeError("of another program"), False, "of another program; check HF_ENDPOINT"),
 ]
+# fmt: on
 # Texts as hf_xet 1.8.0 raised them here, and as xet-core's error.rs writes those that could not be brought about.
 
 

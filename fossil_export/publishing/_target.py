@@ -102,7 +102,7 @@ class Target:
             else:
                 self._may_write()
 
-        retried(run, self.repo_id, "asking for permission")
+        self._hinted(run, "asking for permission")
 
     def check(self) -> None:
         """See that repository and branch exist and may be written to; makes neither."""
@@ -116,7 +116,7 @@ class Target:
             refs = self._api.list_repo_refs(self.repo_id, include_pull_requests=True)
             return [ref.name for ref in refs.branches] + [ref.ref for ref in refs.pull_requests or []]
 
-        if self.revision not in (None, *self._opened(run)):
+        if self.revision not in (None, *self._hinted(run, "opening it")):
             raise HubError(
                 f"{self.repo_id}: has no branch {self.revision}; a commit or a tag takes nothing, name a branch"
             )
@@ -190,9 +190,9 @@ class Target:
             if errors.status_of(problem) not in (404, 405, 501):
                 raise
 
-    def _opened(self, run: Callable[[], T]) -> T:
+    def _hinted(self, run: Callable[[], T], doing: str) -> T:
         try:
-            return retried(run, self.repo_id, "opening it")
+            return retried(run, self.repo_id, doing)
         except HubError as problem:
             cause = problem.__cause__
             if cause is None or self.create_pr or 403 not in map(errors.status_of, errors.causes_of(cause)):

@@ -55,7 +55,8 @@ class Repos(Objects):
         changes: dict[str, Blob | None] = {**taken}
         with self.lock:
             if branch not in repo.branches:
-                check_branch(branch)
+                if not branch.startswith("refs/pr/"):
+                    check_branch(branch)
                 repo.branches[branch] = repo.branches["main"]
             return self.advance(repo, branch, message, changes | dict.fromkeys(delete)).sha
 

@@ -168,7 +168,8 @@ def refused_by_storage(problem: BaseException) -> bool:
     address that is too old, a clock that is wrong, a proxy."""
     response = getattr(problem, "response", None)
     by_host = response is not None and is_of_storage(response, _endpoint())
-    return status_of(problem) == 403 and (by_host or xet.is_xet(problem))
+    by_xet = xet.is_xet(problem) and not xet.is_by_hub(problem)
+    return status_of(problem) == 403 and (by_host or by_xet)
 
 
 def errno_of(problem: BaseException | None) -> int | None:
@@ -199,6 +200,7 @@ def _remedy(problem: BaseException, page: str) -> str | None:
     from huggingface_hub import constants, errors
 
     by_xet = xet.is_xet(problem)
+    by_storage = by_xet and not xet.is_by_hub(problem)
     # Behind each of the client's errors is the HTTP library's own, which knows no more than the status.
     status = status_of(problem) if by_xet or isinstance(problem, errors.HfHubHTTPError) else 0
     if status in (404, 405, 501) and re.search("/xet-(read|write)-token/", address_of(problem)):
@@ -238,7 +240,7 @@ def _remedy(problem: BaseException, page: str) -> str | None:
         return limits.when_to_return(limits.asked_pause(problem))
     if status in (409, 412):
         return f"somebody else changed it at the same time; run the same command again{_said(problem)}"
-    if status >= 500 and by_xet:
+    if status >= 500 and by_storage:
         return (
             f"the Xet storage has trouble of its own (status {status}); run the same command again later{WITHOUT_XET}"
         )
@@ -248,7 +250,7 @@ def _remedy(problem: BaseException, page: str) -> str | None:
         return f"the Hub refuses this (status {status}){_said(problem)}; see {page}"
     if _is_offline(problem):
         return NOT_CACHED
-    if by_xet and _is_network(problem):
+    if by_storage and _is_network(problem):
         return (
             f"the Xet storage cannot be reached ({_line(problem)}); check the network and HTTPS_PROXY, and run the "
             f"same command again{WITHOUT_XET}"

@@ -17,6 +17,7 @@ _KINDS = (
 )  # fmt: skip
 _BEGINS = re.compile(f"(?:{'|'.join(_KINDS)}): ")
 _STATUS = re.compile(r"HTTP status \w+ error \((\d{3})\b")
+_TOKEN = re.compile("/xet-(read|write)-token/")
 _ERRNO = re.compile(r"\(os error (\d+)\)")
 _UNREACHABLE = re.compile("error sending request|connection|timed out|^(Network error|Timeout): ", re.IGNORECASE)
 
@@ -42,6 +43,11 @@ def status_of(problem: BaseException) -> int:
     """The status of an HTTP answer that it came from, 0 where there was none."""
     found = _STATUS.search(str(problem)) if is_xet(problem) else None
     return int(found[1]) if found else 0
+
+
+def is_by_hub(problem: BaseException) -> bool:
+    """Whether it was the Hub that hf_xet asked, for the way to its storage, and not the storage."""
+    return is_xet(problem) and _TOKEN.search(str(problem)) is not None
 
 
 def errno_of(problem: BaseException) -> int | None:
