@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fossil_export.checkpoints._header import Header
 from fossil_export.checkpoints._stamp import changed
 from fossil_export.checkpoints._weights_file import header_of
-from fossil_export.errors import CheckpointError
+from fossil_export.errors import CheckpointError, unreadable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,7 +80,7 @@ class LocalFolder:
         seen = {self.path.resolve()}
 
         def unreadable(problem: OSError) -> None:
-            raise CheckpointError(f"{problem.filename}: cannot be read: {problem.strerror}")
+            raise CheckpointError(unreadable(problem.filename, problem))
 
         for root, folders, files in os.walk(self.path, onerror=unreadable, followlinks=True):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -102,7 +102,7 @@ class LocalFolder:
         try:
             return sorted(p.name for p in self.path.iterdir() if p.is_file() and not p.name.startswith("."))
         except OSError as problem:
-            raise CheckpointError(f"{self.path}: cannot be read: {problem.strerror}") from problem
+            raise CheckpointError(unreadable(self.path, problem)) from problem
 
     def headers(self, names: Iterable[str]) -> tuple[Header, ...]:
         return tuple(header_of(self.path / name) for name in names)
