@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -78,7 +80,20 @@ def unreadable(path: str | Path, problem: OSError) -> str:
     return f"{path}: cannot be read: {reason(problem)}; {remedy(problem)}"
 
 
-def failed(output: str | Path, problem: OSError, folder: Path, hint: str = "make room or choose another --output") -> str:
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put `path` into an OSError of the block that names no file: the system names it when it opens, not when it reads."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.filename is None:
+            problem.filename = str(path)
+        raise
+
+
+def failed(
+    output: str | Path, problem: OSError, folder: Path, hint: str = "make room or choose another --output"
+) -> str:
     """The line for what the system refused while `output` was made in `folder`: it may have been another file."""
     name = None if problem.filename is None else Path(os.fsdecode(problem.filename))
     if name is None or name.is_relative_to(folder) or problem.filename2 is not None:

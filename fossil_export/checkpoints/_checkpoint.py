@@ -131,7 +131,7 @@ def hub_revision(path: Path) -> str | None:
 
 def sha256(path: Path) -> str:
     """Hex digest of a whole file."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         digest = hashlib.sha256()
         while chunk := file.read(1 << 22):
             digest.update(chunk)

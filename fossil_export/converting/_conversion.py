@@ -11,7 +11,15 @@ from typing import Any
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.converting._converters import CONVERTERS, OPTIONS, Converter, Format, Outtype, takers
 from fossil_export.converting._options import Options
-from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, OutputError, failed, listed, unreadable
+from fossil_export.errors import (
+    AdapterError,
+    CheckpointError,
+    FossilExportError,
+    OutputError,
+    failed,
+    listed,
+    unreadable,
+)
 from fossil_export.merging._planning import find_base
 from fossil_export.methods import ROWS
 from fossil_export.storage import expanded, fetch, is_path

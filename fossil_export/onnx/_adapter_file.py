@@ -141,7 +141,9 @@ def write_adapter(path: Path, arrays: Mapping[str, Array], signature: Signature)
     try:
         adapter.export_adapter(str(path.absolute()))
     except RuntimeError as problem:  # ONNX Runtime's, whatever the system said
-        raise OSError(errno.EIO, f"ONNX Runtime could not write it ({str(problem).splitlines()[-1][-200:]})") from problem
+        raise OSError(
+            errno.EIO, f"ONNX Runtime could not write it ({str(problem).splitlines()[-1][-200:]})"
+        ) from problem
 
 
 def _names(adapter: Adapter, signature: Signature) -> dict[str, str]:

@@ -34,7 +34,14 @@ class Command:
 
 
 _MERGE = ("merge", "{sound}/adapter", "--base", "{sound}/base", "-o", "{here}/out", "--json")
-_GRAPH = ("onnx", "{sound}/graphs/adapter", "--base", "{sound}/graphs/base", "--onnx", "{sound}/graphs/plain/model.onnx")
+_GRAPH = (
+    "onnx",
+    "{sound}/graphs/adapter",
+    "--base",
+    "{sound}/graphs/base",
+    "--onnx",
+    "{sound}/graphs/plain/model.onnx",
+)
 _OUT = ("-o", "{here}/out", "--json")
 
 COMMANDS = (
@@ -44,7 +51,17 @@ COMMANDS = (
     Command("convert lora", ("convert", "{sound}/adapter", "--to", "lora", "--base", "{sound}/base", *_OUT)),
     Command(
         "convert gguf",
-        ("convert", "{sound}/adapter", "--to", "gguf-lora", "--base", "{sound}/base", "-o", "{here}/out.gguf", "--json"),
+        (
+            "convert",
+            "{sound}/adapter",
+            "--to",
+            "gguf-lora",
+            "--base",
+            "{sound}/base",
+            "-o",
+            "{here}/out.gguf",
+            "--json",
+        ),
     ),
     Command(
         "convert gguf over",
