@@ -68,7 +68,7 @@ def _buffer_output() -> None:
     """Let no half of a text get lost: Python does not go on with what the system took a part of, where nothing is
     buffered (PYTHONUNBUFFERED)."""
     if isinstance(raw := getattr(sys.stdout, "buffer", None), io.RawIOBase):
-        buffer = io.BufferedWriter(raw)  # type: ignore[type-var]
+        buffer = io.BufferedWriter(raw)
         sys.stdout = io.TextIOWrapper(buffer, sys.stdout.encoding, sys.stdout.errors, write_through=True)
 
 

@@ -14,6 +14,7 @@ from fossil_export.checkpoints._dtypes import stored_dtype
 from fossil_export.checkpoints._folder import Folder
 from fossil_export.checkpoints._header import Header, TensorInfo
 from fossil_export.checkpoints.layouts import find_matrix
+from fossil_export.errors import naming
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ def _values(
     return first, np.ascontiguousarray(second)
 
 
-class _Checked(np.ndarray):  # type: ignore[type-arg]
+class _Checked(np.ndarray):
     """An array that goes into a file with every failure told: NumPy's own `tofile` has a buffer of C's, and passes over
     a disk that is full when that is closed."""
 

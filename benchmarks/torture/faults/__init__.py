@@ -1,4 +1,4 @@
-"""Commands whose system calls fail, one at each place: each must end in a right result, or in one line, and harm nothing."""
+"""Commands whose system calls fail, one at each place: each must end in a right result or one line."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""System calls of a forked process, looked at one by one, and failed: by seccomp's user notifications, which see those of
-all threads, of C libraries too, and need neither a compiler nor root (Linux 5.5 and later, seccomp_unotify(2))."""
+"""System calls of a forked process, looked at one by one, and failed: by seccomp's user notifications, which see those
+of all threads, of C libraries too, and need neither a compiler nor root (Linux 5.5 and later, seccomp_unotify(2))."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _in_child(work: Callable[[], int], names: frozenset[str], parent: socket.soc
 def _filtered(names: frozenset[str]) -> int:
     """Put this process under a filter that reports the calls of `names`; returns the descriptor to listen on."""
     machine, audit = _MACHINES[platform.machine()]
-    numbers = sorted({number for name in names if (number := _CALLS[name][machine]) is not None})
+    numbers = sorted(number for name, number in _numbers(machine).items() if name in names)
     # Of the architecture that we know: is it one of these?
     code = [(0x20, 0, 0, 4), (0x15, 1, 0, audit), (0x06, 0, 0, 0x7FFF0000), (0x20, 0, 0, 0)]
     code += [(0x15, len(numbers) - place, 0, number) for place, number in enumerate(numbers)]
@@ -148,9 +148,14 @@ def _filtered(names: frozenset[str]) -> int:
     return listener
 
 
+def _numbers(machine: int) -> dict[str, int]:
+    pairs = ((name, first if machine == 0 else second) for name, (first, second, _) in _CALLS.items())
+    return {name: number for name, number in pairs if number is not None}
+
+
 def _serve(child: int, listener: int, decide: Decide, end: float) -> Ended:
     machine, _ = _MACHINES[platform.machine()]
-    known = {numbers[machine]: name for name, numbers in _CALLS.items()}
+    known = {number: name for name, number in _numbers(machine).items()}
     poll = select.poll()
     poll.register(listener, select.POLLIN)
     while True:
@@ -204,14 +209,14 @@ def _call(thread: int, name: str, arguments: list[int]) -> Call:
     text = _string(thread, arguments[pointer])
     if not text.startswith("/"):
         folder = arguments[pointer - 1] & 0xFFFFFFFF if kind.startswith("at") else _AT_FDCWD
-        text = os.path.join(_link(thread, "cwd" if folder == _AT_FDCWD else f"fd/{folder}"), text)
+        text = str(Path(_link(thread, "cwd" if folder == _AT_FDCWD else f"fd/{folder}")) / text)
     flags = arguments[pointer + 1] if name in ("open", "openat") else 0
     return Call(name, text, -1, bool(flags & _WRITING))
 
 
 def _link(thread: int, name: str) -> str:
     try:
-        return os.readlink(f"/proc/{thread}/{name}")
+        return str(Path(f"/proc/{thread}/{name}").readlink())
     except OSError:
         return ""
 
