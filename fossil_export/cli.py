@@ -7,11 +7,13 @@ from fossil_export._isolation import forget_current_folder
 
 forget_current_folder()  # before anything that is installed is imported, and could come from there
 
+import io
 import os
 import signal
 import sys
 import traceback
-from typing import Any
+from contextlib import suppress
+from typing import Any, NoReturn
 
 import click
 
@@ -22,7 +24,7 @@ from fossil_export.commands._merge import merge
 from fossil_export.commands._onnx import onnx
 from fossil_export.commands._push import push
 from fossil_export.commands._verify import verify
-from fossil_export.errors import FossilExportError
+from fossil_export.errors import FossilExportError, reason, remedy
 from fossil_export.storage.hub._background import is_anything_left
 from fossil_export.storage.hub._errors import redacted
 from fossil_export.version import __version__
@@ -32,8 +34,11 @@ class _Group(click.Group):
     """Turns the package's errors into one line on stderr and exit code 1."""
 
     def main(self, *arguments: Any, **options: Any) -> Any:
+        _buffer_output()
         try:
             return super().main(*arguments, **options)
+        except OSError as problem:  # of printing; a broken pipe ends in click
+            _fail_to_print(problem)
         except SystemExit as end:
             if is_anything_left():  # Python would wait for it
                 sys.stdout.flush()
@@ -51,10 +56,36 @@ class _Group(click.Group):
         except BrokenPipeError:  # whoever read our output has gone; click ends quietly
             raise
         except OSError as problem:  # what no part of the package expected of a file
+            if _is_of_printing(problem):
+                raise
             if ctx.params.get("debug"):
                 _show(problem)
             name = f"{problem.filename}: " if problem.filename else ""
-            _fail(ctx, f"{name}{problem.strerror or problem}; check that path and its permissions")
+            _fail(ctx, f"{name}{reason(problem)}; {remedy(problem)}")
+
+
+def _buffer_output() -> None:
+    """Let no half of a text get lost: Python does not go on with what the system took a part of, where nothing is
+    buffered (PYTHONUNBUFFERED)."""
+    if isinstance(raw := getattr(sys.stdout, "buffer", None), io.RawIOBase):
+        buffer = io.BufferedWriter(raw)
+        sys.stdout = io.TextIOWrapper(buffer, sys.stdout.encoding, sys.stdout.errors, write_through=True)
+
+
+def _is_of_printing(problem: OSError) -> bool:
+    frame = problem.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and frame.tb_frame.f_globals.get("__name__") == click.utils.__name__
+
+
+def _fail_to_print(problem: OSError) -> NoReturn:
+    with suppress(OSError, ValueError):  # what is left in the buffer would fail again when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with suppress(OSError):
+        message = f"standard output: {reason(problem)}; send it elsewhere (the files that were written are whole)"
+        click.echo(click.style("error: ", fg="red") + message, err=True)
+    sys.exit(1)
 
 
 def _show(problem: BaseException) -> None:

@@ -6,6 +6,11 @@ line prints it and exits with 1; the API raises it.
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 
@@ -42,6 +47,59 @@ class MissingExtraError(FossilExportError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs {package}: pip install 'fossil-export[{extra}]'")
+
+
+_REMEDIES = {
+    errno.EACCES: "change its permissions",
+    errno.EPERM: "change its permissions",
+    errno.ENOENT: "fetch it again",
+    errno.EIO: "check its disk, or fetch it again",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.ENFILE: "close other programs, which have too many files open",
+    errno.ENAMETOOLONG: "give it a shorter name",
+    errno.ESTALE: "run the command again",
+    errno.EINTR: "run the command again",
+    errno.ENOSPC: "make room on its disk",
+    errno.EDQUOT: "make room in your quota",
+    errno.EROFS: "choose a place that may be written to",
+}
+
+
+def remedy(problem: OSError) -> str:
+    """What the user can do about what the system said."""
+    return _REMEDIES.get(problem.errno or 0, "check that path and its permissions")
+
+
+def reason(problem: OSError) -> str:
+    """What the system said, without the name of the file."""
+    return problem.strerror or str(problem) or type(problem).__name__
+
+
+def unreadable(path: str | Path, problem: OSError) -> str:
+    """The line for a file or folder that the system does not let us read."""
+    return f"{path}: cannot be read: {reason(problem)}; {remedy(problem)}"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put `path` into an OSError of the block that names none: the system does when it opens a file, not when it reads."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.filename is None:
+            problem.filename = str(path)
+        raise
+
+
+def failed(
+    output: str | Path, problem: OSError, folder: Path, hint: str = "make room or choose another --output"
+) -> str:
+    """The line for what the system refused while `output` was made in `folder`: it may have been another file."""
+    name = None if problem.filename is None else Path(os.fsdecode(problem.filename))
+    if name is None or name.is_relative_to(folder) or problem.filename2 is not None:
+        of = f" ({name})" if name is not None and name != folder else ""
+        return f"{output}: writing failed: {reason(problem)}{of}; {hint}"
+    return f"{name}: cannot be used: {reason(problem)}; {remedy(problem)}"
 
 
 Problem = TypeVar("Problem", bound=FossilExportError)

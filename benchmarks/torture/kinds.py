@@ -38,5 +38,5 @@ class Kind(Protocol):
         """What docs/reliability.md says of them: a table in Markdown."""
 
 
-KINDS = ("fuzz",)
+KINDS = ("fuzz", "faults")
 """Modules of this package."""

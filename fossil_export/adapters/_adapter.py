@@ -14,7 +14,7 @@ from fossil_export.checkpoints._dtypes import element_count, numpy_dtype
 from fossil_export.checkpoints._folder import Folder, LocalFolder
 from fossil_export.checkpoints._header import Header, TensorInfo
 from fossil_export.checkpoints._stamp import Stamp, check_stamp
-from fossil_export.errors import AdapterError, CheckpointError
+from fossil_export.errors import AdapterError, CheckpointError, unreadable
 from fossil_export.storage import Needed
 
 if TYPE_CHECKING:
@@ -134,8 +134,10 @@ class Adapter:
             raw = folder.view(tensor.path.name, offset, nbytes)
         except CheckpointError as problem:
             raise AdapterError(str(problem)) from problem
-        except (OSError, ValueError) as problem:
-            raise AdapterError(f"{tensor.path}: {tensor.name} cannot be read: {problem}") from problem
+        except OSError as problem:
+            raise AdapterError(unreadable(f"{tensor.path}: {tensor.name}", problem)) from problem
+        except ValueError as problem:
+            raise AdapterError(f"{tensor.path}: {tensor.name} cannot be read: {problem}; fetch it again") from problem
         if ours:
             stamp = next((header.stamp for header in self.headers if header.path == tensor.path), None)
             check_stamp(tensor.path, stamp, AdapterError)

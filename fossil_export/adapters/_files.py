@@ -20,7 +20,7 @@ from fossil_export.checkpoints._folder import Folder
 from fossil_export.checkpoints._header import Header, TensorInfo
 from fossil_export.checkpoints._jsonfile import parse_json
 from fossil_export.checkpoints._weights_file import is_pickle
-from fossil_export.errors import AdapterError, CheckpointError, listed
+from fossil_export.errors import AdapterError, CheckpointError, listed, unreadable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -111,5 +111,5 @@ def _index(home: Folder, name: str) -> dict[str, Any]:
     try:
         text = home.read(name)
     except OSError as problem:
-        raise AdapterError(f"{home.path / name}: cannot be read: {problem.strerror}") from problem
+        raise AdapterError(unreadable(home.path / name, problem)) from problem
     return parse_json(text, home.path / name, AdapterError)

@@ -14,6 +14,7 @@ from fossil_export.checkpoints._dtypes import stored_dtype
 from fossil_export.checkpoints._folder import Folder
 from fossil_export.checkpoints._header import Header, TensorInfo
 from fossil_export.checkpoints.layouts import find_matrix
+from fossil_export.errors import naming
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def hub_revision(path: Path) -> str | None:
 
 def sha256(path: Path) -> str:
     """Hex digest of a whole file."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         digest = hashlib.sha256()
         while chunk := file.read(1 << 22):
             digest.update(chunk)

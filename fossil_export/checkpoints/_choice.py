@@ -13,7 +13,7 @@ from fossil_export.checkpoints._header import Header, TensorInfo
 from fossil_export.checkpoints._jsonfile import parse_json
 from fossil_export.checkpoints._weights_file import is_pickle
 from fossil_export.checkpoints.gguf import ENDING as GGUF
-from fossil_export.errors import CheckpointError, listed
+from fossil_export.errors import CheckpointError, listed, unreadable
 
 WEIGHTS = "model.safetensors"
 INDEX_ENDING = ".safetensors.index.json"
@@ -154,5 +154,5 @@ def json_of(home: Folder, name: str) -> dict[str, Any]:
     try:
         text = home.read(name)
     except OSError as problem:
-        raise CheckpointError(f"{home.path / name}: cannot be read: {problem.strerror}") from problem
+        raise CheckpointError(unreadable(home.path / name, problem)) from problem
     return parse_json(text, home.path / name, CheckpointError)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fossil_export.checkpoints._header import Header
 from fossil_export.checkpoints._stamp import changed
 from fossil_export.checkpoints._weights_file import header_of
-from fossil_export.errors import CheckpointError
+from fossil_export.errors import CheckpointError, naming, unreadable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,10 +79,10 @@ class LocalFolder:
         found = []
         seen = {self.path.resolve()}
 
-        def unreadable(problem: OSError) -> None:
-            raise CheckpointError(f"{problem.filename}: cannot be read: {problem.strerror}")
+        def refuse(problem: OSError) -> None:
+            raise CheckpointError(unreadable(problem.filename, problem))
 
-        for root, folders, files in os.walk(self.path, onerror=unreadable, followlinks=True):
+        for root, folders, files in os.walk(self.path, onerror=refuse, followlinks=True):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in [name for name in folders if (Path(root) / name).is_symlink()]:
                 _check_link(Path(root) / name, self.path)
@@ -102,13 +102,14 @@ class LocalFolder:
         try:
             return sorted(p.name for p in self.path.iterdir() if p.is_file() and not p.name.startswith("."))
         except OSError as problem:
-            raise CheckpointError(f"{self.path}: cannot be read: {problem.strerror}") from problem
+            raise CheckpointError(unreadable(self.path, problem)) from problem
 
     def headers(self, names: Iterable[str]) -> tuple[Header, ...]:
         return tuple(header_of(self.path / name) for name in names)
 
     def read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
+        with naming(self.path / name):
+            return (self.path / name).read_bytes()
 
     def size(self, name: str) -> int:
         return (self.path / name).stat().st_size
@@ -117,10 +118,11 @@ class LocalFolder:
         import numpy as np
 
         # Not mapped: a file that is cut meanwhile would end the process with a signal.
-        with (self.path / name).open("rb") as file:
+        found = np.empty(nbytes, np.uint8)
+        with naming(self.path / name), (self.path / name).open("rb") as file:
             file.seek(offset)
-            found = np.fromfile(file, np.uint8, nbytes)
-        if len(found) < nbytes:  # it is shorter than its header said
+            count = file.readinto(found.data)  # np.fromfile would take a disk that fails for the end of the file
+        if count < nbytes:  # it is shorter than its header said
             raise changed(self.path / name)
         return found
 

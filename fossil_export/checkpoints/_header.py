@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fossil_export.checkpoints._dtypes import BITS, byte_count, element_count
 from fossil_export.checkpoints._stamp import Stamp
-from fossil_export.errors import CheckpointError, FossilExportError
+from fossil_export.errors import CheckpointError, FossilExportError, unreadable
 
 if TYPE_CHECKING:
     from fossil_export.checkpoints._coding import Coding
@@ -98,7 +98,7 @@ def read_header(path: Path, error: type[FossilExportError] = CheckpointError) ->
             encoded = prefix + file.read(header_length(path, prefix, size, error) - 8)
         return replace(parse_header(path, encoded, size, error), stamp=Stamp.of(status))
     except OSError as problem:
-        raise error(f"{path}: cannot be read: {problem.strerror}") from problem
+        raise error(unreadable(path, problem)) from problem
 
 
 def header_length(path: Path, prefix: bytes, size: int, error: type[FossilExportError] = CheckpointError) -> int:

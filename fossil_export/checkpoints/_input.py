@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fossil_export.checkpoints._dtypes import element_count
 from fossil_export.checkpoints._header import Header
 from fossil_export.checkpoints._stamp import Stamp, changed, check_stamp
-from fossil_export.errors import CheckpointError
+from fossil_export.errors import CheckpointError, unreadable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +44,7 @@ class InputFile:
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as problem:
-            raise CheckpointError(f"{path}: cannot be read: {problem.strerror}") from problem
+            raise CheckpointError(unreadable(path, problem)) from problem
         try:
             status = os.fstat(self._descriptor)
             self._stamp = Stamp.of(status) if steady else None
@@ -53,9 +53,12 @@ class InputFile:
             if moved or status.st_size != header.size or beginning != header.encoded:
                 raise changed(path)
             self._map = mmap.mmap(self._descriptor, header.size, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as problem:
+        except OSError as problem:
             os.close(self._descriptor)
-            raise CheckpointError(f"{path}: cannot be read: {problem}") from problem
+            raise CheckpointError(unreadable(path, problem)) from problem
+        except ValueError as problem:  # of the map
+            os.close(self._descriptor)
+            raise CheckpointError(f"{path}: cannot be read: {problem}; fetch it again") from problem
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -66,7 +69,7 @@ class InputFile:
         self._read_ahead(min(offset + len(out) + AHEAD, len(self._map)), offset)
         left = out.data
         while left:
-            count = _read_into(self._descriptor, left, offset)
+            count = self._read_into(left, offset)
             if not count:
                 raise changed(self.path)
             left, offset = left[count:], offset + count
@@ -86,9 +89,15 @@ class InputFile:
             if number % 256 == 0:
                 self._read_ahead(min(offset + AHEAD, len(self._map)), offset)
             row = left[number * width : (number + 1) * width]
-            if _read_into(self._descriptor, row, offset) != width:
+            if self._read_into(row, offset) != width:
                 self.read(offset, out[number])
             offset += stride
+
+    def _read_into(self, out: memoryview, offset: int) -> int:
+        try:
+            return _read_into(self._descriptor, out, offset)
+        except OSError as problem:
+            raise CheckpointError(unreadable(self.path, problem)) from problem
 
     def _read_spans(self, offset: int, stride: int, out: np.ndarray[Any, Any]) -> None:
         """The same with all that is between the rows."""

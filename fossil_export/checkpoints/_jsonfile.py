@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fossil_export.errors import FossilExportError
+from fossil_export.errors import FossilExportError, unreadable
 
 
 def read_json(path: Path, error: type[FossilExportError]) -> dict[str, Any]:
@@ -14,7 +14,7 @@ def read_json(path: Path, error: type[FossilExportError]) -> dict[str, Any]:
     try:
         text = path.read_bytes()
     except OSError as problem:
-        raise error(f"{path}: cannot be read: {problem.strerror}") from problem
+        raise error(unreadable(path, problem)) from problem
     return parse_json(text, path, error)
 
 

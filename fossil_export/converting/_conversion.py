@@ -11,7 +11,15 @@ from typing import Any
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.converting._converters import CONVERTERS, OPTIONS, Converter, Format, Outtype, takers
 from fossil_export.converting._options import Options
-from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, OutputError, listed
+from fossil_export.errors import (
+    AdapterError,
+    CheckpointError,
+    FossilExportError,
+    OutputError,
+    failed,
+    listed,
+    unreadable,
+)
 from fossil_export.merging._planning import find_base
 from fossil_export.methods import ROWS
 from fossil_export.storage import expanded, fetch, is_path
@@ -67,8 +75,11 @@ def _check_old_file(path: Path, converter: Converter, overwrite: bool) -> None:
         raise OutputError(f"{path}: is a folder; name a file")
     if not overwrite:
         raise OutputError(f"{path}: exists already; choose another --output or add --overwrite")
-    with path.open("rb") as file:
-        beginning = file.read(8)
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(8)
+    except OSError as problem:
+        raise OutputError(unreadable(path, problem)) from problem
     if not any(beginning[at : at + len(converter.magic)] == converter.magic for at in (0, 4)):
         raise OutputError(f"{path}: is no file of this format; --overwrite replaces only those, remove it yourself")
 
@@ -141,10 +152,10 @@ def convert(
             try:
                 details = converter.write(adapter, folder, options)
                 adapter.check()
+                size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
             except OSError as problem:
-                raise OutputError(
-                    f"{output}: writing failed: {problem.strerror}; make room or choose another"
-                ) from problem
+                adapter.check()  # an input that is gone is no fault of the output's
+                raise OutputError(failed(path, problem, folder)) from problem
     else:
         _refuse_inputs(path, adapter, options)
         if path.exists():
@@ -155,12 +166,12 @@ def convert(
             with staged_file(path, overwrite) as partial:
                 details = converter.write(adapter, partial, options)
                 adapter.check()
+                size = partial.stat().st_size
         except FileExistsError as problem:
             raise OutputError(f"{output}: has come into being meanwhile; choose another --output") from problem
         except OSError as problem:
-            raise OutputError(f"{output}: cannot be written: {problem.strerror}; choose another --output") from problem
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    size = sum(file.stat().st_size for file in files)
+            adapter.check()
+            raise OutputError(failed(path, problem, path.parent)) from problem
     notes = adapter.notes + (options.base.notes if options.base is not None else ())
     warnings = notes + tuple(details.pop("warnings", ()))
     return Conversion(path, to, size, time.perf_counter() - started, details, warnings)

@@ -33,7 +33,7 @@ from fossil_export.converting._lora_card import card
 from fossil_export.converting._options import Options
 from fossil_export.converting._record import write_record
 from fossil_export.converting._widths import Shapes, layer_shapes
-from fossil_export.errors import AdapterError
+from fossil_export.errors import AdapterError, naming
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
@@ -83,7 +83,9 @@ def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
     (output / "adapter_config.json").write_bytes(write_json(config))
     (output / "README.md").write_text(card(adapter, base, layout.rank, details))
     for name, path in adapter.tokenizer().items():
-        (output / name).write_bytes(path.read_bytes())
+        with naming(path):
+            content = path.read_bytes()
+        (output / name).write_bytes(content)
     write_record(output, adapter, options, "lora", {"rank": layout.rank, **details})
     warnings = list(_warnings(adapter, layout, options.base_folder, error if not asked else 0.0, bool(cut)))
     modules = len({part.module for part in parts})

@@ -17,7 +17,7 @@ from fossil_export.checkpoints._jsonfile import write_json
 from fossil_export.converting._form import finite
 from fossil_export.converting._options import Options
 from fossil_export.converting._record import write_record
-from fossil_export.errors import AdapterError
+from fossil_export.errors import AdapterError, naming
 
 _BIASES = {"bone_only": "miss_only"}
 _INITS = {"tile": True, "mini": "mini", "bat": "bat"}
@@ -54,7 +54,9 @@ def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
             file.write(np.ascontiguousarray(adapter.array(info)).tobytes())
     (output / "adapter_config.json").write_bytes(write_json(_config(adapter, options)))
     for name, path in adapter.tokenizer().items():
-        (output / name).write_bytes(path.read_bytes())
+        with naming(path):
+            content = path.read_bytes()
+        (output / name).write_bytes(content)
     details = {"rank": adapter.rank, "modules": len(adapter.trained), "variant": adapter.variant}
     write_record(output, adapter, options, "miss", details)
     return details

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fossil_export.checkpoints._checkpoint import sha256
 from fossil_export.checkpoints._companions import PROVENANCE
 from fossil_export.checkpoints._jsonfile import write_json
-from fossil_export.errors import OutputError, listed
+from fossil_export.errors import OutputError, failed, listed
 from fossil_export.merging._given import AnyGiven
 from fossil_export.merging._layout import TensorPlan
 from fossil_export.merging._plan import MergePlan
@@ -148,10 +148,7 @@ def run_merge(
             plan.check()
         except OSError as problem:
             plan.check()  # an input that is gone is no fault of the output's
-            name = f" ({problem.filename})" if problem.filename else ""
-            raise OutputError(
-                f"{target}: writing failed: {problem.strerror}{name}; make room or choose another --output"
-            ) from problem
+            raise OutputError(failed(target, problem, folder)) from problem
     return MergeResult(
         output=target,
         plan=plan,

@@ -129,6 +129,7 @@ def _is_the_bases(plan: MergePlan, name: str, *digests: Mapping[str, str]) -> bo
 
 def write_adapter(path: Path, arrays: Mapping[str, Array], signature: Signature) -> None:
     """Write an adapter file. Raises OSError when it cannot be written."""
+    path.open("wb").close()  # ONNX Runtime does not say why it cannot
     ort = required("onnxruntime")
     onnx = required("onnx")
     kinds = signature.inputs
@@ -140,7 +141,9 @@ def write_adapter(path: Path, arrays: Mapping[str, Array], signature: Signature)
     try:
         adapter.export_adapter(str(path.absolute()))
     except RuntimeError as problem:  # ONNX Runtime's, whatever the system said
-        raise OSError(errno.EIO, str(problem).splitlines()[-1]) from problem
+        raise OSError(
+            errno.EIO, f"ONNX Runtime could not write it ({str(problem).splitlines()[-1][-200:]})"
+        ) from problem
 
 
 def _names(adapter: Adapter, signature: Signature) -> dict[str, str]:

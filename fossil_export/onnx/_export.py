@@ -13,7 +13,7 @@ from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._companions import PROVENANCE
 from fossil_export.checkpoints._dtypes import element_count
 from fossil_export.checkpoints._jsonfile import read_json, write_json
-from fossil_export.errors import OnnxError, OutputError, listed
+from fossil_export.errors import OnnxError, OutputError, failed, listed
 from fossil_export.merging._merge import write_companions
 from fossil_export.merging._planning import settled, with_dtype
 from fossil_export.merging._provenance import provenance
@@ -131,9 +131,7 @@ def run_onnx(
             merge.check()
         except OSError as problem:
             merge.check()  # an input that is gone is no fault of the output's
-            raise OutputError(
-                f"{target}: writing failed: {problem.strerror}; make room or choose another --output"
-            ) from problem
+            raise OutputError(failed(target, problem, folder)) from problem
         nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return OnnxResult(
         output=target,

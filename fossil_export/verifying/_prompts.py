@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fossil_export.errors import FossilExportError
+from fossil_export.errors import FossilExportError, unreadable
 
 PROMPTS = (
     "The capital of France is a city on the river",
@@ -30,8 +30,10 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
     """One prompt a line, blank lines passed over. Raises FossilExportError for a file without any."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as problem:
-        raise FossilExportError(f"{path}: cannot be read as UTF-8 text: {problem}") from problem
+    except OSError as problem:
+        raise FossilExportError(unreadable(path, problem)) from problem
+    except UnicodeDecodeError as problem:
+        raise FossilExportError(f"{path}: cannot be read as UTF-8 text: {problem}; save it as UTF-8") from problem
     prompts = tuple(line for line in lines if line.strip())
     if not prompts:
         raise FossilExportError(f"{path}: holds no prompts, write one a line")

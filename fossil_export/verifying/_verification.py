@@ -15,7 +15,7 @@ from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._companions import CERTIFICATE, PROVENANCE, is_weights
 from fossil_export.checkpoints._dtypes import BY_TORCH_NAME
 from fossil_export.checkpoints._jsonfile import read_json
-from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError, listed
+from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError, listed, reason, remedy
 from fossil_export.merging._given import AnyGiven, with_weights
 from fossil_export.merging._planning import plan_merge
 from fossil_export.merging._provenance import recorded_adapters
@@ -274,4 +274,4 @@ def _write(path: Path, content: bytes) -> None:
     try:
         write_file(path.expanduser(), content)
     except OSError as problem:
-        raise FossilExportError(f"{path}: cannot be written: {problem.strerror}") from problem
+        raise FossilExportError(f"{path}: cannot be written: {reason(problem)}; {remedy(problem)}") from problem

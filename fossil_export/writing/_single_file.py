@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 
-from fossil_export.writing._staging import claim, hold, partial_name, rename_new, sync
+from fossil_export.writing._staging import claim, hold, partial_name, rename_new, sync, sync_name
 
 
 @contextmanager
@@ -18,7 +18,8 @@ def staged_file(output: Path, overwrite: bool = True) -> Iterator[Path]:
 
     Its name is like no other's, so that several processes may write one `output`: the last one wins, or with
     `overwrite` false the first one does, and the others get FileExistsError. If the block raises nothing appears; what
-    a killed process left is removed by the next one. Raises OSError as the system does.
+    a killed process left is removed by the next one. Raises OSError as the system does, and
+    OutputError where only the name is in doubt.
     """
     if output.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(output))
@@ -31,7 +32,7 @@ def staged_file(output: Path, overwrite: bool = True) -> Iterator[Path]:
             path.replace(output)
         else:
             rename_new(path, output)
-        sync(output.parent)
+        sync_name(output)
     finally:
         path.unlink(missing_ok=True)
         os.close(lock)

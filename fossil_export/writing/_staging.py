@@ -15,7 +15,10 @@ from glob import escape
 from pathlib import Path
 
 from fossil_export.checkpoints._companions import PROVENANCE
-from fossil_export.errors import OutputError
+from fossil_export.errors import OutputError, reason
+
+_NO_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EISDIR}
+"""What file systems say that sync files, but no folders."""
 
 
 def check_destination(output: Path, inputs: list[Path], overwrite: bool) -> None:
@@ -40,7 +43,7 @@ def check_destination(output: Path, inputs: list[Path], overwrite: bool) -> None
         if not any(output.iterdir()):
             return
     except OSError as problem:
-        raise OutputError(f"{output}: cannot be used: {problem.strerror}; choose another --output") from problem
+        raise OutputError(f"{output}: cannot be used: {reason(problem)}; choose another --output") from problem
     if not overwrite:
         raise OutputError(f"{output}: exists already; choose another --output or add --overwrite")
     if not (output / PROVENANCE).is_file():
@@ -75,7 +78,7 @@ def staged_folder(output: Path, needed: int, overwrite: bool = False) -> Iterato
                 folder.mkdir()
                 lock = claim(folder)
         except OSError as problem:
-            raise OutputError(f"{output}: cannot be written: {problem.strerror}; choose another --output") from problem
+            raise OutputError(f"{output}: cannot be written: {reason(problem)}; choose another --output") from problem
         assert folder is not None
         yield folder
         try:
@@ -83,9 +86,10 @@ def staged_folder(output: Path, needed: int, overwrite: bool = False) -> Iterato
             _publish(folder, output, overwrite)
         except OSError as problem:
             raise OutputError(
-                f"{output}: cannot be put in place: {problem.strerror}; choose another --output"
+                f"{output}: cannot be put in place: {reason(problem)}; choose another --output"
             ) from problem
         made = []
+        sync_name(output)
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -114,7 +118,7 @@ def _make_parents(folder: Path) -> list[Path]:
         for level in reversed(missing):
             level.mkdir()
     except OSError as problem:
-        raise OutputError(f"{wanted}: cannot be created: {problem.strerror}; choose another --output") from problem
+        raise OutputError(f"{wanted}: cannot be created: {reason(problem)}; choose another --output") from problem
     return missing
 
 
@@ -166,16 +170,17 @@ def _publish(folder: Path, output: Path, overwrite: bool) -> None:
     # What is there is looked at again: it may have come while the merge ran.
     if overwrite and (output / PROVENANCE).is_file():
         if _exchange(folder, output):
-            sync(output.parent)
             return  # the old folder now has the staged name and is removed with it
         aside = output.with_name(f".{output.name}.replaced-{secrets.token_hex(4)}")
         output.rename(aside)
-        folder.rename(output)
-        sync(output.parent)
+        try:
+            folder.rename(output)
+        except OSError:
+            aside.rename(output)
+            raise
         shutil.rmtree(aside, ignore_errors=True)
         return
     folder.rename(output)
-    sync(output.parent)
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -218,7 +223,26 @@ def sync_tree(folder: Path) -> None:
     for root, _, files in os.walk(folder):
         for name in files:
             sync(Path(root) / name)
-        sync(Path(root))
+        _sync_folder(Path(root))
+
+
+def sync_name(output: Path) -> None:
+    """See to it that the name, which `output` has got, outlasts a crash of the machine. Raises OutputError."""
+    try:
+        _sync_folder(output.parent)
+    except OSError as problem:
+        raise OutputError(
+            f"{output}: is written, but may be lost if the machine goes down, since {output.parent} cannot be synced: "
+            f"{reason(problem)}; check its disk"
+        ) from problem
+
+
+def _sync_folder(folder: Path) -> None:
+    try:
+        sync(folder)
+    except OSError as problem:
+        if problem.errno not in _NO_SYNC:
+            raise
 
 
 def sync(path: Path) -> None:

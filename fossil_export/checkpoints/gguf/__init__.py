@@ -19,7 +19,7 @@ from fossil_export.checkpoints.gguf._families import FAMILIES, REMEDY, ROPE, Wei
 from fossil_export.checkpoints.gguf._file import GgufFile, read_gguf
 from fossil_export.checkpoints.gguf._home import MadeFolder
 from fossil_export.checkpoints.gguf._losses import losses
-from fossil_export.errors import CheckpointError, FossilExportError, listed
+from fossil_export.errors import CheckpointError, FossilExportError, listed, unreadable
 from fossil_export.writing._scratch import Scratch
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def read_config(home: Folder) -> dict[str, Any]:
     try:
         text = home.read("config.json")
     except OSError as problem:
-        raise CheckpointError(f"{home.path / 'config.json'}: cannot be read: {problem.strerror}") from problem
+        raise CheckpointError(unreadable(home.path / "config.json", problem)) from problem
     return parse_json(text, home.path / "config.json", CheckpointError)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fossil_export._extras import required
 from fossil_export.checkpoints._header import TensorInfo
-from fossil_export.errors import CheckpointError
+from fossil_export.errors import CheckpointError, unreadable
 
 if TYPE_CHECKING:
     from fossil_export.checkpoints._folder import Folder
@@ -88,7 +88,7 @@ def read_gguf(home: Folder, name: str) -> GgufFile:
     try:
         size = home.size(name)
     except OSError as problem:
-        raise CheckpointError(f"{path}: cannot be read: {problem.strerror}") from problem
+        raise CheckpointError(unreadable(path, problem)) from problem
     count = min(size, 1 << 20)
     while True:
         reader = _Reader(path, home.view(name, 0, count).tobytes(), count == min(size, MOST))

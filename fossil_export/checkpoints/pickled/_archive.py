@@ -21,7 +21,7 @@ from fossil_export.checkpoints._stamp import Stamp
 from fossil_export.checkpoints.pickled._machine import BadPickleError, CutError, read_pickle
 from fossil_export.checkpoints.pickled._state import Placed, Storage, tensors_of
 from fossil_export.checkpoints.pickled._strided import Strided
-from fossil_export.errors import CheckpointError, FossilExportError
+from fossil_export.errors import CheckpointError, FossilExportError, unreadable
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001
@@ -54,7 +54,7 @@ def read_pickle_header(path: Path, error: type[FossilExportError] = CheckpointEr
             status = os.fstat(file.fileno())
             found = parse_pickle_header(path, file, status.st_size, error)
     except OSError as problem:
-        raise error(f"{path}: cannot be read: {problem.strerror or problem}") from problem
+        raise error(unreadable(path, problem)) from problem
     return replace(found, stamp=Stamp.of(status))
 
 

@@ -187,7 +187,7 @@ class Editor:
         if repack:
             for value in self.graph.initializers.values():
                 value.const_value = unguarded(value.const_value)
-            ir.save(self.model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
+            _save(self.model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
             return
         large = [value for value in self._large if value.name in self.graph.initializers]
         if large:
@@ -196,9 +196,22 @@ class Editor:
             )
             for value, tensor in zip(large, tensors, strict=True):
                 value.const_value = tensor
-        ir.save(self.model, path)
+        _save(self.model, path)
 
     def _register(self, name: str, tensor: Any) -> ir.Value:
         value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
         return value
+
+
+def _save(model: ir.Model, path: Path, **options: Any) -> None:
+    """Save as onnx_ir does, which wraps what the system says into errors of its own. Raises OSError."""
+    try:
+        ir.save(model, path, **options)
+    except Exception as problem:
+        cause: BaseException | None = problem
+        while cause is not None:
+            if isinstance(cause, OSError):
+                raise cause from problem
+            cause = cause.__cause__ or cause.__context__
+        raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fossil_export.errors import OnnxError
+from fossil_export.errors import OnnxError, unreadable
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -31,7 +31,9 @@ def load_graph(path: Path) -> ir.Model:
     ir = required("onnx_ir")
     try:
         model = ir.load(path)
-    except (OSError, ValueError, RuntimeError) as problem:
+    except OSError as problem:
+        raise OnnxError(unreadable(path, problem)) from problem
+    except (ValueError, RuntimeError) as problem:
         raise OnnxError(f"{path}: is no ONNX graph: {str(problem).splitlines()[0]}") from problem
     except Exception as problem:  # protobuf's own errors
         raise OnnxError(f"{path}: is no ONNX graph ({type(problem).__name__}); fetch or export it again") from problem

@@ -1,0 +1,123 @@
+"""Commands whose system calls fail, one at each place: each must end in a right result or one line."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import pkgutil
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torture.faults.attempts import FAULTS, Bench, attempt, sound_run
+from torture.faults.calls import why_not
+from torture.faults.scenes import COMMANDS, make
+from torture.fuzz.running import preload
+from torture.kinds import Options
+from torture.rows import Row
+
+COUNT = 2_400
+
+OUTCOMES = {
+    "right": True,  # ended well, byte for byte what it makes on a sound disk
+    "refused": True,  # one line with the file, the system's words and a remedy; what was there before is there
+    "warned": True,  # `verify`: its verdict, and a warning that the certificate is not written
+    "unfired": True,  # this time there were fewer calls; nothing failed
+    "lost": False,  # ended well with another result
+    "unsynced": False,  # ended well although the disk did not take it
+    "half": False,  # refused, and something under the output's name, or another old folder
+    "left": False,  # something left that the next run does not clear
+    "vague": False,  # a line without the file to blame, the system's words or a remedy
+    "silent": False,
+    "chatter": False,
+    "traceback": False,
+    "ended": False,  # another exit code, or a signal
+    "slow": False,
+}
+
+
+def run(options: Options, report: Callable[[Row], None]) -> None:
+    if reason := why_not():
+        sys.exit(f"faults: {reason}")
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    end = time.time() + options.seconds
+    workers = [context.Process(target=_serve, args=(options, share, end, queue)) for share in range(options.jobs)]
+    for worker in workers:
+        worker.start()
+    left = len(workers)
+    while left:
+        row = queue.get()
+        if row is None:
+            left -= 1
+        else:
+            report(row)
+    for worker in workers:
+        worker.join()
+
+
+def _serve(options: Options, share: int, end: float, queue: Any) -> None:
+    try:
+        warm()
+        with tempfile.TemporaryDirectory(prefix="torture-", ignore_cleanup_errors=True) as work:
+            bench = Bench(Path(work).resolve() / "sound", Path(work).resolve() / "here")
+            make(bench.sound)
+            found = {command.name: sound_run(command, bench) for command in COMMANDS}
+            places = []
+            for command in COMMANDS:
+                for fault in FAULTS:
+                    count = sum(fault.hits(call) for call in found[command.name].calls)
+                    if re.search(options.only, f"{command.name}: {fault.name}"):
+                        places += [(command, fault, number) for number in range(options.seed, count)]
+            count = min(options.count, len(places))
+            chosen = [places[len(places) * number // count] for number in range(count)]
+            for command, fault, number in chosen[share :: options.jobs]:
+                if time.time() > end:
+                    break
+                if (f"{command.name}: {fault.name}", "", number) not in options.done:
+                    queue.put(attempt(command, fault, number, found[command.name], bench))
+    finally:
+        queue.put(None)
+
+
+def warm() -> None:
+    """Import once what each attempt would import anew."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
+    preload()
+    import fossil_export
+
+    for module in pkgutil.walk_packages(fossil_export.__path__, "fossil_export."):
+        if not module.name.endswith(("__main__", "make_table")):
+            importlib.import_module(module.name)
+    for name in ("gguf", "onnx", "onnx_ir", "onnxruntime"):
+        importlib.import_module(name)
+
+
+def table(rows: list[Row]) -> str:
+    kinds = list(dict.fromkeys(fault.name for fault in FAULTS))
+    lines = [
+        "| command | calls failed | refused in a line | right | warned | bad |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = [row for row in rows if row.outcome != "unfired"]
+    for place in (0, 1):
+        names = [command.name for command in COMMANDS] if place == 0 else kinds
+        for name in names:
+            counts = Counter(row.outcome for row in rows if row.case.split(": ")[place] == name)
+            if counts:
+                bad = sum(count for outcome, count in counts.items() if not OUTCOMES[outcome])
+                cells = (counts.total(), counts["refused"], counts["right"], counts["warned"], bad)
+                lines.append(f"| {name} | " + " | ".join(f"{cell:,}" for cell in cells) + " |")
+        if place == 0:
+            lines += [
+                "",
+                "| fault | calls failed | refused in a line | right | warned | bad |",
+                "|---|---|---|---|---|---|",
+            ]
+    return "\n".join(lines)
