@@ -8,7 +8,6 @@ from fossil_export._isolation import forget_current_folder
 forget_current_folder()  # before anything that is installed is imported, and could come from there
 
 import os
-import signal
 import sys
 import traceback
 from typing import Any
@@ -73,8 +72,6 @@ def _fail(ctx: click.Context, message: str) -> None:
 def main(debug: bool) -> None:
     """Take a model fine-tuned with FOSSIL (Bone, DiSHA, MiSS), LoRA or its family to where it is used."""
     quiet_hub()
-    # `kill` must leave no half-written folder behind either.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 for command in (merge, inspect, verify, onnx, convert, push):

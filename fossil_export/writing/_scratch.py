@@ -15,6 +15,8 @@ from fossil_export.writing._staging import claim, hold
 
 _PREFIX = "fossil-export-scratch-"
 
+_open: set[weakref.finalize[..., Scratch]] = set()
+
 
 class Scratch:
     """A new empty folder `path` in `place` (the system's for temporary files); it goes with `close`, or with this
@@ -28,9 +30,17 @@ class Scratch:
             self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
             lock = claim(self.path)
         self._gone = weakref.finalize(self, _remove, self.path, lock)
+        _open.add(self._gone)
 
     def close(self) -> None:
         self._gone()
+        _open.discard(self._gone)
+
+
+def close_all() -> None:
+    """Remove all that this process still has, which is about to end without its exit handlers."""
+    while _open:
+        _open.pop()()
 
 
 @contextmanager
