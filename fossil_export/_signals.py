@@ -85,9 +85,13 @@ class Signals:
         """Where Python cannot raise (destructors, weakref's callbacks) the signal comes again a moment later."""
         if isinstance(lost.exc_value, Stopped) or lost.exc_type is Stopped:
             self._is_lost = True
-            _thread.interrupt_main(self.number)
+            _thread.start_new_thread(self._again, ())
         else:
             self._unraisable(lost)
+
+    def _again(self) -> None:
+        time.sleep(0.01)  # out of that place, which runs in the main thread
+        _thread.interrupt_main(self.number)
 
     def _watch(self, reading: int) -> None:
         """Runs beside: end the process if it does not end by itself. Python wakes it while native code runs, too."""

@@ -38,5 +38,5 @@ class Kind(Protocol):
         """What docs/reliability.md says of them: a table in Markdown."""
 
 
-KINDS = ("fuzz",)
+KINDS = ("kills", "fuzz")
 """Modules of this package."""

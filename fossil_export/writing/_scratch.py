@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -62,8 +63,9 @@ def _remove_dead(place: Path) -> None:
     """Remove folders of this user's processes that are gone."""
     for leftover in place.glob(f"{_PREFIX}*"):
         try:
-            is_ours = leftover.lstat().st_uid == os.getuid()
+            status = leftover.lstat()
         except OSError:  # gone by now
             continue
+        is_ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
         if is_ours and (lock := hold(leftover)) is not None:
             _remove(leftover, lock)
