@@ -36,9 +36,10 @@ class Signals:
         """From here on signals raise Stopped in the main thread; those that the parent had ignored stay ignored."""
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
+        self._main = _thread.get_ident()
         self._unraisable = sys.unraisablehook
         sys.unraisablehook = self._not_raised
-        os.register_at_fork(after_in_child=_let_go)
+        os.register_at_fork(before=self._hold, after_in_parent=self._free, after_in_child=self._let_go)
         for number in _TAKEN:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 signal.signal(number, self._came)
@@ -91,14 +92,17 @@ class Signals:
 
     def _again(self) -> None:
         time.sleep(0.01)  # out of that place, which runs in the main thread
-        _thread.interrupt_main(self.number)
+        signal.pthread_kill(self._main, self.number)
 
     def _watch(self, reading: int) -> None:
         """Runs beside: end the process if it does not end by itself. Python wakes it while native code runs, too."""
         number = 0
         while number not in _TAKEN:
             number = os.read(reading, 1)[0]
-        time.sleep(AGAIN)
+        for _ in range(10):
+            time.sleep(AGAIN / 10)
+            if not self.number:  # just missed by a call that waits, which another one interrupts
+                signal.pthread_kill(self._main, number)
         os.set_blocking(reading, False)
         with contextlib.suppress(BlockingIOError):
             while os.read(reading, 4096):
@@ -106,13 +110,21 @@ class Signals:
         select.select([reading], [], [], PATIENCE - AGAIN)
         self._leave(number)
 
+    # A child that some library forks is not the command: it has no watch, and its parent ends it. Were it to take a
+    # signal before that is settled, it would tell the parent's watch.
 
-def _let_go() -> None:
-    """A forked child, which some library makes, is not the command: it has no watch, and its parent ends it."""
-    signal.set_wakeup_fd(-1)
-    for number in _TAKEN:
-        if signal.getsignal(number) not in (signal.SIG_IGN, None):
-            signal.signal(number, signal.SIG_DFL)
+    def _hold(self) -> None:
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, _TAKEN)
+
+    def _free(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
+    def _let_go(self) -> None:
+        signal.set_wakeup_fd(-1)
+        for number in _TAKEN:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                signal.signal(number, signal.SIG_DFL)
+        self._free()
 
 
 def _close_scratch() -> None:

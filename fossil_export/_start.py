@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def _open_standard() -> None:
-    """Give `>&-` somewhere to go: the next file that is opened would be taken for stdout or stderr, and printed into."""
+    """Give `>&-` somewhere to go: the next file that is opened would become stdout or stderr, and be printed into."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -36,4 +36,4 @@ def _open_standard() -> None:
             os.set_inheritable(number, True)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  for good

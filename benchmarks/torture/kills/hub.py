@@ -12,7 +12,8 @@ TOKEN = "hf_adaadaada"
 
 def serve(folder: Path, inputs: Path, questions: Any) -> None:
     """Run the Hub with base and adapter on it; answer until None comes."""
-    from loopback import LoopbackHub, environment
+    from loopback import LoopbackHub, environment  # type: ignore[import-not-found]
+
     from torture.kills.scene import ADAPTER, BASE
 
     with LoopbackHub(folder / "storage", {TOKEN: "ada"}) as hub:

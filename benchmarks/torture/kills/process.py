@@ -31,9 +31,12 @@ def run(arguments: list[str], folder: Path, number: int = 0, after: float = PATI
     words = folder / ".words"
     words.write_bytes(b"")
     began = time.monotonic()
+    # Signals that come before the command takes them would tell nothing of it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     child = os.fork()
     if child == 0:
         _in_child(arguments, folder, words)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     end, is_sent = began + PATIENCE, number == 0
     while (now := time.monotonic()) < end:
         if not is_sent and now >= began + after:
@@ -83,8 +86,6 @@ def _in_child(arguments: list[str], folder: Path, words: Path) -> None:
         tempfile.tempdir = None
         for one in _SIGNALS:
             signal.signal(one, signal.default_int_handler)
-        # Signals that come before the command takes them would tell nothing of it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         code = _command(arguments)
         if place := os.environ.get("TORTURE_MODULES"):
             Path(place).write_text("\n".join(sys.modules))

@@ -42,7 +42,7 @@ CASES = (
 def make(folder: Path) -> None:
     """Base, adapters, and a graph with an adapter of its own, below a new `folder`."""
     import torch
-    from graphs import make_case, make_graph
+    from graphs import make_case, make_graph  # type: ignore[import-not-found]
     from peft import LoraConfig, MissConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
