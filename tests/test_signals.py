@@ -297,3 +297,47 @@ def test_a_process_that_ends_without_its_exit_handlers_removes_its_own(tmp_path:
     close_all()
     assert list(tmp_path.iterdir()) == []
     made.close()
+
+
+# The program that GenAI's builder runs as
+
+BUILDER = "import os, pathlib, time; pathlib.Path(os.environ['PID']).write_text(str(os.getpid())); time.sleep(60)"
+BUILD = """
+from pathlib import Path
+from fossil_export.onnx.builders._genai import build
+build(Path({model!r}), Path({output!r}), "fp32", "cpu")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_builder_does_not_outlive_its_parent(number: int, base: Path, tmp_path: Path) -> None:
+    fake = tmp_path / "fake" / "onnxruntime_genai"
+    (fake / "models").mkdir(parents=True)
+    (fake / "__init__.py").touch()
+    (fake / "models" / "__init__.py").touch()
+    (fake / "models" / "builder.py").write_text(BUILDER)
+    told = tmp_path / "pid"
+    paths = f"{fake.parent}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
+    lines = BUILD.format(model=str(base), output=str(tmp_path / "output")).strip().splitlines()
+    script = HARNESS.format(body="\n".join(f"    {line}" for line in lines))
+    with interruptible():
+        process = subprocess.Popen(
+            [sys.executable, "-c", script],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": paths, "PID": str(told)},
+        )
+    with process:
+        while not told.exists() or not told.read_text():
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.02)
+        process.send_signal(number)
+        if number == signal.SIGKILL:
+            process.wait(8)
+        else:
+            ended(process, number)
+    child, end = Path("/proc") / told.read_text(), time.monotonic() + 5
+    while child.exists() and "(zombie)" not in (child / "status").read_text() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not child.exists() or "(zombie)" in (child / "status").read_text()
+    assert number == signal.SIGKILL or not list((tmp_path / "output").iterdir())
