@@ -29,7 +29,7 @@ def bench(name: str, inputs: Path, tmp_path: Path) -> Bench:
     return Bench(NAMED[name], tmp_path, inputs, hub, "none")
 
 
-@pytest.mark.parametrize("name", ["merge", "merge --overwrite", "convert --to gguf-lora"])
+@pytest.mark.parametrize("name", ["merge --overwrite", "convert --to gguf-lora"])
 def test_kills_do_no_harm(name: str, inputs: Path, tmp_path: Path) -> None:
     ready = bench(name, inputs, tmp_path)
     numbers = [signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM]
