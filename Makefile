@@ -75,7 +75,7 @@ sweep: $(VENV)/ready
 
 # Goes on where it was stopped (build/torture.jsonl).
 torture: $(VENV)/ready
-	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks $(VENV)/bin/python -m torture --write docs/reliability.md
+	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks:$(CURDIR)/tests $(VENV)/bin/python -m torture --write docs/reliability.md
 
 # The converted adapter in llama.cpp, which takes minutes to build.
 llama-cpp: $(VENV)/ready

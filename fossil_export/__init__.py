@@ -8,34 +8,42 @@ The commands of `fossil-export` are a thin skin of what is listed in `__all__`, 
 
 from __future__ import annotations
 
-import ast
-from importlib import import_module
-from pkgutil import get_data
-from typing import Any
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_homes: dict[str, str] = {}
 
 
-def _homes() -> dict[str, str]:
-    """The module of each name, from the stub, which type checkers and editors read too; it may lie in a zip file."""
-    imports = ast.parse(get_data(__name__, "__init__.pyi") or b"").body
-    return {
-        alias.name: found.module
-        for found in imports
-        if isinstance(found, ast.ImportFrom) and found.module is not None
-        for alias in found.names
-    }
+def _find_homes() -> dict[str, str]:
+    """The module of each name, from the stub, which type checkers and editors read too; it may lie in a zip file.
 
+    On first use: the command does without, and takes no signals before this package is there.
+    """
+    if not _homes:
+        import ast
+        from pkgutil import get_data
 
-_HOMES = _homes()
-
-__all__ = sorted(_HOMES)
+        imports = ast.parse(get_data(__name__, "__init__.pyi") or b"").body
+        _homes.update(
+            (alias.name, found.module)
+            for found in imports
+            if isinstance(found, ast.ImportFrom) and found.module is not None
+            for alias in found.names
+        )
+    return _homes
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use (PEP 562), so that `fossil-export --help` does not wait for NumPy."""
-    if name not in _HOMES:
+    if name == "__all__":
+        return sorted(_find_homes())
+    if name not in _find_homes():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    from importlib import import_module
+
+    return getattr(import_module(_find_homes()[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted(_find_homes())

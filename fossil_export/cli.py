@@ -9,7 +9,6 @@ forget_current_folder()  # before anything that is installed is imported, and co
 
 import io
 import os
-import signal
 import sys
 import traceback
 from contextlib import suppress
@@ -104,8 +103,6 @@ def _fail(ctx: click.Context, message: str) -> None:
 def main(debug: bool) -> None:
     """Take a model fine-tuned with FOSSIL (Bone, DiSHA, MiSS), LoRA or its family to where it is used."""
     quiet_hub()
-    # `kill` must leave no half-written folder behind either.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 for command in (merge, inspect, verify, onnx, convert, push):

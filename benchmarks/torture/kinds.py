@@ -38,5 +38,5 @@ class Kind(Protocol):
         """What docs/reliability.md says of them: a table in Markdown."""
 
 
-KINDS = ("fuzz", "faults")
+KINDS = ("kills", "faults", "fuzz")
 """Modules of this package."""

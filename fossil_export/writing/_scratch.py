@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from pathlib import Path
 from fossil_export.writing._staging import claim, hold
 
 _PREFIX = "fossil-export-scratch-"
+
+_open: set[weakref.finalize[..., Scratch]] = set()
 
 
 class Scratch:
@@ -28,9 +31,17 @@ class Scratch:
             self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
             lock = claim(self.path)
         self._gone = weakref.finalize(self, _remove, self.path, lock)
+        _open.add(self._gone)
 
     def close(self) -> None:
         self._gone()
+        _open.discard(self._gone)
+
+
+def close_all() -> None:
+    """Remove all that this process still has, which is about to end without its exit handlers."""
+    while _open:
+        _open.pop()()
 
 
 @contextmanager
@@ -52,8 +63,9 @@ def _remove_dead(place: Path) -> None:
     """Remove folders of this user's processes that are gone."""
     for leftover in place.glob(f"{_PREFIX}*"):
         try:
-            is_ours = leftover.lstat().st_uid == os.getuid()
+            status = leftover.lstat()
         except OSError:  # gone by now
             continue
+        is_ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
         if is_ours and (lock := hold(leftover)) is not None:
             _remove(leftover, lock)

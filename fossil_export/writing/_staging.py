@@ -139,11 +139,12 @@ def claim(path: Path) -> int | None:
 
 
 def hold(path: Path) -> int | None:
-    """Hold a file or folder as long as the descriptor is open; None where another process has it, or the file system
-    knows no locks."""
+    """Hold a file or folder as long as the descriptor is open; None where another process has it, the file system
+    knows no locks, or the name is somebody's link or out of reach."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
+        # Not for long: a pipe of that name would wait for its other end.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

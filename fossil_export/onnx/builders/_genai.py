@@ -7,7 +7,8 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fossil_export._foreign import needs_code, refuse_adapter
@@ -15,6 +16,7 @@ from fossil_export._isolation import child_environment, child_flags
 from fossil_export.errors import MissingExtraError, OnnxError
 from fossil_export.onnx.builders import _run_genai as run_genai
 from fossil_export.onnx.graph._file import load_graph
+from fossil_export.writing._scratch import scratch_folder
 
 
 def build(model: Path, output: Path, precision: str, device: str) -> Path:
@@ -27,16 +29,19 @@ def build(model: Path, output: Path, precision: str, device: str) -> Path:
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package.replace("_", "-"), "genai", "the GenAI model builder")
     refuse_adapter(model)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f"{output.name}.cache-") as cache:
+    output.mkdir(parents=True, exist_ok=True)
+    # Inside of the output, which goes with a process that is killed.
+    with scratch_folder(output) as cache, _lifeline() as lifeline:
         provider = "cuda" if device.startswith("cuda") else "cpu"
-        command = [sys.executable, *child_flags(), str(Path(run_genai.__file__).resolve())]
+        command = [sys.executable, *child_flags(), str(Path(run_genai.__file__).resolve()), str(lifeline)]
         command += ["-i", str(model.absolute()), "-o", str(output.absolute()), "-p", precision, "-e", provider]
-        command += ["-c", cache, "--extra_options", "hf_remote=false"]  # true by default before GenAI 0.15
+        command += ["-c", str(cache), "--extra_options", "hf_remote=false"]  # true by default before GenAI 0.15
         # The builder asks Git for the commit of the repository around Python's packages, which is not its own.
-        settings = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "GIT_DIR": os.devnull}
+        settings = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "GIT_DIR": os.devnull, "TMPDIR": str(cache)}
         done = subprocess.run(
             command,
             env=child_environment(os.environ) | settings,
+            pass_fds=(lifeline,),
             stdin=subprocess.DEVNULL,  # transformers would ask whether to run a model's code
             capture_output=True,
             text=True,
@@ -56,3 +61,14 @@ def build(model: Path, output: Path, precision: str, device: str) -> Path:
         )
     Editor(load_graph(graph)).save(graph)  # it notes shapes of constants that ONNX's checker refuses
     return graph
+
+
+@contextmanager
+def _lifeline() -> Iterator[int]:
+    """A descriptor that a child reads from, to end when this process does, even by SIGKILL."""
+    reading, writing = os.pipe()
+    try:
+        yield reading
+    finally:
+        os.close(reading)
+        os.close(writing)
