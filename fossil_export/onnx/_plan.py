@@ -32,7 +32,7 @@ class OnnxPlan:
     that is there already, `runtime` is "onnx" and `precision` None. `places` are the weights of the graph that get
     trained tensors, None if there is no graph yet, or no base here to find them by. `companions` are the names of the
     files that come along (a builder may write more), `nbytes` is about the size of what is written (shared data is
-    not).
+    not). With `trust_remote_code` the builder may run the code in the model's folder.
     """
 
     mode: str
@@ -45,6 +45,7 @@ class OnnxPlan:
     places: tuple[Place, ...] | None
     companions: tuple[str, ...]
     nbytes: int
+    trust_remote_code: bool = False
 
     def __repr__(self) -> str:
         where = f"in {self.graph}" if self.graph is not None else f"in a graph by {self.runtime}, {self.precision}"
@@ -89,6 +90,7 @@ def plan_onnx(
     onnx: str | Path | None = None,
     copy_data: bool = False,
     device: str = "cpu",
+    trust_remote_code: bool = False,
     progress: Callable[[str], None] = lambda step: None,
 ) -> OnnxPlan:
     """Decide how the model that `adapter` was trained for becomes an ONNX folder; arguments are `export_onnx`'s.
@@ -97,7 +99,7 @@ def plan_onnx(
     in `onnx`, a graph that is there already: they are found by the base's values, if it is on this machine. Raises a
     FossilExportError for whatever stops the export as far as it can be seen from there.
     """
-    plan = decide(adapter, base, mode, runtime, precision, onnx, copy_data, device)
+    plan = decide(adapter, base, mode, runtime, precision, onnx, copy_data, device, trust_remote_code)
     if plan.graph is None or not _is_here(plan.merge):
         return plan
     progress("placing the shards")
@@ -115,6 +117,7 @@ def decide(
     onnx: str | Path | None,
     copy_data: bool,
     device: str,
+    trust_remote_code: bool = False,
 ) -> OnnxPlan:
     """The plan as far as it is known without the base's weights: without `places`."""
     if not isinstance(adapter, Adapter):
@@ -145,7 +148,7 @@ def decide(
         runtime, precision = runtime or _default_runtime(merge), precision or "fp32"
         values = sum(element_count(tensor.shape) for tensor in merge.tensors)
         nbytes = values * PRECISIONS[precision].nbytes + (0 if MODES[mode].merges else 4 * adapter.parameters)
-    return OnnxPlan(mode, runtime, precision, device, graph, copy_data, merge, None, files, nbytes)
+    return OnnxPlan(mode, runtime, precision, device, graph, copy_data, merge, None, files, nbytes, trust_remote_code)
 
 
 def open_planned(plan: OnnxPlan) -> OpenGraph:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export._foreign import trusting
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.artifacts._kinds import kind_of_file
 from fossil_export.checkpoints._checkpoint import Checkpoint
@@ -48,6 +49,7 @@ def verify(
     prompts: str | Path | None = None,
     report: str | Path | None = None,
     trained_on: Asked = "auto",
+    trust_remote_code: bool = False,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> Verification:
     """Is `artifact` (a folder that `merge`, `export_onnx` or `convert` wrote) what was trained?
@@ -57,15 +59,17 @@ def verify(
     "weights" (every tensor, streamed, no model class), "forward" (logits and continuations against the trainer, which
     needs the extra [peft]) or "all". `prompts` is a text file, one a line; `report` an HTML file to write. The trainer
     runs on the base as training saw it: `trained_on` says how that was quantized, as for `merge` (default: as the
-    artifact's record says, else as the adapter's files do). Writes `fossil_parity.json` beside the weights; for an
-    artifact on the Hub `publish_certificate` does. `progress` is called with the bytes compared.
+    artifact's record says, else as the adapter's files do). With `trust_remote_code` the forward level runs the Python
+    code that the configs of base and artifact name in their `auto_map`, as transformers does of that name; without, such
+    a model is refused. Writes `fossil_parity.json` beside the weights; for an artifact on the Hub `publish_certificate`
+    does. `progress` is called with the bytes compared.
 
     Raises a FossilExportError when something cannot be read or run; a difference is no error but a verdict.
     """
     if level not in LEVELS:
         raise FossilExportError(f"level is {level!r}, expected {', '.join(LEVELS)}")
     origin = find_origin(artifact, CheckpointError, "artifact")
-    with origin.by_name():
+    with origin.by_name(), trusting(trust_remote_code):
         result = _verified(origin, base, adapter, level, device, prompts, report, trained_on, progress)
         if origin.is_path:
             try:
