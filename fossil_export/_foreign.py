@@ -25,7 +25,7 @@ _TRUSTED = ContextVar("trusted", default=False)
 
 @contextmanager
 def trusting(wanted: bool) -> Iterator[None]:
-    """Let models that are opened in the block, by this thread, run the code that `auto_map` names, if it is `wanted`."""
+    """Let models that this thread opens in the block run the code that `auto_map` names, if it is `wanted`."""
     before = _TRUSTED.set(wanted)
     try:
         yield

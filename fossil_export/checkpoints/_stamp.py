@@ -1,4 +1,9 @@
-"""Is a file still the one that was looked at? A base may be synced or replaced while it is merged."""
+"""Is a file still the one that was looked at? A base may be synced or replaced while it is merged.
+
+A tool may set the time of a file back after writing to it (`rsync --inplace -t`, `cp -p`); the time of its status
+(ctime) cannot be set. That changes with a mode, an owner or another hard link, too, which are no reason to stop: it
+counts only where none of those explains it.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +15,34 @@ from pathlib import Path
 from fossil_export.errors import CheckpointError, FossilExportError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Stamp:
-    """What changes when a file is written to, cut or replaced: bytes, nanoseconds of its last change, inode, device."""
+    """What changes when a file is written to, cut or replaced: `file` is bytes, nanoseconds of its last change, inode
+    and device, `status` nanoseconds of the last change of anything about it, `others` what else that may have been:
+    mode, hard links, owner and group.
 
-    size: int
-    modified: int
-    inode: int
-    device: int
+    Stamps are equal if they may be of the same bytes.
+    """
+
+    file: tuple[int, int, int, int]
+    status: int
+    others: tuple[int, int, int, int]
 
     @classmethod
     def of(cls, status: os.stat_result) -> Stamp:
-        return cls(status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
+        return cls(
+            (status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev),
+            status.st_ctime_ns,
+            (status.st_mode, status.st_nlink, status.st_uid, status.st_gid),
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Stamp):
+            return NotImplemented
+        return self.file == other.file and (self.status == other.status or self.others != other.others)
+
+    def __hash__(self) -> int:
+        return hash(self.file)
 
 
 def stamps_of(paths: Iterable[Path]) -> dict[Path, Stamp]:

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from fossil_export._console import print_warnings, status_line
+from fossil_export._mapped import tell_of_cut_files
 from fossil_export.commands._shared import BASE_HELP, show, trust_option
 from fossil_export.onnx.builders import BUILDERS, PRECISIONS
 from fossil_export.onnx.modes import MODES
@@ -69,6 +70,7 @@ def onnx(
     from fossil_export.onnx._export import export_onnx
     from fossil_export.onnx._plan import plan_onnx
 
+    tell_of_cut_files()
     wanted: dict[str, Any] = {
         "base": base,
         "mode": mode,

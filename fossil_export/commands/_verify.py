@@ -8,6 +8,7 @@ import click
 
 from fossil_export._answers import TRAINED_ON
 from fossil_export._console import lines, print_json, print_warnings, printable, progress_bar
+from fossil_export._mapped import tell_of_cut_files
 from fossil_export.commands._merge import _settings
 from fossil_export.commands._shared import trust_option, weighted
 from fossil_export.tables import print_push, print_verification
@@ -78,6 +79,7 @@ def verify(
     """
     from fossil_export.verifying._verification import verify as check
 
+    tell_of_cut_files()
     if create_pr and not push_to_hub:
         raise click.UsageError("--create-pr wants --push-to-hub.")
     seen = _settings(trained_on, double_quant, None, None, None)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export.adapters import Adapter, load_adapter
+from fossil_export.checkpoints._stamp import check_stamp, stamps_of
 from fossil_export.converting._converters import CONVERTERS, OPTIONS, Converter, Format, Outtype, takers
 from fossil_export.converting._options import Options
 from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, OutputError, listed
@@ -131,6 +132,13 @@ def convert(
     found = _base(adapter, converter, base, base_config)
     options = replace(found, graph=graph, rank=rank, energy=energy, outtype=outtype or found.outtype)
     fetch(adapter.needed)
+    beside = stamps_of([*adapter.tokenizer().values(), *([Path(base_config)] if base_config is not None else [])])
+
+    def check() -> None:
+        adapter.check()
+        for file, stamp in beside.items():
+            check_stamp(file, stamp, AdapterError)
+
     path = expanded(output, OutputError).absolute()
     if converter.folder:
         # A state dict may lie anywhere; PEFT's folder is only read.
@@ -140,7 +148,7 @@ def convert(
         with staged_folder(path, needed, overwrite) as folder:
             try:
                 details = converter.write(adapter, folder, options)
-                adapter.check()
+                check()
             except OSError as problem:
                 raise OutputError(
                     f"{output}: writing failed: {problem.strerror}; make room or choose another"
@@ -154,7 +162,7 @@ def convert(
         try:
             with staged_file(path, overwrite) as partial:
                 details = converter.write(adapter, partial, options)
-                adapter.check()
+                check()
         except FileExistsError as problem:
             raise OutputError(f"{output}: has come into being meanwhile; choose another --output") from problem
         except OSError as problem:

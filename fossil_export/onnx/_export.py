@@ -113,7 +113,7 @@ def run_onnx(
     """Carry out a plan; arguments as for `export_onnx`. `started` is when the clock began."""
     started = time.perf_counter() if started is None else started
     merge = plan.merge
-    merge.check()  # first, since an input that is gone has no place to hold the output against
+    plan.check()  # first, since an input that is gone has no place to hold the output against
     fetch(merge.adapter.needed)
     target = expanded(output, OutputError).absolute()
     if plan.graph is not None and target.resolve() in plan.graph.resolve().parents:
@@ -132,9 +132,12 @@ def run_onnx(
             progress("checking the graph")
             check(graph)
             _record(plan, folder, graph.name)
-            merge.check()
+            plan.check()
+        except OnnxError:
+            plan.check()  # what was cut or replaced is why
+            raise
         except OSError as problem:
-            merge.check()  # an input that is gone is no fault of the output's
+            plan.check()  # an input that is gone is no fault of the output's
             raise OutputError(
                 f"{target}: writing failed: {problem.strerror}; make room or choose another --output"
             ) from problem

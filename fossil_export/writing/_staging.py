@@ -170,7 +170,14 @@ def _publish(folder: Path, output: Path, overwrite: bool) -> None:
             return  # the old folder now has the staged name and is removed with it
         aside = output.with_name(f".{output.name}.replaced-{secrets.token_hex(4)}")
         output.rename(aside)
-        folder.rename(output)
+        try:
+            folder.rename(output)
+        except OSError:
+            if not os.path.lexists(output):
+                aside.rename(output)
+            else:  # another process was faster, and its folder is as good
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
         sync(output.parent)
         shutil.rmtree(aside, ignore_errors=True)
         return

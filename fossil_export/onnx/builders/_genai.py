@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from fossil_export._foreign import is_trusted, needs_code, refuse_adapter
@@ -15,6 +14,7 @@ from fossil_export._isolation import child_environment, child_flags
 from fossil_export.errors import MissingExtraError, OnnxError
 from fossil_export.onnx.builders import _run_genai as run_genai
 from fossil_export.onnx.graph._file import load_graph
+from fossil_export.writing._scratch import scratch_folder
 
 
 def build(model: Path, output: Path, precision: str, device: str) -> Path:
@@ -28,12 +28,12 @@ def build(model: Path, output: Path, precision: str, device: str) -> Path:
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package.replace("_", "-"), "genai", "the GenAI model builder")
     refuse_adapter(model)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f"{output.name}.cache-") as cache:
+    with scratch_folder(output) as cache:
         provider = "cuda" if device.startswith("cuda") else "cpu"
         command = [sys.executable, *child_flags(), str(Path(run_genai.__file__).resolve())]
         command += ["-i", str(model.absolute()), "-o", str(output.absolute()), "-p", precision, "-e", provider]
         trust = str(is_trusted()).lower()
-        command += ["-c", cache, "--extra_options", f"hf_remote={trust}"]  # true by default before GenAI 0.15
+        command += ["-c", str(cache), "--extra_options", f"hf_remote={trust}"]  # true by default before GenAI 0.15
         # The builder asks Git for the commit of the repository around Python's packages, which is not its own.
         settings = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "GIT_DIR": os.devnull}
         done = subprocess.run(

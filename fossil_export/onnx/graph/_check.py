@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from fossil_export._extras import required
 from fossil_export.errors import OnnxError
 from fossil_export.onnx.graph._file import external_files, load_graph
+from fossil_export.writing._scratch import scratch_folder
 
 _RUNTIME = "com.microsoft"
 
@@ -27,13 +27,13 @@ def check(graph: Path) -> None:
         node.domain = _RUNTIME
     if foreign and all(entry.domain != _RUNTIME for entry in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid(_RUNTIME, 1))
-    with tempfile.TemporaryDirectory(dir=graph.parent, prefix=".check-") as folder:
+    with scratch_folder(graph.parent) as folder:
         for file, size in files.items():
-            stand_in = Path(folder) / file.relative_to(graph.parent)
+            stand_in = folder / file.relative_to(graph.parent)
             stand_in.parent.mkdir(parents=True, exist_ok=True)
             with stand_in.open("wb") as empty:
                 empty.truncate(size)
-        copy = Path(folder) / graph.name
+        copy = folder / graph.name
         copy.write_bytes(model.SerializeToString())
         try:
             onnx.checker.check_model(str(copy), full_check=True)
