@@ -37,7 +37,6 @@ def tell_of_cut_files() -> None:
             ("restorer", ctypes.c_void_p),
         )
 
-    @ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
     def cut(number: int, info: int, context: int) -> None:
         try:
             address = ctypes.c_uint64.from_address(info + _ADDRESS).value
@@ -46,13 +45,14 @@ def tell_of_cut_files() -> None:
             os._exit(_FAILED)
 
     siginfo = 4
-    action = Action(handler=ctypes.cast(cut, ctypes.c_void_p), flags=siginfo)
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(cut)
+    action = Action(handler=ctypes.cast(handler, ctypes.c_void_p), flags=siginfo)
     try:
         failed = ctypes.CDLL(None).sigaction(int(signal.SIGBUS), ctypes.byref(action), None)
     except (OSError, AttributeError):
         return
     if not failed:
-        _kept.append(cut)
+        _kept.append(handler)
 
 
 _PROBLEM = "was cut while it was being read; wait until whatever writes it is done, then run the command again"

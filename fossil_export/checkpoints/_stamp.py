@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fossil_export.errors import CheckpointError, FossilExportError
@@ -19,13 +19,14 @@ from fossil_export.errors import CheckpointError, FossilExportError
 class Stamp:
     """What changes when a file is written to, cut or replaced: `file` is bytes, nanoseconds of its last change, inode
     and device, `status` nanoseconds of the last change of anything about it, `others` what else that may have been:
-    mode, hard links, owner and group.
+    mode, hard links, owner and group. `status` is None for a file to which this package makes hard links, and takes
+    them away again.
 
     Stamps are equal if they may be of the same bytes.
     """
 
     file: tuple[int, int, int, int]
-    status: int
+    status: int | None
     others: tuple[int, int, int, int]
 
     @classmethod
@@ -39,15 +40,17 @@ class Stamp:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Stamp):
             return NotImplemented
-        return self.file == other.file and (self.status == other.status or self.others != other.others)
+        known = None not in (self.status, other.status)
+        return self.file == other.file and not (known and self.status != other.status and self.others == other.others)
 
     def __hash__(self) -> int:
         return hash(self.file)
 
 
-def stamps_of(paths: Iterable[Path]) -> dict[Path, Stamp]:
-    """Of those files that are here."""
-    return {path: Stamp.of(path.stat()) for path in paths if path.is_file()}
+def stamps_of(paths: Iterable[Path], linked: bool = False) -> dict[Path, Stamp]:
+    """Of those files that are here; `linked` where other runs of this package may make hard links to them."""
+    found = {path: Stamp.of(path.stat()) for path in paths if path.is_file()}
+    return {path: replace(stamp, status=None) for path, stamp in found.items()} if linked else found
 
 
 def check_stamp(path: Path, stamp: Stamp | None, error: type[FossilExportError] = CheckpointError) -> None:

@@ -151,7 +151,7 @@ def decide(
         assert graph is not None
         beside = companions(merge, graph)
         stamps = stamps_of([graph, *(path for path in beside.values() if isinstance(path, Path))])
-        stamps |= stamps_of(external_files(load_graph(graph)))
+        stamps |= stamps_of(external_files(load_graph(graph)), linked=True)
         runtime, files = "onnx", tuple(beside)
         # Shared weights take no room; if they must be copied after all, a full disk is an error of its own.
         nbytes = _size_with(graph, adapter, not copy_data and not MODES[mode].new_weights)

@@ -214,7 +214,8 @@ def _stamps(artifact: Path) -> dict[Path, Stamp]:
     """Of what is compared or run of an artifact, a file or a folder."""
     if artifact.is_file():
         return stamps_of([artifact])
-    return stamps_of(path for path in artifact.iterdir() if path.name not in (CERTIFICATE, "README.md"))
+    files = [path for path in artifact.iterdir() if path.name not in (CERTIFICATE, "README.md")]
+    return stamps_of(files) | stamps_of((path for path in files if ".onnx" in path.name), linked=True)
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:

@@ -158,8 +158,12 @@ def _remove_dead(output: Path) -> None:
     for leftover in output.parent.glob(f".{escape(output.name)}.replaced-*"):
         if os.path.lexists(output):
             shutil.rmtree(leftover, ignore_errors=True)
-        else:
+            continue
+        try:
             leftover.rename(output)
+        except OSError:  # its process lives, and went on; or another one was faster
+            if leftover.exists() and not os.path.lexists(output):
+                raise
 
 
 def _publish(folder: Path, output: Path, overwrite: bool) -> None:
