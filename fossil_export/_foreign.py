@@ -1,12 +1,15 @@
-"""Model folders opened by transformers without running code that came with them.
+"""Model folders opened by transformers without running code that came with them, unless it was asked for.
 
 A folder can ask for code in more ways than `auto_map`: its config names the class that is made, the attention
 that is used (a name like `user/repo` is fetched from the Hub and run) and the tokenizer's class. All models and
-tokenizers of this package are opened through here.
+tokenizers of this package are opened through here. Only `trusting` lets the first way run, and nothing else does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,22 @@ from fossil_export.errors import CheckpointError
 
 _ATTENTION = (None, "eager", "sdpa")
 _EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
+_TRUSTED = ContextVar("trusted", default=False)
+
+
+@contextmanager
+def trusting(wanted: bool) -> Iterator[None]:
+    """Let models that this thread opens in the block run the code that `auto_map` names, if it is `wanted`."""
+    before = _TRUSTED.set(wanted)
+    try:
+        yield
+    finally:
+        _TRUSTED.reset(before)
+
+
+def is_trusted() -> bool:
+    """Whether models may run code of their own."""
+    return _TRUSTED.get()
 
 
 def read_config(folder: Path) -> Any:
@@ -29,7 +48,7 @@ def read_config(folder: Path) -> Any:
 
     refuse_adapter(folder)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=is_trusted())
     except ValueError as problem:
         if "trust_remote_code" not in str(problem):
             raise
@@ -47,16 +66,25 @@ def refuse_adapter(folder: Path) -> None:
 def needs_code(folder: Path) -> str:
     """What is said of a model that transformers does not know."""
     return (
-        f"{folder}: this model needs Python code of its own (auto_map in its config.json), and fossil-export runs no "
-        "code of a model's folder; merge and convert work without, else use a transformers that knows the model"
+        f"{folder}: this model needs Python code of its own (auto_map in its config.json), which is run only with "
+        "--trust-remote-code; read that code first, or use a transformers that knows the model (merge and convert need "
+        "none)"
     )
 
 
 def model_class(config: Any, default: str) -> Any:
-    """The class of transformers that `config` names, `default` where it names none. Raises CheckpointError."""
+    """The class of transformers that `config` names, `default` where it names none. Raises CheckpointError.
+
+    Where `auto_map` is trusted, the auto class by which it names the model.
+    """
     import transformers
 
     name = str(next(iter(config.architectures or [default])))
+    named = getattr(config, "auto_map", None)
+    if is_trusted() and isinstance(named, dict):
+        autos = [auto for auto, path in named.items() if auto != "AutoConfig" and str(path).rpartition(".")[2] == name]
+        found = getattr(transformers, next(iter([*(auto for auto in autos if auto == default), *autos]), default), None)
+        return found if hasattr(found, "_model_mapping") else getattr(transformers, default)
     kind = getattr(transformers, name, None) if name.isidentifier() else None
     if kind is None or name == default:
         return getattr(transformers, default)
@@ -69,7 +97,7 @@ def load_model(kind: Any, folder: Path, config: Any, **options: Any) -> Any:
     """The weights of `folder` as a model of class `kind`; `config` is one of `read_config`."""
     if hasattr(kind, "set_experts_implementation"):
         options["experts_implementation"] = "eager"  # grouped products take no float64
-    return kind.from_pretrained(folder, config=config, trust_remote_code=False, **options)
+    return kind.from_pretrained(folder, config=config, trust_remote_code=is_trusted(), **options)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -81,7 +109,7 @@ def load_tokenizer(folder: Path) -> Any:
         kind = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
         if kind is not None and not _is(kind, transformers.PreTrainedTokenizerBase):
             raise CheckpointError(f"{folder / file}: tokenizer_class names {name}, which is no tokenizer; mend it")
-    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=is_trusted())
 
 
 def _is(kind: Any, parent: Any) -> bool:
@@ -92,7 +120,8 @@ def _disarm(config: Any) -> None:
     """Let neither a config nor its parts name Python files, or kernels of the Hub; transformers chooses for itself."""
     import transformers
 
-    vars(config).pop("auto_map", None)
+    if not is_trusted():
+        vars(config).pop("auto_map", None)
     if getattr(config, "_attn_implementation", None) not in _ATTENTION:
         config._attn_implementation = None
     if getattr(config, "_experts_implementation", None) not in _EXPERTS:

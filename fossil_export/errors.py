@@ -82,7 +82,7 @@ def unreadable(path: str | Path, problem: OSError) -> str:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Put `path` into an OSError of the block that names none: the system does when it opens a file, not when it reads."""
+    """Put `path` into an OSError of the block that names none; the system names what it opens, not what it reads."""
     try:
         yield
     except OSError as problem:

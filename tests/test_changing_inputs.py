@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from graphs import make_case, make_graph
 from safetensors.torch import load_file, save_file
 
-from fossil_export import convert, load_adapter, merge, plan_merge, verify
+from fossil_export import convert, load_adapter, merge, plan_merge, plan_onnx, run_onnx, verify
 from fossil_export.checkpoints._folder import LocalFolder
 from fossil_export.checkpoints._header import read_header
 from fossil_export.checkpoints._input import InputFile
-from fossil_export.errors import AdapterError, CheckpointError
+from fossil_export.errors import AdapterError, CheckpointError, OnnxError
 from fossil_export.merging._merge import run_merge
 
 
@@ -198,3 +199,103 @@ def test_a_pickled_adapter_that_changes_after_it_was_read_is_an_error(
         merge(loaded, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     next(iter(loaded.pickled.values())).sum()  # what a map of a cut file would answer with a signal
+
+
+def _write_and_set_back(path: Path) -> None:
+    """As `rsync --inplace -t` or `cp -p` leave a file: the same size, inode and time."""
+    before = path.stat()
+    _write_into(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_time_that_is_set_back_hides_nothing(base: Path, adapter: Path, tmp_path: Path) -> None:
+    for path in (sorted(base.glob("*.safetensors"))[0], base / "LICENSE", adapter / "adapter_model.safetensors"):
+        plan = plan_merge(adapter)
+        _write_and_set_back(path)
+        with pytest.raises((CheckpointError, AdapterError), match=f"{path.name}: changed while"):
+            run_merge(plan, tmp_path / "merged")
+        assert not (tmp_path / "merged").exists()
+
+
+def test_modes_and_hard_links_are_no_change(base: Path, adapter: Path, tmp_path: Path) -> None:
+    plan = plan_merge(adapter)
+    first, second, *_ = sorted(base.glob("*.safetensors"))
+    first.chmod(first.stat().st_mode ^ 0o040)
+    (tmp_path / "backup").hardlink_to(second)
+    assert run_merge(plan, tmp_path / "merged").output.is_dir()
+
+
+@pytest.mark.parametrize("change", [_replace, _write_and_set_back])
+@pytest.mark.parametrize("which", ["base", "artifact", "config", "adapter"])
+def test_no_verdict_on_files_that_change_while_models_run(
+    which: str,
+    change: Callable[[Path], None],
+    base: Path,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fossil_export.verifying import _verification
+
+    merge(adapter, tmp_path / "merged")
+    path = {
+        "base": sorted(base.glob("*.safetensors"))[0],
+        "artifact": sorted((tmp_path / "merged").glob("*.safetensors"))[0],
+        "config": tmp_path / "merged" / "config.json",
+        "adapter": adapter / "adapter_model.safetensors",
+    }[which]
+    monkeypatch.setattr(_verification, "check_forward", lambda *arguments: change(path))
+    with pytest.raises((CheckpointError, AdapterError), match=f"{path.name}: changed while"):
+        verify(tmp_path / "merged", level="forward")
+    assert not (tmp_path / "merged" / "fossil_parity.json").exists()
+
+
+@pytest.mark.parametrize("which", ["model.onnx", "model.onnx.data", "tokenizer.json"])
+def test_a_graph_that_changes_after_the_plan_stops_the_export(which: str, tmp_path: Path) -> None:
+    case = make_case(tmp_path)
+    graph = make_graph(case, tmp_path / "plain" / "model.onnx")
+    (graph.parent / "tokenizer.json").write_text("a tokenizer of a graph")
+    plan = plan_onnx(case.adapter, case.base, mode="fused", onnx=graph)
+    _replace(graph.parent / which)
+    with pytest.raises(OnnxError, match=f"{which}: changed while"):
+        run_onnx(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="how a fault is told is the system's")
+def test_a_file_cut_under_a_library_that_maps_it_ends_in_one_line(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(1 << 20)}, tmp_path / "model.safetensors")
+    script = """
+import os, sys
+from fossil_export._mapped import tell_of_cut_files
+from safetensors import safe_open
+tell_of_cut_files()
+with safe_open(sys.argv[1], "pt") as file:
+    os.truncate(sys.argv[1], 4096)
+    print(file.get_tensor("weight").sum())
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "model.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith(f"error: {tmp_path / 'model.safetensors'}: was cut while it was being read")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_tokenizer_that_changes_while_it_is_converted_is_an_error(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fossil_export.converting._converters import CONVERTERS
+
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (adapter / name).write_text('{"a": "tokenizer"}')
+    write = CONVERTERS["lora"].write
+
+    def changing(*arguments: Any) -> Any:
+        found = write(*arguments)
+        _replace(adapter / "tokenizer.json")
+        return found
+
+    monkeypatch.setitem(CONVERTERS, "lora", replace(CONVERTERS["lora"], write=changing))
+    with pytest.raises(AdapterError, match=r"tokenizer\.json: changed while"):
+        convert(adapter, tmp_path / "out", to="lora")
+    assert not (tmp_path / "out").exists()

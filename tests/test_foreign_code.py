@@ -148,7 +148,8 @@ def test_the_current_folder_by_name_stays(tmp_path: Path) -> None:
                tmp_path, "", str(tmp_path)) == "mine\n"  # fmt: skip
 
 
-def test_how_the_builder_is_started(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("trust", [False, True])
+def test_how_the_builder_is_started(trust: bool, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """GenAI before 0.15 runs a model's code unless told not to. This one tells how it was started, and fails."""
     builder = tmp_path / "installed" / "onnxruntime_genai" / "models" / "builder.py"
     builder.parent.mkdir(parents=True)
@@ -165,9 +166,11 @@ def test_how_the_builder_is_started(models: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("PYTHONPATH", f":{builder.parents[2]}:")
     with pytest.raises(FossilExportError, match="failed on purpose"):
-        export_onnx(models / "adapter", "out", base=models / "base", runtime="genai")
+        export_onnx(models / "adapter", "out", base=models / "base", runtime="genai", trust_remote_code=trust)
     arguments, path, kernels, typed, repository = json.loads(told.read_text())
-    assert arguments[-2:] == ["--extra_options", "hf_remote=false"] and path[0] == str(builder.parents[2])
+    assert arguments[-2:] == ["--extra_options", f"hf_remote={str(trust).lower()}"] and path[0] == str(
+        builder.parents[2]
+    )
     assert str(tmp_path / "here") not in path and "" not in path
     assert not any(Path(entry, "run_genai.py").exists() for entry in path)
     assert (kernels, typed, repository) == (None, "", os.devnull)

@@ -13,6 +13,7 @@ from fossil_export.checkpoints._coding import read_rows
 from fossil_export.checkpoints._dtypes import stored_dtype
 from fossil_export.checkpoints._folder import Folder
 from fossil_export.checkpoints._header import Header, TensorInfo
+from fossil_export.checkpoints._stamp import Stamp
 from fossil_export.checkpoints.layouts import find_matrix
 from fossil_export.errors import naming
 
@@ -32,7 +33,8 @@ class Checkpoint:
     """The weights of one model and the folder they lie in.
 
     `home` is the folder that all of it is read from; `folder` is None for a lone weights file, which has no companions
-    (config, tokenizer). `index_path` is None when one file holds everything. `found` keeps what others work out of it.
+    (config, tokenizer). `index_path` is None when one file holds everything. `stamps` are those of index and config
+    from before they were read. `found` keeps what others work out of it.
 
     Of a model whose weights are `quantized`, tensors and config are those of the dequantized model. `made_of` is the
     file that `folder` was made of, a temporary one then; `notes` is what the user should know, complete once the files
@@ -49,6 +51,7 @@ class Checkpoint:
     quantized: Quantized | None = None
     made_of: Path | None = None
     notes: Sequence[str] = ()
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict, repr=False, compare=False)
     found: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __repr__(self) -> str:

@@ -25,6 +25,7 @@ from fossil_export.checkpoints._companions import MODELOPT, QUANTIZATION_FILES
 from fossil_export.checkpoints._dtypes import FLOATS
 from fossil_export.checkpoints._folder import Folder, LocalFolder
 from fossil_export.checkpoints._header import Header, TensorInfo
+from fossil_export.checkpoints._stamp import stamps_of
 from fossil_export.checkpoints._weights_file import is_pickle
 from fossil_export.checkpoints.gguf import ENDING as GGUF
 from fossil_export.checkpoints.gguf import read_model
@@ -64,6 +65,8 @@ def open_checkpoint(where: Path | Folder, file: str | None = None) -> Checkpoint
         return _of_gguf(home, weights)
 
     index = index_path = None
+    small = ("config.json", *([index_name] if index_name is not None else ()))
+    stamps = stamps_of(home.path / name for name in small) if home.is_here else {}
     if index_name is not None:
         index_path = home.path / index_name
         index = json_of(home, index_name)
@@ -79,7 +82,7 @@ def open_checkpoint(where: Path | Folder, file: str | None = None) -> Checkpoint
     if folder is not None and "config.json" in root:
         config = json_of(home, "config.json")
         _check_config(folder / "config.json", config)
-    return dequantized(Checkpoint(home, folder, files, index_path, index, config, tensors))
+    return dequantized(Checkpoint(home, folder, files, index_path, index, config, tensors, stamps=stamps))
 
 
 def _of_gguf(home: Folder, file: str) -> Checkpoint:

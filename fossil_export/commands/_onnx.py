@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from fossil_export._console import print_warnings, status_line
-from fossil_export.commands._shared import BASE_HELP, show
+from fossil_export._mapped import tell_of_cut_files
+from fossil_export.commands._shared import BASE_HELP, show, trust_option
 from fossil_export.onnx.builders import BUILDERS, PRECISIONS
 from fossil_export.onnx.modes import MODES
 from fossil_export.tables import print_export, print_onnx_plan
@@ -37,6 +38,7 @@ _DEFAULTS = [f"{name} for {builder.models}" if builder.models else name for name
 @click.option("--onnx", "graph", metavar="FILE.onnx", help="Use this graph of the base instead of making one.")
 @click.option("--copy-data", is_flag=True, help="With --onnx: copy the weights' file instead of sharing it.")
 @click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="What the graph is made for.")
+@trust_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--all", "every", is_flag=True, help="With --dry-run: a row for every weight, not for every kind.")
 @click.option("--overwrite", is_flag=True, help="Replace a folder that an earlier export wrote.")
@@ -51,6 +53,7 @@ def onnx(
     graph: str | None,
     copy_data: bool,
     device: str,
+    trust_remote_code: bool,
     dry_run: bool,
     every: bool,
     overwrite: bool,
@@ -67,6 +70,7 @@ def onnx(
     from fossil_export.onnx._export import export_onnx
     from fossil_export.onnx._plan import plan_onnx
 
+    tell_of_cut_files()
     wanted: dict[str, Any] = {
         "base": base,
         "mode": mode,
@@ -75,6 +79,7 @@ def onnx(
         "onnx": graph,
         "copy_data": copy_data,
         "device": device,
+        "trust_remote_code": trust_remote_code,
     }
     if dry_run or output is None:
         with status_line() as progress:

@@ -12,6 +12,12 @@ from fossil_export._console import print_json
 
 BASE_HELP = "Base model: a folder, a weights file or an id on the Hub.  [default: the one the adapter names]"
 
+trust_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run the Python code that came with the base, if its config names some (auto_map). Read that code first.",
+)
+
 
 def weighted(given: str) -> str | tuple[str, float]:
     """An adapter as it is typed: a path, an id, or either with "=" and a weight. A path that is there and has a "=" in

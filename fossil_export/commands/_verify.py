@@ -8,8 +8,9 @@ import click
 
 from fossil_export._answers import TRAINED_ON
 from fossil_export._console import lines, print_json, print_warnings, printable, progress_bar
+from fossil_export._mapped import tell_of_cut_files
 from fossil_export.commands._merge import _settings
-from fossil_export.commands._shared import weighted
+from fossil_export.commands._shared import trust_option, weighted
 from fossil_export.tables import print_push, print_verification
 from fossil_export.verifying._levels import LEVELS, Level
 
@@ -47,6 +48,7 @@ from fossil_export.verifying._levels import LEVELS, Level
     default=None,
     help="With --trained-on nf4 or fp4: were the scales quantized, too?  [default: what the adapter's files say]",
 )
+@trust_option
 @click.option("--prompts", metavar="FILE", help="Prompts, one a line.  [default: built-in ones]")
 @click.option("--report", metavar="FILE.html", help="Write a page with plots that opens offline.")
 @click.option(
@@ -62,6 +64,7 @@ def verify(
     device: str,
     trained_on: str,
     double_quant: bool | None,
+    trust_remote_code: bool,
     prompts: str | None,
     report: str | None,
     push_to_hub: bool,
@@ -76,6 +79,7 @@ def verify(
     """
     from fossil_export.verifying._verification import verify as check
 
+    tell_of_cut_files()
     if create_pr and not push_to_hub:
         raise click.UsageError("--create-pr wants --push-to-hub.")
     seen = _settings(trained_on, double_quant, None, None, None)
@@ -93,6 +97,7 @@ def verify(
             prompts=prompts,
             report=report,
             trained_on=seen,
+            trust_remote_code=trust_remote_code,
             progress=progress,
         )
     published = None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export.adapters import Adapter, load_adapter
+from fossil_export.checkpoints._stamp import check_stamp, stamps_of
 from fossil_export.converting._converters import CONVERTERS, OPTIONS, Converter, Format, Outtype, takers
 from fossil_export.converting._options import Options
 from fossil_export.errors import (
@@ -142,6 +143,13 @@ def convert(
     found = _base(adapter, converter, base, base_config)
     options = replace(found, graph=graph, rank=rank, energy=energy, outtype=outtype or found.outtype)
     fetch(adapter.needed)
+    beside = stamps_of([*adapter.tokenizer().values(), *([Path(base_config)] if base_config is not None else [])])
+
+    def check() -> None:
+        adapter.check()
+        for file, stamp in beside.items():
+            check_stamp(file, stamp, AdapterError)
+
     path = expanded(output, OutputError).absolute()
     if converter.folder:
         # A state dict may lie anywhere; PEFT's folder is only read.
@@ -151,10 +159,10 @@ def convert(
         with staged_folder(path, needed, overwrite) as folder:
             try:
                 details = converter.write(adapter, folder, options)
-                adapter.check()
+                check()
                 size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
             except OSError as problem:
-                adapter.check()  # an input that is gone is no fault of the output's
+                check()  # an input that is gone is no fault of the output's
                 raise OutputError(failed(path, problem, folder)) from problem
     else:
         _refuse_inputs(path, adapter, options)
@@ -165,12 +173,12 @@ def convert(
         try:
             with staged_file(path, overwrite) as partial:
                 details = converter.write(adapter, partial, options)
-                adapter.check()
+                check()
                 size = partial.stat().st_size
         except FileExistsError as problem:
             raise OutputError(f"{output}: has come into being meanwhile; choose another --output") from problem
         except OSError as problem:
-            adapter.check()
+            check()
             raise OutputError(failed(path, problem, path.parent)) from problem
     notes = adapter.notes + (options.base.notes if options.base is not None else ())
     warnings = notes + tuple(details.pop("warnings", ()))

@@ -231,7 +231,7 @@ def _stamps(adapters: Sequence[Adapter], base: Checkpoint, companions: Iterable[
     small += [base.index_path] if base.index_path is not None else []
     small += [base.folder / "config.json"] if base.folder is not None and base.config is not None else []
     known = {path: stamp for adapter in adapters for path, stamp in adapter.stamps.items()}
-    return {**stamps_of(small), **known, **found}
+    return {**stamps_of(small), **base.stamps, **known, **found}
 
 
 def find_base(adapter: Adapter, base: str | Path | None = None) -> Origin:

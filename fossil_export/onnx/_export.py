@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fossil_export._foreign import trusting
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._companions import PROVENANCE
 from fossil_export.checkpoints._dtypes import element_count
@@ -79,6 +80,7 @@ def export_onnx(
     onnx: str | Path | None = None,
     copy_data: bool = False,
     device: str = "cpu",
+    trust_remote_code: bool = False,
     overwrite: bool = False,
     progress: Progress = lambda step: None,
 ) -> OnnxResult:
@@ -89,12 +91,14 @@ def export_onnx(
     The graph is made from the base by `runtime` "genai" (generative models, with key-value cache) or "torch"
     (everything else), by default the one that fits, in `precision` "fp32", "fp16", "bf16" or "int4"; or it is
     `onnx`, a graph of the base that is there already, whose data file is shared unless `copy_data`. `device`
-    "cuda" makes GenAI build for a GPU. `progress` is called with the name of each step.
+    "cuda" makes GenAI build for a GPU. With `trust_remote_code` the builder runs the Python code that the model's
+    config names in its `auto_map`, as transformers does of that name; without, such a model is refused. `progress` is
+    called with the name of each step.
 
     The folder appears only when it is complete. Raises a FossilExportError with one line that names the remedy.
     """
     started = time.perf_counter()
-    plan = decide(adapter, base, mode, runtime, precision, onnx, copy_data, device)
+    plan = decide(adapter, base, mode, runtime, precision, onnx, copy_data, device, trust_remote_code)
     return run_onnx(plan, output, overwrite=overwrite, progress=progress, started=started)
 
 
@@ -109,7 +113,7 @@ def run_onnx(
     """Carry out a plan; arguments as for `export_onnx`. `started` is when the clock began."""
     started = time.perf_counter() if started is None else started
     merge = plan.merge
-    merge.check()  # first, since an input that is gone has no place to hold the output against
+    plan.check()  # first, since an input that is gone has no place to hold the output against
     fetch(merge.adapter.needed)
     target = expanded(output, OutputError).absolute()
     if plan.graph is not None and target.resolve() in plan.graph.resolve().parents:
@@ -128,9 +132,12 @@ def run_onnx(
             progress("checking the graph")
             check(graph)
             _record(plan, folder, graph.name)
-            merge.check()
+            plan.check()
+        except OnnxError:
+            plan.check()  # what was cut or replaced is why
+            raise
         except OSError as problem:
-            merge.check()  # an input that is gone is no fault of the output's
+            plan.check()  # an input that is gone is no fault of the output's
             raise OutputError(failed(target, problem, folder)) from problem
         nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return OnnxResult(
@@ -165,7 +172,8 @@ def _build(plan: OnnxPlan, folder: Path, progress: Progress) -> _Unfinished:
     try:
         source = _model_folder(plan, work, progress)
         progress(f"building the graph ({plan.runtime}, {plan.precision})")
-        graph = BUILDERS[plan.runtime].build(source, folder, plan.precision, plan.device)
+        with trusting(plan.trust_remote_code):
+            graph = BUILDERS[plan.runtime].build(source, folder, plan.precision, plan.device)
         for name in plan.companions:
             place = folder / name
             if (source / name).is_file() and not place.exists():

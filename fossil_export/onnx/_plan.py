@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export._extras import required
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.checkpoints._dtypes import element_count
+from fossil_export.checkpoints._stamp import Stamp, check_stamp, stamps_of
 from fossil_export.errors import OnnxError, listed
 from fossil_export.merging._plan import MergePlan
 from fossil_export.merging._planning import plan_merge, settled
@@ -18,6 +19,7 @@ from fossil_export.onnx._places import OpenGraph, Place, open_graph
 from fossil_export.onnx._refusals import check_mode, check_products
 from fossil_export.onnx.builders import BUILDERS, PRECISIONS, PrecisionName, RuntimeName, default_builder
 from fossil_export.onnx.builders._existing import check_saved, companions, find_graph
+from fossil_export.onnx.graph._file import external_files, load_graph
 from fossil_export.onnx.modes import MODES, Mode, ModeName
 
 if TYPE_CHECKING:
@@ -32,7 +34,8 @@ class OnnxPlan:
     that is there already, `runtime` is "onnx" and `precision` None. `places` are the weights of the graph that get
     trained tensors, None if there is no graph yet, or no base here to find them by. `companions` are the names of the
     files that come along (a builder may write more), `nbytes` is about the size of what is written (shared data is
-    not).
+    not). With `trust_remote_code` the builder may run the code in the model's folder. `stamps` are those of the graph
+    that is used and of what comes along with it.
     """
 
     mode: str
@@ -45,11 +48,19 @@ class OnnxPlan:
     places: tuple[Place, ...] | None
     companions: tuple[str, ...]
     nbytes: int
+    trust_remote_code: bool = False
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
         where = f"in {self.graph}" if self.graph is not None else f"in a graph by {self.runtime}, {self.precision}"
         count = f"{len(self.places)} weights" if self.places is not None else f"{self.merge.count('merge')} modules"
         return f"<OnnxPlan of {self.merge.adapter.name}: {count} {self.mode} {where}, about {self.nbytes:,} bytes>"
+
+    def check(self) -> None:
+        """Raise CheckpointError or OnnxError where a file that the plan was made from is another one by now."""
+        self.merge.check()
+        for path, stamp in self.stamps.items():
+            check_stamp(path, stamp, OnnxError)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -89,6 +100,7 @@ def plan_onnx(
     onnx: str | Path | None = None,
     copy_data: bool = False,
     device: str = "cpu",
+    trust_remote_code: bool = False,
     progress: Callable[[str], None] = lambda step: None,
 ) -> OnnxPlan:
     """Decide how the model that `adapter` was trained for becomes an ONNX folder; arguments are `export_onnx`'s.
@@ -97,7 +109,7 @@ def plan_onnx(
     in `onnx`, a graph that is there already: they are found by the base's values, if it is on this machine. Raises a
     FossilExportError for whatever stops the export as far as it can be seen from there.
     """
-    plan = decide(adapter, base, mode, runtime, precision, onnx, copy_data, device)
+    plan = decide(adapter, base, mode, runtime, precision, onnx, copy_data, device, trust_remote_code)
     if plan.graph is None or not _is_here(plan.merge):
         return plan
     progress("placing the shards")
@@ -115,6 +127,7 @@ def decide(
     onnx: str | Path | None,
     copy_data: bool,
     device: str,
+    trust_remote_code: bool = False,
 ) -> OnnxPlan:
     """The plan as far as it is known without the base's weights: without `places`."""
     if not isinstance(adapter, Adapter):
@@ -132,10 +145,14 @@ def decide(
     for package in ("onnx", "onnx_ir"):
         required(package)
     merge = plan_merge(adapter, base, dtype="auto", into="original")
+    stamps: dict[Path, Stamp] = {}
     if onnx is not None:
         graph: Path | None = find_graph(onnx)
         assert graph is not None
-        runtime, files = "onnx", tuple(companions(merge, graph))
+        beside = companions(merge, graph)
+        stamps = stamps_of([graph, *(path for path in beside.values() if isinstance(path, Path))])
+        stamps |= stamps_of(external_files(load_graph(graph)), linked=True)
+        runtime, files = "onnx", tuple(beside)
         # Shared weights take no room; if they must be copied after all, a full disk is an error of its own.
         nbytes = _size_with(graph, adapter, not copy_data and not MODES[mode].new_weights)
     else:
@@ -145,7 +162,20 @@ def decide(
         runtime, precision = runtime or _default_runtime(merge), precision or "fp32"
         values = sum(element_count(tensor.shape) for tensor in merge.tensors)
         nbytes = values * PRECISIONS[precision].nbytes + (0 if MODES[mode].merges else 4 * adapter.parameters)
-    return OnnxPlan(mode, runtime, precision, device, graph, copy_data, merge, None, files, nbytes)
+    return OnnxPlan(
+        mode,
+        runtime,
+        precision,
+        device,
+        graph,
+        copy_data,
+        merge,
+        None,
+        files,
+        nbytes,
+        trust_remote_code,
+        stamps,
+    )
 
 
 def open_planned(plan: OnnxPlan) -> OpenGraph:

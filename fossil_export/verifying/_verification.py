@@ -9,12 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export._foreign import trusting
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.artifacts._kinds import kind_of_file
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._companions import CERTIFICATE, PROVENANCE, is_weights
 from fossil_export.checkpoints._dtypes import BY_TORCH_NAME
 from fossil_export.checkpoints._jsonfile import read_json
+from fossil_export.checkpoints._stamp import Stamp, check_stamp, stamps_of
 from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError, listed, reason, remedy
 from fossil_export.merging._given import AnyGiven, with_weights
 from fossil_export.merging._planning import plan_merge
@@ -48,6 +50,7 @@ def verify(
     prompts: str | Path | None = None,
     report: str | Path | None = None,
     trained_on: Asked = "auto",
+    trust_remote_code: bool = False,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> Verification:
     """Is `artifact` (a folder that `merge`, `export_onnx` or `convert` wrote) what was trained?
@@ -57,19 +60,25 @@ def verify(
     "weights" (every tensor, streamed, no model class), "forward" (logits and continuations against the trainer, which
     needs the extra [peft]) or "all". `prompts` is a text file, one a line; `report` an HTML file to write. The trainer
     runs on the base as training saw it: `trained_on` says how that was quantized, as for `merge` (default: as the
-    artifact's record says, else as the adapter's files do). Writes `fossil_parity.json` beside the weights; for an
-    artifact on the Hub `publish_certificate` does. `progress` is called with the bytes compared.
+    artifact's record says, else as the adapter's files do). With `trust_remote_code` the forward level runs the Python
+    code that the configs of base and artifact name in their `auto_map`, as transformers does of that name; without,
+    such a model is refused. Writes `fossil_parity.json` beside the weights; for an artifact on the Hub
+    `publish_certificate` does. `progress` is called with the bytes compared.
 
     Raises a FossilExportError when something cannot be read or run; a difference is no error but a verdict.
     """
     if level not in LEVELS:
         raise FossilExportError(f"level is {level!r}, expected {', '.join(LEVELS)}")
     origin = find_origin(artifact, CheckpointError, "artifact")
-    with origin.by_name():
-        result = _verified(origin, base, adapter, level, device, prompts, report, trained_on, progress)
+    with origin.by_name(), trusting(trust_remote_code):
+        result, check = _verified(origin, base, adapter, level, device, prompts, report, trained_on, progress)
         if origin.is_path:
             try:
-                _write(result.artifact / CERTIFICATE, certificate_file(result))
+                certificate = certificate_file(result)
+                check()  # it has been read once more
+                _write(result.artifact / CERTIFICATE, certificate)
+            except CheckpointError:
+                raise
             except FossilExportError as problem:  # an artifact that may only be read has its verdict all the same
                 result = replace(result, warnings=(*result.warnings, str(problem)))
     if report is not None:
@@ -89,11 +98,12 @@ def _verified(
     report: str | Path | None,
     trained_on: Asked,
     progress: Callable[[int], None],
-) -> Verification:
-    """The verdict; nothing is written."""
+) -> tuple[Verification, Callable[[], None]]:
+    """The verdict, and what raises where a file that it was reached on is another one by now; nothing is written."""
     started = time.perf_counter()
     _fetch_parts(origin)
     folder = origin.path
+    seen = _stamps(folder)
     if origin.file is None and not folder.is_dir():
         names = origin.folder.root_names()
         held = f" (only {listed(names)})" if names else ""
@@ -111,6 +121,15 @@ def _verified(
     named = base is None or found_base.name in {one.base_model for one in added.adapters}
     with found_base.by_name():
         training, trained = training_of(added, base_checkpoint, record, trained_on, base_is_named=named)
+    seen |= base_checkpoint.stamps
+    seen |= {header.path: header.stamp for header in base_checkpoint.files if header.stamp is not None}
+
+    def check() -> None:
+        for path, stamp in seen.items():
+            check_stamp(path, stamp)
+        for one in added.adapters:
+            one.check()
+
     base_name = str(base_checkpoint.location) if found_base.is_path else pinned(found_base.name, found_base.revision)
     texts = read_prompts(prompts) if prompts is not None else PROMPTS
     if level != "weights":
@@ -153,6 +172,7 @@ def _verified(
         except FossilExportError:
             raise
         except Exception as problem:  # whatever a model's own code raises on weights that are not its
+            check()
             what = f"cannot be run: {next(iter(str(problem).splitlines()), type(problem).__name__)}"
             if not problems:
                 alone = "" if found.incomparable() else "; its tensors alone are checked with --level weights"
@@ -167,7 +187,8 @@ def _verified(
         )
     if training.elsewhere:
         problems.append(training.elsewhere)
-    return Verification(
+    check()
+    result = Verification(
         origin=origin,
         artifact=folder,
         base=base_checkpoint,
@@ -186,6 +207,15 @@ def _verified(
         training=training,
         requantized=requantized,
     )
+    return result, check
+
+
+def _stamps(artifact: Path) -> dict[Path, Stamp]:
+    """Of what is compared or run of an artifact, a file or a folder."""
+    if artifact.is_file():
+        return stamps_of([artifact])
+    files = [path for path in artifact.iterdir() if path.name not in (CERTIFICATE, "README.md")]
+    return stamps_of(files) | stamps_of((path for path in files if ".onnx" in path.name), linked=True)
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:

@@ -163,8 +163,12 @@ def _remove_dead(output: Path) -> None:
     for leftover in output.parent.glob(f".{escape(output.name)}.replaced-*"):
         if os.path.lexists(output):
             shutil.rmtree(leftover, ignore_errors=True)
-        else:
+            continue
+        try:
             leftover.rename(output)
+        except OSError:  # its process lives, and went on; or another one was faster
+            if leftover.exists() and not os.path.lexists(output):
+                raise
 
 
 def _publish(folder: Path, output: Path, overwrite: bool) -> None:
@@ -177,8 +181,12 @@ def _publish(folder: Path, output: Path, overwrite: bool) -> None:
         try:
             folder.rename(output)
         except OSError:
-            aside.rename(output)
+            if not os.path.lexists(output):
+                aside.rename(output)
+            else:  # another process was faster, and its folder is as good
+                shutil.rmtree(aside, ignore_errors=True)
             raise
+        sync_name(output)
         shutil.rmtree(aside, ignore_errors=True)
         return
     folder.rename(output)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fossil_export._foreign import needs_code, refuse_adapter
+from fossil_export._foreign import is_trusted, needs_code, refuse_adapter
 from fossil_export._isolation import child_environment, child_flags
 from fossil_export.errors import MissingExtraError, OnnxError
 from fossil_export.onnx.builders import _run_genai as run_genai
@@ -23,7 +23,8 @@ def build(model: Path, output: Path, precision: str, device: str) -> Path:
     """Build the graph of the checkpoint folder `model` into `output` and return its path.
 
     The builder runs as a process of its own: it prints, and it loads the whole model. It sees neither the current
-    folder as code nor code in the model's folder. Raises OnnxError with its last words when it fails.
+    folder as code nor, unless it is trusted, code in the model's folder. Raises OnnxError with its last words when it
+    fails.
     """
     for package in ("onnxruntime_genai", "torch", "transformers", "onnx_ir"):
         if importlib.util.find_spec(package) is None:
@@ -35,7 +36,8 @@ def build(model: Path, output: Path, precision: str, device: str) -> Path:
         provider = "cuda" if device.startswith("cuda") else "cpu"
         command = [sys.executable, *child_flags(), str(Path(run_genai.__file__).resolve()), str(lifeline)]
         command += ["-i", str(model.absolute()), "-o", str(output.absolute()), "-p", precision, "-e", provider]
-        command += ["-c", str(cache), "--extra_options", "hf_remote=false"]  # true by default before GenAI 0.15
+        trust = str(is_trusted()).lower()
+        command += ["-c", str(cache), "--extra_options", f"hf_remote={trust}"]  # true by default before GenAI 0.15
         # The builder asks Git for the commit of the repository around Python's packages, which is not its own.
         settings = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "GIT_DIR": os.devnull, "TMPDIR": str(cache)}
         done = subprocess.run(
