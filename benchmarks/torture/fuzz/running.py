@@ -24,6 +24,7 @@ from torture.rows import Row
 SECONDS = 10.0
 MEMORY = 1 << 30
 PATIENCE = 60.0  # for the judge
+ENDINGS = ("error: ", "not the trained model: ")
 
 
 def attempts(subjects: list[Subject], options: Options, report: Callable[[Row], None]) -> None:
@@ -125,7 +126,7 @@ def outcome_of(command: list[str], folder: Path, work: Path) -> tuple[str, str]:
     said = [line for line in lines if not line.startswith(("warning: ", "note: "))]
     if status == 0:
         return ("chatter", words[-600:]) if said else ("right", "")
-    if len(said) != 1 or not said[0].startswith("error: ") or lines[-1] != said[0]:
+    if len(said) != 1 or not said[0].startswith(ENDINGS) or lines[-1] != said[0]:
         return "chatter", words[-600:]
     if left := set(folder.iterdir()) - before:
         return "left", f"{sorted(path.name for path in left)} {said[0]}"
