@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from fossil_export._console import printable, quiet_hub
+from fossil_export._console import any_encoding, echo, printable, quiet_hub
 from fossil_export.commands._convert import convert
 from fossil_export.commands._inspect import inspect
 from fossil_export.commands._merge import merge
@@ -32,6 +32,7 @@ class _Group(click.Group):
     """Turns the package's errors into one line on stderr and exit code 1."""
 
     def main(self, *arguments: Any, **options: Any) -> Any:
+        any_encoding()
         try:
             return super().main(*arguments, **options)
         except SystemExit as end:
@@ -41,9 +42,17 @@ class _Group(click.Group):
                 os._exit(end.code if isinstance(end.code, int) else 1)
             raise
 
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        try:
+            return super().make_context(*arguments, **options)
+        except click.ClickException as problem:
+            raise _shown(problem) from None
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.ClickException as problem:
+            raise _shown(problem) from None
         except FossilExportError as problem:
             if ctx.params.get("debug"):
                 _show(problem)
@@ -57,13 +66,20 @@ class _Group(click.Group):
             _fail(ctx, f"{name}{problem.strerror or problem}; check that path and its permissions")
 
 
+def _shown(problem: click.ClickException) -> click.ClickException:
+    """What click says of an option quotes what was typed."""
+    vars(problem)["message"] = printable(problem.message)
+    return problem
+
+
 def _show(problem: BaseException) -> None:
     """The traceback, without what nobody else may see."""
-    click.echo(redacted("".join(traceback.format_exception(problem))), err=True)
+    for line in redacted("".join(traceback.format_exception(problem))).splitlines():
+        echo(line, err=True)
 
 
 def _fail(ctx: click.Context, message: str) -> None:
-    click.echo(click.style("error: ", fg="red") + printable(message.replace("\n", " ")), err=True)
+    echo(message.replace("\n", " "), label="error: ", fg="red", err=True)
     ctx.exit(1)
 
 

@@ -77,11 +77,12 @@ def preload() -> None:
     tame_bitsandbytes()
     import peft  # noqa: F401
     import torch
-    import transformers  # noqa: F401
+    import transformers
 
     import fossil_export.cli  # noqa: F401
 
     torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
 
 
 def attempt(subject: Subject, seed: int, work: Path) -> Row:

@@ -10,7 +10,19 @@ from typing import Any
 from torture.fuzz.mutations import damage_bytes, damage_tree
 
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1}
-_NAMES = ("\x1b[2Jx", "\u202ex", "x" * 5000, "", "__metadata__ ", "../../x", "é", "a.b.c.weight", "\ud800", "\n", "\x9b")
+_NAMES = (
+    "\x1b[2Jx",
+    "\u202ex",
+    "x" * 5000,
+    "",
+    "__metadata__ ",
+    "../../x",
+    "é",
+    "a.b.c.weight",
+    "\ud800",
+    "\n",
+    "\x9b",
+)
 
 
 def damage_safetensors(path: Path, random: Random) -> str:
@@ -57,11 +69,15 @@ def _with_header(content: bytes, way: str, random: Random) -> tuple[bytes, str]:
 def _tensors(parts: list[Any], at: int, random: Random) -> tuple[list[Any], str]:
     """A file that is sound by itself, and holds other tensors."""
     name, dtype, shape, data = parts[at]
-    way = random.choice(("gone", "renamed", "shape", "dtype", "added", "cut", "long", "twice", "empty", "swapped", "none"))
+    way = random.choice(
+        ("gone", "renamed", "shape", "dtype", "added", "cut", "long", "twice", "empty", "swapped", "none")
+    )
     if way == "gone":
         return parts[:at] + parts[at + 1 :], f"{name} is gone"
     if way == "renamed":
         other = random.choice((*_NAMES, name.replace("layers.0", "layers.1"), name + ".0", name[17:], name.upper()))
+        if random.random() < 0.1:
+            other = name.replace("layers.0", f"layers.{'9' * 5000}")
         parts[at] = (other, dtype, shape, data)
         return parts, f"{name} is called {other!r}"[:200]
     if way == "shape":
@@ -102,7 +118,9 @@ def _tensors(parts: list[Any], at: int, random: Random) -> tuple[list[Any], str]
 def _text(text: str, name: str, data: bytes, random: Random) -> tuple[bytes, str]:
     way = random.choice(("twice", "spaces", "before", "bom", "utf-16", "zeros", "deep", "number", "metadata"))
     if way == "twice":
-        return _file((text[:-1] + f', {json.dumps(name)}: {json.dumps(json.loads(text)[name])}}}').encode(), data), "twice"
+        return _file(
+            (text[:-1] + f", {json.dumps(name)}: {json.dumps(json.loads(text)[name])}}}").encode(), data
+        ), "twice"
     if way == "metadata":
         return _file((text[:-1] + ', "__metadata__": {"a": "b"}}').encode(), data), "metadata twice"
     encoded = {
