@@ -29,12 +29,12 @@ def check_targets(path: Path, config: Mapping[str, Any], trained: Collection[Tra
         # Rows of tokens of a LoRA are asked for by another field, and so are parameters.
         if one.method != "lora_tokens" and METHODS[one.method].PARAMETER:
             names.setdefault(one.owner, is_targeted(path, config, one.owner))
-    if names and config.get("target_modules") is None and not config.get("target_parameters"):
-        if any(one.method != "trainable_tokens" for one in trained):
-            raise AdapterError(
-                f"{path}: target_modules is null, for which PEFT takes what is usual for the model's type, and may leave "
-                f"out what was trained ({listed(list(names), 2)}); write there the names of the modules"
-            )
+    untold = config.get("target_modules") is None and not config.get("target_parameters")
+    if names and untold and any(one.method != "trainable_tokens" for one in trained):
+        raise AdapterError(
+            f"{path}: target_modules is null, for which PEFT takes what is usual for the type of the model, and may "
+            f"leave out what was trained ({listed(list(names), 2)}); write there the names of the modules"
+        )
     strays = [name for name, targeted in names.items() if not targeted]
     if all(one.method == "trainable_tokens" for one in trained) and any(names.values()):
         strays = []  # what follows a targeted embedding is saved with it; `_ties` looks at these
