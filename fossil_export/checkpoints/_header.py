@@ -118,14 +118,14 @@ def parse_header(path: Path, encoded: bytes, size: int, error: type[FossilExport
     def broken(what: str) -> FossilExportError:
         return _broken(path, error, what)
 
-    if encoded[8:9] != b"{":  # the library reads no other, and the header is copied as it is
-        raise broken("the header does not begin with a brace")
     try:
         entries = load_json(encoded[8:], _without_repeats)
     except (ValueError, RecursionError) as problem:
         raise broken(f"the header is not valid JSON ({problem})") from problem
     if not isinstance(entries, dict):
         raise broken("the header is not a JSON object")
+    if encoded[8:9] != b"{":  # the library reads no other, and the header is copied as it is
+        raise broken("the header does not begin with a brace")
 
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):

@@ -18,7 +18,13 @@ MAX_BYTES = 100_000_000
 MAX_PARTS = 5_000_000
 """Commas and brackets; each part takes up to a hundred bytes when it is read."""
 
+CONFIG_PARTS = 300_000
+"""The same of a config, of which transformers makes several copies."""
+
 Pairs = list[tuple[str, Any]]
+
+
+_CONFIGS = ("config.json", "adapter_config.json")
 
 
 def read_json(path: Path, error: type[FossilExportError]) -> dict[str, Any]:
@@ -50,7 +56,7 @@ def parse_json(text: bytes, path: Path, error: type[FossilExportError]) -> dict[
     if len(text) > MAX_BYTES:
         raise _too_large(path, error)
     try:
-        value = load_json(text)
+        value = load_json(text, at_most=CONFIG_PARTS if path.name in _CONFIGS else MAX_PARTS)
     except (ValueError, RecursionError) as problem:
         raise error(f"{path}: is not valid JSON ({problem}); fetch or save it again") from problem
     if not isinstance(value, dict):
@@ -58,12 +64,12 @@ def parse_json(text: bytes, path: Path, error: type[FossilExportError]) -> dict[
     return value
 
 
-def load_json(text: bytes, pairs: Callable[[Pairs], Any] | None = None) -> Any:
+def load_json(text: bytes, pairs: Callable[[Pairs], Any] | None = None, at_most: int = MAX_PARTS) -> Any:
     """JSON in UTF-8, as the libraries read it: in no other encoding, without a mark of bytes at its beginning. Raises
     ValueError or RecursionError."""
     parts = sum(text.count(one) for one in (b",", b"[", b"{"))
-    if parts > MAX_PARTS:
-        raise ValueError(f"{parts:,} parts; at most {MAX_PARTS:,} are read")
+    if parts > at_most:
+        raise ValueError(f"{parts:,} parts; at most {at_most:,} are read")
     return json.loads(text.decode(), object_pairs_hook=pairs)
 
 

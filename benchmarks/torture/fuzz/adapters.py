@@ -40,21 +40,26 @@ class PeftFolders:
         for name, content in COMPANIONS.items():
             if not (folder / "base" / name).exists():
                 (folder / "base" / name).write_text(json.dumps(content))
-        for kind in self.kinds or scene.kinds():
-            scene.make_adapter(folder / "kinds" / kind, kind, folder / "base")
         shutil.copytree(folder / "base", folder / "sound" / "base")
 
     def mutate(self, folder: Path, random: Random) -> str:
-        kind = random.choice(sorted(path.name for path in (folder / "kinds").iterdir()))
-        shutil.copytree(folder / "kinds" / kind, folder / "adapter")
-        shutil.copytree(folder / "kinds" / kind, folder / "sound" / "adapter")
-        shutil.rmtree(folder / "kinds")
+        kind = self.place_adapter(folder, random)
         damaged = folder / random.choice(self.damaged)
         if damaged.suffix == ".safetensors":
             return f"{kind}: {damage_safetensors(damaged, random)}"
         if damaged.suffix == ".json":
             return f"{kind}: {damage_json(damaged, random)}"
         return f"{kind}: {damage_file(damaged, random)}"
+
+    def place_adapter(self, folder: Path, random: Random) -> str:
+        """One of a random kind, made once for all subjects."""
+        kind = random.choice(self.kinds or tuple(scene.kinds()))
+        made = folder.parent / "kinds" / kind
+        if not made.is_dir():
+            scene.make_adapter(made, kind, folder / "sound" / "base")
+        for at in ("adapter", "sound/adapter"):
+            shutil.copytree(made, folder / at)
+        return kind
 
     def command(self, folder: Path, random: Random) -> list[str]:
         adapter, base, out = (str(folder / name) for name in ("adapter", "base", "out"))

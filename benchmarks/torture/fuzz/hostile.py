@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,9 +128,7 @@ class Hostile(PeftFolders):
     """`WAYS` has how, by the end of the name."""
 
     def mutate(self, folder: Path, random: Random) -> str:
-        kind = random.choice(sorted(path.name for path in (folder / "kinds").iterdir()))
-        for at in ("adapter", "sound/adapter"):
-            shutil.copytree(folder / "kinds" / kind, folder / at)
+        kind = self.place_adapter(folder, random)
         return f"{kind}: {WAYS[self.name.removeprefix('hostile ')](folder, random)}"
 
     def command(self, folder: Path, random: Random) -> list[str]:

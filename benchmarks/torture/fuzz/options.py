@@ -33,7 +33,7 @@ ODD = (
     *("\x1b[2J", "\udcff", "\u202e", "é", "\n", "a\nb", "user/repo", "user/repo@x", "hf://", "hf://a", "https://x/y"),
     *("~", "~nobody/x", "..", "/dev/null", "/dev/full", "/proc/self/mem", "x" * 5000, "--json", "-", "=", "a=b", "=1"),
 )
-PLACES = {"output", "report", "cache_dir"}  # what is written: only below the attempt's folder
+PLACES = {"output": ".", "report": "reports", "cache_dir": "reports"}  # written only below the attempt's folder
 LEFT_OUT = {"debug", "help", "version", "push_to_hub", "stream"}  # the Hub's
 
 
@@ -76,6 +76,7 @@ class Odd:
         for option in random.sample(options, random.randint(1, self.most)):
             given += self._odd(option, folder, random)
         (folder / "asked").write_text(json.dumps(given))
+        (folder / "reports").mkdir()
         return [self.verb, *given]
 
     def _odd(self, option: click.Option, folder: Path, random: Random) -> list[str]:
@@ -89,7 +90,7 @@ class Odd:
         if option.name == "prompts" and random.random() < 0.5:
             (folder / "prompts").write_bytes(random.choice((b"", b"\xff\xfe", b"a" * 10**6, b"\0", b"\n\n", b"hello")))
             value = str(folder / "prompts")
-        return [name, f"{folder}/{value}" if option.name in PLACES else value]
+        return [name, f"{folder}/{PLACES[option.name]}/{value}" if option.name in PLACES else value]
 
     def judge(self, folder: Path) -> str | None:
         if self.verb != "merge" or not (folder / "out" / "config.json").is_file():

@@ -127,6 +127,8 @@ def outcome_of(command: list[str], folder: Path, work: Path) -> tuple[str, str]:
     said = [line for line in lines if not line.startswith(("warning: ", "note: "))]
     if status == 0:
         return ("chatter", words[-600:]) if said else ("right", "")
+    if not said and command[0] == "inspect":  # its table says why nothing can be merged
+        return "refused", "inspect"
     if len(said) != 1 or not said[0].startswith(ENDINGS) or lines[-1] != said[0]:
         return "chatter", words[-600:]
     if left := set(folder.iterdir()) - before:

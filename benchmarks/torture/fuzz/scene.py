@@ -190,7 +190,43 @@ def judge_weights(
         except Exception:
             continue
         return same_weights(tensors(out), expected, tolerance)
-    raise Unjudged(reason)
+    return judge_untouched(folder, adapters, out, reason, tolerance)
+
+
+def judge_untouched(
+    folder: Path, adapters: list[tuple[Path, float]], out: Path, reason: str, tolerance: float
+) -> str | None:
+    """PEFT's merge of the sound folders, if all damage is to tensors of the base that nothing was trained for, which
+    must be as they are."""
+    try:
+        damaged, before = tensors(folder / "base"), tensors(folder / "sound" / "base")
+        again = [(folder / "sound" / path.relative_to(folder), weight) for path, weight in adapters]
+        expected = adapted(folder / "sound" / "base", again).merge_and_unload().state_dict()
+        if any(
+            tensors(path) != {} and not equal(tensors(path), tensors(own))
+            for (path, _), (own, _) in zip(adapters, again, strict=True)
+        ):
+            raise Unjudged(reason)
+    except Exception as problem:
+        raise Unjudged(reason) from problem
+    for name in damaged.keys() | before.keys():
+        if equal({name: damaged.get(name)}, {name: before.get(name)}):
+            continue
+        if name in before and name in expected and not equal({name: before[name]}, {name: expected[name]}):
+            raise Unjudged(reason)  # it was trained
+        expected.pop(name, None)
+        if name in damaged:
+            expected[name] = damaged[name]
+    return same_weights(tensors(out), expected, tolerance)
+
+
+def equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    import torch
+
+    return one.keys() == other.keys() and all(
+        value is other[name] or (value is not None and other[name] is not None and torch.equal(value, other[name]))
+        for name, value in one.items()
+    )
 
 
 def same_weights(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> str | None:
