@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 MAX_BYTES = 100_000_000
 """Of a JSON file; the index of a model with 90,000 tensors has some ten million."""
 
-MAX_PARTS = 5_000_000
+MAX_PARTS = 3_000_000
 """Commas and brackets; each part takes up to a hundred bytes when it is read."""
 
 CONFIG_PARTS = 300_000

@@ -35,11 +35,10 @@ def attempts(subjects: list[Subject], options: Options, report: Callable[[Row], 
         if (subjects[number % len(subjects)].name, "", options.seed + number // len(subjects)) not in options.done
     ]
     context = multiprocessing.get_context("spawn")
-    end = time.time() + options.seconds
     queue = context.Queue()
     names = [one.name for one in subjects]
     shares = [wanted[first :: options.jobs] for first in range(options.jobs)]
-    workers = [context.Process(target=_serve, args=(names, share, end, queue)) for share in shares if share]
+    workers = [context.Process(target=_serve, args=(names, share, options.seconds, queue)) for share in shares if share]
     for worker in workers:
         worker.start()
     left = len(workers)
@@ -53,12 +52,13 @@ def attempts(subjects: list[Subject], options: Options, report: Callable[[Row], 
         worker.join()
 
 
-def _serve(names: list[str], wanted: list[tuple[int, int]], end: float, queue: Any) -> None:
+def _serve(names: list[str], wanted: list[tuple[int, int]], seconds: float, queue: Any) -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
     preload()
     from torture.fuzz import subjects
 
     known = {one.name: one for one in subjects()}
+    end = time.time() + seconds  # without the start
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     try:
         with tempfile.TemporaryDirectory(prefix="torture-", dir=memory, ignore_cleanup_errors=True) as work:
