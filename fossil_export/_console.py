@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -17,22 +18,48 @@ from fossil_export.storage.hub import _limits
 from fossil_export.storage.hub._client import LOGGERS
 
 
+def echo(text: str = "", *, label: str = "", err: bool = False, **style: Any) -> None:
+    """The one place where a line is printed: nothing in it is obeyed by a terminal, whatever names it holds.
+
+    `style` is of the label, or of the whole line if there is none.
+    """
+    text = printable(text)
+    shown = click.style(label, **style) + text if label else click.style(text, **style) if style else text
+    click.echo(shown, err=err)
+
+
 def print_json(value: dict[str, Any]) -> None:
-    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    """One line; what could not be printed, or would be obeyed, is escaped as JSON has it."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        text = json.dumps(value, allow_nan=False)
+    if not text.isprintable():
+        text = "".join(one if one.isprintable() else json.dumps(one)[1:-1] for one in text)
+    click.echo(text)
 
 
 def printable(text: str) -> str:
-    """Names of files and tensors may hold anything; what a terminal would obey is shown as Python writes it."""
+    """Names of files and tensors may hold anything; what a terminal would obey is shown as Python writes it, and so is
+    a new line."""
     if text.isprintable():
         return text
-    return "".join(one if one.isprintable() or one == "\n" else repr(one)[1:-1] for one in text)
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
+
+
+def any_encoding() -> None:
+    """Let the streams escape what their encoding lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     """Lines of name and value, aligned."""
     width = max(len(name) for name, _ in pairs)
     for name, value in pairs:
-        click.echo(f"{name:<{width}}  {printable(value)}")
+        echo(f"{name:<{width}}  {value}")
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -46,12 +73,12 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             f"{cell:>{width}}" if side else f"{cell:<{width}}"
             for cell, width, side in zip(row, widths, right, strict=True)
         )
-        click.echo(click.style("  ".join(cells).rstrip(), bold=index == 0))
+        echo("  ".join(cells).rstrip(), bold=index == 0)
 
 
 def print_warnings(warnings: Sequence[str]) -> None:
     for warning in warnings:
-        click.echo(click.style("warning: ", fg="yellow") + printable(warning), err=True)
+        echo(warning, label="warning: ", fg="yellow", err=True)
 
 
 def readable_bytes(count: int) -> str:
@@ -83,7 +110,7 @@ def lines() -> Iterator[Callable[[str], None]]:
 
     def show(step: str) -> None:
         if sys.stderr.isatty():
-            click.echo(step, err=True)
+            echo(step, err=True)
 
     yield show
 
@@ -101,7 +128,8 @@ def quiet_hub() -> None:
 
 def _tell(line: str) -> None:
     if sys.stderr.isatty():
-        click.echo(f"\r\x1b[K{line}", err=True)  # in place of a status line
+        sys.stderr.write("\r\x1b[K")  # in place of a status line
+        echo(line, err=True)
 
 
 def _without_queries(record: logging.LogRecord) -> bool:
@@ -115,7 +143,7 @@ def status_line() -> Iterator[Callable[[str], None]]:
 
     def show(step: str) -> None:
         if sys.stderr.isatty():
-            sys.stderr.write(f"\r\x1b[K{step} …" if step else "\r\x1b[K")
+            sys.stderr.write(f"\r\x1b[K{printable(step)} …" if step else "\r\x1b[K")
             sys.stderr.flush()
 
     try:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
-from fossil_export._console import printable, quiet_hub
+from fossil_export._console import any_encoding, echo, printable, quiet_hub
 from fossil_export.commands._convert import convert
 from fossil_export.commands._inspect import inspect
 from fossil_export.commands._merge import merge
@@ -34,6 +34,7 @@ class _Group(click.Group):
 
     def main(self, *arguments: Any, **options: Any) -> Any:
         _buffer_output()
+        any_encoding()
         try:
             return super().main(*arguments, **options)
         except OSError as problem:  # of printing; a broken pipe ends in click
@@ -45,9 +46,17 @@ class _Group(click.Group):
                 os._exit(end.code if isinstance(end.code, int) else 1)
             raise
 
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        try:
+            return super().make_context(*arguments, **options)
+        except click.ClickException as problem:
+            raise _shown(problem) from None
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.ClickException as problem:
+            raise _shown(problem) from None
         except FossilExportError as problem:
             if ctx.params.get("debug"):
                 _show(problem)
@@ -87,13 +96,20 @@ def _fail_to_print(problem: OSError) -> NoReturn:
     sys.exit(1)
 
 
+def _shown(problem: click.ClickException) -> click.ClickException:
+    """What click says of an option quotes what was typed."""
+    vars(problem)["message"] = printable(problem.message)
+    return problem
+
+
 def _show(problem: BaseException) -> None:
     """The traceback, without what nobody else may see."""
-    click.echo(redacted("".join(traceback.format_exception(problem))), err=True)
+    for line in redacted("".join(traceback.format_exception(problem))).splitlines():
+        echo(line, err=True)
 
 
 def _fail(ctx: click.Context, message: str) -> None:
-    click.echo(click.style("error: ", fg="red") + printable(message.replace("\n", " ")), err=True)
+    echo(message.replace("\n", " "), label="error: ", fg="red", err=True)
     ctx.exit(1)
 
 

@@ -123,7 +123,7 @@ BAD_ADAPTERS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "a shard for a vector": (
         lambda a: [
-            edit_json(a / CONFIG, target_modules=None),
+            edit_json(a / CONFIG, target_modules=r".*(norm|_proj)"),
             edit_weights(a, lambda s: rename(s, QPROJ, "base_model.model.model.norm.miss_block")),
         ],
         ["model.norm", "no matrix"],

@@ -207,7 +207,7 @@ def test_a_lora_has_no_place_for_biases_and_norms(tmp_path: Path) -> None:
     "name, config, why",
     [
         ("ia3", {"feedforward_modules": ["q_proj"]}, "is for inputs, but the config's feedforward_modules say outputs"),
-        ("ia3, of outputs alone", {"feedforward_modules": "(("}, "no valid regular expression"),
+        ("ia3, of outputs alone", {"feedforward_modules": "(("}, "not a valid regular expression"),
         ("ia3", {"feedforward_modules": [3]}, "expected a list of names"),
         ("ia3", {"ia3_alpha": 2}, "does not understand"),
         ("road_1", {"variant": "road_2"}, "does not go with road_2"),

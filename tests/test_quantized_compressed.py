@@ -212,7 +212,7 @@ WRONG = {
         "has 6 columns, which groups of 4 do not divide",
     ),
     "dynamic weights": (GOOD, group(weights=PER_ROW | {"dynamic": True}), "dynamic as True, not false"),
-    "a broken pattern": (GOOD, CONFIG | {"ignore": ["re:("]}, r"pattern 're:\(', which is broken"),
+    "a broken pattern": (GOOD, CONFIG | {"ignore": ["re:("]}, r"pattern 're:\(', which is not a valid"),
     "a status that is none": (GOOD, CONFIG | {"quantization_status": "melted"}, "quantization_status as 'melted'"),
 }
 

@@ -18,9 +18,9 @@ from fossil_export.adapters._pickled import read_pickled
 from fossil_export.checkpoints._choice import by_name, check_index, indexed_files
 from fossil_export.checkpoints._folder import Folder
 from fossil_export.checkpoints._header import Header, TensorInfo
-from fossil_export.checkpoints._jsonfile import parse_json
+from fossil_export.checkpoints._jsonfile import json_in
 from fossil_export.checkpoints._weights_file import is_pickle
-from fossil_export.errors import AdapterError, CheckpointError, listed, unreadable
+from fossil_export.errors import AdapterError, CheckpointError, listed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -108,8 +108,4 @@ def read_weights(weights: Path, home: Folder) -> Weights:
 
 
 def _index(home: Folder, name: str) -> dict[str, Any]:
-    try:
-        text = home.read(name)
-    except OSError as problem:
-        raise AdapterError(unreadable(home.path / name, problem)) from problem
-    return parse_json(text, home.path / name, AdapterError)
+    return json_in(home, name, AdapterError)

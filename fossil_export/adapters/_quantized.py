@@ -26,6 +26,7 @@ from typing import Any
 from fossil_export._answers import FOUR_BITS
 from fossil_export.adapters._adapter import Adapter
 from fossil_export.checkpoints._companions import CARD
+from fossil_export.checkpoints._jsonfile import read_json
 from fossil_export.errors import AdapterError, FossilExportError
 
 _NAMES = re.compile(r"(?i)(?<![a-z0-9])(bnb|[48]-?bits?|int[48]|nf4|fp[48]|mxfp4|nvfp4|gptq|awq|hqq|aqlm)(?![a-z0-9])")
@@ -288,9 +289,9 @@ def _modules(value: Any) -> tuple[str, ...] | None:
 def settings_at(folder: Path) -> Mapping[str, Any] | None:
     """The `quantization_config` of a model folder on this machine; None without one."""
     try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        config = read_json(folder / "config.json", AdapterError)
+    except AdapterError:
         return None
     from fossil_export.checkpoints.quantized import settings_of
 
-    return settings_of(config) if isinstance(config, dict) else None
+    return settings_of(config)

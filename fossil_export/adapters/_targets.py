@@ -6,20 +6,22 @@ in peft/utils/other.py.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fossil_export._patterns import PatternError, pattern_of
 from fossil_export.adapters._trained import Trained
 from fossil_export.errors import AdapterError, listed
 from fossil_export.methods import METHODS
+
+_ANY = r"[^.]*"
 
 ALL_LINEAR = "all-linear"
 """What PEFT writes out as the names that it stands for."""
 
 
-def check_targets(path: Path, config: Mapping[str, Any], trained: Iterable[Trained]) -> None:
+def check_targets(path: Path, config: Mapping[str, Any], trained: Collection[Trained]) -> None:
     """Raise AdapterError, which names the config at `path`, for a trained module that it does not target."""
     tied = config.get("ensure_weight_tying") and any(one.method == "lora_embedding" for one in trained)
     names: dict[str, bool] = {}
@@ -27,6 +29,12 @@ def check_targets(path: Path, config: Mapping[str, Any], trained: Iterable[Train
         # Rows of tokens of a LoRA are asked for by another field, and so are parameters.
         if one.method != "lora_tokens" and METHODS[one.method].PARAMETER:
             names.setdefault(one.owner, is_targeted(path, config, one.owner))
+    untold = config.get("target_modules") is None and not config.get("target_parameters")
+    if names and untold and any(one.method != "trainable_tokens" for one in trained):
+        raise AdapterError(
+            f"{path}: target_modules is null, for which PEFT takes what is usual for the type of the model, and may "
+            f"leave out what was trained ({listed(list(names), 2)}); write there the names of the modules"
+        )
     strays = [name for name, targeted in names.items() if not targeted]
     if all(one.method == "trainable_tokens" for one in trained) and any(names.values()):
         strays = []  # what follows a targeted embedding is saved with it; `_ties` looks at these
@@ -58,12 +66,10 @@ def _in_layers(path: Path, config: Mapping[str, Any], module: str) -> bool:
     layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern")
     if layers is None or layers == []:
         return True
-    patterns = [patterns] if isinstance(patterns, str) and patterns else patterns or [r"[^.]*"]
+    patterns = [patterns] if isinstance(patterns, str) and patterns else patterns or [_ANY]
     for pattern in patterns:
-        beginning = r".*?\." if pattern == r"[^.]*" else r"(?:^|.*?\.)"
-        found = _regex(path, "layers_pattern", rf"{beginning}{pattern}\.(\d+)\.").match(module)
-        if found is not None:
-            return int(found[found.re.groups]) in (layers if isinstance(layers, list) else [layers])
+        if (layer := _layer(path, pattern, module)) is not None:
+            return layer in (layers if isinstance(layers, list) else [layers])
     return False
 
 
@@ -73,11 +79,18 @@ def ends_with(name: str, ends: Iterable[Any]) -> bool:
 
 
 def _matches(path: Path, field: str, pattern: str, name: str) -> bool:
-    return _regex(path, field, pattern).fullmatch(name) is not None
-
-
-def _regex(path: Path, field: str, pattern: Any) -> re.Pattern[str]:
     try:
-        return re.compile(pattern)
-    except (re.error, OverflowError, RecursionError, TypeError) as problem:
-        raise AdapterError(f"{path}: {field} is not a valid regular expression: {problem}") from problem
+        return pattern_of(pattern).fullmatch(name) is not None
+    except PatternError as problem:
+        raise AdapterError(f"{path}: {field} {problem}") from problem
+
+
+def _layer(path: Path, pattern: Any, name: str) -> int | None:
+    """The number of the layer that a module lies in, by `layers_pattern`."""
+    try:
+        if not isinstance(pattern, str):
+            raise PatternError(f"is {pattern!r}, not a regular expression")
+        found = pattern_of(pattern, r".*?\." if pattern == _ANY else r"(?:^|.*?\.)", r"\.(\d+)\.").match(name)
+        return None if found is None else int(found[-1] or -1)
+    except PatternError as problem:
+        raise AdapterError(f"{path}: layers_pattern {problem}") from problem

@@ -10,10 +10,10 @@ from typing import Any
 
 from fossil_export.checkpoints._folder import Folder
 from fossil_export.checkpoints._header import Header, TensorInfo
-from fossil_export.checkpoints._jsonfile import parse_json
+from fossil_export.checkpoints._jsonfile import json_in
 from fossil_export.checkpoints._weights_file import is_pickle
 from fossil_export.checkpoints.gguf import ENDING as GGUF
-from fossil_export.errors import CheckpointError, listed, unreadable
+from fossil_export.errors import CheckpointError, listed
 
 WEIGHTS = "model.safetensors"
 INDEX_ENDING = ".safetensors.index.json"
@@ -151,8 +151,4 @@ def check_index(index_path: Path, weight_map: Mapping[str, str], tensors: Mappin
 
 
 def json_of(home: Folder, name: str) -> dict[str, Any]:
-    try:
-        text = home.read(name)
-    except OSError as problem:
-        raise CheckpointError(unreadable(home.path / name, problem)) from problem
-    return parse_json(text, home.path / name, CheckpointError)
+    return json_in(home, name, CheckpointError)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export.checkpoints._dtypes import BITS, byte_count, element_count
+from fossil_export.checkpoints._jsonfile import load_json
 from fossil_export.checkpoints._stamp import Stamp
 from fossil_export.errors import CheckpointError, FossilExportError, unreadable
 
@@ -118,11 +119,13 @@ def parse_header(path: Path, encoded: bytes, size: int, error: type[FossilExport
         return _broken(path, error, what)
 
     try:
-        entries = json.loads(encoded[8:], object_pairs_hook=_without_repeats)
+        entries = load_json(encoded[8:], _without_repeats)
     except (ValueError, RecursionError) as problem:
         raise broken(f"the header is not valid JSON ({problem})") from problem
     if not isinstance(entries, dict):
         raise broken("the header is not a JSON object")
+    if encoded[8:9] != b"{":  # the library reads no other, and the header is copied as it is
+        raise broken("the header does not begin with a brace")
 
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):

@@ -7,7 +7,7 @@ import sys
 import click
 
 from fossil_export._answers import TRAINED_ON
-from fossil_export._console import lines, print_json, print_warnings, printable, progress_bar
+from fossil_export._console import echo, lines, print_json, print_warnings, progress_bar
 from fossil_export._mapped import tell_of_cut_files
 from fossil_export.commands._merge import _settings
 from fossil_export.commands._shared import trust_option, weighted
@@ -113,7 +113,7 @@ def verify(
     print_warnings(result.warnings + (published.warnings if published is not None else ()))
     if result.problems:
         more = f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""
-        click.echo(click.style("not the trained model: ", fg="red") + printable(result.problems[0]) + more, err=True)
+        echo(result.problems[0] + more, label="not the trained model: ", fg="red", err=True)
         sys.exit(1)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import identity, sha256
+from fossil_export.checkpoints._jsonfile import MAX_BYTES
 from fossil_export.merging._layout import tensor_record
 from fossil_export.merging._plan import MergePlan
 from fossil_export.merging._quantization_error import Ratio
@@ -111,7 +112,7 @@ def _configs(plan: MergePlan) -> dict[str, str]:
     if plan.base.folder is None:
         return {}
     home = plan.base.home
-    names = [name for name in home.root_names() if name.endswith(".json")]
+    names = [name for name in home.root_names() if name.endswith(".json") and home.size(name) <= MAX_BYTES]
     blobs = {name: home.blob(name) or "" for name in names}
     # Of a large file the Hub's id is that hash: it need not come here.
     return {

@@ -9,10 +9,10 @@ peft/tuners/ia3/layer.py.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
+from fossil_export._patterns import PatternError, pattern_of
 from fossil_export.errors import AdapterError
 from fossil_export.methods._base import Base
 from fossil_export.methods._lora import SWITCH
@@ -108,6 +108,6 @@ def _is_feedforward(names: Any, module: str, where: str) -> bool | None:
     if not isinstance(names, str):
         return any(module.endswith(name) for name in names)
     try:
-        return re.fullmatch(names, module) is not None
-    except (re.error, OverflowError, RecursionError) as problem:
-        raise AdapterError(f"{where}: feedforward_modules is no valid regular expression: {problem}") from problem
+        return pattern_of(names).fullmatch(module) is not None
+    except PatternError as problem:
+        raise AdapterError(f"{where}: feedforward_modules {problem}") from problem

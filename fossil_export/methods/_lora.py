@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from fossil_export._patterns import PatternError, pattern_of
 from fossil_export.errors import AdapterError
 from fossil_export.methods._base import Base, needs
 from fossil_export.methods._low_rank import LowRank
@@ -185,10 +186,10 @@ def matching(pattern: Mapping[str, Any] | None, module: str) -> dict[str, Any]:
     found = {}
     for key, value in (pattern or {}).items():
         try:
-            if re.match(rf"(.*\.)?({key})$", module):
+            if pattern_of(key, r"(.*\.)?(", ")$").match(module) is not None:
                 found[key] = value
-        except (re.error, OverflowError, RecursionError) as problem:
-            raise AdapterError(f"{key!r}, in a pattern of the config, is no regular expression: {problem}") from problem
+        except PatternError as problem:
+            raise AdapterError(f"{key!r}, in a pattern of the config, {problem}") from problem
     return found
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import click
-
-from fossil_export._console import print_pairs, print_table, readable_bytes
+from fossil_export._console import echo, print_pairs, print_table, readable_bytes
 from fossil_export.errors import listed
 from fossil_export.tables._shared import described, named_at, print_grouped
 
@@ -46,7 +44,7 @@ def print_onnx_plan(plan: OnnxPlan, every: bool = False) -> None:
         header = ("module", "base tensor", "out x in")
         rows = [(module, t.name, "x".join(map(str, t.shape))) for module, t in plan.merge.modules.items()]
     print_grouped(header, rows, every)
-    click.echo()
+    echo()
     merge, mode = plan.merge, MODES[plan.mode]
     adapter = merge.adapter
     what = "the merged model" if mode.merges else "the base"
@@ -93,7 +91,7 @@ def print_push_plan(plan: PushPlan) -> None:
     state = {True: "", False: ", a new repository" + ", private" * plan.private, None: ", not looked at"}
     branch = f", on {plan.revision}" if plan.revision else ""
     print_table(("file", "bytes"), [*((name, f"{size:,}") for name, size in plan.files.items()), ("README.md", "-")])
-    click.echo()
+    echo()
     pairs = [
         ("kind", plan.kind),
         ("goes to", plan.repo_id + state[plan.exists]),

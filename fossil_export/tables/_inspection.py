@@ -7,9 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import click
-
-from fossil_export._console import print_pairs, print_table
+from fossil_export._console import echo, print_pairs, print_table
 from fossil_export.tables._merging import ratios_told
 from fossil_export.tables._shared import GROUPS, named_at
 
@@ -36,8 +34,8 @@ def print_inspection(found: Inspection, every: bool = False) -> None:
     head = ("module", "trained", "shapes", "base tensor", "‖ΔW‖/‖W‖", "×")
     print_table(head[:-1] if every else head, [row[:-1] if every else row for row in rows])
     if not every and len(kinds) > GROUPS:
-        click.echo(f"and {len(kinds) - GROUPS} more kinds; --all shows every module")
-    click.echo()
+        echo(f"and {len(kinds) - GROUPS} more kinds; --all shows every module")
+    echo()
     _print_adapter(found)
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import click
-
-from fossil_export._console import print_pairs, print_table, readable_bytes
+from fossil_export._console import echo, print_pairs, print_table, readable_bytes
 from fossil_export.errors import listed
 from fossil_export.tables._exits import push_pairs
 from fossil_export.tables._shared import described, named_at, print_grouped
@@ -35,7 +33,7 @@ def print_plan(plan: MergePlan, every: bool = False) -> None:
         if tensor.action in ("merge", "replace", "add", "requantize") and tensor.leads
     ]
     print_grouped(("action", "tensor", "dtype", "shape", "from"), rows, every)
-    click.echo()
+    echo()
     print_plan_summary(plan)
 
 
@@ -165,7 +163,7 @@ def print_moves(plan: StreamPlan) -> None:
         "change": "fetched, merged, sent",
         "write": "merged, sent",
     }
-    click.echo()
+    echo()
     print_table(
         ("file", "bytes", "way", "on the disk"),
         [
@@ -173,7 +171,7 @@ def print_moves(plan: StreamPlan) -> None:
             for move in plan.moves
         ],
     )
-    click.echo()
+    echo()
     print_pairs(
         [
             ("to fetch", readable_bytes(plan.fetched)),

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import click
-
-from fossil_export._console import print_table
+from fossil_export._console import echo, print_table
 from fossil_export._grouping import grouped
 
 if TYPE_CHECKING:
@@ -26,7 +24,7 @@ def print_grouped(header: Sequence[str], rows: Sequence[Sequence[str]], every: b
     shown = [(*group.cells, str(len(group))) for group in groups[:GROUPS]]
     print_table((*header, "×"), shown)
     if len(groups) > GROUPS:
-        click.echo(f"and {len(groups) - GROUPS} more kinds; --all shows every row")
+        echo(f"and {len(groups) - GROUPS} more kinds; --all shows every row")
 
 
 def named_at(name: str, revision: str | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fossil_export._patterns import pattern_of
 from fossil_export.adapters import Adapter, Trained
 from fossil_export.checkpoints._checkpoint import Checkpoint, sha256
 from fossil_export.checkpoints._dtypes import element_count, numpy_dtype
@@ -139,7 +139,7 @@ def _check(folder: Path, adapter: Adapter, plan: MergePlan) -> Iterator[str]:
         ours = [tensors[name] for name in names]
         try:
             problem, off_by = _module(trained, adapter, ours, sizes[module], config)
-        except (TypeError, ValueError, ZeroDivisionError, KeyError, re.error) as error:
+        except (TypeError, ValueError, ZeroDivisionError, KeyError) as error:
             yield f"adapter_config.json does not tell the scale of {module}: {error}"
             continue
         if problem == _CUT:
@@ -209,7 +209,7 @@ def _fits(arrays: list[Array], weight: tuple[int, ...], embedding: bool) -> bool
 def _of(config: Mapping[str, Any], pattern: str, module: str, otherwise: Any) -> Any:
     """What a pattern of the config says of a module (`get_pattern_key` in peft/utils/other.py)."""
     for key, value in (config.get(pattern) or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if pattern_of(key, r"(.*\.)?(", ")$").match(module) is not None:
             return value
     return otherwise
 

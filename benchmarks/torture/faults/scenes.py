@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from torture.fuzz.adapters import llama
+from torture.fuzz.scene import llama
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from torture.rows import Row
 SECONDS = 10.0
 MEMORY = 1 << 30
 PATIENCE = 60.0  # for the judge
+ENDINGS = ("error: ", "not the trained model: ")
 
 
 def attempts(subjects: list[Subject], options: Options, report: Callable[[Row], None]) -> None:
@@ -34,11 +35,10 @@ def attempts(subjects: list[Subject], options: Options, report: Callable[[Row], 
         if (subjects[number % len(subjects)].name, "", options.seed + number // len(subjects)) not in options.done
     ]
     context = multiprocessing.get_context("spawn")
-    end = time.time() + options.seconds
     queue = context.Queue()
     names = [one.name for one in subjects]
     shares = [wanted[first :: options.jobs] for first in range(options.jobs)]
-    workers = [context.Process(target=_serve, args=(names, share, end, queue)) for share in shares if share]
+    workers = [context.Process(target=_serve, args=(names, share, options.seconds, queue)) for share in shares if share]
     for worker in workers:
         worker.start()
     left = len(workers)
@@ -52,12 +52,13 @@ def attempts(subjects: list[Subject], options: Options, report: Callable[[Row], 
         worker.join()
 
 
-def _serve(names: list[str], wanted: list[tuple[int, int]], end: float, queue: Any) -> None:
+def _serve(names: list[str], wanted: list[tuple[int, int]], seconds: float, queue: Any) -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
     preload()
     from torture.fuzz import subjects
 
     known = {one.name: one for one in subjects()}
+    end = time.time() + seconds  # without the start
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     try:
         with tempfile.TemporaryDirectory(prefix="torture-", dir=memory, ignore_cleanup_errors=True) as work:
@@ -76,11 +77,12 @@ def preload() -> None:
     tame_bitsandbytes()
     import peft  # noqa: F401
     import torch
-    import transformers  # noqa: F401
+    import transformers
 
     import fossil_export.cli  # noqa: F401
 
     torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
 
 
 def attempt(subject: Subject, seed: int, work: Path) -> Row:
@@ -125,7 +127,9 @@ def outcome_of(command: list[str], folder: Path, work: Path) -> tuple[str, str]:
     said = [line for line in lines if not line.startswith(("warning: ", "note: "))]
     if status == 0:
         return ("chatter", words[-600:]) if said else ("right", "")
-    if len(said) != 1 or not said[0].startswith("error: ") or lines[-1] != said[0]:
+    if not said and command[0] == "inspect":  # its table says why nothing can be merged
+        return "refused", "inspect"
+    if len(said) != 1 or not said[0].startswith(ENDINGS) or lines[-1] != said[0]:
         return "chatter", words[-600:]
     if left := set(folder.iterdir()) - before:
         return "left", f"{sorted(path.name for path in left)} {said[0]}"

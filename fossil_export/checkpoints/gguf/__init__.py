@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export.checkpoints._header import Header, TensorInfo
-from fossil_export.checkpoints._jsonfile import parse_json
+from fossil_export.checkpoints._jsonfile import json_in
 from fossil_export.checkpoints._stamp import Stamp
 from fossil_export.checkpoints.gguf._coding import can_dequantize
 from fossil_export.checkpoints.gguf._families import FAMILIES, REMEDY, ROPE, Weights
 from fossil_export.checkpoints.gguf._file import GgufFile, read_gguf
 from fossil_export.checkpoints.gguf._home import MadeFolder
 from fossil_export.checkpoints.gguf._losses import losses
-from fossil_export.errors import CheckpointError, FossilExportError, listed, unreadable
+from fossil_export.errors import CheckpointError, FossilExportError, listed
 from fossil_export.writing._scratch import Scratch
 
 if TYPE_CHECKING:
@@ -82,11 +82,7 @@ def read_model(home: Folder, name: str) -> GgufModel:
 
 def read_config(home: Folder) -> dict[str, Any]:
     """The config.json that lies beside a GGUF file."""
-    try:
-        text = home.read("config.json")
-    except OSError as problem:
-        raise CheckpointError(unreadable(home.path / "config.json", problem)) from problem
-    return parse_json(text, home.path / "config.json", CheckpointError)
+    return json_in(home, "config.json", CheckpointError)
 
 
 def _untied(made: Made, head: str | None) -> Made:

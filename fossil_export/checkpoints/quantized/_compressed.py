@@ -6,12 +6,12 @@ Source: `QuantizationConfig`, `QuantizationScheme` and `QuantizationArgs` in com
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from fossil_export._patterns import Pattern, PatternError, pattern_of
 from fossil_export.checkpoints.quantized._format import Stored
 from fossil_export.errors import CheckpointError
 
@@ -79,23 +79,23 @@ class Compressed:
     def _group_of(self, module: str) -> Group | None:
         kind = "Embedding" if "embed" in module.rpartition(".")[2] else "Linear"
         names, patterns = self._ignored
-        if module in names or kind in names or any(one.match(module) for one in patterns):
+        if module in names or kind in names or any(one.match(module) is not None for one in patterns):
             return None
         by_name, by_pattern = self._targets
         if (found := by_name.get(module)) is not None:
             return found
-        return next((group for one, group in by_pattern if one.match(module)), by_name.get(kind))
+        return next((group for one, group in by_pattern if one.match(module) is not None), by_name.get(kind))
 
     @cached_property
-    def _ignored(self) -> tuple[set[str], list[re.Pattern[str]]]:
-        patterns = [re.compile(one[3:]) for one in self.ignore if one.startswith("re:")]
+    def _ignored(self) -> tuple[set[str], list[Pattern]]:
+        patterns = [pattern_of(one[3:]) for one in self.ignore if one.startswith("re:")]
         return {one for one in self.ignore if not one.startswith("re:")}, patterns
 
     @cached_property
-    def _targets(self) -> tuple[dict[str, Group], list[tuple[re.Pattern[str], Group]]]:
+    def _targets(self) -> tuple[dict[str, Group], list[tuple[Pattern, Group]]]:
         """By name, and by pattern; of two groups with the same target the later one has it."""
         found = {target: group for group in self.groups for target in group.targets}
-        patterns = [(re.compile(one[3:]), found[one]) for one in sorted(found) if one.startswith("re:")]
+        patterns = [(pattern_of(one[3:]), found[one]) for one in sorted(found) if one.startswith("re:")]
         return {one: group for one, group in found.items() if not one.startswith("re:")}, patterns
 
 
@@ -115,11 +115,9 @@ def compressed(stored: Stored) -> Compressed:
     for pattern in (*ignore, *(one for group in found.groups for one in group.targets)):
         if pattern.startswith("re:"):
             try:
-                re.compile(pattern[3:])
-            except re.error as problem:
-                raise stored.error(
-                    UNDER, f"has the pattern {pattern!r}, which is broken ({problem}); mend it"
-                ) from None
+                pattern_of(pattern[3:])
+            except PatternError as problem:
+                raise stored.error(UNDER, f"has the pattern {pattern!r:.200}, which {problem}; mend it") from None
     return found
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from fossil_export._patterns import PatternError
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints.quantized._compressed import METHOD, UNDER, Group, Weights, compressed
 from fossil_export.checkpoints.quantized._format import BaseFormat, Stored, coded, float_dtype
@@ -47,7 +48,10 @@ class CompressedTensors(BaseFormat):
             module, _, last = name.rpartition(".")
             if last != "weight_packed" and (last != "weight" or codes.dtype not in (*FP8, "I8")):
                 continue
-            group = config.group_of(module)
+            try:
+                group = config.group_of(module)
+            except PatternError as problem:
+                raise stored.error(UNDER, f"has a pattern that {problem}") from problem
             if group is None or group.weights is None:
                 raise stored.error(codes, f"is quantized, but {UNDER} has no weights of it; fetch both again")
             reader = READERS.get(group.format)

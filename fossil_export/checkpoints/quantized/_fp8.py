@@ -15,11 +15,11 @@ Source: `FbgemmFp8Quantize` in transformers/integrations/fbgemm_fp8.py.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from fossil_export._patterns import PatternError, pattern_of
 from fossil_export.checkpoints._dtypes import element_count
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints.quantized._format import BaseFormat, Stored, coded, float_dtype
@@ -158,14 +158,19 @@ def _skipped(stored: Stored, settings: Mapping[str, Any]) -> Callable[[str], str
     entries = [one for one in stored.names(key) if one] if key else []
     plain, ends = {one for one in entries if not _PATTERN & set(one)}, tuple(entries)
     try:
-        patterns = [re.compile(rf"(?:{one})(?:(?<=\.)|(?=\.|$))") for one in entries if one not in plain]
-    except re.error as problem:
-        raise stored.error(str(key), f"has a pattern that is broken ({problem}); mend it") from None
+        patterns = [pattern_of(one, "(?:", r")(?:(?<=\.)|(?=\.|$))") for one in entries if one not in plain]
+    except PatternError as problem:
+        raise stored.error(str(key), f"has a pattern that {problem}; mend it") from None
 
     def found(module: str) -> str | None:
         parts = module.split(".")
-        if module.endswith(ends) or any(one.match(module) for one in patterns):
+        if module.endswith(ends):
             return key
+        try:
+            if any(one.match(module) is not None for one in patterns):
+                return key
+        except PatternError as problem:
+            raise stored.error(str(key), f"has a pattern that {problem}") from problem
         return key if plain and any(".".join(parts[:n]) in plain for n in range(1, len(parts))) else None
 
     return found if entries else lambda module: None
