@@ -28,7 +28,7 @@ OUTCOMES = {
     "left": False,  # something left of an output that was refused
 }
 
-SUBJECTS = ("adapters",)
+SUBJECTS = ("adapters", "quantized_bases", "pickles", "rwkv")
 """Modules of this package, each with a list `SUBJECTS`."""
 
 
