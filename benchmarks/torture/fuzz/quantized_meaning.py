@@ -62,6 +62,8 @@ def fp8(tensors: Tensors, settings: Mapping[str, Any], metadata: Mapping[str, st
         if "float8" not in str(codes.dtype) or codes.ndim != 2:
             continue
         scale = part(tensors, f"{name}_scale_inv")
+        if str(scale.dtype) == "torch.uint8":  # exponents, as transformers takes them
+            scale = 2.0 ** (scale.double() - 127)
         if scale.numel() == 1:
             if block is not None and "weight_block_size" in settings and list(scale.shape) != [1, 1]:
                 raise Unjudged("one scale, and blocks in the config")
