@@ -22,13 +22,50 @@ WORDS = (
 )
 GLOBALS = (
     *("torch\nFloatStorage\n", "torch\nBFloat16Storage\n", "torch\nHalfStorage\n", "torch\nIntStorage\n"),
-    *("torch\nDoubleStorage\n", "torch\nByteStorage\n", "torch.storage\nUntypedStorage\n", "collections\nOrderedDict\n"),
+    *(
+        "torch\nDoubleStorage\n",
+        "torch\nByteStorage\n",
+        "torch.storage\nUntypedStorage\n",
+        "collections\nOrderedDict\n",
+    ),
     *("torch._utils\n_rebuild_tensor_v2\n", "torch._utils\n_rebuild_tensor\n", "torch._utils\n_rebuild_parameter\n"),
     *("torch\nSize\n", "os\nsystem\n", "builtins\nexec\n", "torch\nbfloat16\n", "torch.nn.parameter\nParameter\n"),
     *("torch._tensor\n_rebuild_from_type_v2\n", "builtins\ndict\n", "builtins\nlist\n", "__main__\nx\n"),
 )
-SINGLE = (b"0", b"1", b"2", b"N", b"(", b")", b"]", b"}", b".", b"\x88", b"\x89", b"\x85", b"\x86", b"\x87", b"Q", b"R")
-SINGLE += (b"b", b"t", b"u", b"s", b"e", b"a", b"\x81", b"\x93", b"\x94", b"K\x01", b"J\xff\xff\xff\x7f", b"h\x00", b"l", b"d")
+SINGLE: tuple[bytes, ...] = (
+    b"0",
+    b"1",
+    b"2",
+    b"N",
+    b"(",
+    b")",
+    b"]",
+    b"}",
+    b".",
+    b"\x88",
+    b"\x89",
+    b"\x85",
+    b"\x86",
+    b"\x87",
+    b"Q",
+    b"R",
+)
+SINGLE += (
+    b"b",
+    b"t",
+    b"u",
+    b"s",
+    b"e",
+    b"a",
+    b"\x81",
+    b"\x93",
+    b"\x94",
+    b"K\x01",
+    b"J\xff\xff\xff\x7f",
+    b"h\x00",
+    b"l",
+    b"d",
+)
 
 
 def parts_of(data: bytes) -> list[tuple[Any, Any, bytes]]:
@@ -153,7 +190,9 @@ def _damage_archive(data: bytes, random: Random) -> tuple[bytes, str]:
     members = _members(data)
     at = random.randrange(len(members))
     name, content = members[at]
-    way = random.choice(("gone", "double", "renamed", "compressed", "order", "directory", "directory", "local", "end", "joined"))
+    way = random.choice(
+        ("gone", "double", "renamed", "compressed", "order", "directory", "directory", "local", "end", "joined")
+    )
     if way == "gone":
         return _written(members[:at] + members[at + 1 :]), f"{name} is gone"
     if way == "double":
@@ -161,7 +200,9 @@ def _damage_archive(data: bytes, random: Random) -> tuple[bytes, str]:
         return _written([*members, (name, other)]), f"{name} is there twice"
     if way == "renamed":
         root, _, last = name.partition("/")
-        new = random.choice((f"{root}x/{last}", f"{root}/{last}x", last, f"../{name}", name.upper(), f"{root}/data/0", "x\x1b"))
+        new = random.choice(
+            (f"{root}x/{last}", f"{root}/{last}x", last, f"../{name}", name.upper(), f"{root}/data/0", "x\x1b")
+        )
         members[at] = new, content
         return _written(members), f"{name} is called {new!r}"
     if way == "compressed":
@@ -179,6 +220,8 @@ def _damage_archive(data: bytes, random: Random) -> tuple[bytes, str]:
     width = random.choice((1, 2, 4))
     field = random.randrange(4, size - width, 2)
     old = int.from_bytes(found[start + field : start + field + width], "little")
-    new = random.choice((0, 1, old + 1, old - 1, old * 2, 2**31, 0xFFFFFFFF, random.getrandbits(32))) % (1 << 8 * width)
-    found[start + field : start + field + width] = new.to_bytes(width, "little")
-    return bytes(found), f"{way} entry at {start}: {old} is {new} at {field}"
+    number = random.choice((0, 1, old + 1, old - 1, old * 2, 2**31, 0xFFFFFFFF, random.getrandbits(32))) % (
+        1 << 8 * width
+    )
+    found[start + field : start + field + width] = number.to_bytes(width, "little")
+    return bytes(found), f"{way} entry at {start}: {old} is {number} at {field}"

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from torture.fuzz import quantized_layers as layers
 from torture.fuzz import quantized_meaning as meaning
 from torture.fuzz import small
 from torture.fuzz.mutations import damage_tree
 from torture.fuzz.subject import Subject, Unjudged
 from torture.fuzz.tensor_damage import damage_tensors
-
-Tensors = dict[str, Any]
-Linear = Callable[[int, int, Any], Tensors]
-"""(rows, columns, generator) → the tensors of a linear layer, by the ends of their names."""
 
 OPTIONS: tuple[tuple[str, ...], ...] = ((), (), (), ("--requantize", "--min-survival", "0"), ("--dtype", "float32"))
 
@@ -29,7 +25,7 @@ class QuantizedBase:
     kind: str
     place: str
     settings: dict[str, Any]
-    linear: Linear
+    linear: layers.Linear
     meaning: meaning.Meaning
     dtype: str = "bfloat16"
     key: str = "quantization_config"
@@ -51,7 +47,7 @@ class QuantizedBase:
         small.write_config(folder / "base", None, self.dtype, **{self.key: self.settings})
         metadata = {"format": "pt"}
         if self.kind.startswith("torchao"):
-            metadata |= {f"{module}.weight": json.dumps(TORCHAO[self.kind]) for module in modules}
+            metadata |= {f"{module}.weight": json.dumps(layers.TORCHAO[self.kind]) for module in modules}
             metadata["tensor_names"] = json.dumps([f"{module}.weight" for module in modules])
         save_file(tensors, folder / "base" / "model.safetensors", metadata)
         small.write_adapter(folder / "adapter")
@@ -151,246 +147,33 @@ def _damage_text_tensor(path: Path, random: Random) -> str:
     return f"{name}: {how}"
 
 
-def _random(generator: Any, shape: Any, dtype: Any = None) -> Any:
-    import torch
-
-    found = torch.randn(shape, generator=generator) * 0.05
-    return found if dtype is None else found.to(dtype)
-
-
-def _whole(generator: Any, low: int, high: int, shape: Any) -> Any:
-    import torch
-
-    return torch.randint(low, high, shape, generator=generator)
-
-
-def _words(codes: Any, bits: int) -> Any:
-    """Codes (n, m) as rows of words of 32 bits (n, m · bits / 32), the lowest bits first."""
-    import numpy as np
-    import torch
-
-    every = (codes.numpy()[..., None] >> np.arange(bits)) & 1
-    packed = np.packbits(every.reshape(len(codes), -1).astype(np.uint8), axis=1, bitorder="little")
-    return torch.from_numpy(packed.view(np.int32))
-
-
-def _scales(generator: Any, shape: Any, dtype: Any) -> Any:
-    return (_random(generator, shape).abs() + 0.01).to(dtype)
-
-
-def _fp8(rows: int, columns: int, generator: Any) -> Tensors:
-    import torch
-
-    codes = (_random(generator, (rows, columns)) * 1000).to(torch.float8_e4m3fn)
-    grid = _scales(generator, (-(-rows // 32), -(-columns // 32)), torch.float32)
-    return {".weight": codes, ".weight_scale_inv": grid * 0.01}
-
-
-def _modelopt(rows: int, columns: int, generator: Any) -> Tensors:
-    import torch
-
-    codes = _whole(generator, 0, 256, (rows, columns // 2)).to(torch.uint8)
-    scales = (_scales(generator, (rows, columns // 16), torch.float32) * 1000).to(torch.float8_e4m3fn)
-    return {".weight": codes, ".weight_scale": scales, ".weight_scale_2": torch.tensor(0.0003)}
-
-
-def _modelopt8(rows: int, columns: int, generator: Any) -> Tensors:
-    own = _fp8(rows, columns, generator)
-    return {".weight": own[".weight"], ".weight_scale": own[".weight_scale_inv"].flatten()[0]}
-
-
-def _gptq(rows: int, columns: int, generator: Any) -> Tensors:
-    import torch
-
-    groups = columns // 32
-    return {
-        ".qweight": _words(_whole(generator, 0, 16, (rows, columns)), 4).T,
-        ".qzeros": _words(_whole(generator, 0, 15, (groups, rows)), 4),
-        ".scales": _scales(generator, (groups, rows), torch.float16),
-        ".g_idx": (torch.arange(columns) // 32).int(),
-    }
-
-
-def _awq(rows: int, columns: int, generator: Any) -> Tensors:
-    import torch
-
-    groups = columns // 32
-    return {
-        ".qweight": _words(_whole(generator, 0, 16, (columns, rows)), 4),
-        ".qzeros": _words(_whole(generator, 0, 16, (groups, rows)), 4),
-        ".scales": _scales(generator, (groups, rows), torch.float16),
-    }
-
-
-def _mlx(biases: str) -> Linear:
-    def made(rows: int, columns: int, generator: Any) -> Tensors:
-        import torch
-
-        groups = columns // 32
-        return {
-            ".weight": _words(_whole(generator, 0, 16, (rows, columns)), 4).view(torch.uint32),
-            ".scales": _scales(generator, (rows, groups), torch.bfloat16),
-            biases: _random(generator, (rows, groups), torch.bfloat16),
-        }
-
-    return made
-
-
-def _torchao(rows: int, columns: int, generator: Any) -> Tensors:
-    import torch
-
-    return {
-        "._weight_qdata": _whole(generator, -8, 8, (rows, columns)).to(torch.int8),
-        "._weight_scale": _scales(generator, (rows, columns // 32), torch.bfloat16),
-        "._weight_zero_point": _whole(generator, -8, 8, (rows, columns // 32)).to(torch.int8),
-    }
-
-
-def _torchao8(rows: int, columns: int, generator: Any) -> Tensors:
-    import torch
-
-    return {
-        "._weight_qdata": _fp8(rows, columns, generator)[".weight"],
-        "._weight_scale": _scales(generator, (rows, columns // 32), torch.float32),
-    }
-
-
-def _of_dtype(name: str) -> dict[str, str]:
-    return {"_type": "torch.dtype", "_data": name}
-
-
-TORCHAO: dict[str, Any] = {
-    "torchao, integers": {
-        "_type": "IntxUnpackedToInt8Tensor",
-        "_data": {
-            "target_dtype": _of_dtype("int4"),
-            "block_size": [1, 32],
-            "dtype": _of_dtype("bfloat16"),
-            "activation_quantization": None,
-        },
-        "_tensor_data_names": ["qdata", "scale", "zero_point"],
-    },
-    "torchao, float8": {
-        "_type": "Float8Tensor",
-        "_data": {
-            "block_size": [1, 32],
-            "mm_config": None,
-            "act_quant_kwargs": None,
-            "kernel_preference": {"_type": "KernelPreference", "_data": "AUTO"},
-            "dtype": _of_dtype("bfloat16"),
-        },
-        "_tensor_data_names": ["qdata", "scale"],
-    },
-}
-
-
-def _four_bits(kind: str, nested: bool) -> Linear:
-    def made(rows: int, columns: int, generator: Any) -> Tensors:
-        import bitsandbytes as bnb
-        import torch
-
-        value = _random(generator, (rows, columns), torch.bfloat16)
-        codes, state = bnb.functional.quantize_4bit(value, quant_type=kind, compress_statistics=nested)
-        return {".weight": codes} | {f".weight.{key}": one for key, one in state.as_dict(packed=True).items()}
-
-    return made
-
-
-def _eight_bits(rows: int, columns: int, generator: Any) -> Tensors:
-    import torch
-
-    scales = _scales(generator, (rows,), torch.float32)
-    codes = _whole(generator, -127, 128, (rows, columns)).to(torch.int8)
-    return {".weight": codes, ".SCB": scales, ".weight_format": torch.tensor(0, dtype=torch.uint8)}
-
-
-def _packed(rows: int, columns: int, generator: Any) -> Tensors:
-    import torch
-
-    groups = columns // 32
-    return {
-        ".weight_packed": _words(_whole(generator, 0, 16, (rows, columns)), 4),
-        ".weight_scale": _scales(generator, (rows, groups), torch.bfloat16),
-        ".weight_zero_point": _words(_whole(generator, 0, 16, (groups, rows)), 4).T,
-        ".weight_shape": torch.tensor([rows, columns]),
-    }
-
-
-def _channels(rows: int, columns: int, generator: Any) -> Tensors:
-    import torch
-
-    own = _eight_bits(rows, columns, generator)
-    return {".weight": own[".weight"], ".weight_scale": own[".SCB"].reshape(-1, 1).to(torch.bfloat16)}
-
-
-def _nvfp4(rows: int, columns: int, generator: Any) -> Tensors:
-    import torch
-
-    own = _modelopt(rows, columns, generator)
-    overall = torch.tensor([3000.0])
-    return {".weight_packed": own[".weight"], ".weight_scale": own[".weight_scale"], ".weight_global_scale": overall}
-
-
-def _mxfp4(rows: int, columns: int, generator: Any) -> Tensors:
-    import torch
-
-    codes = _whole(generator, 0, 256, (2, rows, columns // 32, 16)).to(torch.uint8)
-    return {"_blocks": codes, "_scales": _whole(generator, 117, 123, (2, rows, columns // 32)).to(torch.uint8)}
-
-
-def _said(form: str, **weights: Any) -> dict[str, Any]:
-    """Settings of compressed-tensors."""
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": form,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
-    }
-
-
-def _bnb(kind: str, nested: bool) -> dict[str, Any]:
-    return {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": kind,
-        "bnb_4bit_use_double_quant": nested,
-        "bnb_4bit_compute_dtype": "bfloat16",
-        "llm_int8_skip_modules": None,
-    }
-
-
-_PACKED = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}
-_CHANNELS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
-_NVFP4 = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
-_GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": True, "damp_percent": 0.1}
-_AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
-_FP8 = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}
-
-FORMATS: tuple[tuple[str, dict[str, Any], Linear, meaning.Meaning], ...] = (
-    ("fp8", _FP8, _fp8, meaning.fp8),
-    ("modelopt fp4", {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}, _modelopt, meaning.modelopt),
-    ("modelopt fp8", {"quant_method": "modelopt", "quant_algo": "FP8"}, _modelopt8, meaning.modelopt),
-    ("bitsandbytes 4 bits, nf4", _bnb("nf4", True), _four_bits("nf4", True), meaning.bitsandbytes),
-    ("bitsandbytes 4 bits, fp4", _bnb("fp4", False), _four_bits("fp4", False), meaning.bitsandbytes),
+FORMATS: tuple[tuple[str, dict[str, Any], layers.Linear, meaning.Meaning], ...] = (
+    ("fp8", layers.FP8, layers.fp8, meaning.fp8),
+    (
+        "modelopt fp4",
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16},
+        layers.modelopt,
+        meaning.modelopt,
+    ),
+    ("modelopt fp8", {"quant_method": "modelopt", "quant_algo": "FP8"}, layers.modelopt8, meaning.modelopt),
+    ("bitsandbytes 4 bits, nf4", layers.bnb("nf4", True), layers.four_bits("nf4", True), meaning.bitsandbytes),
+    ("bitsandbytes 4 bits, fp4", layers.bnb("fp4", False), layers.four_bits("fp4", False), meaning.bitsandbytes),
     (
         "bitsandbytes int8",
         {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 6.0},
-        _eight_bits,
+        layers.eight_bits,
         meaning.bitsandbytes,
     ),
-    ("compressed-tensors packed", _said("pack-quantized", **_PACKED), _packed, meaning.compressed),
-    ("compressed-tensors int8", _said("int-quantized", **_CHANNELS), _channels, meaning.compressed),
-    ("compressed-tensors nvfp4", _said("nvfp4-pack-quantized", **_NVFP4), _nvfp4, meaning.compressed),
-    ("mxfp4", {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, _mxfp4, meaning.mxfp4),
-    ("torchao, integers", {"quant_method": "torchao"}, _torchao, meaning.torchao),
-    ("torchao, float8", {"quant_method": "torchao"}, _torchao8, meaning.torchao),
-    ("gptq", _GPTQ, _gptq, meaning.gptq),
-    ("awq", _AWQ, _awq, meaning.awq),
-    ("mlx", {"group_size": 32, "bits": 4}, _mlx(".biases"), meaning.mlx),
-    ("metal", {"quant_method": "metal", "group_size": 32, "bits": 4}, _mlx(".qbiases"), meaning.mlx),
+    ("compressed-tensors packed", layers.said("pack-quantized", **layers.PACKED), layers.packed, meaning.compressed),
+    ("compressed-tensors int8", layers.said("int-quantized", **layers.CHANNELS), layers.channels, meaning.compressed),
+    ("compressed-tensors nvfp4", layers.said("nvfp4-pack-quantized", **layers.NVFP4), layers.nvfp4, meaning.compressed),
+    ("mxfp4", {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, layers.mxfp4, meaning.mxfp4),
+    ("torchao, integers", {"quant_method": "torchao"}, layers.torchao, meaning.torchao),
+    ("torchao, float8", {"quant_method": "torchao"}, layers.torchao8, meaning.torchao),
+    ("gptq", layers.GPTQ, layers.gptq, meaning.gptq),
+    ("awq", layers.AWQ, layers.awq, meaning.awq),
+    ("mlx", {"group_size": 32, "bits": 4}, layers.mlx(".biases"), meaning.mlx),
+    ("metal", {"quant_method": "metal", "group_size": 32, "bits": 4}, layers.mlx(".qbiases"), meaning.mlx),
 )
 SUBJECTS: list[Subject] = [
     QuantizedBase(

@@ -71,7 +71,7 @@ def fp8(tensors: Tensors, settings: Mapping[str, Any], metadata: Mapping[str, st
         elif block is None:
             raise Unjudged("many scales, and no blocks in the config")
         else:
-            factor = spread(scale, *block, codes.shape)
+            factor = spread(scale, block[0], block[1], codes.shape)
         found[name] = plain(codes.double() * factor)
         taken |= {name, f"{name}_scale_inv"}
     return found, taken
@@ -85,7 +85,9 @@ def modelopt(tensors: Tensors, settings: Mapping[str, Any], metadata: Mapping[st
         if f"{name}_scale_2" in tensors:
             overall = tensors[f"{name}_scale_2"].double().reshape(())
             value = halves(codes)
-            found[name] = plain(value * spread(scale.double() * overall, 1, settings.get("group_size") or 16, value.shape))
+            found[name] = plain(
+                value * spread(scale.double() * overall, 1, settings.get("group_size") or 16, value.shape)
+            )
             taken.add(f"{name}_scale_2")
         elif scale.numel() == 1:
             found[name] = plain(codes.double() * scale.double().reshape(()))
@@ -199,9 +201,9 @@ def bitsandbytes(tensors: Tensors, settings: Mapping[str, Any], metadata: Mappin
 
 def compressed(tensors: Tensors, settings: Mapping[str, Any], metadata: Mapping[str, str]) -> tuple[Dense, set[str]]:
     import torch
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationConfig
-    from compressed_tensors.utils.match import is_match
+    from compressed_tensors.compressors import BaseCompressor  # type: ignore[import-untyped]
+    from compressed_tensors.quantization import QuantizationConfig  # type: ignore[import-untyped]
+    from compressed_tensors.utils.match import is_match  # type: ignore[import-untyped]
 
     config = QuantizationConfig.model_validate(dict(settings))
     found, taken = {}, set()

@@ -81,7 +81,9 @@ def write_adapter(folder: Path, **settings: Any) -> None:
     from safetensors.torch import save_file
 
     names = [module.rpartition(".")[2] for module in TRAINED]
-    LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names, task_type="CAUSAL_LM", **settings).save_pretrained(folder)
+    LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names, task_type="CAUSAL_LM", **settings).save_pretrained(
+        folder
+    )
     save_file(lora(), folder / "adapter_model.safetensors", {"format": "pt"})
 
 

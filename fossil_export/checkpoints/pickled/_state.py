@@ -117,11 +117,12 @@ def _tensor(name: str, value: Any) -> Placed:
             )
         function, arguments = _called(Call(inner, its)), its
     if function in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
-        storage, first, shape, strides, *more = arguments
+        if function.endswith("_rebuild_tensor"):
+            arguments = (*arguments, False, None)
+        storage, first, shape, strides, gradient, hooks, *extras = arguments
         found, dtype = _storage(storage)
         if dtype is None:
             raise ValueError("a typed tensor in an untyped storage")
-        gradient, hooks, *extras = more if len(more) > 1 else (False, {})
     elif function == "torch._utils._rebuild_tensor_v3":
         storage, first, shape, strides, gradient, hooks, kind, *extras = arguments
         found, _ = _storage(storage)
@@ -141,6 +142,8 @@ def _tensor(name: str, value: Any) -> Placed:
     _check_hooks(hooks)
     if type(gradient) is not bool:
         raise ValueError("no answer to whether it has a gradient")
+    if len(extras) > 1:
+        raise ValueError("more arguments than there are")
     if any(extra for extra in extras):
         raise BadPickleError("is a conjugate or negative view; save it with .contiguous()")
     placed = Placed(name, dtype, _sizes(shape), found, first, _sizes(strides))

@@ -135,9 +135,9 @@ def _group(stored: Stored, name: str, entry: Any, form: Any) -> Group:
     own = entry.get("format") or form
     if not isinstance(own, str):
         raise _wrong(stored, f"{at}.format", own, "the name of a format")
-    for field in ACTIVATIONS:  # they change no weight, but the library must be able to read the result of --requantize
-        if not isinstance(entry.get(field), (dict, type(None))):
-            raise _wrong(stored, f"{at}.{field}", entry[field], "a map")
+    for key in ACTIVATIONS:  # they change no weight, but the library must be able to read what --requantize writes
+        if not isinstance(entry.get(key), (dict, type(None))):
+            raise _wrong(stored, f"{at}.{key}", entry[key], "a map")
     weights = entry.get("weights")
     return Group(name, tuple(targets), None if weights is None else _weights(stored, f"{at}.weights", weights), own)
 
