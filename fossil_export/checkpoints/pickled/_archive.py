@@ -134,7 +134,8 @@ def _archive(file: BinaryIO, size: int, far: bool) -> _Opened:
             main = entries[pickles[0]]
             if main.file_size > MAX_HEADER:
                 raise BadPickleError(f"has a pickle of {main.file_size:,} bytes, too many for names of tensors")
-            _stored(main)
+            for entry in entries.values():
+                _stored(entry)
             data = archive.read(main)
             starts = sorted(entry.header_offset for entry in entries.values())
             aligned = entries.get(f"{root}.storage_alignment")
