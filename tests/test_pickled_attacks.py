@@ -36,6 +36,7 @@ def write(path: Path, pickle: bytes, method: int = zipfile.ZIP_STORED) -> Path:
     with zipfile.ZipFile(path, "w", method) as archive:
         archive.writestr("archive/data.pkl", pickle)
         archive.writestr("archive/data/0", bytes(24))
+        archive.writestr("archive/version", b"3\n")
     return path
 
 
@@ -55,6 +56,9 @@ BAD = {
     "one list of pairs many times": b"\x80\x02(" + PAIR * 999 + b"lq\0" + (b"0" + ORDERED + b"h\0\x85R") * 9999 + b".",
     "a pair of thousands": b"\x80\x02(" + b"N" * 9999 + b"lq\x010" + ORDERED + b"((" + b"h\1" * 9999 + b"ltR.",
     "millions of dicts": b"\x80\x02" + b"}" * 5_100_000 + b".",
+    "hooks that are a storage": state(tensor().replace(ORDERED, STORAGE)),
+    "hooks of a parameter": state(b"ctorch._utils\n_rebuild_parameter\n(" + tensor() + b"\x88K\x01tR"),
+    "a gradient that is nothing": state(tensor().replace(b"\x89" + ORDERED, b"N" + ORDERED)),
     "a name for safetensors' own use": state(tensor(), b"__metadata__"),
     "a very long name": state(tensor(), b"x" * 100_000),
     "a very long function": state(b"c" + b"x" * 100_000 + b"\nrun\n)R"),

@@ -272,6 +272,7 @@ def test_archives_that_are_not_pytorchs(tmp_path: Path) -> None:
         ({"data_pkl": None}, "none that PyTorch writes"),
         ({"0": b"1234"}, "has 4 bytes in storage 0, not 256"),
         ({"0": None}, "lacks its storage '0'"),
+        ({"version": None}, "has no weights/version"),
         ({"data_pkl": b"\x80\x02\x85."}, "no sound pickle"),
         ({"data_pkl": b"\x80\x02}P."}, "opcode"),
     ):
@@ -279,6 +280,28 @@ def test_archives_that_are_not_pytorchs(tmp_path: Path) -> None:
         rewritten(file, **changes)
         with pytest.raises(CheckpointError, match=words):
             open_checkpoint(file)
+
+
+def test_an_archive_with_something_beside_it_or_with_two_sizes_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "weights.bin"
+    torch.save({"a": torch.ones(64)}, file)
+    whole = file.read_bytes()
+    entry = whole.rindex(b"PK\x01\x02", 0, whole.rindex(b"weights/data/0"))
+    two_sizes = whole[: entry + 20] + b"\x01\2\0\0" + whole[entry + 24 :]
+    for content, words in (
+        (whole + b"x", "after its last"),
+        (whole + whole, "before its first entry"),
+        (b"PK\x03\x04" + whole, "before its first entry"),
+        (two_sizes, "with two sizes"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=words):
+            open_checkpoint(file)
+    file.write_bytes(whole)
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("other/data/0", b"x")
+    with pytest.raises(CheckpointError, match="'other/data/0' outside of weights/"):
+        open_checkpoint(file)
 
 
 def test_a_big_endian_file_of_old(tmp_path: Path) -> None:

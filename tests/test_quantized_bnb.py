@@ -194,6 +194,13 @@ def _drop(part: str) -> Callable[[dict[str, torch.Tensor]], None]:
     return edit
 
 
+def _add(part: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"a.weight{part}"] = torch.zeros(3, dtype=torch.uint8)
+
+    return edit
+
+
 def _cut(part: str) -> Callable[[dict[str, torch.Tensor]], None]:
     def edit(tensors: dict[str, torch.Tensor]) -> None:
         tensors[f"a.weight{part}"] = tensors[f"a.weight{part}"][:-1].clone()
@@ -223,6 +230,7 @@ STATE = ".quant_state.bitsandbytes__nf4"
         (_drop(STATE), "not quantized|has no a.weight.quant_state"),
         (_cut(".absmax"), r"a.weight.absmax \[9\] is U8, and must be U8 \[10\]"),
         (_cut(STATE), "is not valid JSON"),
+        (_add(".quant_state"), r"a.weight.quant_state \[3\] is no part of a weight in 4 bits"),
     ],
 )
 def test_a_damaged_weight_is_refused_by_name(damage: Callable[[dict[str, torch.Tensor]], None], said: str) -> None:

@@ -202,6 +202,7 @@ WRONG = {
     "a field that is not known": (GOOD, CONFIG | {"twist": 1}, "has the field 'twist' in quantization_config"),
     "one in a group": (GOOD, group(twist=1), "has the field 'twist' in config_groups.group_0"),
     "one of the weights": (GOOD, group(weights=PER_ROW | {"twist": 1}), "'twist' in config_groups.group_0.weights"),
+    "activations that are no map": (GOOD, group(input_activations=0.5), "group_0.input_activations as 0.5, not a map"),
     "a preset": (GOOD, CONFIG | {"config_groups": {"FP8": ["Linear"]}}, "a preset; write its scheme out"),
     "no groups": (GOOD, CONFIG | {"config_groups": None}, "has config_groups as None"),
     "groups of no size": (GOOD, group(weights=PER_ROW | {"strategy": "group"}), "strategy 'group' and group_size None"),

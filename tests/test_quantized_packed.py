@@ -131,10 +131,11 @@ def test_groups_of_older_versions_are_those_of_each_input(symmetric: bool, tmp_p
     base = opened(tmp_path, state, None)
     found = torch_of(CodedRows(weight_of(base, args), partial(rows_of, base), 0, 40)[:])
     assert torch.equal(found, decompressed(state, args))
-    state["weight_g_idx"] = torch.zeros(64, dtype=torch.int32)
-    base = opened(tmp_path, state, None)
-    with pytest.raises(CheckpointError, match="weight_g_idx does not name each group 16 times"):
-        CodedRows(weight_of(base, args), partial(rows_of, base), 0, 40)[:]
+    for number in (0, -2, 2**31 - 1):  # the last one's count would take 17 GB
+        state["weight_g_idx"] = torch.full((64,), number, dtype=torch.int32)
+        base = opened(tmp_path, state, None)
+        with pytest.raises(CheckpointError, match="weight_g_idx does not name each group 16 times"):
+            CodedRows(weight_of(base, args), partial(rows_of, base), 0, 40)[:]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ OUTCOMES = {
     "left": False,  # something left of an output that was refused
 }
 
-SUBJECTS = ("adapters", "mlx", "merged", "options", "hostile")
+SUBJECTS = ("adapters", "mlx", "merged", "options", "hostile", "quantized_bases", "pickles", "rwkv", "gguf_files")
 """Modules of this package, each with a list `SUBJECTS`."""
 
 

@@ -79,7 +79,8 @@ def preload() -> None:
     import torch
     import transformers
 
-    import fossil_export.cli  # noqa: F401
+    import fossil_export.cli
+    import fossil_export.merging  # noqa: F401
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()

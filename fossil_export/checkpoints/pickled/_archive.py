@@ -120,6 +120,11 @@ def _archive(file: BinaryIO, size: int, far: bool) -> _Opened:
             if len(pickles) != 1:
                 raise BadPickleError("is a zip archive, but none that PyTorch writes; name the model's weights")
             root = pickles[0].removesuffix("data.pkl")
+            _check_whole(file, archive, size)
+            if (other := next((name for name in entries if not name.startswith(root)), None)) is not None:
+                raise BadPickleError(f"has the entry {other[:80]!r} outside of {root}, which PyTorch never writes")
+            if f"{root}version" not in entries:
+                raise BadPickleError(f"has no {root}version, which PyTorch always writes")
             if any(name.startswith(f"{root}code/") or name == f"{root}constants.pkl" for name in entries):
                 raise BadPickleError("is a TorchScript program, not a state dict; save model.state_dict() of the model")
             if (order := entries.get(f"{root}byteorder")) is not None and (
@@ -129,7 +134,8 @@ def _archive(file: BinaryIO, size: int, far: bool) -> _Opened:
             main = entries[pickles[0]]
             if main.file_size > MAX_HEADER:
                 raise BadPickleError(f"has a pickle of {main.file_size:,} bytes, too many for names of tensors")
-            _stored(main)
+            for entry in entries.values():
+                _stored(entry)
             data = archive.read(main)
             starts = sorted(entry.header_offset for entry in entries.values())
             aligned = entries.get(f"{root}.storage_alignment")
@@ -154,6 +160,13 @@ def _archive(file: BinaryIO, size: int, far: bool) -> _Opened:
     return _Opened(state, beginning, find)
 
 
+def _check_whole(file: BinaryIO, archive: zipfile.ZipFile, size: int) -> None:
+    """The first entry is the file's beginning, and the directory its end: else it is of two files, say."""
+    file.seek(max(0, size - 22 - len(archive.comment)))
+    if file.read(4) != b"PK\x05\x06" or min(entry.header_offset for entry in archive.infolist()) != 0:
+        raise BadPickleError("has bytes before its first entry or after its last")
+
+
 def _aligned_start(entry: zipfile.ZipInfo, end: int) -> int | None:
     """Where the bytes of an entry begin that ends at `end`, told without reading its own header: PyTorch puts them at
     a multiple of 64, and 16 bytes that repeat their size after them (24 in a large file, none after nothing). None if
@@ -169,6 +182,8 @@ def _aligned_start(entry: zipfile.ZipInfo, end: int) -> int | None:
 def _stored(entry: zipfile.ZipInfo) -> None:
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
         raise BadPickleError(f"has {entry.filename} compressed or encrypted; load it with PyTorch and save it again")
+    if entry.compress_size != entry.file_size:
+        raise BadPickleError(f"has {entry.filename} with two sizes, {entry.file_size} and {entry.compress_size}")
 
 
 def _start_of(file: BinaryIO, entry: zipfile.ZipInfo, size: int) -> int:

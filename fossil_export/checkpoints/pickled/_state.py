@@ -106,7 +106,9 @@ def _tensor(name: str, value: Any) -> Placed:
         raise BadPickleError(f"is no tensor but {type(value).__name__}; save model.state_dict() alone, as safetensors")
     function, arguments = _called(value), value.arguments
     if function in _PARAMETERS and isinstance(arguments[0], Call):
-        function, arguments = _called(arguments[0]), arguments[0].arguments
+        inner, _, hooks = arguments[:3]
+        _check_hooks(hooks)
+        function, arguments = _called(inner), inner.arguments
     if function in ("torch._tensor._rebuild_from_type_v2", "torch._tensor._rebuild_from_type"):
         inner, kind, its, _ = arguments
         if _text(kind) not in _TENSOR_CLASSES:
@@ -115,13 +117,14 @@ def _tensor(name: str, value: Any) -> Placed:
             )
         function, arguments = _called(Call(inner, its)), its
     if function in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
-        storage, first, shape, strides, *more = arguments
+        if function.endswith("_rebuild_tensor"):
+            arguments = (*arguments, False, None)
+        storage, first, shape, strides, gradient, hooks, *extras = arguments
         found, dtype = _storage(storage)
         if dtype is None:
             raise ValueError("a typed tensor in an untyped storage")
-        extras = more[2:]
     elif function == "torch._utils._rebuild_tensor_v3":
-        storage, first, shape, strides, _, _, kind, *extras = arguments
+        storage, first, shape, strides, gradient, hooks, kind, *extras = arguments
         found, _ = _storage(storage)
         dtype = _DTYPES.get(kind.name) if isinstance(kind, Name) and kind.module == "torch" else None
         if dtype is None:
@@ -136,6 +139,11 @@ def _tensor(name: str, value: Any) -> Placed:
         raise BadPickleError(
             f"is made by {function}: the file may hold code, and nothing of it was run; ask for safetensors"
         )
+    _check_hooks(hooks)
+    if type(gradient) is not bool:
+        raise ValueError("no answer to whether it has a gradient")
+    if len(extras) > 1:
+        raise ValueError("more arguments than there are")
     if any(extra for extra in extras):
         raise BadPickleError("is a conjugate or negative view; save it with .contiguous()")
     placed = Placed(name, dtype, _sizes(shape), found, first, _sizes(strides))
@@ -144,6 +152,12 @@ def _tensor(name: str, value: Any) -> Placed:
     if (first + placed.span) * (BITS[dtype] // 8) > found.nbytes and placed.span:
         raise BadPickleError("reaches past the end of its storage; the file is damaged, fetch it again")
     return placed
+
+
+def _check_hooks(value: Any) -> None:
+    """PyTorch saves none."""
+    if value is not None and (type(value) is not dict or value):
+        raise ValueError("hooks of gradients")
 
 
 def _sizes(value: Any) -> tuple[int, ...]:

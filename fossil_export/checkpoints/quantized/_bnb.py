@@ -78,6 +78,9 @@ def _check_orphans(stored: Stored, states: Mapping[str, str]) -> None:
         for part in PARTS:
             if name.endswith(part) and name.removesuffix(part) not in states:
                 raise stored.error(info, f"has no {name.removesuffix(part)}{STATE}nf4 or fp4 beside it; {REMEDY}")
+        owner, _, part = name.partition(".weight.")
+        if part and f"{owner}.weight" in states and f".{part}" not in PARTS and name != states[f"{owner}.weight"]:
+            raise stored.error(info, f"is no part of a weight in 4 bits, as {owner}.weight is; {REMEDY}")
         if not name.endswith("weight"):
             continue
         if info.dtype == "U8" and name not in states:

@@ -23,6 +23,7 @@ TOP = {
     *("run_compressed", "dequantize", "use_optimized_inference"),
 }
 GROUP = {"targets", "weights", "input_activations", "output_activations", "format"}
+ACTIVATIONS = ("input_activations", "output_activations")
 ARGS = {
     *("num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic", "actorder"),
     *("scale_dtype", "zp_dtype", "observer", "observer_kwargs"),
@@ -132,6 +133,9 @@ def _group(stored: Stored, name: str, entry: Any, form: Any) -> Group:
     own = entry.get("format") or form
     if not isinstance(own, str):
         raise _wrong(stored, f"{at}.format", own, "the name of a format")
+    for key in ACTIVATIONS:  # they change no weight, but the library must be able to read what --requantize writes
+        if not isinstance(entry.get(key), (dict, type(None))):
+            raise _wrong(stored, f"{at}.{key}", entry[key], "a map")
     weights = entry.get("weights")
     return Group(name, tuple(targets), None if weights is None else _weights(stored, f"{at}.weights", weights), own)
 

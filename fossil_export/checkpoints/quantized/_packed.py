@@ -104,7 +104,9 @@ class PackedCodes:
         found: Array = rows_of(self.order, 0, self.width)[:].astype(np.intp)
         if (found == -1).all():  # made, and never set
             return self.group
-        if (np.bincount(found[found >= 0], minlength=self.width // self.group) != self.group).any():
+        groups = self.width // self.group
+        inside = bool(((found >= 0) & (found < groups)).all())
+        if not inside or (np.bincount(found, minlength=groups) != self.group).any():
             raise refused(
                 self.order, f"does not name each group {self.group} times; the base is damaged, fetch it again"
             )
