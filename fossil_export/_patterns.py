@@ -10,18 +10,21 @@ import atexit
 import json
 import os
 import re
+import select
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 LONGEST = 1_000_000
 STEPS = 1_000_000
-ALL_STEPS = 100_000_000
+"""Of one match in this process, at most; some ten milliseconds."""
+
 SECONDS = 3.0
+"""In all, for the matches in the other process; for those in this one ten times as many."""
+
 START = 30.0
 
 Groups = tuple[str | None, ...]
@@ -64,7 +67,7 @@ class Pattern:
         self._text = text
         self._choices, self._repeats = _effort(text)
         self._repeats += len(re.findall(r"[*+]", before))
-        self._left = ALL_STEPS
+        self._left = 10 * SECONDS
 
     def match(self, name: str) -> Groups | None:
         """The groups of a match that begins with the name; None if there is none. Raises PatternError if that takes too
@@ -77,9 +80,12 @@ class Pattern:
 
     def _found(self, name: str, how: str) -> Groups | None:
         steps = self._choices * (len(name) + 1) ** min(self._repeats, 50)
-        if steps <= STEPS and steps <= self._left:
-            self._left -= steps
+        if steps <= STEPS:
+            began = time.perf_counter()
             found = getattr(self._compiled, how)(name)
+            self._left -= time.perf_counter() - began
+            if self._left < 0:
+                raise PatternError("takes too long to match so many names; write it without repetitions")
             return None if found is None else found.groups()
         return _helper().match(self._compiled.pattern, name, how)
 
@@ -128,8 +134,7 @@ class _Helper:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                text=True,
-                encoding="ascii",
+                bufsize=0,
             )
         except OSError as problem:
             raise PatternError(f"may take long to match, and no process could be started for it ({problem})") from None
@@ -137,8 +142,7 @@ class _Helper:
         self._known: dict[str, int] = {}
         self._waited, self._calls = 0.0, 0
         atexit.register(self._process.kill)
-        assert self._process.stdout is not None
-        _within(START, self._process.stdout.readline, self._process.kill)  # so that its start is not counted
+        self._line(START)  # so that its start is not counted
 
     @property
     def is_ours(self) -> bool:
@@ -148,8 +152,8 @@ class _Helper:
     def match(self, pattern: str, name: str, how: str) -> Groups | None:
         with self._lock:
             began = time.monotonic()
-            patience = SECONDS + 0.001 * self._calls - self._waited
-            answer = _within(max(patience, 0.0), lambda: self._asked(pattern, name, how), self._process.kill)
+            patience = min(SECONDS, SECONDS + 0.001 * self._calls - self._waited)
+            answer = self._asked(pattern, name, how, patience)
             self._waited += time.monotonic() - began
             self._calls += 1
         if not answer:
@@ -162,19 +166,31 @@ class _Helper:
         found: list[Any] | None = json.loads(answer)
         return None if found is None else tuple(found[0])
 
-    def _asked(self, pattern: str, name: str, how: str) -> str:
+    def _asked(self, pattern: str, name: str, how: str, patience: float) -> bytes:
         if pattern not in self._known:
             self._known[pattern] = len(self._known)
             self._send(self._known[pattern], pattern, how)
         self._send(self._known[pattern], name, how)
+        return self._line(patience)
+
+    def _line(self, patience: float) -> bytes:
+        """What it answers; nothing if that takes longer, or it has ended."""
         assert self._process.stdout is not None
-        return self._process.stdout.readline()
+        end, found = time.monotonic() + patience, b""
+        while not found.endswith(b"\n"):
+            ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, end - time.monotonic()))
+            more = self._process.stdout.read(1 << 16) if ready else b""
+            if not more:
+                return b""
+            found += more
+        return found
 
     def _send(self, number: int, value: str, how: str) -> None:
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps([number, value, how]) + "\n")
-            self._process.stdin.flush()
+            left = memoryview(json.dumps([number, value, how]).encode() + b"\n")
+            while left:
+                left = left[self._process.stdin.write(left) :]
         except OSError:  # it has ended; there will be no answer
             pass
 
@@ -188,14 +204,3 @@ def _helper() -> _Helper:
         if not _running or not _running[-1].is_ours:
             _running[:] = [_Helper()]
         return _running[-1]
-
-
-def _within(seconds: float, work: Callable[[], str], end: Callable[[], None]) -> str:
-    """What `work` gives, or "" after so many seconds; `end` makes it return."""
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        return work()
-    finally:
-        timer.cancel()

@@ -10,11 +10,11 @@ columns of the codes. Source: `convert_moe_packed_tensors` in transformers/integ
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from fossil_export._patterns import PatternError, pattern_of
 from fossil_export.checkpoints._coding import Decode
 from fossil_export.checkpoints._dtypes import element_count, numpy_dtype
 from fossil_export.checkpoints._header import TensorInfo, slice_of
@@ -203,7 +203,14 @@ def _kept(stored: Stored) -> Any:
         return None
     try:
         # A whole module, by its beginning; as `should_convert_module` in transformers/quantizers has it.
-        begins = re.compile("|".join(f"(?:{one})(?:(?<=\\.)|(?=\\.|$))" for one in patterns) or r"(?!)")
-    except re.error as problem:
-        raise stored.error("modules_to_not_convert", f"has no valid pattern ({problem}); mend it") from problem
-    return lambda module: begins.match(module) is not None or module.endswith(tuple(patterns))
+        begins = [pattern_of(one, "(?:", r")(?:(?<=\.)|(?=\.|$))") for one in patterns]
+    except PatternError as problem:
+        raise stored.error("modules_to_not_convert", f"{problem}; mend it") from problem
+
+    def kept(module: str) -> bool:
+        try:
+            return module.endswith(tuple(patterns)) or any(one.match(module) is not None for one in begins)
+        except PatternError as problem:
+            raise stored.error("modules_to_not_convert", f"{problem}; mend it") from problem
+
+    return kept
