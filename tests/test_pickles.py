@@ -83,8 +83,12 @@ def test_a_cut_pickle_is_told_as_cut_wherever_it_is_cut(protocol: int) -> None:
         b"}(Nu.",
         b"N(NNu.",
         b"Nb.",
-    ]
-    + [b"NNNs.", b"NN\x93.", b"h\x01.", b"NNR.", b"}NNas."],
+        b"NNNs.",
+        b"NN\x93.",
+        b"h\x01.",
+        b"NNR.",
+        b"}NNas.",
+    ],
 )
 def test_a_pickle_that_takes_what_is_not_there_is_no_sound_one(data: bytes) -> None:
     with pytest.raises(BadPickleError):

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+
+from torture.__main__ import replace_part
 
 from mutants import lines, warm
 from mutants.attempts import BAD, Journal, Row, attempt, judgements, sample
-from torture.__main__ import replace_part
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build/mutants"
@@ -66,7 +67,7 @@ def main() -> int:
     return int(bool(left))
 
 
-def in_parallel(jobs: int, call: object) -> None:
+def in_parallel(jobs: int, call: Callable[[int, Path], None]) -> None:
     """`call(job, tree)` in so many forks, each with a copy of the package of its own."""
     pids = []
     for job in range(jobs):
@@ -82,7 +83,8 @@ def in_parallel(jobs: int, call: object) -> None:
                 sys.stderr.flush()
                 os._exit(code)
         pids.append(pid)
-    if any([os.waitpid(pid, 0)[1] for pid in pids]):
+    codes = [os.waitpid(pid, 0)[1] for pid in pids]
+    if any(codes):
         sys.exit("a worker failed")
 
 

@@ -100,7 +100,7 @@ class _Finder:
         within = imported and not isinstance(node, ast.FunctionDef)
         for child in ast.walk(node):
             for field in ("body", "orelse", "finalbody"):
-                if child is node or isinstance(child, ast.ExceptHandler | ast.match_case) and child in _parts(node):
+                if child is node or (isinstance(child, ast.ExceptHandler | ast.match_case) and child in _parts(node)):
                     for statement in getattr(child, field, []):
                         if isinstance(statement, ast.stmt):
                             yield from self._statement(statement, within)

@@ -15,7 +15,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PACKAGE = "fossil_export"
-_HEAVY = "pytest hypothesis torch transformers.models.llama.modeling_llama peft accelerate safetensors.torch".split()
+_HEAVY = [
+    "pytest",
+    "hypothesis",
+    "torch",
+    "transformers.models.llama.modeling_llama",
+    "peft",
+    "accelerate",
+    "safetensors.torch",
+]
 _OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
 
 
