@@ -48,7 +48,7 @@ def copied_package(source: Path, folder: Path) -> Iterator[Path]:
     be the same."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(source / PACKAGE, folder / PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
-    compiler = [sys.executable, "-m", "compileall", "-q", "--invalidation-mode", "checked-hash", folder]
+    compiler = [sys.executable, "-m", "compileall", "-q", "--invalidation-mode", "checked-hash", str(folder)]
     subprocess.run(compiler, check=True)
     try:
         yield folder
