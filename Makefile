@@ -5,6 +5,7 @@
 # make architectures        write the table of architectures from the transformers in the environment
 # make architectures-check  say whether that transformers would make another table, and compare all classes
 # make torture       commands killed, starved and fed with damage; writes docs/reliability.md
+# make mutants       a sample of small changes of the code, each of which a test ought to notice (by hand: an hour)
 # make sweep         every model class of transformers, merged and compared; writes docs/support*.md
 #
 # The first three make the environment (.venv) first. PyTorch comes as version TORCH; where pip would take its CUDA
@@ -25,7 +26,7 @@ TRAINER = transformers==5.17.0 peft==0.21.2
 FRESH = $(abspath $(VENV)-install)
 FRESH_PIP = $(FRESH)/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test test-floor test-install lint types bench sweep torture formats llama-cpp architectures architectures-check clean
+.PHONY: demo test test-floor test-install lint types bench sweep torture mutants formats llama-cpp architectures architectures-check clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python examples/demo.py
@@ -76,6 +77,10 @@ sweep: $(VENV)/ready
 # Goes on where it was stopped (build/torture.jsonl).
 torture: $(VENV)/ready
 	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks:$(CURDIR)/tests $(VENV)/bin/python -m torture --write docs/reliability.md
+
+# First the record of what each test runs, which takes half an hour; goes on where it was stopped (build/mutants*).
+mutants: $(VENV)/ready
+	PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/examples:$(CURDIR)/benchmarks $(VENV)/bin/python -m mutants --write docs/reliability.md
 
 # The converted adapter in llama.cpp, which takes minutes to build.
 llama-cpp: $(VENV)/ready

@@ -16,9 +16,10 @@ from conftest import edit_json, make_adapter, make_base, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusal_tools import CONFIG, first_file, refused, run
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import save_file
 
+from fossil_export.checkpoints._dtypes import BITS
 from fossil_export.checkpoints._header import encode_header, read_header
 from fossil_export.errors import CheckpointError
 
@@ -205,3 +206,17 @@ def test_headers_are_judged_as_safetensors_judges_them(
         assert "\n" not in str(problem).replace(str(path), "") or theirs is None
         return
     assert ours == theirs
+
+
+@pytest.mark.parametrize("dtype", BITS)
+def test_a_dtype_is_as_wide_as_safetensors_has_it(dtype: str, tmp_path: Path) -> None:
+    for nbytes in range(70):
+        header = {"t": {"dtype": dtype, "shape": [8], "data_offsets": [0, nbytes]}}
+        text = json.dumps(header).encode()
+        content = len(text).to_bytes(8, "little") + text + bytes(nbytes)
+        try:
+            deserialize(content)
+        except SafetensorError as problem:
+            assert "unknown variant" not in str(problem) and nbytes != BITS[dtype]
+        else:
+            assert nbytes == BITS[dtype]

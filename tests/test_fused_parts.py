@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,8 @@ def test_a_file_is_changed_where_it_lies(tmp_path: Path) -> None:
     plan = plan_merge(adapter)
     (file,), (header,) = plan.files, plan.base.files
     assert in_place(file, header)
+    elsewhere = replace(header, path=tmp_path / "other.safetensors")
+    assert not in_place(file, elsewhere) and not in_place(file, replace(header, encoded=header.encoded + b" "))
     copy = tmp_path / "copy.safetensors"
     shutil.copyfile(header.path, copy)
     with Writer(plan) as writer:

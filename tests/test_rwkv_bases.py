@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import fossil_export
+from fossil_export.adapters._rwkv import is_state_dict
 from fossil_export.errors import FossilExportError
 
 State = dict[str, torch.Tensor]
@@ -108,3 +110,33 @@ def test_a_mixture_has_no_form_in_peft(tmp_path: Path) -> None:
     torch.save(adapter_state(base_state()), given / "trained.pth")
     with pytest.raises(FossilExportError, match=r"is a tile\+bat adapter, of which PEFT's MISS has no form"):
         fossil_export.convert(given / "trained.pth", tmp_path / "miss", to="miss")
+
+
+@pytest.mark.parametrize("value", [torch.zeros(4, WIDTH, dtype=torch.int32), torch.zeros(4, 0), torch.zeros(0, WIDTH)])
+def test_a_shard_of_whole_numbers_or_of_nothing_is_refused(value: torch.Tensor, tmp_path: Path) -> None:
+    torch.save({"blocks.0.att.key.disha": value}, tmp_path / "trained.pth")
+    words = (
+        rf"trained.pth: tensor blocks.0.att.key.disha \[{value.shape[0]}, {value.shape[1]}\] is .* or empty, no shard"
+    )
+    with pytest.raises(FossilExportError, match=words):
+        fossil_export.load_adapter(tmp_path / "trained.pth")
+
+
+def test_a_file_that_holds_more_than_shards_or_none_is_refused(tmp_path: Path) -> None:
+    shard = {"blocks.0.att.key.disha": torch.ones(4, WIDTH)}
+    for state, words in (
+        (shard | {"blocks.0.att.x_r": torch.ones(WIDTH)}, "holds blocks.0.att.x_r, which are no shards"),
+        ({}, "is not a state dict"),
+    ):
+        torch.save(state, tmp_path / "trained.pth")
+        with pytest.raises(FossilExportError, match=words):
+            fossil_export.load_adapter(tmp_path / "trained.pth")
+
+
+def test_a_file_beside_a_config_of_pefts_is_not_read_as_one_of_rwkvs(tmp_path: Path) -> None:
+    torch.save({"blocks.0.att.key.disha": torch.ones(4, WIDTH)}, tmp_path / "trained.pth")
+    assert is_state_dict(tmp_path / "trained.pth") and not is_state_dict(tmp_path)
+    shutil.copyfile(tmp_path / "trained.pth", tmp_path / "trained.bin")
+    assert not is_state_dict(tmp_path / "trained.bin")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert not is_state_dict(tmp_path / "trained.pth")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -232,12 +232,12 @@ def test_output_file_takes_any_range_at_any_address(tmp_path: Path) -> None:
     want = rng.integers(0, 256, 3 * 4096 + 777, np.uint8)
     room = np.empty(len(want) + 9000, np.uint8)
     cuts = [0, 1, 4095, 4096, 4097, 9000, 12288, len(want)]
-    for shift in (0, 1, 4096):
-        file = OutputFile(tmp_path / f"at-{shift}", len(want))
-        for start, stop in reversed(list(pairwise(cuts))):
+    for shift, order in product((0, 1, 4096), (1, -1)):
+        file = OutputFile(tmp_path / f"at-{shift}-{order}", len(want))
+        for start, stop in list(pairwise(cuts))[::order]:
             address = (start - room.ctypes.data + shift) % 4096
             piece = room[address : address + stop - start]
             piece[:] = want[start:stop]
             file.write(start, piece)
         file.close()
-        assert (tmp_path / f"at-{shift}").read_bytes() == want.tobytes()
+        assert (tmp_path / f"at-{shift}-{order}").read_bytes() == want.tobytes()

@@ -124,3 +124,19 @@ def test_without_a_config_it_is_not_known_what_is_tied(tied: Path, tmp_path: Pat
     base = tmp_path / "lone" / "weights.safetensors"
     with pytest.raises(FossilExportError, match=r"lm_head.weight has no counterpart .* folder with its config.json"):
         merge(saved(tmp_path / "equal", tied, 0.0), tmp_path / "merged", base=base)
+
+
+@pytest.mark.parametrize("row", [None, 0, 3, 7, 63, 118, 119])
+def test_they_are_compared_to_the_last_value(
+    row: int | None, tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some rows at a time."""
+    monkeypatch.setattr("fossil_export.merging._ties._AT_ONCE", 4 * 96 + 5)
+    folder = saved(tmp_path / "adapter", tied, 0.0)
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    if row is not None:
+        tensors[f"base_model.model.{HEAD}"][row, -1] += 1
+    save_file(tensors, file, {"format": "pt"})
+    plan = settled(plan_merge(folder))
+    assert (HEAD in {tensor.name for tensor in plan.tensors}) == (row is not None)

@@ -25,6 +25,9 @@ from fossil_export.merging._rows import follow, refuse_unfollowed, rows_differ
 from fossil_export.methods import starts_elsewhere
 from fossil_export.models import Tie
 
+_AT_ONCE = 1 << 25
+"""Bytes of each of two tensors that are compared."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -193,13 +196,13 @@ def _differ(group: Group, naming: Naming, base: Checkpoint, brought: Brought, pl
 def are_equal(adapter: Adapter, base: Checkpoint, placement: Placement) -> bool | None:
     """Whether the tensors that are `undecided` are one, byte for byte; None if there are none.
 
-    Reads all of them, some megabytes at a time.
+    Reads all of them, `_AT_ONCE` bytes at a time.
     """
     for one, other in (pair.tensors for pair in placement.undecided):
         if (one.dtype, one.shape) != (other.dtype, other.shape):
             return False
         size = max(1, one.nbytes // max(1, one.shape[0]))
-        rows = max(1, (1 << 25) // size)
+        rows = max(1, _AT_ONCE // size)
         for at in range(0, one.shape[0], rows):
             stop = min(one.shape[0], at + rows)
             first, second = (_values(info, at, stop, adapter, base) for info in (one, other))

@@ -1,7 +1,7 @@
 """A reader of pickles that calls nothing: what a pickle would have called comes out as a `Call`, never as its result.
 
-It knows the opcodes that Python writes for plain containers, numbers, text and calls, in protocols 0 to 5. Source:
-Lib/pickletools.py in CPython.
+It knows the opcodes that Python writes for plain containers, numbers, text and calls in protocols 1 to 5, and of
+protocol 0 those that it shares with Python 2's. Source: Lib/pickletools.py in CPython.
 """
 
 from __future__ import annotations
