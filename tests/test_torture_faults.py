@@ -75,7 +75,7 @@ def test_what_a_graphs_data_cannot_take_is_told() -> None:
     from fossil_export.onnx.graph._edit import _told
 
     with pytest.raises(OSError, match="No space left"), Path("/dev/full").open("wb") as full:
-        _told(ir.Tensor(np.ones(16, np.float32))).tofile(full)
+        _told(ir.Tensor(np.ones(512, np.float32))).tofile(full)
 
 
 def test_unread_companion_is_blamed_and_not_the_output(tmp_path: Path) -> None:

@@ -189,12 +189,10 @@ class Editor:
                 value.const_value = _told(unguarded(value.const_value))
             _save(self.model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
             return
-        for value in self.graph.initializers.values():
-            value.const_value = _told(value.const_value)
         large = [value for value in self._large if value.name in self.graph.initializers]
         if large:
             tensors = ir.external_data.convert_tensors_to_external(
-                [value.const_value for value in large], path.parent, ADDED
+                [_told(value.const_value) for value in large], path.parent, ADDED
             )
             for value, tensor in zip(large, tensors, strict=True):
                 value.const_value = tensor
@@ -206,7 +204,7 @@ class Editor:
         return value
 
 
-class _Told(ir.Tensor):  # type: ignore[misc]
+class _Told(ir.LazyTensor):  # type: ignore[misc]
     """A tensor that goes into a file with every failure told: NumPy's `tofile` passes over a disk that is full."""
 
     def tofile(self, file: Any) -> None:
@@ -214,9 +212,10 @@ class _Told(ir.Tensor):  # type: ignore[misc]
 
 
 def _told(tensor: Any) -> Any:
-    if type(tensor) is not ir.Tensor:
+    """`tensor`, unless it is small, or external, which is written with every failure told already."""
+    if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.nbytes < 1024:
         return tensor
-    return _Told(tensor.raw, tensor.dtype, shape=tensor.shape, name=tensor.name, doc_string=tensor.doc_string)
+    return _Told(lambda: tensor, tensor.dtype, shape=tensor.shape, name=tensor.name)
 
 
 def _save(model: ir.Model, path: Path, **options: Any) -> None:
