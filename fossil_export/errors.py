@@ -82,7 +82,7 @@ def unreadable(path: str | Path, problem: OSError) -> str:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Put `path` into an OSError of the block that names none; the system names what it opens, not what it reads."""
+    """Put `path` into an OSError of the block that names none, as those of reading do."""
     try:
         yield
     except OSError as problem:
@@ -96,8 +96,8 @@ def failed(
 ) -> str:
     """The line for what the system refused while `output` was made in `folder`: it may have been another file."""
     name = None if problem.filename is None else Path(os.fsdecode(problem.filename))
-    if name is None or name.is_relative_to(folder) or problem.filename2 is not None:
-        of = f" ({name})" if name is not None and name != folder else ""
+    if name is None or not name.is_absolute() or name.is_relative_to(folder) or problem.filename2 is not None:
+        of = f" ({name})" if name is not None and name.is_absolute() and name != folder else ""
         return f"{output}: writing failed: {reason(problem)}{of}; {hint}"
     return f"{name}: cannot be used: {reason(problem)}; {remedy(problem)}"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
@@ -34,7 +34,8 @@ def staged_file(output: Path, overwrite: bool = True) -> Iterator[Path]:
             rename_new(path, output)
         sync_name(output)
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # the next one removes it
+            path.unlink(missing_ok=True)
         os.close(lock)
 
 

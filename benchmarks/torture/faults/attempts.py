@@ -20,6 +20,8 @@ from torture.rows import Row
 
 SECONDS = 10.0
 STDOUT = "/stdout"
+_VARY = ("seconds", "peak_memory", "warnings")  # a copy in the place of a link is told
+_LIBRARIES = ("ONNX Runtime could not write", "does not pass ONNX's checker")  # which hide what the system said
 
 _MAKING = frozenset({"mkdir", "mkdirat", "link", "linkat", "symlink"})
 _NAMING = frozenset({"rename", "renameat", "renameat2"})
@@ -167,7 +169,7 @@ def verdict(
         return "refused", printed[-200:]
     if len(said) != 1 or not said[0].startswith("error: "):
         return ("chatter" if said else "silent"), words[-800:]
-    if fault.code and os.strerror(fault.code) not in said[0] and "ONNX Runtime could not write" not in said[0]:
+    if fault.code and os.strerror(fault.code) not in said[0] and not any(one in said[0] for one in _LIBRARIES):
         return "vague", f"no {os.strerror(fault.code)!r}: {said[0]}"
     if not any(name in said[0].split(";")[0] for name in _to_blame(fired[0], bench)):
         return "vague", f"another path: {said[0]}"
@@ -269,7 +271,7 @@ def printed_in(here: Path) -> str:
 
 def _steady(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _steady(entry) for key, entry in value.items() if key not in ("seconds", "peak_memory")}
+        return {key: _steady(entry) for key, entry in value.items() if key not in _VARY}
     return [_steady(entry) for entry in value] if isinstance(value, list) else value
 
 

@@ -186,13 +186,13 @@ class Editor:
                 node.outputs[0].shape = node.attributes["value"].as_tensor().shape  # GenAI's builder notes others
         if repack:
             for value in self.graph.initializers.values():
-                value.const_value = unguarded(value.const_value)
+                value.const_value = _told(unguarded(value.const_value))
             _save(self.model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
             return
         large = [value for value in self._large if value.name in self.graph.initializers]
         if large:
             tensors = ir.external_data.convert_tensors_to_external(
-                [value.const_value for value in large], path.parent, ADDED
+                [_told(value.const_value) for value in large], path.parent, ADDED
             )
             for value, tensor in zip(large, tensors, strict=True):
                 value.const_value = tensor
@@ -202,6 +202,20 @@ class Editor:
         value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
         return value
+
+
+class _Told(ir.LazyTensor):  # type: ignore[misc]
+    """A tensor that goes into a file with every failure told: NumPy's `tofile` passes over a disk that is full."""
+
+    def tofile(self, file: Any) -> None:
+        file.write(self.tobytes())
+
+
+def _told(tensor: Any) -> Any:
+    """`tensor`, unless it is small, or external, which is written with every failure told already."""
+    if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.nbytes < 1024:
+        return tensor
+    return _Told(lambda: tensor, tensor.dtype, shape=tensor.shape, name=tensor.name)
 
 
 def _save(model: ir.Model, path: Path, **options: Any) -> None:
