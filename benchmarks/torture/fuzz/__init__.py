@@ -28,7 +28,7 @@ OUTCOMES = {
     "left": False,  # something left of an output that was refused
 }
 
-SUBJECTS = ("adapters",)
+SUBJECTS = ("adapters", "graphs")
 """Modules of this package, each with a list `SUBJECTS`."""
 
 
