@@ -31,4 +31,8 @@ def parse_json(text: bytes, path: Path, error: type[FossilExportError]) -> dict[
 
 def write_json(value: dict[str, Any]) -> bytes:
     """`value` as transformers writes its configs: two spaces of indent, a newline at the end."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # half of a character, which JSON can hold and UTF-8 cannot
+        return (json.dumps(value, indent=2) + "\n").encode()

@@ -28,7 +28,7 @@ OUTCOMES = {
     "left": False,  # something left of an output that was refused
 }
 
-SUBJECTS = ("adapters", "graphs")
+SUBJECTS = ("adapters", "graphs", "signatures", "records", "cards")
 """Modules of this package, each with a list `SUBJECTS`."""
 
 

@@ -125,7 +125,7 @@ def outcome_of(command: list[str], folder: Path, work: Path) -> tuple[str, str]:
     said = [line for line in lines if not line.startswith(("warning: ", "note: "))]
     if status == 0:
         return ("chatter", words[-600:]) if said else ("right", "")
-    if len(said) != 1 or not said[0].startswith("error: ") or lines[-1] != said[0]:
+    if len(said) != 1 or not said[0].startswith(("error: ", "not the trained model: ")) or lines[-1] != said[0]:
         return "chatter", words[-600:]
     if left := set(folder.iterdir()) - before:
         return "left", f"{sorted(path.name for path in left)} {said[0]}"
