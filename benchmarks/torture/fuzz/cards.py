@@ -18,9 +18,40 @@ CARDS = (
     "# No metadata\n\n![picture](picture.png) [link](<a b.txt>)\n",
 )
 PIECES = (
-    *("---\n", "\r\n", "\r", "\ufeff", "\u2028", "\x85", "\x00", "\x1b[2J", "\t", "é", "- ", ": ", "#", "'", '"', "{", "]"),
-    *("&a [*a]", "a: &a [x,x]\nb: &b [*a,*a]\nc: &c [*b,*b]\n", "? [1, 2]\n: 3\n", "!!python/object:os.system x", "<<: {}"),
-    *("license: 2020-01-01\n", "tags: null\n", "tags: {a: b}\n", "base_model: [1, null]\n", "1: 2\n", "license: .nan\n"),
+    *(
+        "---\n",
+        "\r\n",
+        "\r",
+        "\ufeff",
+        "\u2028",
+        "\x85",
+        "\x00",
+        "\x1b[2J",
+        "\t",
+        "é",
+        "- ",
+        ": ",
+        "#",
+        "'",
+        '"',
+        "{",
+        "]",
+    ),
+    *(
+        "&a [*a]",
+        "a: &a [x,x]\nb: &b [*a,*a]\nc: &c [*b,*b]\n",
+        "? [1, 2]\n: 3\n",
+        "!!python/object:os.system x",
+        "<<: {}",
+    ),
+    *(
+        "license: 2020-01-01\n",
+        "tags: null\n",
+        "tags: {a: b}\n",
+        "base_model: [1, null]\n",
+        "1: 2\n",
+        "license: .nan\n",
+    ),
     *("<!-- fossil-export: begin -->\n", "<!-- fossil-export: end -->\n", "<!-- fossil-export wrote: {} -->\n"),
     *("a: " + "[" * 3000, "x: " + "&b " * 20, "language: [no, yes]\n", "a: 0o17\nb: 1e999\n", "license: mit\n" * 2),
     *("bomb0: &b0 [x]\n" + "".join(f"bomb{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 9)}]\n" for i in range(1, 9)),),
@@ -55,7 +86,7 @@ class Cards:
         return ["push", "--dry-run", str(folder / "lora"), "ada/model", "--json"]
 
     def judge(self, folder: Path) -> str | None:
-        import yaml
+        import yaml  # type: ignore[import-untyped]
         from huggingface_hub import ModelCard
 
         from fossil_export.publishing._about import extended_card
@@ -66,7 +97,10 @@ class Cards:
         content = extended_card(facts_for(plan.parts, "ada/model")[0], given, None)[0].decode()
         told = json.loads((folder.parent / "stdout").read_text())["card"]
         try:
-            before, after = ModelCard(given, ignore_metadata_errors=True), ModelCard(content, ignore_metadata_errors=True)
+            before, after = (
+                ModelCard(given, ignore_metadata_errors=True),
+                ModelCard(content, ignore_metadata_errors=True),
+            )
             block = content.split("---")[1]
             read = json.loads(json.dumps(yaml.safe_load(block), default=str))
         except Exception as problem:

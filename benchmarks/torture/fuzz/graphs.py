@@ -108,7 +108,9 @@ def make_base(folder: Path) -> None:
     (folder / "base").mkdir(parents=True)
     from safetensors.torch import save_file
 
-    save_file({name: value.clone() for name, value in plain.state_dict().items()}, folder / "base" / "model.safetensors")
+    save_file(
+        {name: value.clone() for name, value in plain.state_dict().items()}, folder / "base" / "model.safetensors"
+    )
     for name, config in (
         ("miss", MissConfig(r=RANK, target_modules=list(WIDTHS))),
         ("lora", LoraConfig(r=RANK, lora_alpha=8, target_modules=list(WIDTHS))),
@@ -143,7 +145,9 @@ def _model() -> Any:
 def weights_of(folder: Path) -> dict[str, Any]:
     from safetensors.numpy import load_file
 
-    return {name.removesuffix(".weight"): value for name, value in load_file(folder / "base" / "model.safetensors").items()}
+    return {
+        name.removesuffix(".weight"): value for name, value in load_file(folder / "base" / "model.safetensors").items()
+    }
 
 
 def updates_of(folder: Path, adapter: str) -> dict[str, Any]:
@@ -178,10 +182,15 @@ def make_graph(folder: Path, form: str) -> None:
             label, stored = f"/layers.{layer}/{name}/MatMul", f"layers.{layer}.{name}.weight"
             if form == "nbits":
                 codes, scales = quantized(weight)
-                constants += [numpy_helper.from_array(codes, f"{stored}_Q4"), numpy_helper.from_array(scales, f"{stored}_scales")]
+                constants += [
+                    numpy_helper.from_array(codes, f"{stored}_Q4"),
+                    numpy_helper.from_array(scales, f"{stored}_scales"),
+                ]
                 sizes = {"K": INPUTS, "N": len(weight), "bits": 4, "block_size": 16}
                 operands = ["x", f"{stored}_Q4", f"{stored}_scales"]
-                nodes.append(helper.make_node("MatMulNBits", operands, [f"{label}_out"], label, domain="com.microsoft", **sizes))
+                nodes.append(
+                    helper.make_node("MatMulNBits", operands, [f"{label}_out"], label, domain="com.microsoft", **sizes)
+                )
             else:
                 rows = form == "gemm"
                 constants.append(numpy_helper.from_array(np.ascontiguousarray(weight if rows else weight.T), stored))
@@ -193,7 +202,9 @@ def make_graph(folder: Path, form: str) -> None:
     if form == "nbits":
         opsets.append(helper.make_opsetid("com.microsoft", 1))
     given = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [*lead, INPUTS])]
-    model = helper.make_model(helper.make_graph(nodes, "layers", given, outputs, constants), opset_imports=opsets, ir_version=10)
+    model = helper.make_model(
+        helper.make_graph(nodes, "layers", given, outputs, constants), opset_imports=opsets, ir_version=10
+    )
     path = folder / "graph" / "model.onnx"
     path.parent.mkdir()
     onnx.save(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=16)
@@ -287,7 +298,10 @@ def run(graph: Path | bytes, folder: Path, adapter: Path | None, feeds: Any = No
         generator, feeds = np.random.default_rng(0), {}
         for one in session.get_inputs():
             shape = [size if isinstance(size, int) and size >= 0 else 3 for size in one.shape]
-            if one.type not in ("tensor(float)", "tensor(float16)", "tensor(double)") or np.prod(shape, dtype=float) > 1e6:
+            if (
+                one.type not in ("tensor(float)", "tensor(float16)", "tensor(double)")
+                or np.prod(shape, dtype=float) > 1e6
+            ):
                 raise ValueError(f"input {one.name} of {one.type} {one.shape}")
             kind = {"tensor(float)": np.float32, "tensor(float16)": np.float16}.get(one.type, np.float64)
             feeds[one.name] = generator.standard_normal(shape).astype(kind)

@@ -24,7 +24,9 @@ def damage_graph(path: Path, random: Random) -> str:
     if random.random() < 0.02:
         return deep(path, random)
     model = onnx.load(path, load_external_data=False)
-    way = random.choice((_field, _field, _field, _field, _text_of_another, _cycle, _subgraph, _external, _shape, _twice))
+    way = random.choice(
+        (_field, _field, _field, _field, _text_of_another, _cycle, _subgraph, _external, _shape, _twice)
+    )
     how = way(model, random)
     path.write_bytes(model.SerializePartialToString())
     return f"{path.name}: {how}"[:300]
@@ -73,7 +75,9 @@ def _other(old: Any, field: Any, random: Random) -> Any:
     if isinstance(old, str):
         return random.choice((*TEXTS, f"{old}x", old[:-1]))
     if isinstance(old, bytes):
-        return random.choice((b"", old[:-1], old + b"\0", old * 2, random.randbytes(len(old)), *(t.encode() for t in TEXTS)))
+        return random.choice(
+            (b"", old[:-1], old + b"\0", old * 2, random.randbytes(len(old)), *(t.encode() for t in TEXTS))
+        )
     if isinstance(old, float):
         return random.choice((0.0, -1.0, 1e30, float("nan"), float("inf")))
     if field.enum_type is not None:
@@ -85,7 +89,9 @@ def _other(old: Any, field: Any, random: Random) -> Any:
 
 def _text_of_another(model: Any, random: Random) -> str:
     """A name or text is another one that stands in the graph."""
-    found = [one for one in places(model) if one[1].cpp_type == one[1].CPPTYPE_STRING and one[1].type == one[1].TYPE_STRING]
+    found = [
+        one for one in places(model) if one[1].cpp_type == one[1].CPPTYPE_STRING and one[1].type == one[1].TYPE_STRING
+    ]
     texts = [getattr(m, f.name) if i is None else getattr(m, f.name)[i] for m, f, i, _ in found]
     message, field, index, name = random.choice(found)
     new = random.choice(texts)
@@ -162,7 +168,17 @@ def _shape(model: Any, random: Random) -> str:
     tensor = random.choice(model.graph.initializer)
     dims = list(tensor.dims)
     new = random.choice(
-        (dims[::-1], [], [0, *dims], [1, *dims], dims * 40, [-1, *dims[1:]], [dims[0] + 1, *dims[1:]], [2**40, 2**40], [-2, -12])
+        (
+            dims[::-1],
+            [],
+            [0, *dims],
+            [1, *dims],
+            dims * 40,
+            [-1, *dims[1:]],
+            [dims[0] + 1, *dims[1:]],
+            [2**40, 2**40],
+            [-2, -12],
+        )
     )
     del tensor.dims[:]
     tensor.dims.extend(new)

@@ -105,7 +105,9 @@ class Checked:
         make_artifacts(folder)
 
     def mutate(self, folder: Path, random: Random) -> str:
-        files = sorted(path for path in (folder / self.kind).iterdir() if path.suffix in (".json", ".safetensors", ".jinja"))
+        files = sorted(
+            path for path in (folder / self.kind).iterdir() if path.suffix in (".json", ".safetensors", ".jinja")
+        )
         how = damage_any(random.choice(files), random)
         (folder / "how").write_text(how.encode(errors="replace").decode())
         return how
@@ -152,7 +154,13 @@ class Pushed:
     def mutate(self, folder: Path, random: Random) -> str:
         path = folder / self.kind
         if path.is_dir():
-            names = ("fossil_export.json", "fossil_export.json", "fossil_parity.json", "config.json", "adapter_config.json")
+            names = (
+                "fossil_export.json",
+                "fossil_export.json",
+                "fossil_parity.json",
+                "config.json",
+                "adapter_config.json",
+            )
             path = random.choice([path / name for name in names if (path / name).is_file()])
         return damage_any(path, random)
 

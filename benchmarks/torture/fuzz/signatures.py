@@ -4,6 +4,7 @@ plain graph in NumPy; ONNX Runtime's own reading of the adapter file."""
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -24,9 +25,18 @@ def make_exports(folder: Path) -> None:
 
     make_base(folder)
     make_graph(folder, "matmul")
-    for name, adapter, mode in (("swappable", "miss", "swappable"), ("lora-swappable", "lora", "swappable"), ("fused", "lora", "fused")):
+    for name, adapter, mode in (
+        ("swappable", "miss", "swappable"),
+        ("lora-swappable", "lora", "swappable"),
+        ("fused", "lora", "fused"),
+    ):
         export_onnx(
-            folder / adapter, folder / name, base=folder / "base", mode=mode, onnx=folder / "graph", copy_data=True  # type: ignore[arg-type]
+            folder / adapter,
+            folder / name,
+            base=folder / "base",
+            mode=mode,  # type: ignore[arg-type]
+            onnx=folder / "graph",
+            copy_data=True,
         )
 
 
@@ -38,7 +48,9 @@ def damage_mark(path: Path, random: Random) -> str:
     entry = next(one for one in model.metadata_props if one.key == MARK)
     if random.random() < 0.1:
         at = random.randrange(len(entry.value))
-        entry.value = random.choice((entry.value[:at], "", "[]", "null", "[" * 100_000, entry.value[:at] + entry.value[at + 1 :]))
+        entry.value = random.choice(
+            (entry.value[:at], "", "[]", "null", "[" * 100_000, entry.value[:at] + entry.value[at + 1 :])
+        )
         how = "text"
     else:
         value, how = damage_tree(json.loads(entry.value), random)
@@ -70,11 +82,11 @@ class Signatures:
 
     @staticmethod
     def _is_changed(folder: Path, name: str, onnx: object) -> bool:
-        return (folder / name / "model.onnx").stat().st_mtime > (folder / name / "fossil_export.json").stat().st_mtime + 0.001
+        return (folder / name / "model.onnx").stat().st_mtime > (
+            folder / name / "fossil_export.json"
+        ).stat().st_mtime + 0.001
 
     def judge(self, folder: Path) -> str | None:
-        import shutil
-
         adapter = "lora" if b"lora_A" in (folder / "out").read_bytes() else "miss"
         graph = next(name for name in ("swappable", "lora-swappable") if self._is_changed(folder, name, None))
         problems = []
@@ -99,7 +111,7 @@ class CheckedGraphs:
     def make(self, folder: Path) -> None:
         make_exports(folder)
         for name in ("swappable", "fused"):
-            __import__("shutil").copytree(folder / name, folder / f"sound-{name}")
+            shutil.copytree(folder / name, folder / f"sound-{name}")
 
     def mutate(self, folder: Path, random: Random) -> str:
         name = random.choice(("swappable", "swappable", "fused"))

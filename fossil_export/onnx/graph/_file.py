@@ -44,7 +44,9 @@ def load_graph(path: Path) -> ir.Model:
     check_tensors(model, path)
     for file, needed in external_files(model).items():
         if not file.is_relative_to(path.parent) or ".." in file.relative_to(path.parent).parts:
-            raise OnnxError(f"{path}: keeps its data outside its folder, in {str(file)[:300]}; move it beside the graph")
+            raise OnnxError(
+                f"{path}: keeps its data outside its folder, in {str(file)[:300]}; move it beside the graph"
+            )
         shown = str(file.relative_to(path.parent))[:300]
         try:
             size = file.stat().st_size if file.is_file() else None
