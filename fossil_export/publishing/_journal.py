@@ -54,6 +54,6 @@ def _sound(entry: Any) -> dict[str, Any]:
         raise ValueError("no upload")
     base64.b64decode(entry["sample"], validate=True)
     for sums in entry["survival"].values():
-        if not all(map(math.isfinite, vars(Survival(**{name: float(value) for name, value in sums.items()})).values())):
+        if any(map(math.isnan, vars(Survival(**{name: float(value) for name, value in sums.items()})).values())):
             raise ValueError("no sums")
     return dict(entry)
