@@ -54,6 +54,11 @@ class TestVerifyCatches:
         found = verify(lora, level="weights")
         assert not found.parity and any("its update would be scaled" in problem for problem in found.problems)
 
+    def test_modules_that_nothing_names(self, lora: Path) -> None:
+        """PEFT would guess them by the model's type, and leave the others out."""
+        edit_json(lora / "adapter_config.json", target_modules=None)
+        assert "names no target_modules" in verify(lora, level="weights").problems[0]
+
     def test_another_rank(self, lora: Path) -> None:
         edit_json(lora / "adapter_config.json", rank_pattern={})
         assert "q_proj: has rank 4, and adapter_config.json says otherwise" in verify(lora, level="weights").problems[0]

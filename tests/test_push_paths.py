@@ -14,7 +14,7 @@ from loopback import LoopbackHub
 from push_tools import card_of, published
 
 from fossil_export import convert, merge, push, verify
-from fossil_export.publishing._paths import Paths
+from fossil_export.publishing._paths import Paths, is_path
 
 
 def test_no_path_of_this_machine_is_published(
@@ -54,6 +54,20 @@ def test_no_path_of_this_machine_is_published(
                 "tokenizer_file": "tokenizer.json",
             }
         assert folder.exists() and not push(folder, f"ada/new-{number}").changed
+
+
+def test_half_a_character_is_published_as_json_writes_it(tmp_path: Path) -> None:
+    record = json.dumps({"name": str(tmp_path / "model"), "\ud800": "\ud800"}).encode()
+    assert json.loads(Paths([tmp_path], []).published("fossil_export.json", record)) == {
+        "name": "model",
+        "\ud800": "\ud800",
+    }
+
+
+@pytest.mark.parametrize("name", ["/a\0b", "/\ud800", "/" + "x" * 5000, "x" * 5000])
+def test_names_that_no_file_can_have(name: str) -> None:
+    assert Paths([], [name]).without({"name": name})["name"] == name.removeprefix("/")
+    assert is_path(name) == name.startswith("/")
 
 
 @given(st.lists(st.text("ab.-_ ", min_size=1, max_size=6), min_size=1, max_size=4), st.text("xy:;,( )'/", max_size=8))

@@ -50,7 +50,11 @@ def test_a_damaged_journal(scene: LoopbackHub, tmp_path: Path) -> None:
         text.replace('"sha256": "', '"sha256": "zz'),
         text.replace('"sample": "', '"sample": "!'),
         text.replace('"size": 37', '"size": 0.37'),
+        text.replace('"size": 37', '"size": -37'),
         text.replace('"survival": {', '"survival": {"a": {"lost": 1}, '),
+        text.replace('"survival": {', '"survival": {"a": {"kept": NaN}, '),
+        text.replace('"survival": {', f'"survival": {{"a": {{"kept": {10**400}}}, '),
+        "[" * 100_000,
         "\x00\xff" * 100,
     ):
         path.write_text(damaged)

@@ -21,6 +21,7 @@ from fossil_export.onnx._trained import Branch, branch, is_tiling, ranks_of
 from fossil_export.onnx.graph._file import MARK, load_graph
 from fossil_export.onnx.graph._match import Found, Piece, Wanted, find_places
 from fossil_export.onnx.graph._sites import Site, find_sites
+from fossil_export.onnx.graph._weight import FLOAT_NAMES
 from fossil_export.onnx.modes import Mode
 
 if TYPE_CHECKING:
@@ -129,6 +130,9 @@ def open_graph(merge: MergePlan, mode: Mode, path: Path) -> OpenGraph:
         raise OnnxError(
             f"{path}: {listed(wide)} are stored as DOUBLE, and shards are added in float32; use --mode fused"
         )
+    for place in places:
+        if strange := {site.activation for site in by_label[place.label]} - set(FLOAT_NAMES):
+            raise OnnxError(f"{path}: {place.label} is multiplied by {listed(sorted(strange))}; export the graph again")
     ranks: dict[str, set[int]] = defaultdict(set)
     for place in places:
         ranks[place.kind] |= ranks_of(merge.adapter, place.pieces)

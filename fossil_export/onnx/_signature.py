@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +21,7 @@ from fossil_export.merging._plan import MergePlan
 from fossil_export.onnx._trained import is_the_bases
 from fossil_export.onnx.graph._file import MARK, load_graph
 from fossil_export.onnx.graph._match import Piece
+from fossil_export.onnx.graph._weight import FLOAT_NAMES
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -113,6 +116,7 @@ def mark(graph: OpenGraph, editor: Editor, slots: Sequence[Slot] = ()) -> None:
             saved_digests(graph.merge),
         )
         record["signature"] = asdict(signature) | {"slots": [slot.to_dict() for slot in slots]}
+    record["sha256"] = _sum(record)
     graph.model.metadata_props[MARK] = json.dumps(record, separators=(",", ":"))
 
 
@@ -134,28 +138,60 @@ def _outlets(graph: OpenGraph, editor: Editor) -> Iterator[Outlet]:
 
 
 def read_mark(graph: Path, model: ir.Model | None = None) -> dict[str, Any]:
-    """What fossil-export wrote into the graph's metadata; empty for a graph that it did not rewrite."""
+    """What fossil-export wrote into the graph's metadata; empty for a graph that it did not rewrite. Raises OnnxError
+    when it is not what was written."""
     text = (model or load_graph(graph)).metadata_props.get(MARK)
     try:
         found = json.loads(text or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
-    if not isinstance(found, dict):
-        raise OnnxError(f"{graph}: its fossil_export metadata is damaged; export it again")
+    if not isinstance(found, dict) or found.get("sha256", "") not in ("", _sum(found)):
+        raise _damaged(graph)
     return found
 
 
+def _sum(record: Mapping[str, Any]) -> str:
+    """Of all that the record says: a number that changed would put shards into other columns, and nobody would see."""
+    rest = {name: value for name, value in record.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode(errors="replace")).hexdigest()
+
+
+def _damaged(graph: Path) -> OnnxError:
+    return OnnxError(f"{graph}: its fossil_export metadata is damaged; export it again")
+
+
 def read_signature(graph: Path) -> Signature:
-    """The signature of a swappable graph. Raises OnnxError when it is none, or damaged."""
-    record = read_mark(graph)
+    """The signature of a swappable graph. Raises OnnxError when it is none, damaged, or of another graph."""
+    model = load_graph(graph)
+    record = read_mark(graph, model)
+    found = record.get("signature")
+    if found is None or record.get("format") != FORMAT:
+        what = f"was made in --mode {record['mode']}" if record.get("mode") else "was not made by fossil-export"
+        raise OnnxError(f"{graph}: takes no adapters, it {what}; export it with --mode swappable")
     try:
-        found = record.get("signature")
-        if found is not None and record["format"] == FORMAT:
-            return Signature(**{**found, "slots": _slots(found["slots"]), "tensors": tuple(found["tensors"])})
+        signature = Signature(**{**found, "slots": _slots(found["slots"]), "tensors": tuple(found["tensors"])})
+        sound = re.fullmatch("[0-9a-f]{64}", signature.fingerprint) is not None
+        sound &= all(isinstance(text, str) for text in (signature.base, *signature.tensors, *signature.saved.values()))
     except (ValueError, TypeError, KeyError, AttributeError) as problem:
-        raise OnnxError(f"{graph}: its fossil_export metadata is damaged; export it again") from problem
-    what = f"was made in --mode {record['mode']}" if record.get("mode") else "was not made by fossil-export"
-    raise OnnxError(f"{graph}: takes no adapters, it {what}; export it with --mode swappable")
+        raise _damaged(graph) from problem
+    if not sound:
+        raise _damaged(graph)
+    given = {value.name: value for value in model.graph.inputs}
+    for slot in signature.slots:
+        for name, at, size in ((slot.name, 1, slot.outputs), (slot.down, 0, slot.inputs)):
+            if name and not _is_input(given.get(name), slot.dtype, at, size):
+                raise OnnxError(f"{graph}: has no input {name} as its fossil_export metadata tells; export it again")
+    return signature
+
+
+def _is_input(value: Any, dtype: str, at: int, size: int) -> bool:
+    """Whether an input of the graph takes a matrix of this type with `size` along `at`."""
+    if value is None or value.dtype is None or value.dtype.name != dtype:
+        return False
+    if value.shape is None:
+        return True
+    sizes = list(value.shape)
+    return len(sizes) == 2 and (not isinstance(sizes[at], int) or sizes[at] == size)
 
 
 def read_branches(graph: Path, record: Mapping[str, Any]) -> tuple[Slot, ...]:
@@ -163,11 +199,44 @@ def read_branches(graph: Path, record: Mapping[str, Any]) -> tuple[Slot, ...]:
     try:
         return _slots(record.get("branches", ()))
     except (ValueError, TypeError, KeyError, AttributeError) as problem:
-        raise OnnxError(f"{graph}: its fossil_export metadata is damaged; export it again") from problem
+        raise _damaged(graph) from problem
+
+
+def read_outlets(graph: Path, record: Mapping[str, Any]) -> tuple[Outlet, ...]:
+    """Where the graph with that record has the modules' outputs. Raises OnnxError when it is damaged."""
+    try:
+        return tuple(_typed(Outlet(**entry)) for entry in record.get("outlets", ()))
+    except (ValueError, TypeError, KeyError, AttributeError) as problem:
+        raise _damaged(graph) from problem
 
 
 def _slots(entries: Iterable[Mapping[str, Any]]) -> tuple[Slot, ...]:
-    return tuple(Slot(**{**entry, "pieces": tuple(Piece(**piece) for piece in entry["pieces"])}) for entry in entries)
+    """Raises one of the errors above for what no graph has."""
+    slots = tuple(
+        _typed(Slot(**{**entry, "pieces": tuple(_typed(Piece(**piece)) for piece in entry["pieces"])}))
+        for entry in entries
+    )
+    for slot in slots:
+        columns = sorted((piece.at, piece.at + piece.count) for piece in slot.pieces)
+        if slot.dtype not in FLOAT_NAMES or any(end > start for (_, end), (start, _) in pairwise(columns)):
+            raise ValueError(slot)
+        if not columns or columns[-1][1] > slot.outputs:
+            raise ValueError(slot)
+    return slots
+
+
+_Entry = TypeVar("_Entry", Slot, Piece, Outlet)
+
+
+def _typed(entry: _Entry) -> _Entry:
+    """The entry; raises TypeError unless its texts are texts and its numbers sizes."""
+    for field in fields(entry):
+        value = getattr(entry, field.name)
+        if field.type == "str" and not isinstance(value, str):
+            raise TypeError(field.name)
+        if field.type == "int" and (type(value) is not int or not 0 <= value < 2**40):
+            raise TypeError(field.name)
+    return entry
 
 
 def fingerprint(weights: Iterable[Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +25,7 @@ class Journal:
         try:
             found = json.loads(path.read_bytes())
             self.done = {str(name): _sound(entry) for name, entry in dict(found).items()}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             self.done = {}
 
     def add(self, name: str, upload: Any, survival: Mapping[str, Survival]) -> None:
@@ -49,9 +50,10 @@ class Journal:
 
 def _sound(entry: Any) -> dict[str, Any]:
     """The entry; raises one of the errors above for what `add` never wrote."""
-    if not isinstance(entry["size"], int) or len(bytes.fromhex(entry["sha256"])) != 32:
+    if type(entry["size"]) is not int or entry["size"] < 0 or len(bytes.fromhex(entry["sha256"])) != 32:
         raise ValueError("no upload")
     base64.b64decode(entry["sample"], validate=True)
     for sums in entry["survival"].values():
-        Survival(**{name: float(value) for name, value in sums.items()})
+        if any(map(math.isnan, vars(Survival(**{name: float(value) for name, value in sums.items()})).values())):
+            raise ValueError("no sums")
     return dict(entry)

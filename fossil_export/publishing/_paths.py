@@ -33,7 +33,12 @@ class Paths:
         for place in (Path.home, Path.cwd, lambda: Path(tempfile.gettempdir())):
             with suppress(RuntimeError, OSError):
                 found.append(place())
-        roots = {str(path) for place in found for path in (place.absolute(), place.resolve())} - {"/"}
+        roots = set[str]()
+        for place in found:
+            roots.add(str(place.absolute()))
+            with suppress(RuntimeError, OSError, ValueError):  # loops, and names that no file can have
+                roots.add(str(place.resolve()))
+        roots -= {"/"}
         either = "|".join(map(re.escape, sorted(roots, key=len, reverse=True)))
         self._whole = re.compile(rf"(?:{either})(?:/[^\n]*)?")
         self._within = re.compile(rf"(?<![\w./])(?:{either})(?![\w.-])(?:/[^\s/:;,'\"()]+)*/?")
@@ -91,7 +96,14 @@ def _without_foreign(value: Any, key: str = "") -> Any:
 
 def is_path(name: str) -> bool:
     """Whether what should be a model's id is a path, on whatever machine."""
-    return _ABSOLUTE.match(name) is not None or (not is_hub_id(name) and ("/" in name or Path(name).exists()))
+    return _ABSOLUTE.match(name) is not None or (not is_hub_id(name) and ("/" in name or _exists(name)))
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:

@@ -114,6 +114,8 @@ def _check(folder: Path, adapter: Adapter, plan: MergePlan) -> Iterator[str]:
         bare = [m for m in owners if not any(m == target or m.endswith(f".{target}") for target in targets)]
         if bare:
             yield f"target_modules does not cover {listed(bare)}"
+    elif not isinstance(targets, str) and owners:
+        yield "adapter_config.json names no target_modules; PEFT would take those it has for such models"
     wanted = {
         f"{_PREFIX}{trained.owner}.{ending}": name
         for name, trained in adapter.trained.items()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fossil_export._extras import required
+from fossil_export.checkpoints._jsonfile import read_json
 from fossil_export.errors import FossilExportError, OnnxError
 from fossil_export.onnx._adapter_file import ADAPTER
-from fossil_export.onnx._signature import Outlet, read_mark
+from fossil_export.onnx._signature import read_mark, read_outlets
 from fossil_export.onnx.builders._existing import find_graph
 from fossil_export.onnx.graph._file import load_graph
 from fossil_export.verifying._models import Tokens
@@ -73,7 +73,7 @@ class OnnxRunner:
         import torch
 
         mark = read_mark(self._graph, self._model)
-        outlets = [Outlet(**entry) for entry in mark.get("outlets", ())]
+        outlets = read_outlets(self._graph, mark)
         names = list(dict.fromkeys(outlet.value for outlet in outlets))
         if not names:
             return None
@@ -175,8 +175,14 @@ def _sizes(folder: Path) -> dict[str, int]:
     path = folder / "genai_config.json"
     if not path.is_file():
         return {}
-    decoder = json.loads(path.read_bytes()).get("model", {}).get("decoder", {})
-    return {"head_size": int(decoder.get("head_size", 0))}
+    size: Any = read_json(path, OnnxError)
+    for key in ("model", "decoder", "head_size"):
+        size = size.get(key) if isinstance(size, dict) else None
+    if size is None:
+        return {}
+    if type(size) is not int or not 0 <= size < 2**20:
+        raise OnnxError(f"{path}: head_size is {str(size)[:100]}, no number of values; export the graph again")
+    return {"head_size": size}
 
 
 def _ending(folder: Path) -> set[int]:
@@ -184,8 +190,8 @@ def _ending(folder: Path) -> set[int]:
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
-            value = json.loads((folder / name).read_bytes()).get("eos_token_id")
-            found |= set(value) if isinstance(value, list) else {value} if value is not None else set()
+            value = read_json(folder / name, OnnxError).get("eos_token_id")
+            found |= {one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int)}
     return found
 
 

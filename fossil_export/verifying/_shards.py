@@ -15,7 +15,7 @@ from fossil_export._extras import required
 from fossil_export.adapters import Adapter, Trained
 from fossil_export.errors import OnnxError, listed
 from fossil_export.onnx._adapter_file import ADAPTER
-from fossil_export.onnx._signature import Outlet, Slot, read_branches, read_mark, read_signature
+from fossil_export.onnx._signature import Slot, read_branches, read_mark, read_outlets, read_signature
 from fossil_export.onnx.builders._existing import find_graph
 from fossil_export.onnx.graph._file import load_graph
 from fossil_export.onnx.graph._match import Piece
@@ -58,7 +58,7 @@ def _check_branches(folder: Path, graph: Path, model: ir.Model, mark: Mapping[st
         ]
     values = {value.name: value for node in model.graph for value in node.outputs}
     problems: list[str] = []
-    for outlet in (Outlet(**entry) for entry in mark.get("outlets", ())):
+    for outlet in read_outlets(graph, mark):
         trained, node = adapter.trained.get(outlet.module), _gemm(values.get(outlet.value))
         if trained is not None and node is not None:
             piece = Piece(outlet.module, 0, outlet.at, outlet.count)

@@ -28,7 +28,11 @@ OUTCOMES = {
     "left": False,  # something left of an output that was refused
 }
 
-SUBJECTS = ("adapters", "mlx", "merged", "options", "hostile", "quantized_bases", "pickles", "rwkv", "gguf_files")
+SUBJECTS = (
+    *("adapters", "mlx", "merged", "options", "hostile"),
+    *("quantized_bases", "pickles", "rwkv", "gguf_files"),
+    *("graphs", "signatures", "records", "cards"),
+)
 """Modules of this package, each with a list `SUBJECTS`."""
 
 

@@ -73,6 +73,7 @@ class Piece:
 Found = dict[Site, list[Piece]]
 
 
+@np.errstate(over="ignore", invalid="ignore")  # of values in the graph that are not finite, and so are not the base's
 def find_places(wanted: Sequence[Wanted], sites: Sequence[Site], siblings: Mapping[str, int], graph: str) -> Found:
     """Give every module of `wanted` its place among `sites`.
 

@@ -44,7 +44,7 @@ class Site:
     def activation(self) -> str:
         """ONNX's name of the dtype of x and y."""
         for value in (self.x, self.y):
-            if value.dtype is not None:
+            if value is not None and value.dtype is not None:
                 return str(value.dtype.name)
         if self.weight.bits is None:
             return self.weight.dtype
@@ -69,6 +69,13 @@ def find_sites(graph: ir.Graph) -> tuple[Site, ...]:
 
 
 def _weight_of(node: ir.Node) -> Weight | None:
+    try:
+        return _read_weight(node)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return None  # attributes and inputs of other types or numbers than the operator has
+
+
+def _read_weight(node: ir.Node) -> Weight | None:
     key = (node.domain, node.op_type)
     if key == ("com.microsoft", "MatMulNBits"):
         return block_weight(node)

@@ -109,7 +109,15 @@ def block_weight(node: ir.Node) -> Weight | None:
     if order is not None or (len(node.inputs) > 3 and node.inputs[3] is not None and zeros is None):
         return None  # columns out of order, or zero points computed in the graph
     inputs, outputs, block = sizes["K"], sizes["N"], sizes["block_size"]
+    if min(inputs, outputs, block) < 1 or packed.dtype.name != "UINT8":
+        return None
     blocks = -(-inputs // block)
+    if packed.size * 8 != outputs * blocks * block * bits or scales.size != outputs * blocks:
+        return None  # not what its numbers say
+    if zeros is not None and zeros.size != outputs * (
+        -(-blocks * bits // 8) if zeros.dtype.name == "UINT8" else blocks
+    ):
+        return None
 
     def unpacked(data: Array, count: int) -> Array:
         lanes = [(data >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
@@ -145,6 +153,13 @@ def dequantized_weight(node: ir.Node, transposed: bool) -> Weight | None:
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
     block = node.attributes["block_size"].as_int() if "block_size" in node.attributes else 0
     first, second = (int(size) for size in codes.shape)
+    whole = (first, second)
+    if axis not in (-2, -1, 0, 1) or block < 0:
+        return None
+    cut = tuple(-(-size // block) if block and at == axis % 2 else size for at, size in enumerate(whole))
+    fitting = ((), (1,), (whole[axis % 2],), cut) if block else ((), (1,), (whole[axis % 2],))
+    if any(one is not None and tuple(one.shape) not in fitting for one in (scales, zeros)):
+        return None  # not what its numbers say
 
     def spread(array: Array) -> Array:
         if array.ndim == 1 and array.size > 1:
