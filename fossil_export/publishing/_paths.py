@@ -30,9 +30,9 @@ class Paths:
     def __init__(self, places: Iterable[Path] = (), names: Iterable[str] = ()) -> None:
         self._names = {name: Path(name).name for name in names if Path(name).name}
         found = [*places, *(Path(name).expanduser() for name in self._names if Path(name).is_absolute())]
-        for place in (Path.home, Path.cwd, lambda: Path(tempfile.gettempdir())):
+        for known in (Path.home, Path.cwd, lambda: Path(tempfile.gettempdir())):
             with suppress(RuntimeError, OSError):
-                found.append(place())
+                found.append(known())
         roots = set[str]()
         for place in found:
             roots.add(str(place.absolute()))

@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from torture.fuzz.adapters import llama, load
+from torture.fuzz.scene import llama, load
 from torture.fuzz.mutations import damage_file, damage_json
 from torture.fuzz.subject import Subject, Unjudged
 
