@@ -158,6 +158,6 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OutputError, match=r"lora\.gguf: cannot be written: No space left on device"):
+    with pytest.raises(OutputError, match=r"lora\.gguf: writing failed: No space left on device; make room"):
         convert(tmp_path / "adapter", tmp_path / "lora.gguf", to="gguf-lora")
     assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob(".lora*"))

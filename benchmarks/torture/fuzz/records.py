@@ -10,8 +10,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from torture.fuzz.scene import llama, load
 from torture.fuzz.mutations import damage_file, damage_json
+from torture.fuzz.scene import llama, load
 from torture.fuzz.subject import Subject, Unjudged
 
 
