@@ -128,13 +128,13 @@ def make_base(folder: Path) -> None:
 def _model() -> Any:
     import torch
 
-    class Layer(torch.nn.Module):
+    class Layer(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             for name, width in WIDTHS.items():
                 setattr(self, name, torch.nn.Linear(INPUTS, width, bias=False))
 
-    class Stack(torch.nn.Module):
+    class Stack(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.layers = torch.nn.ModuleList([Layer() for _ in range(LAYERS)])

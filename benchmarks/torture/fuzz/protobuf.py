@@ -42,7 +42,7 @@ def places(message: Any, path: str = "") -> list[tuple[Any, Any, int | None, str
             found.append((message, field, index, name))
             if hasattr(one, "ListFields"):
                 found += places(one, f"{name}[{index}]" if repeated else name)
-            elif repeated and index > 8:  # the values of a tensor
+            elif index is not None and index > 8:  # the values of a tensor
                 break
     return found
 
