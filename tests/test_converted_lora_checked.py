@@ -59,6 +59,14 @@ class TestVerifyCatches:
         edit_json(lora / "adapter_config.json", target_modules=None)
         assert "names no target_modules" in verify(lora, level="weights").problems[0]
 
+    @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+    def test_matrices_that_are_none(self, part: str, lora: Path) -> None:
+        state = load_file(lora / "adapter_model.safetensors")
+        name = f"{PREFIX}model.layers.1.self_attn.v_proj.{part}.weight"
+        state[name] = state[name].reshape(-1)
+        save_file(state, lora / "adapter_model.safetensors")
+        assert "do not fit" in verify(lora, level="weights").problems[0]
+
     def test_another_rank(self, lora: Path) -> None:
         edit_json(lora / "adapter_config.json", rank_pattern={})
         assert "q_proj: has rank 4, and adapter_config.json says otherwise" in verify(lora, level="weights").problems[0]

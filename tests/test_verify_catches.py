@@ -96,6 +96,8 @@ def test_broken_ties(tmp_path: Path) -> None:
     assert "ties tensors that training parted" in result.problems[0]
     edit_json(tmp_path / "merged" / "config.json", tie_word_embeddings=False, vocab_size=119)
     assert any("vocab_size 119" in problem for problem in verify(tmp_path / "merged", level="weights").problems)
+    edit_json(tmp_path / "merged" / "config.json", vocab_size=None)
+    assert any("names no vocab_size" in problem for problem in verify(tmp_path / "merged", level="weights").problems)
     tamper(tmp_path / "merged", "lm_head.weight", lambda old: None)
     problems = verify(tmp_path / "merged", level="weights").problems
     assert "lm_head.weight is missing from the artifact" in problems

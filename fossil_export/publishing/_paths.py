@@ -34,10 +34,10 @@ class Paths:
             with suppress(RuntimeError, OSError):
                 found.append(known())
         roots = set[str]()
-        for place in found:
-            roots.add(str(place.absolute()))
+        for one in found:
+            roots.add(str(one.absolute()))
             with suppress(RuntimeError, OSError, ValueError):  # loops, and names that no file can have
-                roots.add(str(place.resolve()))
+                roots.add(str(one.resolve()))
         roots -= {"/"}
         either = "|".join(map(re.escape, sorted(roots, key=len, reverse=True)))
         self._whole = re.compile(rf"(?:{either})(?:/[^\n]*)?")

@@ -44,6 +44,8 @@ def check_folder(
         more = of_base.shape[0] - _text(base.config or {}).get("vocab_size", 0) if of_base is not None else 0
         if rows - vocabulary not in (0, more):  # some models have more rows than that, for other tokens
             yield f"config.json says vocab_size {vocabulary}, but {embedding} has {rows} rows"
+    elif not isinstance(vocabulary, int) and isinstance(_text(base.config or {}).get("vocab_size"), int):
+        yield "config.json names no vocab_size, and the base's does"
     wanted = {**(base.config or {}), **plan.config_edits}
     changed = [key for key in difference(artifact.config, wanted) if key in _MEANING]
     if changed:

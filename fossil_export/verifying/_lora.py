@@ -175,7 +175,7 @@ def _module(
     """What is wrong with the tensors of a module, and the number by which all of its update is off, if it is one."""
     arrays, rank = [adapter.array(info) for info in found], None
     if len(arrays) == 2:
-        rank = len(arrays[0])
+        rank = len(arrays[0]) if arrays[0].ndim else 0
         if not _fits(arrays, weight, found[0].name.endswith("embedding_A")):
             return f"its matrices {list(arrays[1].shape)} and {list(arrays[0].shape)} do not fit {list(weight)}", None
         if rank != _of(config, "rank_pattern", trained.owner, config.get("r")):
@@ -202,7 +202,7 @@ def _endings(trained: Trained, tensors: Mapping[str, Any]) -> tuple[str, ...]:
 def _fits(arrays: list[Array], weight: tuple[int, ...], embedding: bool) -> bool:
     """Whether A (r, in) and B (out, r), a convolution's flattened, are of a weight (out, in)."""
     first, second = arrays
-    if second.shape[1] != len(first) or (embedding and len(first.shape) != 2):
+    if second.ndim < 2 or first.ndim < 2 or second.shape[1] != len(first) or (embedding and len(first.shape) != 2):
         return False
     size = (len(second), element_count(first.shape[1:]))
     return (size[::-1] if embedding else size) == tuple(weight)
