@@ -25,13 +25,13 @@ def check_branch(name: str) -> None:
     """As `git check-ref-format --branch` has it; pull requests have a space of their own."""
     bad = re.search(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|//|@\{|^[-/]|[/.]$|\.lock(/|$)|(^|/)\.", name)
     if not name or bad or name == "@" or name.startswith("refs/") or re.fullmatch("[0-9a-f]{40}", name):
-        raise Refusal(400, f"Invalid reference name: {ascii(name)}")
+        raise Refusal(400, f"Invalid reference name: {name!a}")
 
 
 def check_path(path: str) -> None:
     """A file's name in a commit."""
     parts = path.split("/")
     if any(part in ("", ".", "..") or part.lower() == ".git" for part in parts):
-        raise Refusal(400, f"Invalid path: {ascii(path)}")
+        raise Refusal(400, f"Invalid path: {path!a}")
     if re.search(r"[\x00-\x1f\x7f\\]", path) or any(len(part.encode()) > 255 for part in parts):
-        raise Refusal(400, f"Invalid path: {ascii(path)}")
+        raise Refusal(400, f"Invalid path: {path!a}")
