@@ -186,7 +186,7 @@ def test_patience_with_a_failing_hub_is_not_spent_by_the_waits_it_asks_for(monke
     trouble = _errors.Trouble()
     assert trouble.may_go_on(Failed(503, {}))
     assert trouble.may_go_on(Failed(429, SPENT))
-    now[0] += 57
+    now[0] += 59
     assert trouble.may_go_on(Failed(503, {}))
     now[0] += 70
     assert not trouble.may_go_on(Failed(503, {}))
