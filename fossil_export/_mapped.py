@@ -12,8 +12,10 @@ import sys
 from typing import Any
 
 _FAILED = 1
-_ADDRESS = 16
-"""Bytes in siginfo_t before the address of the fault, on 64-bit Linux (asm-generic/siginfo.h)."""
+_CODE, _ADDRESS = 8, 16
+"""Bytes in siginfo_t before the reason and the address of the fault, on 64-bit Linux (asm-generic/siginfo.h)."""
+_NOTHING_THERE = 2
+"""BUS_ADRERR; others are of memory that is broken, an address that is odd, or `kill -BUS`."""
 
 _kept: list[Any] = []
 
@@ -38,6 +40,10 @@ def tell_of_cut_files() -> None:
         )
 
     def cut(number: int, info: int, context: int) -> None:
+        if ctypes.c_int.from_address(info + _CODE).value != _NOTHING_THERE:
+            system.sigaction(number, ctypes.byref(Action()), None)  # the default, for what this is not
+            os.kill(os.getpid(), number)
+            return
         try:
             address = ctypes.c_uint64.from_address(info + _ADDRESS).value
             os.write(2, f"error: {_file_at(address)}: {_PROBLEM}\n".encode())
@@ -48,7 +54,8 @@ def tell_of_cut_files() -> None:
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(cut)
     action = Action(handler=ctypes.cast(handler, ctypes.c_void_p), flags=siginfo)
     try:
-        failed = ctypes.CDLL(None).sigaction(int(signal.SIGBUS), ctypes.byref(action), None)
+        system = ctypes.CDLL(None)
+        failed = system.sigaction(int(signal.SIGBUS), ctypes.byref(action), None)
     except (OSError, AttributeError):
         return
     if not failed:

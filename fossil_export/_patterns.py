@@ -23,7 +23,10 @@ STEPS = 1_000_000
 """Of one match in this process, at most; some ten milliseconds."""
 
 SECONDS = 3.0
-"""In all, for the matches in the other process; for those in this one ten times as many."""
+"""In all, for the matches in the other process; for those in this one ten times as many. Each match adds a little, so
+that a process which matches for days comes to no end of it."""
+
+_EACH = 0.0002
 
 START = 30.0
 
@@ -83,7 +86,7 @@ class Pattern:
         if steps <= STEPS:
             began = time.perf_counter()
             found = getattr(self._compiled, how)(name)
-            self._left -= time.perf_counter() - began
+            self._left = min(self._left + _EACH, 10 * SECONDS) - (time.perf_counter() - began)
             if self._left < 0:
                 raise PatternError("takes too long to match so many names; write it without repetitions")
             return None if found is None else found.groups()
@@ -100,8 +103,10 @@ def _effort(text: str) -> tuple[int, int]:
     """How often a matcher may have to choose, at most: among so many ways, and among lengths so many times.
 
     Read off the characters: what is escaped or in brackets chooses nothing. A group that is repeated, and a reference
-    to a group, count as too much.
+    to a group, count as too much; and so do comments, in which a bracket is none.
     """
+    if re.search(r"\(\?(?:#|[a-wyzA-Z]*x)", text):
+        return 1, 50
     plain = re.sub(r"\\[1-9]|\(\?P=", "({9", text)
     plain = re.sub(r"\\.", "a", plain, flags=re.DOTALL)
     plain = re.sub(r"\[\^?\]?[^\]]*\]", "a", plain)

@@ -52,6 +52,13 @@ def test_a_json_file_out_of_bounds_is_refused(
     refused(run("merge", adapter, "--output", tmp_path / "merged"), file.rpartition("/")[2])
 
 
+def test_json_with_too_many_parts_is_not_called_broken(base: Path, adapter: Path, tmp_path: Path) -> None:
+    many(tmp_path / "base" / "config.json")
+    result = run("merge", adapter, "--output", tmp_path / "merged")
+    refused(result, "config.json", "too large for its kind")
+    assert "not valid JSON" not in result.stderr
+
+
 def test_a_pipe_is_not_waited_for(base: Path, adapter: Path, tmp_path: Path) -> None:
     for file in (adapter / CONFIG, base / "config.json"):
         kept = file.read_bytes()

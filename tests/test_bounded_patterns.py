@@ -64,13 +64,17 @@ def test_a_pattern_means_what_re_means(text: str, name: str, elsewhere: bool) ->
             pattern_of(text, before, after)
         return
     ours = pattern_of(text, before, after)
-    ours._left = 0 if elsewhere else _patterns.ALL_STEPS  # by another process, or by this one
+    ours._choices, ours._repeats = _patterns.STEPS + 1 if elsewhere else 1, 0  # by another process, or by this one
     assert ours.match(name) == (found and found.groups() if (found := theirs.match(name)) else None)
     assert ours.fullmatch(name) == (found and found.groups() if (found := theirs.fullmatch(name)) else None)
 
 
 @pytest.mark.parametrize(
-    "text", [SLOW, "(a+)+$", "(a|a)" * 40 + "y", "a?" * 40 + "a" * 40, r"(a*)*\1y", "a*" * 30 + "y", "(?=(a+)+y)a"]
+    "text",
+    [
+        *(SLOW, "(a+)+$", "(a|a)" * 40 + "y", "a?" * 40 + "a" * 40, r"(a*)*\1y", "a*" * 30 + "y", "(?=(a+)+y)a"),
+        *("(?#[)(a+)+$(?#])", "(?x)#[\n(a+)+$#]", "(?ix:#[\n(a+)+$#]\n)"),  # where a bracket is none
+    ],
 )
 def test_a_slow_pattern_is_ended(text: str) -> None:
     began = time.monotonic()
@@ -92,6 +96,18 @@ def test_usual_patterns_need_no_process(text: str) -> None:
     for number in range(200):
         pattern_of(text).fullmatch(f"model.layers.{number}.self_attn.q_proj")
     assert not _patterns._running
+
+
+def test_a_pattern_that_is_used_for_long_is_not_too_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern = _patterns.Pattern(r".*\.q_proj", "", "")
+    clock = iter(range(10**9))
+    monkeypatch.setattr(_patterns.time, "perf_counter", lambda: next(clock) * 0.0001)
+    for number in range(60_000):
+        assert pattern.fullmatch(f"model.{number}.q_proj") is not None
+    monkeypatch.setattr(_patterns.time, "perf_counter", lambda: next(clock) * 0.1)
+    with pytest.raises(PatternError, match="so many names"):
+        for number in range(100):
+            pattern.fullmatch(f"model.{number}.q_proj")
 
 
 FIELDS: dict[str, tuple[Any, dict[str, Any]]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -279,6 +280,18 @@ with safe_open(sys.argv[1], "pt") as file:
     assert done.returncode == 1 and not done.stdout
     assert done.stderr.startswith(f"error: {tmp_path / 'model.safetensors'}: was cut while it was being read")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="how a fault is told is the system's")
+def test_a_bus_error_that_is_no_cut_file_blames_none() -> None:
+    script = """
+import os, signal
+from fossil_export._mapped import tell_of_cut_files
+tell_of_cut_files()
+os.kill(os.getpid(), signal.SIGBUS)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGBUS, "")
 
 
 def test_a_tokenizer_that_changes_while_it_is_converted_is_an_error(

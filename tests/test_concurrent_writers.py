@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import errno
 import hashlib
 import json
 import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,6 +208,23 @@ def test_scratch_folders_of_the_living_are_left_alone(tmp_path: Path) -> None:
 
     assert all_at_once([lambda n=n: use(n) for n in range(WRITERS)]) == [None] * WRITERS  # type: ignore[misc]
     assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_a_scratch_folder_in_an_output_does_not_stay_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    removed, failing = os.unlink, [True, False]
+
+    def unlink(*given: Any, **options: Any) -> None:
+        if failing and failing.pop(0):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        removed(*given, **options)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    with scratch_folder(tmp_path) as folder:
+        (folder / "file").write_text("one")
+    assert list(tmp_path.iterdir()) == []
+    failing[:] = [True] * 9
+    with pytest.raises(OSError, match="Input/output"), scratch_folder(tmp_path) as folder:
+        (folder / "file").write_text("one")
 
 
 def test_a_base_that_another_merge_replaces_is_not_mixed(adapters: list[Path], tmp_path: Path) -> None:

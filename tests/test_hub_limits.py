@@ -23,6 +23,7 @@ from loopback import Fault, LoopbackHub, environment
 from push_fault_tools import WRITING, run, untouched, whole
 
 from fossil_export import merge, push
+from fossil_export.storage.hub import _errors
 from fossil_export.storage.hub import _limits as limits
 
 arguments = push_fault_tools.arguments
@@ -174,3 +175,19 @@ def test_the_terminal_is_told_and_an_interrupt_ends_the_wait(hosted: LoopbackHub
     assert child.wait(timeout=10) in (1, 130)
     assert re.search(rb"the Hub asks for fewer requests; waiting 250 seconds, until \d\d:\d\d", told)
     os.close(ours)
+
+
+def test_patience_with_a_failing_hub_is_not_spent_by_the_waits_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failed(Exception):
+        def __init__(self, status: int, headers: dict[str, str]) -> None:
+            self.response = SimpleNamespace(status_code=status, headers=headers, url=_errors.endpoint())
+
+    now = [100.0]
+    monkeypatch.setattr(_errors, "monotonic", lambda: now[0])
+    trouble = _errors.Trouble()
+    assert trouble.may_go_on(Failed(503, {}))
+    assert trouble.may_go_on(Failed(429, SPENT))
+    now[0] += 59
+    assert trouble.may_go_on(Failed(503, {}))
+    now[0] += 70
+    assert not trouble.may_go_on(Failed(503, {}))

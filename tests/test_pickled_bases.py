@@ -282,6 +282,17 @@ def test_archives_that_are_not_pytorchs(tmp_path: Path) -> None:
             open_checkpoint(file)
 
 
+def test_an_archive_without_sums_is_read_as_pytorch_reads_it(tmp_path: Path) -> None:
+    file = tmp_path / "weights.bin"
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(64)}, file)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.load(file)["a"].tolist() == [1.0] * 64
+    assert values_of(open_checkpoint(file), "a").tolist() == [1.0] * 64
+
+
 def test_an_archive_with_something_beside_it_or_with_two_sizes_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "weights.bin"
     torch.save({"a": torch.ones(64)}, file)

@@ -24,6 +24,10 @@ CONFIG_PARTS = 300_000
 Pairs = list[tuple[str, Any]]
 
 
+class TooManyPartsError(ValueError):
+    """JSON that is not read, whether it is sound or not."""
+
+
 _CONFIGS = ("config.json", "adapter_config.json")
 
 
@@ -57,6 +61,8 @@ def parse_json(text: bytes, path: Path, error: type[FossilExportError]) -> dict[
         raise _too_large(path, error)
     try:
         value = load_json(text, at_most=CONFIG_PARTS if path.name in _CONFIGS else MAX_PARTS)
+    except TooManyPartsError as problem:
+        raise error(f"{path}: has {problem}; it is too large for its kind, fetch or save it again") from problem
     except (ValueError, RecursionError) as problem:
         raise error(f"{path}: is not valid JSON ({problem}); fetch or save it again") from problem
     if not isinstance(value, dict):
@@ -69,7 +75,7 @@ def load_json(text: bytes, pairs: Callable[[Pairs], Any] | None = None, at_most:
     ValueError or RecursionError."""
     parts = sum(text.count(one) for one in (b",", b"[", b"{"))
     if parts > at_most:
-        raise ValueError(f"{parts:,} parts; at most {at_most:,} are read")
+        raise TooManyPartsError(f"{parts:,} parts (values and brackets), of which at most {at_most:,} are read")
     return json.loads(text.decode(), object_pairs_hook=pairs)
 
 

@@ -46,12 +46,15 @@ def close_all() -> None:
 
 @contextmanager
 def scratch_folder(place: Path | None = None) -> Iterator[Path]:
-    """The path of a new empty folder, as long as the block runs. Raises OSError."""
+    """The path of a new empty folder, as long as the block runs. Raises OSError, also where it cannot be removed from
+    a `place` that is not the system's: what is left there would become a part of the output."""
     scratch = Scratch(place)
     try:
         yield scratch.path
     finally:
         scratch.close()
+    if place is not None and scratch.path.exists():
+        shutil.rmtree(scratch.path)
 
 
 def _remove(path: Path, lock: int) -> None:

@@ -133,6 +133,7 @@ class Trouble:
         if asked > 0:
             self._limits -= 1
             self._next = asked
+            self._until = self._until and self._until + asked  # our patience is not spent by what it asked for
             return asked <= limits.LONGEST and self._limits >= 0
         now = monotonic()
         self._until = self._until or now + PATIENCE
