@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from fossil_export._libraries import tame_bitsandbytes
+from fossil_export._libraries import tame_bitsandbytes, without_kernels
 from fossil_export.adapters._peft import CONFIG
 from fossil_export.checkpoints._jsonfile import read_json
 from fossil_export.errors import CheckpointError
@@ -25,10 +25,14 @@ _TRUSTED = ContextVar("trusted", default=False)
 
 @contextmanager
 def trusting(wanted: bool) -> Iterator[None]:
-    """Let models that this thread opens in the block run the code that `auto_map` names, if it is `wanted`."""
+    """Let models that this thread opens in the block run the code that `auto_map` names, if it is `wanted`.
+
+    All that opens and runs models is in such a block; kernels of the Hub are found in none.
+    """
     before = _TRUSTED.set(wanted)
     try:
-        yield
+        with without_kernels():
+            yield
     finally:
         _TRUSTED.reset(before)
 

@@ -6,7 +6,15 @@ import importlib
 import importlib.util
 import logging
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from threading import Lock
+from typing import Any, NoReturn
+
+_HUB_KERNELS, _FOUND = "transformers.integrations.hub_kernels", "transformers.utils.import_utils"
+_lock = Lock()
+_blocks = 0
+_hidden = ExitStack()
 
 
 def tame_bitsandbytes() -> None:
@@ -18,14 +26,66 @@ def tame_bitsandbytes() -> None:
     if "bitsandbytes" in sys.modules or importlib.util.find_spec("bitsandbytes") is None:
         return
     logger = logging.getLogger("bitsandbytes")
-    level, known = logger.level, sys.modules.get("kernels")
+    level = logger.level
     logger.setLevel(logging.ERROR)
-    sys.modules["kernels"] = None  # type: ignore[assignment]
     try:
-        with suppress(Exception):  # who needs it will say what is wrong with it
+        with without_kernels(), suppress(Exception):  # who needs it will say what is wrong with it
             importlib.import_module("bitsandbytes")
     finally:
         logger.setLevel(level)
-        del sys.modules["kernels"]
-        if known is not None:
-            sys.modules["kernels"] = known
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Let transformers find no `kernels`: by that package it fetches code of the Hub and runs it.
+
+    A config need not ask for that: Mamba-like classes do when they are made, others when they run. All threads of the
+    process are without it until the last block ends. If transformers is first imported in a block, it stays without.
+    """
+    global _blocks, _hidden
+    with _lock:
+        if not _blocks:
+            _hidden = _hide()
+        _blocks += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _blocks -= 1
+            if not _blocks:
+                _hidden.close()
+
+
+def _hide() -> ExitStack:
+    """Hide it, from a transformers that has it already too; closing what is returned undoes that."""
+    stack = ExitStack()
+    hub = sys.modules.get(_HUB_KERNELS)
+    if hub is not None:
+        stack.callback(_forget)
+        if isinstance(loaded := getattr(hub, "_KERNEL_MODULE_MAPPING", None), dict):
+            stack.callback(_restore, loaded, dict(loaded))  # what is not found here is looked for again later
+        for name, value in (("_kernels_available", False), ("get_kernel_hub", _refuse)):
+            if hasattr(hub, name):  # the first of them only before transformers 5.2
+                stack.callback(setattr, hub, name, getattr(hub, name))
+                setattr(hub, name, value)
+    known = sys.modules.get("kernels")
+    stack.callback(sys.modules.pop if known is None else sys.modules.__setitem__, "kernels", known)
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    _forget()
+    return stack
+
+
+def _restore(mapping: dict[str, Any], before: dict[str, Any]) -> None:
+    mapping.clear()
+    mapping.update(before)
+
+
+def _forget() -> None:
+    """Let transformers look for the package again."""
+    found = getattr(sys.modules.get(_FOUND), "is_kernels_available", None)
+    if hasattr(found, "cache_clear"):
+        found.cache_clear()
+
+
+def _refuse(name: str, *_: Any, **__: Any) -> NoReturn:
+    raise FileNotFoundError(f"{name}: kernels of the Hub are not run here")
