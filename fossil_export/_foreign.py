@@ -101,7 +101,13 @@ def load_model(kind: Any, folder: Path, config: Any, **options: Any) -> Any:
     """The weights of `folder` as a model of class `kind`; `config` is one of `read_config`."""
     if hasattr(kind, "set_experts_implementation"):
         options["experts_implementation"] = "eager"  # grouped products take no float64
-    return kind.from_pretrained(folder, config=config, trust_remote_code=is_trusted(), **options)
+    # PyTorch loads no pickle: it has run code of some.
+    loaded = kind.from_pretrained(
+        folder, config=config, trust_remote_code=is_trusted(), use_safetensors=True, **options
+    )
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    vars(model).pop("generate", None)  # transformers put custom_generate/generate.py there
+    return loaded
 
 
 def load_tokenizer(folder: Path) -> Any:

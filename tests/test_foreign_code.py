@@ -42,7 +42,7 @@ def get_kernel(name, **options):
 def __getattr__(name):
     if name.startswith("_"):
         raise AttributeError(name)
-    return lambda *arguments: lambda decorated: decorated
+    return lambda *arguments, **options: lambda decorated: decorated
 """
 
 
@@ -184,6 +184,7 @@ def test_a_model_that_needs_its_code(
     with pytest.raises(FossilExportError, match="needs Python code of its own") as caught:
         export_onnx(models / "adapter", tmp_path / "out", base=unknown(base), runtime=runtime)
     assert not ran.exists() and "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    assert str(caught.value).startswith(f"{base}: ")
 
 
 def test_verify_a_model_that_needs_its_code(
@@ -245,7 +246,7 @@ from fossil_export._libraries import without_kernels
 from fossil_export.models import architecture
 ran, folder = map(Path, sys.argv[1:])
 for name in ("is_torch_cuda_available", "is_cuda_platform", "is_ninja_available"):
-    setattr(modeling_mra, name, lambda: True)
+    vars(modeling_mra)[name] = lambda: True
 config = MraConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
 config.architectures = ["MraModel"]
 with without_kernels():

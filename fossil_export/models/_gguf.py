@@ -50,7 +50,7 @@ def make(path: Path, folder: Path, architecture: str, beside: Mapping[str, Any] 
     with _transformers._quiet():
         import transformers
 
-        made = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        made = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         _configs.cleaned({key: value for key, value in made.to_dict().items() if key != "_name_or_path"})
         differing: list[str] = []
         taken = beside is not None and beside.get("model_type") == made.model_type and bool(beside.get("architectures"))
@@ -93,4 +93,7 @@ def save_tokenizer(path: Path, folder: Path) -> None:
     with _transformers._quiet():
         import transformers
 
-        transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False
+        )
+        tokenizer.save_pretrained(folder)

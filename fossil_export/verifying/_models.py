@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Tokens = list[int]
 
+_TOKENS = ("bos_token_id", "eos_token_id", "decoder_start_token_id")
+"""What greedy search takes from generation_config.json."""
+
 
 class Runner(Protocol):
     """One model, loaded. Prompts are run one at a time, so that nothing depends on padding."""
@@ -63,14 +66,19 @@ class TorchRunner:
         with torch.no_grad(), _full_precision(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             output = self._model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=count,
-                do_sample=False,
-                pad_token_id=0,
+                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=self._greedy(count)
             )
         result: Tokens = output[0, len(tokens) :].tolist()
         return result
+
+    def _greedy(self, count: int) -> Any:
+        """Plain greedy search, whatever generation_config.json has: some ways of it are code of the Hub's or the
+        folder's own (`custom_generate`)."""
+        import transformers
+
+        kept = {name: getattr(self._model.generation_config, name, None) for name in _TOKENS}
+        self._model.generation_config = transformers.GenerationConfig(**kept)  # what is not given comes from it
+        return transformers.GenerationConfig(**kept, max_new_tokens=count, do_sample=False, pad_token_id=0)
 
     def modules(self, tokens: Tokens) -> dict[str, torch.Tensor] | None:
         outputs: dict[str, torch.Tensor] = {}
