@@ -106,7 +106,7 @@ def load_model(kind: Any, folder: Path, config: Any, **options: Any) -> Any:
         folder, config=config, trust_remote_code=is_trusted(), use_safetensors=True, **options
     )
     model = loaded[0] if isinstance(loaded, tuple) else loaded
-    vars(model).pop("generate", None)  # transformers put custom_generate/generate.py there
+    model.__dict__.pop("generate", None)  # transformers put custom_generate/generate.py there
     return loaded
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -68,9 +69,11 @@ def _hide() -> ExitStack:
             if hasattr(hub, name):  # the first of them only before transformers 5.2
                 stack.callback(setattr, hub, name, getattr(hub, name))
                 setattr(hub, name, value)
-    known = sys.modules.get("kernels")
-    stack.callback(sys.modules.pop if known is None else sys.modules.__setitem__, "kernels", known)
-    sys.modules["kernels"] = None  # type: ignore[assignment]
+    modules: dict[str, Any] = sys.modules
+    if (known := modules.get("kernels")) is not None:
+        stack.callback(modules.__setitem__, "kernels", known)
+    stack.callback(modules.pop, "kernels", None)
+    modules["kernels"] = None
     _forget()
     return stack
 
@@ -82,10 +85,30 @@ def _restore(mapping: dict[str, Any], before: dict[str, Any]) -> None:
 
 def _forget() -> None:
     """Let transformers look for the package again."""
-    found = getattr(sys.modules.get(_FOUND), "is_kernels_available", None)
+    found: Any = getattr(sys.modules.get(_FOUND), "is_kernels_available", None)
     if hasattr(found, "cache_clear"):
         found.cache_clear()
 
 
 def _refuse(name: str, *_: Any, **__: Any) -> NoReturn:
     raise FileNotFoundError(f"{name}: kernels of the Hub are not run here")
+
+
+@contextmanager
+def without_panics() -> Iterator[None]:
+    """Raise ValueError for a panic of a library that is written in Rust, which is no Exception of Python's, and keep
+    what it then prints to itself, as all that is printed to stderr meanwhile."""
+    with ExitStack() as stack:
+        with suppress(OSError):  # there may be no stderr
+            before = os.dup(2)
+            stack.callback(os.close, before)
+            stack.callback(os.dup2, before, 2)
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            stack.callback(os.close, nowhere)
+            os.dup2(nowhere, 2)
+        try:
+            yield
+        except BaseException as problem:
+            if type(problem).__name__ != "PanicException":
+                raise
+            raise ValueError(str(problem)) from problem

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from fossil_export import FossilExportError, export_onnx, merge, verify
 from fossil_export._foreign import load_model, model_class, read_config, trusting
-from fossil_export.verifying._models import TorchRunner
+from fossil_export.verifying._models import TorchRunner, tokenize
+from fossil_export.verifying._prompts import PROMPTS
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +124,21 @@ def generated(folder: Path, trust: bool) -> list[int]:
         found = TorchRunner(model, "cpu").generate([5, 6, 7], 6)
     assert found is not None
     return found
+
+
+TOKENIZERS: dict[str, dict[str, Any]] = {
+    "panic": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "no exception of its own": {"model": {"type": "Unigram", "unk_id": None, "vocab": []}},
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_tokenizers_that_fail(kind: str, models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    base = shutil.copytree(models / "base", tmp_path / "base")
+    plain = {"type": "WordLevel", "vocab": {"a": 0, "[UNK]": 1}, "unk_token": "[UNK]"}
+    made = {"version": "1.0", "model": plain, "added_tokens": []} | TOKENIZERS[kind]
+    (base / "tokenizer.json").write_text(json.dumps(made))
+    edit_json(base / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    found = tokenize(base, PROMPTS)
+    assert len(found) == len(PROMPTS) and all(found)
+    assert "panicked" not in capfd.readouterr().err

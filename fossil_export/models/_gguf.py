@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export._extras import required
+from fossil_export._libraries import without_panics
 from fossil_export.models import _configs, _transformers
 
 
@@ -90,7 +91,7 @@ def _same(one: Any, other: Any) -> bool:
 def save_tokenizer(path: Path, folder: Path) -> None:
     """Write the tokenizer of the GGUF file at `path` into `folder`. Raises what transformers raises."""
     required("tokenizers", "peft", "reading the tokenizer of a GGUF file")
-    with _transformers._quiet():
+    with _transformers._quiet(), without_panics():
         import transformers
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(
