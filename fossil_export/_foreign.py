@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from fossil_export._libraries import tame_bitsandbytes
+from fossil_export._libraries import tame_bitsandbytes, without_kernels
 from fossil_export.adapters._peft import CONFIG
 from fossil_export.checkpoints._jsonfile import read_json
 from fossil_export.errors import CheckpointError
@@ -25,10 +25,14 @@ _TRUSTED = ContextVar("trusted", default=False)
 
 @contextmanager
 def trusting(wanted: bool) -> Iterator[None]:
-    """Let models that this thread opens in the block run the code that `auto_map` names, if it is `wanted`."""
+    """Let models that this thread opens in the block run the code that `auto_map` names, if it is `wanted`.
+
+    All that opens and runs models is in such a block; kernels of the Hub are found in none.
+    """
     before = _TRUSTED.set(wanted)
     try:
-        yield
+        with without_kernels():
+            yield
     finally:
         _TRUSTED.reset(before)
 
@@ -97,7 +101,13 @@ def load_model(kind: Any, folder: Path, config: Any, **options: Any) -> Any:
     """The weights of `folder` as a model of class `kind`; `config` is one of `read_config`."""
     if hasattr(kind, "set_experts_implementation"):
         options["experts_implementation"] = "eager"  # grouped products take no float64
-    return kind.from_pretrained(folder, config=config, trust_remote_code=is_trusted(), **options)
+    # PyTorch loads no pickle: it has run code of some.
+    loaded = kind.from_pretrained(
+        folder, config=config, trust_remote_code=is_trusted(), use_safetensors=True, **options
+    )
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.__dict__.pop("generate", None)  # transformers put custom_generate/generate.py there
+    return loaded
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -39,10 +39,17 @@ from pathlib import Path
 def get_kernel(name, **options):
     Path({ran!r}).touch()
     raise FileNotFoundError(name)
+class Anything:
+    def __call__(self, *arguments, **options):
+        return lambda decorated: decorated
+    def __getattr__(self, name):
+        return self
+    def __or__(self, other):
+        return self
 def __getattr__(name):
     if name.startswith("_"):
         raise AttributeError(name)
-    return lambda *arguments: lambda decorated: decorated
+    return Anything()
 """
 
 
@@ -184,6 +191,7 @@ def test_a_model_that_needs_its_code(
     with pytest.raises(FossilExportError, match="needs Python code of its own") as caught:
         export_onnx(models / "adapter", tmp_path / "out", base=unknown(base), runtime=runtime)
     assert not ran.exists() and "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    assert str(caught.value).startswith(f"{base}: ")
 
 
 def test_verify_a_model_that_needs_its_code(
@@ -214,20 +222,56 @@ def test_tokenizers_that_are_none(models: Path, tmp_path: Path) -> None:
         tokenize(base, ("a b",))
 
 
-def test_kernels_of_the_hub(models: Path, ran: Path, tmp_path: Path) -> None:
-    """`kernels`, where it is installed, fetches and runs what a config names as attention."""
+@pytest.fixture
+def kernels(tmp_path: Path, ran: Path) -> str:
+    """The folder of an installed package `kernels`, which leaves a trace if it is asked for code."""
     plant(tmp_path / "installed" / "kernels" / "__init__.py", tmp_path / "imported", KERNELS.format(ran=str(ran)))
     distribution = tmp_path / "installed" / "kernels-0.18.2.dist-info"
     distribution.mkdir()
     (distribution / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    return str(distribution.parent)
+
+
+def test_kernels_of_the_hub(models: Path, ran: Path, tmp_path: Path, kernels: str) -> None:
+    """`kernels`, where it is installed, fetches and runs what a config names as attention."""
     base = shutil.copytree(models / "base", tmp_path / "base")
-    edit_json(base / "config.json", attn_implementation="someone/attention")
+    edit_json(base / "config.json", attn_implementation="someone/attention", use_kernels=True)
     merge(models / "adapter", tmp_path / "merged", base=base)
     command = [sys.executable, "-m", "fossil_export", "verify", str(tmp_path / "merged"), "--level", "forward"]
-    told = run(
-        [*command, "--base", str(base), "--adapter", str(models / "adapter")], tmp_path, distribution.parent.name
-    )
-    assert "parity" in told and not ran.exists() and (tmp_path / "imported").exists()
+    told = run([*command, "--base", str(base), "--adapter", str(models / "adapter")], tmp_path, kernels)
+    assert "parity" in told and not ran.exists()
+
+
+CLASSES_THAT_ASK = """
+import sys
+from pathlib import Path
+import torch
+from transformers import MraConfig, MraModel
+from transformers.models.mra import modeling_mra
+from fossil_export._foreign import load_model, model_class, read_config, trusting
+from fossil_export._libraries import without_kernels
+from fossil_export.models import architecture
+ran, folder = map(Path, sys.argv[1:])
+for name in ("is_torch_cuda_available", "is_cuda_platform", "is_ninja_available"):
+    vars(modeling_mra)[name] = lambda: True
+config = MraConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
+config.architectures = ["MraModel"]
+with without_kernels():
+    MraModel(config).save_pretrained(folder)
+    architecture(config.to_dict(), "MraModel", exact=True)
+with trusting(False):
+    read = read_config(folder)
+    load_model(model_class(read, "AutoModel"), folder, read)
+    from transformers.integrations.hub_kernels import lazy_load_kernel
+    lazy_load_kernel("falcon_mamba-ssm"), lazy_load_kernel("causal-conv1d")
+assert not ran.exists()
+MraModel(config)  # whoever uses transformers in the same process has it as it was
+assert ran.exists()
+"""
+
+
+def test_kernels_that_classes_ask_for(ran: Path, tmp_path: Path, kernels: str) -> None:
+    run([sys.executable, "-c", CLASSES_THAT_ASK, str(ran), str(tmp_path / "model")], tmp_path, kernels)
 
 
 def test_an_adapter_in_a_base(models: Path, tmp_path: Path) -> None:

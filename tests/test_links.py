@@ -81,6 +81,21 @@ def test_links_out_of_an_adapter_are_refused(name: str, adapter: Path, tmp_path:
         load_adapter(adapter)
 
 
+def test_a_checkpoint_of_a_run_that_lies_elsewhere_must_be_named(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Who was sent the folder did not choose what its links lead to; who links to a folder can name the link."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoint-5").symlink_to(adapter)
+    with pytest.raises(AdapterError, match=f"checkpoint-5: is a link out of its folder, to {adapter}; name that one"):
+        load_adapter(run)
+    assert load_adapter(run / "checkpoint-5").trained.keys() == load_adapter(adapter).trained.keys()
+    (run / "checkpoint-5").unlink()
+    (run / "store").mkdir()
+    adapter.rename(run / "store" / "last")
+    (run / "checkpoint-6").symlink_to("store/last")
+    assert "checkpoint-6 is taken" in load_adapter(run).notes[0]
+
+
 def test_a_link_to_the_whole_folder_is_the_folder(base: Path, adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "latest").symlink_to(adapter)
     (tmp_path / "base-link").symlink_to(base)

@@ -81,6 +81,7 @@ def load_adapter(path: str | Path) -> Adapter:
         )
     found = find_origin(path, AdapterError, "adapter")
     if found.file is None and (inside := only_one_in(found.folder)) is not None:
+        _refuse_link(found.folder, inside)
         found = found.within(inside, f"{found.name}: the adapter in its folder {inside} is taken, the only one in it")
     given, home = found.path, found.folder
     weights = given if given.is_file() and given.name != CONFIG else None
@@ -100,6 +101,16 @@ def load_adapter(path: str | Path) -> Adapter:
     with found.by_name():
         adapter = load_state_dict(given, home) if is_state_dict(given) else _load_folder(given, weights, home)
     return replace(adapter, name=found.name, revision=found.revision, notes=found.notes)
+
+
+def _refuse_link(home: Folder, inside: str) -> None:
+    """Raise AdapterError if the folder `inside` of `home` lies elsewhere: whoever made `home` chose what, not the
+    user."""
+    try:
+        home.check_links([inside])
+    except CheckpointError as problem:
+        where = home.path / inside
+        raise AdapterError(f"{where}: is a link out of its folder, to {where.resolve()}; name that one") from problem
 
 
 def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:

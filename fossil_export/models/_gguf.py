@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export._extras import required
+from fossil_export._libraries import without_panics
 from fossil_export.models import _configs, _transformers
 
 
@@ -50,7 +51,7 @@ def make(path: Path, folder: Path, architecture: str, beside: Mapping[str, Any] 
     with _transformers._quiet():
         import transformers
 
-        made = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        made = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         _configs.cleaned({key: value for key, value in made.to_dict().items() if key != "_name_or_path"})
         differing: list[str] = []
         taken = beside is not None and beside.get("model_type") == made.model_type and bool(beside.get("architectures"))
@@ -90,7 +91,10 @@ def _same(one: Any, other: Any) -> bool:
 def save_tokenizer(path: Path, folder: Path) -> None:
     """Write the tokenizer of the GGUF file at `path` into `folder`. Raises what transformers raises."""
     required("tokenizers", "peft", "reading the tokenizer of a GGUF file")
-    with _transformers._quiet():
+    with _transformers._quiet(), without_panics():
         import transformers
 
-        transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False
+        )
+        tokenizer.save_pretrained(folder)

@@ -10,7 +10,7 @@ from functools import cache
 from threading import RLock, get_ident
 from typing import Any
 
-from fossil_export._libraries import tame_bitsandbytes
+from fossil_export._libraries import tame_bitsandbytes, without_kernels
 from fossil_export.models import _configs, _traits
 from fossil_export.models._architecture import Architecture, pattern_of
 
@@ -38,19 +38,21 @@ def read(config: Mapping[str, Any], class_name: str) -> Architecture | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what transformers logs of a strange config, or of PyTorch that is missing: its answer says it."""
+    """Without what transformers logs of a strange config, or of PyTorch that is missing: its answer says it. Without
+    kernels of the Hub, too: names do not depend on them."""
     importlib.import_module("torch")
     tame_bitsandbytes()
-    from transformers import logging
+    with without_kernels():
+        from transformers import logging
 
-    level = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
+        level = logging.get_verbosity()
+        logging.set_verbosity(logging.CRITICAL)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            logging.set_verbosity(level)
 
 
 def model_class(name: str) -> Any:
@@ -85,24 +87,9 @@ def build(kind: Any, config: Any) -> Any:
         stack.enter_context(_ONE)
         stack.enter_context(torch.device("meta"))
         stack.enter_context(initialization.no_init_weights())
-        stack.enter_context(_no_kernels())
+        stack.enter_context(without_kernels())
         stack.enter_context(_counted())
         return kind(config).eval()
-
-
-@contextmanager
-def _no_kernels() -> Iterator[None]:
-    """Some classes ask for kernels of the Hub when they are made; names do not depend on them."""
-    from transformers.integrations import hub_kernels
-
-    before = getattr(hub_kernels, "_kernels_enabled", None)
-    if before is not None:
-        hub_kernels._kernels_enabled = False
-    try:
-        yield
-    finally:
-        if before is not None:
-            hub_kernels._kernels_enabled = before
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._companions import PROVENANCE
 from fossil_export.checkpoints._dtypes import element_count
 from fossil_export.checkpoints._jsonfile import read_json, write_json
-from fossil_export.errors import OnnxError, OutputError, failed, listed
+from fossil_export.checkpoints._plain import is_plain
+from fossil_export.errors import FossilExportError, OnnxError, OutputError, failed, listed
 from fossil_export.merging._merge import write_companions
 from fossil_export.merging._planning import settled, with_dtype
 from fossil_export.merging._provenance import provenance
@@ -179,6 +180,10 @@ def _build(plan: OnnxPlan, folder: Path, progress: Progress) -> _Unfinished:
             if (source / name).is_file() and not place.exists():
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / name, place)
+    except FossilExportError as problem:  # the user knows the model by the base's path
+        for path in (work.absolute(), work):
+            problem.args = (str(problem).replace(str(path), str(plan.merge.base.location)),)
+        raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     if mode.merges:
@@ -196,6 +201,8 @@ def _model_folder(plan: OnnxPlan, work: Path, progress: Progress) -> Path:
     else:
         merge = without_updates(plan.merge)
         own = all(path.parent == merge.base.folder or "/" in name for name, path in merge.companions.items())
+        # Of others transformers, in this process or the builder's, would load a pickle, or other weights.
+        own &= is_plain(merge.base)
         if own and merge.config is None and all(tensor.action == "copy" for tensor in merge.tensors):
             assert merge.base.folder is not None
             return merge.base.folder

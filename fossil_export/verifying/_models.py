@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fossil_export._foreign import load_model, load_tokenizer, model_class, read_config
-from fossil_export._libraries import tame_bitsandbytes
+from fossil_export._libraries import tame_bitsandbytes, without_panics
 from fossil_export.errors import FossilExportError, MissingExtraError
 
 if TYPE_CHECKING:
     import torch
 
 Tokens = list[int]
+
+_TOKENS = ("bos_token_id", "eos_token_id", "decoder_start_token_id")
+"""What greedy search takes from generation_config.json."""
 
 
 class Runner(Protocol):
@@ -63,14 +66,19 @@ class TorchRunner:
         with torch.no_grad(), _full_precision(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             output = self._model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=count,
-                do_sample=False,
-                pad_token_id=0,
+                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=self._greedy(count)
             )
         result: Tokens = output[0, len(tokens) :].tolist()
         return result
+
+    def _greedy(self, count: int) -> Any:
+        """Plain greedy search, whatever generation_config.json has: some ways of it are code of the Hub's or the
+        folder's own (`custom_generate`)."""
+        import transformers
+
+        kept = {name: getattr(self._model.generation_config, name, None) for name in _TOKENS}
+        self._model.generation_config = transformers.GenerationConfig(**kept)  # what is not given comes from it
+        return transformers.GenerationConfig(**kept, max_new_tokens=count, do_sample=False, pad_token_id=0)
 
     def modules(self, tokens: Tokens) -> dict[str, torch.Tensor] | None:
         outputs: dict[str, torch.Tensor] = {}
@@ -184,12 +192,14 @@ def tokenize(artifact: Path, prompts: tuple[str, ...]) -> list[Tokens]:
 
     config = read_config(artifact)
     try:
-        with quiet():
+        with quiet(), without_panics():
             tokenizer = load_tokenizer(artifact)
-        found = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+            found = [tokenizer(prompt)["input_ids"] for prompt in prompts]
         if all(found):  # without files, some classes make a tokenizer that knows no words
             return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except FossilExportError:
+        raise
+    except Exception:  # what libraries raise for the files of a tokenizer is not ours to list
         pass
     vocabulary = config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)

@@ -10,15 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from fossil_export.checkpoints._checkpoint import Checkpoint
-from fossil_export.checkpoints._choice import INDEX_ENDING, WEIGHTS
 from fossil_export.checkpoints._opening import open_checkpoint
+from fossil_export.checkpoints._plain import INDEX, is_plain
 from fossil_export.errors import FossilExportError
 from fossil_export.merging._merge import write_companions
 from fossil_export.merging._onto import plan_copy
 from fossil_export.merging._run import run
 from fossil_export.writing._scratch import scratch_folder
-
-INDEX = f"model{INDEX_ENDING}"
 
 
 @contextmanager
@@ -28,7 +26,7 @@ def plain_base(checkpoint: Checkpoint) -> Iterator[Checkpoint]:
     The copy holds the dequantized weights (fp8, say, does not run on a CPU), is streamed into the folder for temporary
     files, and goes when the block ends. Raises FossilExportError if that disk is too small.
     """
-    if _is_plain(checkpoint):
+    if is_plain(checkpoint):
         yield checkpoint
         return
     plan = plan_copy(checkpoint)
@@ -57,17 +55,3 @@ def plain_base(checkpoint: Checkpoint) -> Iterator[Checkpoint]:
         except FossilExportError as problem:  # the user knows the base by its own path
             problem.args = (str(problem).replace(str(folder), str(checkpoint.location)),)
             raise
-
-
-def _is_plain(checkpoint: Checkpoint) -> bool:
-    """Whether transformers, given the folder, loads these files, and these tensors of them."""
-    if any(header.derived for header in checkpoint.files):
-        return False
-    if any(info.coding is not None for info in checkpoint.tensors.values()):  # as training saw them
-        return False
-    if checkpoint.folder is None:  # without a config nothing can be loaded, and a copy has none either
-        return True
-    names = [header.path.name for header in checkpoint.files]
-    if checkpoint.index_path is None:
-        return names == [WEIGHTS]
-    return checkpoint.index_path.name == INDEX and WEIGHTS not in checkpoint.home.root_names()

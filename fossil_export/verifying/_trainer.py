@@ -12,6 +12,7 @@ from fossil_export.adapters._files import WEIGHTS
 from fossil_export.errors import FossilExportError
 from fossil_export.methods import METHODS, starts_elsewhere
 from fossil_export.verifying._models import TorchRunner, class_and_config, quiet, resize
+from fossil_export.verifying._peft_folder import peft_folder
 from fossil_export.verifying._sum import Sum
 
 
@@ -125,9 +126,11 @@ def _with_peft(added: Sum, model: Any, wide: Any, dtype: Any = None) -> Any:
             del model.peft_config  # or PEFT takes these for its own
         own = {next(names): pair for pair in pairs}
         first, *others = own
-        model = PeftModel.from_pretrained(model, str(_folder(own[first][0])), adapter_name=first)
+        with peft_folder(own[first][0]) as folder:
+            model = PeftModel.from_pretrained(model, str(folder), adapter_name=first)
         for name in others:
-            model.load_adapter(str(_folder(own[name][0])), adapter_name=name)
+            with peft_folder(own[name][0]) as folder:
+                model.load_adapter(str(folder), adapter_name=name)
         if others:
             model.base_model.set_adapter(list(own))
         if not any(adapter.peft_type == "LN_TUNING" for adapter, _ in pairs):  # its copies compute in the base's dtype
