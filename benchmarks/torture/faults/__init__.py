@@ -70,12 +70,18 @@ def _serve(options: Options, share: int, end: float, queue: Any) -> None:
         with tempfile.TemporaryDirectory(prefix="torture-", ignore_cleanup_errors=True) as work:
             bench = Bench(Path(work).resolve() / "sound", Path(work).resolve() / "here")
             make(bench.sound)
-            found = {command.name: sound_run(command, bench) for command in spoil.ALSO}
+            wanted = re.compile(options.only).search
+            names = [one.name for one in (*FAULTS, *spoil.SORTS)]
+            found = {
+                command.name: sound_run(command, bench)
+                for command in spoil.ALSO
+                if any(wanted(f"{command.name}: {name}") for name in names)
+            }
             places = []
             for command in COMMANDS:
                 for fault in FAULTS:
-                    count = sum(fault.hits(call) for call in found[command.name].calls)
-                    if re.search(options.only, f"{command.name}: {fault.name}"):
+                    if wanted(f"{command.name}: {fault.name}"):
+                        count = sum(fault.hits(call) for call in found[command.name].calls)
                         places += [(command, fault, number) for number in range(options.seed, count)]
             tries: list[tuple[str, int, Callable[[], Row]]] = [
                 (f"{c.name}: {fault.name}", n, partial(attempt, c, fault, n, found[c.name], bench))
@@ -83,7 +89,7 @@ def _serve(options: Options, share: int, end: float, queue: Any) -> None:
             ]
             tries += [
                 (f"{c.name}: {sort.name}", n, partial(spoil.attempt, c, sort, n, path, found[c.name], bench))
-                for c, sort, n, path in spoil.all_places(re.compile(options.only).search, bench)
+                for c, sort, n, path in spoil.all_places(wanted, bench)
                 if n >= options.seed
             ]
             count = min(options.count, len(tries))
