@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -68,6 +69,8 @@ class _Group(click.Group):
                 raise
             if ctx.params.get("debug"):
                 _show(problem)
+            if problem.filename is None and not _is_anywhere():
+                _fail(ctx, "the current folder is gone; change to one that is there (cd)")
             name = f"{problem.filename}: " if problem.filename else ""
             _fail(ctx, f"{name}{reason(problem)}; {remedy(problem)}")
 
@@ -78,6 +81,13 @@ def _buffer_output() -> None:
     if isinstance(raw := getattr(sys.stdout, "buffer", None), io.RawIOBase):
         buffer = io.BufferedWriter(raw)
         sys.stdout = io.TextIOWrapper(buffer, sys.stdout.encoding, sys.stdout.errors, write_through=True)
+
+
+def _is_anywhere() -> bool:
+    try:
+        return Path.cwd().is_dir()
+    except OSError:
+        return False
 
 
 def _is_of_printing(problem: OSError) -> bool:

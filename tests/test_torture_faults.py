@@ -161,3 +161,19 @@ def test_watched_calls_fail_as_they_are_told(tmp_path: Path) -> None:
     names = frozenset({"write"})
     assert calls.watched(work, names, decide, 5.0) == calls.Ended(errno.ENOSPC, False)
     assert calls.watched(work, names, lambda call: None, 5.0) == calls.Ended(0, False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the harness looks at calls as Linux makes them")
+def test_commands_end_as_promised_where_calls_fail_and_files_are_out_of_reach() -> None:
+    """A few of what `make torture` tries."""
+    from torture import faults
+    from torture.kinds import Options
+    from torture.rows import Row
+
+    if reason := faults.why_not():
+        pytest.skip(reason)
+    rows: list[Row] = []
+    only = r"^(merge over: (ENOSPC|un)|convert gguf over: (pipe|link)|onnx swappable: (pipe|empty)|verify: (un|broken))"
+    faults.run(Options(15, 0, 60.0, only, 1, frozenset()), rows.append)
+    assert len({row.case.split(":")[0] for row in rows}) == 4
+    assert [row for row in rows if not faults.OUTCOMES[row.outcome] and row.outcome != "slow"] == []

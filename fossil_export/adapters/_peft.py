@@ -235,6 +235,8 @@ def _in_whole(module: str, config: Mapping[str, Any]) -> bool:
 
 def _written_config(home: Folder) -> dict[str, Any]:
     path = home.path / CONFIG
+    if os.path.lexists(path) and not path.is_file():
+        raise AdapterError(f"{path}: is a broken link or no regular file; put the file itself in its place")
     if not path.is_file():
         raise AdapterError(f"{home.path}: not an adapter, {CONFIG} is missing{_hint(str(home.path), home)}")
     return read_json(path, AdapterError)
@@ -278,4 +280,4 @@ def _hint(where: str, home: Folder) -> str:
         return found
     if "config.json" in root:
         return "; it looks like a model, and the adapter is the folder that PEFT saved"
-    return ""
+    return "; name the folder that the training saved"

@@ -90,17 +90,22 @@ class LocalFolder:
                 if target in seen:
                     folders.remove(name)
                 seen.add(target)
+            with os.scandir(root) as entries:  # there may be any number of them
+                plain = {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
+            below = Path(root).relative_to(self.path).as_posix()
             for name in sorted(name for name in files if not name.startswith(".")):
-                path = Path(root) / name
-                if not path.is_file():
+                path = Path(root) / name if name not in plain else None
+                if path is not None and not path.is_file():
                     raise CheckpointError(f"{path}: is a broken link or no regular file; fetch it again or remove it")
-                _check_link(path, self.path)
-                found.append(path.relative_to(self.path).as_posix())
+                if path is not None:
+                    _check_link(path, self.path)
+                found.append(name if below == "." else f"{below}/{name}")
         return sorted(found)
 
     def root_names(self) -> list[str]:
         try:
-            return sorted(p.name for p in self.path.iterdir() if p.is_file() and not p.name.startswith("."))
+            with os.scandir(self.path) as entries:
+                return sorted(one.name for one in entries if not one.name.startswith(".") and _is_file(one))
         except OSError as problem:
             raise CheckpointError(unreadable(self.path, problem)) from problem
 
@@ -138,6 +143,13 @@ class LocalFolder:
     def check_links(self, names: Iterable[str]) -> None:
         for name in names:
             _check_link(self.path / name, self.path)
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link in a circle, or to a place out of reach
+        return False
 
 
 def _check_link(path: Path, folder: Path) -> None:

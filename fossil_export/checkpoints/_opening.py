@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -49,6 +50,8 @@ def open_checkpoint(where: Path | Folder, file: str | None = None) -> Checkpoint
     else:
         home = where
     root = home.root_names()
+    if home.is_here and "config.json" not in root and os.path.lexists(path := home.path / "config.json"):
+        raise CheckpointError(f"{path}: is a broken link or no regular file; put the file itself in its place")
     folder = home.path if file is None or "config.json" in root else None
     if file is None:
         index_name, weights = choose(home)

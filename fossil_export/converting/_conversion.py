@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -63,9 +64,9 @@ def _refuse_inputs(path: Path, adapter: Adapter, options: Options) -> None:
         with suppress(RuntimeError, ValueError):  # what need not be a path
             if name and is_path(str(found := Path(name).expanduser())):
                 inputs.append(found)
-    target = path.resolve()
+    target = Path(os.path.realpath(path))  # of links in a circle too
     for source in inputs:
-        place = source.resolve()
+        place = Path(os.path.realpath(source))
         if place.exists() and (target == place or target in place.parents):
             raise OutputError(f"{path}: is or holds {source}, which is only read; choose another --output")
 
@@ -76,6 +77,8 @@ def _check_old_file(path: Path, converter: Converter, overwrite: bool) -> None:
         raise OutputError(f"{path}: is a folder; name a file")
     if not overwrite:
         raise OutputError(f"{path}: exists already; choose another --output or add --overwrite")
+    if not path.is_file():  # to read a pipe would be to wait
+        raise OutputError(f"{path}: is a broken link or no regular file; choose another --output or remove it")
     try:
         with path.open("rb") as file:
             beginning = file.read(8)
@@ -166,7 +169,7 @@ def convert(
                 raise OutputError(failed(path, problem, folder)) from problem
     else:
         _refuse_inputs(path, adapter, options)
-        if path.exists():
+        if os.path.lexists(path):
             _check_old_file(path, converter, overwrite)
         if not path.parent.is_dir():
             raise OutputError(f"{output}: cannot be written: its folder does not exist; make it first")

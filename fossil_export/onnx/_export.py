@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -117,7 +118,7 @@ def run_onnx(
     plan.check()  # first, since an input that is gone has no place to hold the output against
     fetch(merge.adapter.needed)
     target = expanded(output, OutputError).absolute()
-    if plan.graph is not None and target.resolve() in plan.graph.resolve().parents:
+    if plan.graph is not None and Path(os.path.realpath(target)) in plan.graph.resolve().parents:
         raise OutputError(f"{output}: holds {plan.graph}, which would be replaced; choose another --output")
     check_destination(target, [merge.base.location, merge.adapter.path], overwrite)
     progress("fetching the base")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fossil_export.errors import FossilExportError
+from fossil_export.errors import FossilExportError, unreadable
 
 
 def resolve(given: str | Path, error: type[FossilExportError], what: str) -> Path:
@@ -46,8 +46,12 @@ def exists(path: Path, given: str | Path, error: type[FossilExportError]) -> boo
     try:
         found = path.exists()
         readable = not found or os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK)
-    except (OSError, ValueError) as problem:
+    except OSError as problem:
+        raise error(unreadable(given, problem)) from problem
+    except ValueError as problem:
         raise error(f"{given}: is no usable path: {problem}") from problem
+    if found and not path.is_dir() and not path.is_file():  # to read a pipe would be to wait
+        raise error(f"{given}: is neither a file nor a folder; name the file itself")
     if not readable:
         raise error(f"{given}: cannot be read: Permission denied; change its permissions")
     return found

@@ -6,10 +6,9 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from glob import escape
 from pathlib import Path
 
-from fossil_export.writing._staging import claim, hold, partial_name, rename_new, sync, sync_name
+from fossil_export.writing._staging import claim, hold, leftovers, partial_name, rename_new, sync, sync_name
 
 
 @contextmanager
@@ -57,7 +56,7 @@ def _new(output: Path) -> tuple[Path, int]:
 
 def _remove_dead(output: Path) -> None:
     """Remove unfinished files of `output` whose process is gone."""
-    for leftover in output.parent.glob(f".{escape(output.name)}.partial-*"):
+    for leftover in leftovers(output):
         if leftover.is_file() and not leftover.is_symlink() and (lock := hold(leftover)) is not None:
             leftover.unlink(missing_ok=True)
             os.close(lock)

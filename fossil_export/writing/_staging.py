@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import hashlib
 import os
 import secrets
 import shutil
@@ -20,13 +21,13 @@ from fossil_export.errors import OutputError, reason
 _NO_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EISDIR}
 """What file systems say that sync files, but no folders."""
 
+_LONG = 200
+"""Bytes of a name; systems take 255, and encrypting ones fewer."""
+
 
 def check_destination(output: Path, inputs: list[Path], overwrite: bool) -> None:
     """Raise OutputError unless `output` may be created (or replaced) without touching any of `inputs`."""
-    try:
-        target = output.resolve()
-    except RuntimeError as problem:  # a loop of links
-        raise OutputError(f"{output}: {problem}; choose another --output") from problem
+    target = Path(os.path.realpath(output))  # Path.resolve raises for links in a circle, which are told below
     for source in inputs:
         place = source.resolve()
         folder = place if place.is_dir() else place.parent
@@ -66,6 +67,8 @@ def staged_folder(output: Path, needed: int, overwrite: bool = False) -> Iterato
     folder = lock = None
     try:
         try:
+            with contextlib.suppress(FileNotFoundError):
+                output.lstat()  # a name too long is told before the work
             _remove_dead(output)
             free = shutil.disk_usage(output.parent).free
             if free < needed:
@@ -95,31 +98,54 @@ def staged_folder(output: Path, needed: int, overwrite: bool = False) -> Iterato
             shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
-        for parent in made:
-            try:
-                parent.rmdir()
-            except OSError:
-                break
+        _remove_empty(made)
 
 
 def partial_name(output: Path) -> Path:
     """A name beside `output` for what is not finished, like no other process's."""
-    return output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
+    return output.with_name(f"{_hidden(output)}.partial-{secrets.token_hex(4)}")
+
+
+def leftovers(output: Path, kind: str = "partial") -> Iterator[Path]:
+    """What such names are given to now."""
+    return output.parent.glob(f"{escape(_hidden(output))}.{kind}-*")
+
+
+def _hidden(output: Path) -> str:
+    """The beginning of hidden names of `output`: its own name, or of a long one, to which nothing can be added, a part
+    and a digest."""
+    name = os.fsencode(output.name)
+    if len(name) <= _LONG:
+        return f".{output.name}"
+    beginning = name[: _LONG - 20].decode(errors="ignore")
+    return f".{beginning}-{hashlib.sha256(name).hexdigest()[:16]}"
 
 
 def _make_parents(folder: Path) -> list[Path]:
     """Create `folder` and return the levels that were new, innermost first."""
-    missing = []
+    missing: list[Path] = []
+    made: list[Path] = []
     wanted = folder
     try:
         while not folder.exists():
             missing.append(folder)
             folder = folder.parent
         for level in reversed(missing):
-            level.mkdir()
+            if not level.is_dir():  # it may be there by now: "new/.." with the one before it
+                level.mkdir()
+                made.insert(0, level)
     except OSError as problem:
+        _remove_empty(made)
         raise OutputError(f"{wanted}: cannot be created: {reason(problem)}; choose another --output") from problem
-    return missing
+    return made
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            break
 
 
 def claim(path: Path) -> int | None:
@@ -156,11 +182,11 @@ def hold(path: Path) -> int | None:
 
 def _remove_dead(output: Path) -> None:
     """Remove staged folders of `output` whose process is gone; give back a folder it had set aside."""
-    for leftover in output.parent.glob(f".{escape(output.name)}.partial-*"):
+    for leftover in leftovers(output):
         if (lock := hold(leftover)) is not None:
             shutil.rmtree(leftover, ignore_errors=True)
             os.close(lock)
-    for leftover in output.parent.glob(f".{escape(output.name)}.replaced-*"):
+    for leftover in leftovers(output, "replaced"):
         if os.path.lexists(output):
             shutil.rmtree(leftover, ignore_errors=True)
             continue
@@ -176,7 +202,7 @@ def _publish(folder: Path, output: Path, overwrite: bool) -> None:
     if overwrite and (output / PROVENANCE).is_file():
         if _exchange(folder, output):
             return  # the old folder now has the staged name and is removed with it
-        aside = output.with_name(f".{output.name}.replaced-{secrets.token_hex(4)}")
+        aside = output.with_name(f"{_hidden(output)}.replaced-{secrets.token_hex(4)}")
         output.rename(aside)
         try:
             folder.rename(output)
@@ -249,6 +275,8 @@ def sync_name(output: Path) -> None:
 def _sync_folder(folder: Path) -> None:
     try:
         sync(folder)
+    except PermissionError:  # one that may be written to and not read
+        return
     except OSError as problem:
         if problem.errno not in _NO_SYNC:
             raise

@@ -12,9 +12,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torture.faults import places as spoil
 from torture.faults.attempts import FAULTS, Bench, attempt, sound_run
 from torture.faults.calls import why_not
 from torture.faults.scenes import COMMANDS, make
@@ -68,20 +70,35 @@ def _serve(options: Options, share: int, end: float, queue: Any) -> None:
         with tempfile.TemporaryDirectory(prefix="torture-", ignore_cleanup_errors=True) as work:
             bench = Bench(Path(work).resolve() / "sound", Path(work).resolve() / "here")
             make(bench.sound)
-            found = {command.name: sound_run(command, bench) for command in COMMANDS}
+            wanted = re.compile(options.only).search
+            names = [one.name for one in (*FAULTS, *spoil.SORTS)]
+            found = {
+                command.name: sound_run(command, bench)
+                for command in spoil.ALSO
+                if any(wanted(f"{command.name}: {name}") for name in names)
+            }
             places = []
             for command in COMMANDS:
                 for fault in FAULTS:
-                    count = sum(fault.hits(call) for call in found[command.name].calls)
-                    if re.search(options.only, f"{command.name}: {fault.name}"):
+                    if wanted(f"{command.name}: {fault.name}"):
+                        count = sum(fault.hits(call) for call in found[command.name].calls)
                         places += [(command, fault, number) for number in range(options.seed, count)]
-            count = min(options.count, len(places))
-            chosen = [places[len(places) * number // count] for number in range(count)]
-            for command, fault, number in chosen[share :: options.jobs]:
+            tries: list[tuple[str, int, Callable[[], Row]]] = [
+                (f"{c.name}: {fault.name}", n, partial(attempt, c, fault, n, found[c.name], bench))
+                for c, fault, n in places
+            ]
+            tries += [
+                (f"{c.name}: {sort.name}", n, partial(spoil.attempt, c, sort, n, path, found[c.name], bench))
+                for c, sort, n, path in spoil.all_places(wanted, bench)
+                if n >= options.seed
+            ]
+            count = min(options.count, len(tries))
+            chosen = [tries[len(tries) * number // count] for number in range(count)]
+            for case, number, make_row in chosen[share :: options.jobs]:
                 if time.time() > end:
                     break
-                if (f"{command.name}: {fault.name}", "", number) not in options.done:
-                    queue.put(attempt(command, fault, number, found[command.name], bench))
+                if (case, "", number) not in options.done:
+                    queue.put(make_row())
     finally:
         queue.put(None)
 
@@ -100,14 +117,14 @@ def warm() -> None:
 
 
 def table(rows: list[Row]) -> str:
-    kinds = list(dict.fromkeys(fault.name for fault in FAULTS))
+    kinds = [one.name for one in (*FAULTS, *spoil.SORTS)]
     lines = [
         "| command | calls failed | refused in a line | right | warned | bad |",
         "|---|---|---|---|---|---|",
     ]
     rows = [row for row in rows if row.outcome != "unfired"]
     for place in (0, 1):
-        names = [command.name for command in COMMANDS] if place == 0 else kinds
+        names = [command.name for command in spoil.ALSO] if place == 0 else kinds
         for name in names:
             counts = Counter(row.outcome for row in rows if row.case.split(": ")[place] == name)
             if counts:

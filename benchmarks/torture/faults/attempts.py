@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import sys
 import tempfile
 from collections.abc import Callable
@@ -251,6 +252,9 @@ def tree_of(here: Path) -> dict[str, str]:
         for name in files:
             path = Path(root) / name
             if ".partial-" in name and name.startswith("."):
+                continue
+            if not stat.S_ISREG(path.lstat().st_mode):  # put there; not to be waited for
+                found[str(path.relative_to(here))] = "no file"
                 continue
             content = path.read_bytes()
             if path.suffix == ".json":

@@ -18,6 +18,10 @@ class Command:
     words: tuple[str, ...]
     prepared: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def writes(self) -> bool:
+        return "-o" in self.words or "--report" in self.words
+
     def arguments(self, sound: Path, here: Path) -> list[str]:
         return [word.format(sound=sound, here=here) for word in self.words]
 

@@ -34,11 +34,15 @@ def load_graph(path: Path) -> ir.Model:
     ir = required("onnx_ir")
     _quiet()
     try:
+        if path.exists() and not path.is_file():  # a pipe would let us wait
+            raise OnnxError(f"{path}: is no regular file; put the file itself in its place")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what it leaves out, which nobody reads
             model = ir.load(path)
     except OSError as problem:
         raise OnnxError(unreadable(path, problem)) from problem
+    except OnnxError:
+        raise
     except (ValueError, RuntimeError) as problem:
         raise OnnxError(f"{path}: is no ONNX graph: {str(problem).splitlines()[0]}") from problem
     except Exception as problem:  # protobuf's own errors
