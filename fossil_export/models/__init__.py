@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -40,6 +40,13 @@ def classes(config: Mapping[str, Any], *, exact: bool = False) -> Mapping[str, s
     return _table.classes(model_type)
 
 
+def made_alike(one: Mapping[str, Any], other: Mapping[str, Any], but: Collection[str] = ()) -> bool:
+    """Whether the installed transformers makes equal configs of both, but for some fields; False if it is not known."""
+    from fossil_export.models import _transformers
+
+    return _transformers.made_alike(_typed(one), _typed(other), but)
+
+
 def bypassed(config: Mapping[str, Any]) -> frozenset[str]:
     """Ends of the names of linear layers that the model of this config, or a part of it, computes with but never calls.
 
@@ -73,5 +80,6 @@ __all__ = [
     "bypassed",
     "classes",
     "look",
+    "made_alike",
     "pieces_of",
 ]
