@@ -63,6 +63,17 @@ def poison(base: Path) -> None:
         save_file(state, path)
 
 
+def reshape(base: Path, wanted: str) -> None:
+    from safetensors.torch import load_file
+
+    for path in base.glob("*.safetensors"):
+        state = load_file(path)
+        for name in state:
+            if name.endswith(wanted):
+                state[name] = state[name][..., :-1].clone()
+        save_file(state, path)
+
+
 BAD_BASES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "index names a missing file": (lambda b: first_file(b).unlink(), ["index.json", "missing"]),
     "index leads outside": (
@@ -111,6 +122,13 @@ BAD_BASES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "config with odd values": (
         lambda b: edit_json(b / "config.json", architectures=5),
         ["config.json", "architectures"],
+    ),
+    "more layers than there are": (lambda b: edit_json(b / "config.json", num_hidden_layers=3), ["2 layers", "is 3,"]),
+    "absurdly many layers": (lambda b: edit_json(b / "config.json", num_hidden_layers=2**31), ["is 2,147,483,648"]),
+    "a norm of another width": (lambda b: reshape(b, "model.norm.weight"), ["model.norm.weight has shape [47]"]),
+    "a layer of another width": (
+        lambda b: reshape(b, "layers.1.mlp.up_proj.weight"),
+        ["layers.1.mlp.up_proj.weight has shape"],
     ),
     "index metadata": (
         lambda b: edit_json(b / "model.safetensors.index.json", metadata="x"),

@@ -197,7 +197,8 @@ def test_forward_level_localises(module: str, bf16: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"pad_token_id": {}}, {"pad_token_id": 10**9}, {"eos_token_id": [None, "x"]}, {"use_cache": "no"}, {"dtype": "x"},
+        {"pad_token_id": {}}, {"pad_token_id": 10**9}, {"eos_token_id": [None, "x"]}, {"use_cache": "no"},
+        {"dtype": "x"},
         {"attention_bias": True}, {"max_position_embeddings": 1}, {"attention_dropout": None}, {"auto_map": {}},
         {"initializer_range": "x"}, {"vocab_size": "64"}, {"attention_multiplier": 3},
     ],

@@ -8,7 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 from fossil_export.models import _lines, _table
-from fossil_export.models._architecture import Architecture, Operation, Rule, Tie
+from fossil_export.models._architecture import Architecture, Operation, Rule, Tie, pattern_of
 from fossil_export.models._inventory import Conversion, Names
 from fossil_export.models._look import look
 from fossil_export.models._pieces import Pieces, Run, Unknown, pieces_of
@@ -81,5 +81,6 @@ __all__ = [
     "classes",
     "look",
     "made_alike",
+    "pattern_of",
     "pieces_of",
 ]
