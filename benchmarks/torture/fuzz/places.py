@@ -99,7 +99,7 @@ class Runs(PeftFolders):
         shutil.rmtree(folder / "adapter")
         number = random.choice((10, 20))
         name = random.choice(("trainer_state.json", "trainer_state.json", scene.CONFIG, WEIGHTS))
-        (folder / "asked").write_text(random.choice(("run", "run", f"run/checkpoint-{number}")))
+        (folder / "asked").write_text(random.choice(("run", *["run/checkpoint-10"] * 2, *["run/checkpoint-20"] * 2)))
         return f"checkpoint-{number}: {damage_or_misplace(run / f'checkpoint-{number}' / name, random)}"
 
     def place_adapter(self, folder: Path, random: Random) -> str:
