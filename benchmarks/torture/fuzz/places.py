@@ -78,6 +78,8 @@ class Shards(PeftFolders):
     def judge(self, folder: Path) -> str | None:
         from safetensors.torch import save_file
 
+        if not (folder / "out").exists():
+            return None  # a plan
         state = scene.tensors(folder / "adapter")
         for path in (folder / "adapter").glob("*.safetensors*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
