@@ -123,6 +123,10 @@ BAD_BASES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda b: edit_json(b / "config.json", architectures=5),
         ["config.json", "architectures"],
     ),
+    "config is a folder": (
+        lambda b: [(b / "config.json").unlink(), (b / "config.json").mkdir()],
+        ["config.json: is a folder, not a file"],
+    ),
     "more layers than there are": (lambda b: edit_json(b / "config.json", num_hidden_layers=3), ["2 layers", "is 3,"]),
     "absurdly many layers": (lambda b: edit_json(b / "config.json", num_hidden_layers=2**31), ["is 2,147,483,648"]),
     "a norm of another width": (lambda b: reshape(b, "model.norm.weight"), ["model.norm.weight has shape [47]"]),

@@ -79,6 +79,8 @@ def open_checkpoint(where: Path | Folder, file: str | None = None) -> Checkpoint
     if index is not None and index_path is not None:
         check_index(index_path, index["weight_map"], tensors)
     config = None
+    if (home.path / "config.json").is_dir():
+        raise CheckpointError(f"{home.path / 'config.json'}: is a folder, not a file; fetch it again")
     if folder is not None and "config.json" in root:
         config = json_of(home, "config.json")
         _check_config(folder / "config.json", config)
