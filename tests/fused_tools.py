@@ -92,7 +92,8 @@ def make(
     (rank, *_) = {
         value.shape[-1] if value.dim() == 3 else len(value) for name, value in held.items() if "_block" in name
     }
-    text = {"peft_type": "MISS", "r": rank, "base_model_name_or_path": str(base)} | config
+    named = {"base_model_name_or_path": str(base), "target_modules": "all-linear"}
+    text = {"peft_type": "MISS", "r": rank} | named | config
     (adapter / "adapter_config.json").write_text(json.dumps(text))
     return adapter
 

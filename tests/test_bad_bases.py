@@ -19,6 +19,7 @@ from refusal_tools import CONFIG, first_file, refused, run
 from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import save_file
 
+from fossil_export import plan_merge
 from fossil_export.checkpoints._dtypes import BITS
 from fossil_export.checkpoints._header import encode_header, read_header
 from fossil_export.errors import CheckpointError
@@ -60,6 +61,17 @@ def poison(base: Path) -> None:
         for name in state:
             if name.endswith("layers.1.mlp.up_proj.weight"):
                 state[name][3, 3] = float("nan")
+        save_file(state, path)
+
+
+def reshape(base: Path, wanted: str) -> None:
+    from safetensors.torch import load_file
+
+    for path in base.glob("*.safetensors"):
+        state = load_file(path)
+        for name in state:
+            if name.endswith(wanted):
+                state[name] = state[name][..., :-1].clone()
         save_file(state, path)
 
 
@@ -111,6 +123,17 @@ BAD_BASES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "config with odd values": (
         lambda b: edit_json(b / "config.json", architectures=5),
         ["config.json", "architectures"],
+    ),
+    "config is a folder": (
+        lambda b: [(b / "config.json").unlink(), (b / "config.json").mkdir()],
+        ["config.json: is a broken link or no regular file"],
+    ),
+    "more layers than there are": (lambda b: edit_json(b / "config.json", num_hidden_layers=3), ["2 layers", "is 3,"]),
+    "absurdly many layers": (lambda b: edit_json(b / "config.json", num_hidden_layers=2**31), ["is 2,147,483,648"]),
+    "a norm of another width": (lambda b: reshape(b, "model.norm.weight"), ["model.norm.weight has shape [47]"]),
+    "a layer of another width": (
+        lambda b: reshape(b, "layers.1.mlp.up_proj.weight"),
+        ["layers.1.mlp.up_proj.weight has shape"],
     ),
     "index metadata": (
         lambda b: edit_json(b / "model.safetensors.index.json", metadata="x"),
@@ -220,3 +243,12 @@ def test_a_dtype_is_as_wide_as_safetensors_has_it(dtype: str, tmp_path: Path) ->
             assert "unknown variant" not in str(problem) and nbytes != BITS[dtype]
         else:
             assert nbytes == BITS[dtype]
+
+
+@pytest.mark.parametrize("named", ["other.safetensors", "model.safetensors.index.json"])
+def test_a_config_that_names_its_weights_is_refused(named: str, base: Path, adapter: Path) -> None:
+    """transformers would load these; a merge into other files, or of another layout, would be another model."""
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"transformers_weights": named}))
+    with pytest.raises(CheckpointError, match="transformers_weights names '.*take the field out"):
+        plan_merge(adapter)

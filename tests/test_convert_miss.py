@@ -88,3 +88,11 @@ class TestMiss:
         with pytest.raises(FossilExportError, match=match):
             convert(tmp_path / "trained.pth", tmp_path / "miss", to="miss")
         assert not (tmp_path / "miss").exists()
+
+
+@pytest.mark.parametrize("to", ["lora", "miss"])
+def test_a_task_that_peft_refuses_is_not_written(to: Any, base: Path, adapter: Path, tmp_path: Path) -> None:
+    edit_json(adapter / "adapter_config.json", task_type="CAUSAL")
+    with pytest.raises(FossilExportError, match="task_type is 'CAUSAL', which PEFT refuses; make it one of SEQ_CLS"):
+        convert(adapter, tmp_path / "out", to=to, base=base)
+    assert not (tmp_path / "out").exists()

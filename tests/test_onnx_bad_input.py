@@ -132,9 +132,16 @@ def _data_in_an_attribute(model: Any) -> None:
     next(one for one in tensor.external_data if one.key == "location").value = "../secret"
 
 
+def _no_output(model: Any) -> None:
+    node = next(one for one in model.graph.node if "layers.0.q_proj.weight" in one.input)
+    del node.output[:]
+    model.graph.input[0].type.Clear()
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
+        (_no_output, "layers.0.q_proj"),
         (_long_dims, "the constant layers.0.q_proj.weight .*; export the graph again"),
         (_other_length, "names 16 bytes from byte 0 on"),
         (_cycle, "nodes that wait for each other"),

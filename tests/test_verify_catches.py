@@ -194,3 +194,19 @@ def test_forward_level_localises(module: str, bf16: Path) -> None:
     assert result.forward is not None and result.forward.first_outside == module
     assert f"first at module {module}" in result.problems[0]
     assert result.to_dict()["forward"]["first_module_outside"] == module
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pad_token_id": {}}, {"pad_token_id": 10**9}, {"eos_token_id": [None, "x"]}, {"use_cache": "no"},
+        {"dtype": "x"},
+        {"attention_bias": True}, {"max_position_embeddings": 1}, {"attention_dropout": None}, {"auto_map": {}},
+        {"initializer_range": "x"}, {"vocab_size": "64"}, {"attention_multiplier": 3},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_config_that_a_merge_would_not_write_is_no_parity(changes: dict[str, Any], bf16: Path) -> None:
+    edit_json(bf16 / "config.json", **changes)
+    problems = verify(bf16, level="weights").problems
+    assert len(problems) == 1 and "config.json" in problems[0] and next(iter(changes)) in problems[0], problems

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import verify_tools
 from conftest import edit_json, make_adapter, make_base
 from transformers import BertConfig, BertModel, LlamaForSequenceClassification
 from verify_tools import Q1, as_bone, tamper
 
 from fossil_export import merge, verify
+
+bf16 = verify_tools.bf16
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "float16"])
@@ -39,6 +43,16 @@ def test_special_tensors_pass(legacy: bool, tmp_path: Path) -> None:
     merge(tmp_path / "adapter", tmp_path / "merged")
     result = verify(tmp_path / "merged")
     assert result.parity, result.problems
+
+
+def test_what_users_change_in_a_config_makes_no_other_model(bf16: Path) -> None:
+    config = json.loads((bf16 / "config.json").read_bytes())
+    free = {"pad_token_id": 5, "eos_token_id": [1, 2], "use_cache": False, "temperature": 0.7, "dtype": "float32"}
+    edit_json(bf16 / "config.json", **free, transformers_version="4.0", _name_or_path="mine", unheard=None)
+    assert verify(bf16, level="weights").problems == ("config.json has another unheard than base and adapter ask for",)
+    del config["mlp_bias"], config["attention_dropout"]  # the class has them by default
+    (bf16 / "config.json").write_text(json.dumps({**config, **free}))
+    assert verify(bf16, level="weights").parity
 
 
 def test_classifier_and_resized_vocabulary_pass(base: Path, tmp_path: Path) -> None:

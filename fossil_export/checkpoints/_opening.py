@@ -85,7 +85,7 @@ def open_checkpoint(where: Path | Folder, file: str | None = None) -> Checkpoint
     if folder is not None and "config.json" in root:
         config = json_of(home, "config.json")
         _check_config(folder / "config.json", config)
-        _check_named(folder / "config.json", config, index_name or weights)
+        _check_named(folder / "config.json", config)
     return dequantized(Checkpoint(home, folder, files, index_path, index, config, tensors, stamps=stamps))
 
 
@@ -176,13 +176,12 @@ def _settings_beside(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
     return {"quant_method": "awq" if "w_bit" in found or "zero_point" in found else "gptq", **found}
 
 
-def _check_named(path: Path, config: Mapping[str, Any], file: str | None) -> None:
+def _check_named(path: Path, config: Mapping[str, Any]) -> None:
     """transformers from 5.0 on reads the file that `transformers_weights` names, whatever else is there."""
-    named = config.get("transformers_weights")
-    if named is not None and named != file:
+    if (named := config.get("transformers_weights")) is not None:
         raise CheckpointError(
-            f"{path}: transformers_weights names {named!r}, which transformers loads, and not {file}; name that file "
-            "with --base, or take the field out"
+            f"{path}: transformers_weights names {named!r}, which transformers loads whatever else is there; give that "
+            "file the usual name (model.safetensors, or that of its index), and take the field out"
         )
 
 

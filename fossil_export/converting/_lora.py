@@ -32,6 +32,7 @@ from fossil_export.converting._form import (
 from fossil_export.converting._lora_card import card
 from fossil_export.converting._options import Options
 from fossil_export.converting._record import write_record
+from fossil_export.converting._tasks import task_of
 from fossil_export.converting._widths import Shapes, layer_shapes
 from fossil_export.errors import AdapterError, naming
 
@@ -142,7 +143,7 @@ def _config(adapter: Adapter, layout: _Layout, known: frozenset[str]) -> dict[st
         "peft_type": "LORA",
         "r": rank,
         "target_modules": target_modules(ranks, known),
-        "task_type": given.get("task_type"),
+        "task_type": task_of(adapter),
         "use_dora": False,
         "use_rslora": False,
     }

@@ -17,6 +17,7 @@ from fossil_export.checkpoints._jsonfile import write_json
 from fossil_export.converting._form import finite
 from fossil_export.converting._options import Options
 from fossil_export.converting._record import write_record
+from fossil_export.converting._tasks import task_of
 from fossil_export.errors import AdapterError, naming
 
 _BIASES = {"bone_only": "miss_only"}
@@ -64,11 +65,12 @@ def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
 
 def _config(adapter: Adapter, options: Options) -> dict[str, Any]:
     given = adapter.config
-    kept = ("auto_mapping", "exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save", "task_type")
+    kept = ("auto_mapping", "exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save")
     bias = given.get("bias") or "none"
     first = next(iter(adapter.trained.values()))
     return {
         **{name: given.get(name) for name in kept},
+        "task_type": task_of(adapter),
         "base_model_name_or_path": options.base_id,
         "bias": _BIASES.get(bias, bias),
         "inference_mode": True,

@@ -28,6 +28,7 @@ from fossil_export.merging._requantize import LEAST, as_stored, refuse_added, st
 from fossil_export.merging._seen_weights import with_tensors
 from fossil_export.merging._ties import are_equal
 from fossil_export.merging._trained_on import seen_base
+from fossil_export.merging._whole import unlike_its_config
 from fossil_export.storage import Origin, find_origin, is_path, pinned
 
 if TYPE_CHECKING:
@@ -172,6 +173,10 @@ def planned(asked: MergePlan, dtype: str, tied: Sequence[bool | None]) -> MergeP
     held = {name: plan.shape for name, plan in plans.items()} | {
         tensor.name: tensor.shape for tensors in by_file.values() for tensor in tensors if tensor.added
     }
+    if unlike := next(unlike_its_config(base), None):
+        raise MergeError(
+            f"{base.location}: {unlike}; no loader has this model as it was saved; fetch it again, or mend config.json"
+        )
     if wrong := list(look(adapters, base, held, {**(base.config or {}), **config_edits})):
         raise MergeError(
             f"{base.location}: the merged model would not be what was trained: {wrong[0]}"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.resources import files
 from typing import Any
 
 from fossil_export.models import _lines, _table
-from fossil_export.models._architecture import Architecture, Operation, Rule, Tie
+from fossil_export.models._architecture import Architecture, Operation, Rule, Tie, pattern_of
 from fossil_export.models._inventory import Conversion, Names
 from fossil_export.models._look import look
 from fossil_export.models._pieces import Pieces, Run, Unknown, pieces_of
@@ -38,6 +38,13 @@ def classes(config: Mapping[str, Any], *, exact: bool = False) -> Mapping[str, s
 
         return _transformers.classes(model_type)
     return _table.classes(model_type)
+
+
+def made_alike(one: Mapping[str, Any], other: Mapping[str, Any], but: Collection[str] = ()) -> bool:
+    """Whether the installed transformers makes equal configs of both, but for some fields; False if it is not known."""
+    from fossil_export.models import _transformers
+
+    return _transformers.made_alike(_typed(one), _typed(other), but)
 
 
 def bypassed(config: Mapping[str, Any]) -> frozenset[str]:
@@ -73,5 +80,7 @@ __all__ = [
     "bypassed",
     "classes",
     "look",
+    "made_alike",
+    "pattern_of",
     "pieces_of",
 ]

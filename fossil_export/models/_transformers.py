@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from threading import RLock, get_ident
@@ -34,6 +34,24 @@ def read(config: Mapping[str, Any], class_name: str) -> Architecture | None:
             return describe(model, made, content, path)
     except (Exception, RecursionError):  # what foreign code raises for a strange config is not ours to list
         return None
+
+
+def made_alike(one: Mapping[str, Any], other: Mapping[str, Any], but: Collection[str]) -> bool:
+    """Whether the configs made of two contents are equal, but for some fields; False if one cannot be made."""
+    try:
+        with _quiet():
+            made = [_configs.make(_configs.cleaned(content)).to_dict() for content in (one, other)]
+    except (Exception, RecursionError):  # as above
+        return False
+    one, other = (_without(but, each) for each in made)
+    return repr(one) == repr(other)  # NaN is itself here, and 1 is not True
+
+
+def _without(keys: Collection[str], value: Any) -> Any:
+    """A tree without some keys, its others in order."""
+    if not isinstance(value, dict):
+        return value
+    return {str(key): _without(keys, value[key]) for key in sorted(value, key=str) if key not in keys}
 
 
 @contextmanager

@@ -9,12 +9,12 @@ from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import Checkpoint, identity, sha256
 from fossil_export.checkpoints._companions import is_weights
 from fossil_export.errors import listed
-from fossil_export.merging._config import difference
 from fossil_export.merging._guess import declared_tie, embedding_tensor
 from fossil_export.merging._look import look
 from fossil_export.merging._naming import naming_of
 from fossil_export.merging._plan import MergePlan
 from fossil_export.merging._provenance import recorded_adapters
+from fossil_export.verifying._fields import changed_fields
 
 
 def check_folder(
@@ -44,22 +44,10 @@ def check_folder(
         more = of_base.shape[0] - _text(base.config or {}).get("vocab_size", 0) if of_base is not None else 0
         if rows - vocabulary not in (0, more):  # some models have more rows than that, for other tokens
             yield f"config.json says vocab_size {vocabulary}, but {embedding} has {rows} rows"
-    elif not isinstance(vocabulary, int) and isinstance(_text(base.config or {}).get("vocab_size"), int):
-        yield "config.json names no vocab_size, and the base's does"
-    wanted = {**(base.config or {}), **plan.config_edits}
-    changed = [key for key in difference(artifact.config, wanted) if key in _MEANING]
-    if changed:
+    if changed := changed_fields(artifact.config, {**(base.config or {}), **plan.config_edits}):
         yield f"config.json has another {listed(changed)} than base and adapter ask for"
     # What is missing or too much among the tensors is told of each by itself.
     yield from look(plan.adapters, base, {tensor.name: tensor.shape for tensor in plan.tensors}, artifact.config)
-
-
-_MEANING = (
-    "architectures", "head_dim", "hidden_act", "hidden_size", "id2label", "intermediate_size", "model_type",
-    "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_parameters",
-    "rope_scaling", "rope_theta", "sliding_window",
-)  # fmt: skip
-# What decides how the weights are used; ties and vocabulary are looked at on their own.
 
 
 def check_record(base: Checkpoint, adapters: Sequence[Adapter], record: Mapping[str, Any] | None) -> Iterator[str]:

@@ -29,7 +29,7 @@ OUTCOMES = {
 }
 
 SUBJECTS = (
-    *("adapters", "mlx", "merged", "options", "hostile"),
+    *("adapters", "mlx", "merged", "options", "hostile", "places"),
     *("quantized_bases", "pickles", "rwkv", "gguf_files"),
     *("graphs", "signatures", "records", "cards"),
 )

@@ -23,7 +23,7 @@ from torture.rows import Row
 
 SECONDS = 10.0
 MEMORY = 1 << 30
-PATIENCE = 60.0  # for the judge
+PATIENCE = 30.0  # for the judge
 ENDINGS = ("error: ", "not the trained model: ")
 
 

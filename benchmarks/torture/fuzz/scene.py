@@ -184,7 +184,9 @@ def judge_weights(
             if CONFIG in configs:
                 shutil.copyfile(sound / path.relative_to(folder) / CONFIG, copy / CONFIG)
         if BASE_CONFIG in configs:
-            shutil.copyfile(sound / "base" / BASE_CONFIG, beside / "base" / BASE_CONFIG)
+            if (own := beside / "base" / BASE_CONFIG).is_dir():
+                own.rmdir()
+            shutil.copyfile(sound / "base" / BASE_CONFIG, own)
         try:
             expected = adapted(beside / "base", again).merge_and_unload().state_dict()
         except Exception:

@@ -69,6 +69,8 @@ def find_sites(graph: ir.Graph) -> tuple[Site, ...]:
 
 
 def _weight_of(node: ir.Node) -> Weight | None:
+    if len(node.outputs) != 1:
+        return None
     try:
         return _read_weight(node)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
