@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from safetensors.numpy import save
@@ -48,3 +50,48 @@ def test_randlora_of_other_dimensions_is_refused() -> None:
 def test_gralora_takes_a_hybrid_rank_of_nought() -> None:
     field = METHODS["gralora"].FIELDS["hybrid_r"]
     assert field.holds(0) and field.holds(1) and not field.holds(-1) and field.default == 0
+
+
+def test_loha_with_cores_of_other_ranks_is_refused() -> None:
+    good = {"A1": (2, 6), "B1": (2, 4), "T1": (2, 2, 3, 3), "A2": (2, 6), "B2": (2, 4), "T2": (2, 2, 3, 3)}
+    assert METHODS["loha"].read({"r": 2}, "m", good, "here") == {"r": 2, "scale": 4.0}
+    for role, place in itertools.product(("T1", "T2"), (0, 1)):
+        wrong = [*good[role]]
+        wrong[place] = 3
+        with pytest.raises(FossilExportError, match="they do not go together"):
+            METHODS["loha"].read({"r": 2}, "m", good | {role: tuple(wrong)}, "here")
+
+
+@pytest.mark.parametrize("first", [(2,), (2, 2, 1)])
+def test_lokr_whose_first_factor_is_no_matrix_is_refused(first: tuple[int, ...]) -> None:
+    with pytest.raises(FossilExportError, match="they do not go together"):
+        METHODS["lokr"].read({"r": 2}, "m", {"W1": first, "W2": (3, 3)}, "here")
+
+
+def test_a_lokr_without_ranks_takes_the_only_one_of_its_patterns() -> None:
+    shapes = {"W1": (2, 2), "W2": (3, 3)}
+    for pattern in ({"m": 3}, {"m": 3, "a.m": 3}):
+        assert METHODS["lokr"].read({"r": 2, "rank_pattern": pattern}, "a.m", shapes, "here")["r"] == 3
+    with pytest.raises(FossilExportError, match="rank_pattern has several values for it"):
+        METHODS["lokr"].read({"r": 2, "rank_pattern": {"m": 3, "a.m": 4}}, "a.m", shapes, "here")
+
+
+@pytest.mark.parametrize("weight", [(4, 9), (9, 4)])
+def test_kasa_must_leave_something_of_the_shorter_side(weight: tuple[int, int]) -> None:
+    for rank in (3, 4):
+        shapes = {"A": (rank, weight[1]), "B": (weight[0], rank), "d": (rank,)}
+        found = METHODS["kasa"].mismatch(shapes, {"r": rank}, weight)
+        assert found == (None if rank == 3 else "kasa of rank 4 leaves nothing of the weight")
+
+
+@pytest.mark.parametrize("kind", [Name("torch", "Tensor"), Name("other", "Packed")])
+def test_a_tensor_of_another_librarys_class_is_refused(kind: Name) -> None:
+    storage = Persistent(("storage", Name("torch", "FloatStorage"), "0", "cpu", 6))
+    plain = (storage, 0, (2, 3), (3, 1), False, {})
+    arguments = (Name("torch._utils", "_rebuild_tensor_v2"), kind, plain, {})
+    state = {"a": Call(Name("torch._tensor", "_rebuild_from_type_v2"), arguments)}
+    if kind.module == "torch":
+        assert [one.shape for one in tensors_of(state)] == [(2, 3)]
+    else:
+        with pytest.raises(BadPickleError, match=r"is a other\.Packed, which only its own library can read"):
+            list(tensors_of(state))
