@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +14,12 @@ from safetensors.numpy import save
 from fossil_export.checkpoints._header import encode_header
 from fossil_export.checkpoints.pickled._machine import BadPickleError, Call, Name, Persistent
 from fossil_export.checkpoints.pickled._state import tensors_of
+from fossil_export.checkpoints.quantized._levels import reciprocal
 from fossil_export.errors import FossilExportError
+from fossil_export.merging._engine import NumpyEngine, Update, merge_slab
 from fossil_export.merging._given import with_weights
+from fossil_export.merging._requantize import refuse_added, refuse_lost
+from fossil_export.merging._survival import group_rows, measure
 from fossil_export.methods import METHODS
 
 
@@ -95,3 +102,56 @@ def test_a_tensor_of_another_librarys_class_is_refused(kind: Name) -> None:
     else:
         with pytest.raises(BadPickleError, match=r"is a other\.Packed, which only its own library can read"):
             list(tensors_of(state))
+
+
+def test_fields_that_a_config_lacks_have_pefts_defaults() -> None:
+    peft = pytest.importorskip("peft")
+    without = {"use_cayley_neumann"}  # PEFT had no such series when its configs lacked the field
+    compared = 0
+    for kind, config in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        defaults = {field.name: field.default for field in dataclasses.fields(config)}
+        for name, method in METHODS.items():
+            for key, field in method.FIELDS.items() if kind.value in method.PEFT else ():
+                if key in without:
+                    continue
+                if field.default is not None and defaults.get(key, dataclasses.MISSING) is not dataclasses.MISSING:
+                    assert field.default == defaults[key], (name, key)
+                    compared += 1
+    assert compared > 40
+
+
+def test_only_matrices_need_to_be_there_to_be_quantized_again() -> None:
+    base: Any = SimpleNamespace(location="base")
+    vector, matrix = (SimpleNamespace(name="a.bias", shape=shape) for shape in ((3,), (3, 3)))
+    refuse_added(base, [vector])  # type: ignore[list-item]
+    with pytest.raises(FossilExportError, match=r"has no a\.bias"):
+        refuse_added(base, [vector, matrix])  # type: ignore[list-item]
+
+
+def test_what_is_left_of_the_update_is_told_of_what_was_quantized_again_alone() -> None:
+    tensors = [SimpleNamespace(name="a", encodes=object()), SimpleNamespace(name="b", encodes=None)]
+    plan: Any = SimpleNamespace(min_survival=0.5, tensors=tensors, base_name="base")
+    whole, lost = (measure(np.zeros((1, 4)), np.ones((1, 4)), np.full((1, 4), share)) for share in (1.0, 0.0))
+    refuse_lost(plan, {"a": whole, "b": lost})
+    with pytest.raises(FossilExportError, match=r"keep 0\.0% of the update \(least in a\)"):
+        refuse_lost(plan, {"a": lost, "b": whole})
+
+
+def test_what_is_measured_does_not_depend_on_how_much_is_merged_at_once() -> None:
+    random = np.random.default_rng(0)
+    weight, shard = (random.standard_normal(shape).astype(np.float32) for shape in ((256, 8), (2, 256)))
+    engines = NumpyEngine(), NumpyEngine()
+    engines[1].block = 1
+    updates = [Update(METHODS["tile"], {"D": shard}, {})]
+    one, other = (merge_slab(engine, weight, np.empty_like(weight), updates, 0, 256) for engine in engines)
+    assert one.survived is not None and one == other
+
+
+@pytest.mark.parametrize("unit", [1, 2, 3, 7, 100])
+def test_sampled_rows_are_whole_units(unit: int) -> None:
+    assert group_rows(unit) % unit == 0 and unit <= group_rows(unit)
+
+
+def test_the_reciprocal_of_every_scale_is_found() -> None:
+    scales = (np.arange(1024, dtype=np.uint32) << 13 | 0x3F800000).view(np.float32)
+    assert np.allclose(reciprocal(scales) * scales, 1, rtol=0, atol=1e-6)
