@@ -97,7 +97,7 @@ def table(rows: list[Row], judged: dict[str, str]) -> str:
     for row in rows:
         packages.setdefault(row.file.split("/")[1], []).append(row)
     out = [
-        f"| package | made | killed | {' | '.join(kinds)} | gaps |",
+        f"| package | made | killed | {' | '.join(kinds)} | gaps, or not judged |",
         f"|---|--:{'|--:' * (len(kinds) + 2)}|",
     ]
     for name, own in [*sorted(packages.items()), ("together", rows)]:
