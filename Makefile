@@ -79,8 +79,9 @@ torture: $(VENV)/ready
 	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks:$(CURDIR)/tests $(VENV)/bin/python -m torture --write docs/reliability.md
 
 # First the record of what each test runs, which takes half an hour; goes on where it was stopped (build/mutants*).
+# A quick look: make mutants MUTANTS="--count 6 --tests lycoris"
 mutants: $(VENV)/ready
-	PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/examples:$(CURDIR)/benchmarks $(VENV)/bin/python -m mutants --write docs/reliability.md
+	PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/examples:$(CURDIR)/benchmarks $(VENV)/bin/python -m mutants $(MUTANTS) --write docs/reliability.md
 
 # The converted adapter in llama.cpp, which takes minutes to build.
 llama-cpp: $(VENV)/ready

@@ -69,6 +69,21 @@ BAD_ADAPTERS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda a: edit_weights(a, lambda s: s.update({QPROJ: torch.zeros(8, 48, dtype=torch.int32)})),
         [QPROJ, "I32"],
     ),
+    "integer shard beside a saved module": (
+        lambda a: [
+            edit_json(a / CONFIG, modules_to_save=["lm_head"]),
+            edit_weights(a, lambda s: s.update({QPROJ: torch.zeros(8, 48, dtype=torch.int32)})),
+        ],
+        [QPROJ, "I32"],
+    ),
+    "blocks of bat beside tiles": (
+        lambda a: [
+            edit_json(a / CONFIG, peft_type="BONE"),
+            edit_weights(a, lambda s: [rename(s, name, name.replace("miss_", "bone_")) for name in list(s)]),
+            edit_weights(a, lambda s: s.update({QPROJ.replace("miss_", "bone_"): torch.zeros(6, 8, 8)})),
+        ],
+        [WEIGHTS, "mixes bat and tile shards"],
+    ),
     "target denied": (lambda a: edit_json(a / CONFIG, target_modules=["v_proj"]), [CONFIG, "down_proj"]),
     "target pattern": (lambda a: edit_json(a / CONFIG, target_modules=".*v_proj"), [CONFIG, "down_proj"]),
     "target pattern broken": (lambda a: edit_json(a / CONFIG, target_modules="("), [CONFIG, "regular expression"]),
@@ -136,7 +151,10 @@ BAD_ADAPTERS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "pickle with code": (pickled_code, ["adapter_model.bin", "may hold code", "safetensors"]),
     "pickle of a list": (pickled_list, ["adapter_model.bin", "not a state dict"]),
     "pickle cut": (cut_pickle, ["adapter_model.bin"]),
-    "base not named": (lambda a: edit_json(a / CONFIG, base_model_name_or_path=None), ["--base"]),
+    "base not named": (
+        lambda a: edit_json(a / CONFIG, base_model_name_or_path=None),
+        ["does not name its base", "--base"],
+    ),
     "base elsewhere": (
         lambda a: edit_json(a / CONFIG, base_model_name_or_path="some/where"),
         ["some/where", "no such file", "--base"],

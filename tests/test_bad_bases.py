@@ -250,5 +250,5 @@ def test_a_config_that_names_its_weights_is_refused(named: str, base: Path, adap
     """transformers would load these; a merge into other files, or of another layout, would be another model."""
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"transformers_weights": named}))
-    with pytest.raises(CheckpointError, match="transformers_weights names '.*take the field out"):
+    with pytest.raises(CheckpointError, match=r"transformers_weights names '.*take the field out"):
         plan_merge(adapter)

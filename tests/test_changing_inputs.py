@@ -77,6 +77,8 @@ def test_a_file_that_changes_after_the_plan_stops_the_merge(
     }[which]
     plan = plan_merge(adapter)
     CHANGES[change](path)
+    with pytest.raises(CheckpointError, match=f"{path.name}: "):
+        plan.check()  # before anything of it is read
     with pytest.raises((CheckpointError, AdapterError), match=f"{path.name}: (changed while|cannot be read)"):
         run_merge(plan, tmp_path / "merged")
     assert not (tmp_path / "merged").exists() and not list(tmp_path.glob(".merged*"))

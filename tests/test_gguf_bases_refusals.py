@@ -147,6 +147,12 @@ def test_other_versions_and_byte_orders(model: Path, tmp_path: Path) -> None:
         refused(path, match)
 
 
+def test_a_file_of_another_kind_is_told_by_its_first_bytes(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGJT" + model.read_bytes()[4:])
+    refused(path, "is no GGUF file")
+
+
 def test_parts_of_a_model(model: Path, tmp_path: Path) -> None:
     part = tmp_path / "model-00001-of-00003.gguf"
     part.write_bytes(model.read_bytes())

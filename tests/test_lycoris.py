@@ -195,6 +195,18 @@ def test_what_is_not_whole_or_not_known_is_refused(
         load_adapter(tmp_path / "adapter")
 
 
+def test_rows_of_lokrs_reference_are_those_of_the_whole() -> None:
+    random = np.random.default_rng(0)
+    arrays = {role: random.standard_normal(shape) for role, shape in (("W1", (6, 2)), ("A2", (4, 2)), ("B2", (2, 5)))}
+    weight, whole = random.standard_normal((24, 10)), np.empty((24, 10))
+    EXACT["lokr"].rebuild(weight, arrays, {"scale": 2.0}, whole)
+    for start, stop in ((0, 8), (8, 24)):
+        found = np.empty((stop - start, 10))
+        part = EXACT["lokr"].part(arrays, start, stop)
+        EXACT["lokr"].rebuild(weight[start:stop], part, {"scale": 2.0}, found)
+        assert (found == whole[start:stop]).all()
+
+
 @pytest.mark.parametrize("kind", [LoHaConfig, LoKrConfig])
 def test_one_made_for_another_shape_is_refused_before_anything_is_written(kind: Any, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from fossil_export import convert, load_adapter, merge, verify
+from fossil_export.adapters._mlx import is_mlx
 from fossil_export.errors import AdapterError, MergeError
 from fossil_export.methods import METHODS
 from fossil_export.verifying.reference import EXACT
@@ -295,6 +296,12 @@ def test_an_older_folder_without_safetensors_says_what_to_do(base: Path, tmp_pat
     (tmp_path / "mlx" / "adapters.safetensors").rename(tmp_path / "mlx" / "adapters.npz")
     with pytest.raises(AdapterError, match=r"has no adapters\.safetensors"):
         load_adapter(tmp_path / "mlx")
+
+
+def test_a_file_of_mlx_tells_its_folder() -> None:
+    for name in ("adapters.npz", "adapters.safetensors"):
+        assert is_mlx({"rank": 4}, [name]) and not is_mlx({"rank": 4, "peft_type": "LORA"}, [name])
+    assert not is_mlx({"rank": 4}, ["adapter_model.safetensors"])
 
 
 def test_mlx_vlms_first_format(base: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import serialization
 
 from fossil_export.adapters._pickled import read_pickled
 from fossil_export.checkpoints._opening import open_checkpoint
@@ -117,6 +118,21 @@ def test_a_list_of_entries_is_not_read_if_it_is_too_long(tmp_path: Path) -> None
         out.write(end)
     with pytest.raises(CheckpointError, match="has a list of entries of 40,000,000 bytes"):
         open_checkpoint(file)
+
+
+def test_another_alignment_of_storages_is_not_taken_for_the_usual_one(tmp_path: Path) -> None:
+    before = serialization.config.save.storage_alignment
+    serialization.config.save.storage_alignment = 16
+    try:
+        torch.save({f"t{n}": torch.randn(n + 1, 7) for n in range(20)}, tmp_path / "saved.pt")
+    finally:
+        serialization.config.save.storage_alignment = before
+    content = (tmp_path / "saved.pt").read_bytes()
+    near, far = (
+        parse_pickle_header(tmp_path / "saved.pt", io.BytesIO(content), len(content), far=far) for far in (False, True)
+    )
+    assert far.tensors == near.tensors
+    assert any(one.offset is not None and one.offset % 64 == 48 for one in near.tensors)
 
 
 def test_a_file_that_others_packed_again_is_read_where_its_bytes_are_from_afar_too(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pickled_bases import merged_as, pickled_base, plain_base, read_all, write_state
 from quantized_bases import fp8_folder
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import fossil_export
@@ -122,6 +122,14 @@ def test_safetensors_win_over_pickles(plain: Path, tmp_path: Path) -> None:
     assert [header.path.name for header in open_checkpoint(base).files] == ["model.safetensors"]
     (base / "model.safetensors").rename(base / "other.safetensors")
     assert [header.path.name for header in open_checkpoint(base).files] == ["pytorch_model.bin"]
+
+
+def test_a_file_that_is_named_is_taken_beside_others(plain: Path, tmp_path: Path) -> None:
+    tensors = load_file(plain / "model.safetensors")
+    save_file(tensors, tmp_path / "model.safetensors")
+    torch.save({"other": torch.ones(3)}, tmp_path / "other.bin")
+    assert set(open_checkpoint(tmp_path / "other.bin").tensors) == {"other"}
+    assert open_checkpoint(tmp_path).tensors.keys() == tensors.keys()
 
 
 def test_what_training_left_is_not_taken_for_the_model(plain: Path, tmp_path: Path) -> None:

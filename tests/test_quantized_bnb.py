@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 from fossil_export.checkpoints._opening import open_checkpoint
+from fossil_export.checkpoints.quantized import _blocks
 from fossil_export.errors import CheckpointError
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -55,6 +56,13 @@ def test_every_block_size_shape_storage_and_dtype_is_dequantized_bit_for_bit(dat
     first = data.draw(st.integers(0, shape[0] - 1))
     found = tools.decoded(tensors, tools.settings4(kind, nested), first, data.draw(st.integers(first, shape[0])))
     assert found.dtype == truth.dtype and torch.equal(found, truth[first : first + len(found)])
+
+
+def test_pieces_of_a_large_matrix_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_blocks, "PIECE", 4096)
+    value = torch.randn(40, 800).bfloat16()
+    tensors, truth = tools.quantized4("a.weight", value, "uint8", quant_type="nf4", blocksize=64)
+    assert torch.equal(tools.decoded(tensors, tools.settings4("nf4", False), 3, 39), truth[3:39])
 
 
 @settings(max_examples=20, deadline=None)

@@ -197,6 +197,11 @@ WRONG = {
     "nothing quantized": ({"bias": torch.ones(4)}, CONFIG, "says that weights are quantized, and none is"),
     "a sparse form": (GOOD, CONFIG | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
     "rotations": (GOOD, CONFIG | {"transform_config": {"config_groups": {"u": {}}}}, "has a transform_config"),
+    "codes that nothing has a meaning for": (
+        GOOD | {"codes": fp8_codes(4, 6)},
+        CONFIG,
+        r"up_proj\.codes .* is stored as F8_E4M3, and config.json does not say how to read it",
+    ),
     "pruned experts": (GOOD, CONFIG | {"moe_sparsity_config": {"experts": 3}}, "its experts are pruned"),
     "a form that is not known": (GOOD, group(format="marlin-24"), "is stored as 'marlin-24'"),
     "a field that is not known": (GOOD, CONFIG | {"twist": 1}, "has the field 'twist' in quantization_config"),

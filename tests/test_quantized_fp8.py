@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,9 @@ from quantized_scaled import MODULE, checkpoint, encoded, fp8_codes, same, scale
 from transformers import FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 
+from fossil_export.checkpoints._checkpoint import view_rows
+from fossil_export.checkpoints._coding import read_rows
+from fossil_export.checkpoints._opening import open_checkpoint
 from fossil_export.errors import CheckpointError
 
 WEIGHT, SCALE = f"{MODULE}.weight", f"{MODULE}.weight_scale_inv"
@@ -209,6 +213,22 @@ def test_a_list_of_modules_leaves_out_what_transformers_leaves_out(tmp_path: Pat
     settings = SETTINGS | {"modules_to_not_convert": ["model.layers.1", "lm_head", "model.*gate", "model.*u"]}
     opened = checkpoint(tmp_path, tensors, settings)
     assert same(values(opened, "model.layers.11.up.weight"), OWNER._dequantize_one(CODES, GRID, torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", ["model", "model.layers.11", "model.layers.11.up"])
+def test_a_weight_in_a_module_that_is_said_to_be_left_out_is_refused(name: str, tmp_path: Path) -> None:
+    tensors = {"model.layers.11.up.weight": CODES, "model.layers.11.up.weight_scale_inv": GRID}
+    with pytest.raises(CheckpointError, match="the config says that it is not"):
+        checkpoint(tmp_path, tensors, SETTINGS | {"modules_to_not_convert": [name]})
+
+
+def test_without_a_config_scales_tell_what_is_quantized(tmp_path: Path) -> None:
+    checkpoint(tmp_path, {WEIGHT: fp8_codes(256, 130), SCALE: scales(2, 2)}, None)
+    (tmp_path / "config.json").unlink()
+    opened = open_checkpoint(tmp_path)
+    assert opened.config is None and set(opened.tensors) == {WEIGHT}
+    rows = read_rows(opened.tensors[WEIGHT], 0, 256, partial(view_rows, opened.home))
+    assert all((rows[at : at + 60] == rows[:][at : at + 60]).all() for at in (0, 100, 196))
 
 
 @settings(max_examples=30, deadline=None)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 
 from fossil_export.checkpoints._coding import CodedRows
-from fossil_export.checkpoints.quantized import coded
+from fossil_export.checkpoints.quantized import _trained_on, coded
 from fossil_export.checkpoints.quantized._trained_on import QUANTIZERS, OfConv1d, TrainedOn
 from fossil_export.errors import CheckpointError
 
@@ -145,6 +145,15 @@ def test_a_conv1d_is_quantized_the_other_way_round(tmp_path: Path) -> None:
     truth = bnb.dequantize_4bit(weight.data, weight.quant_state).T
     found = as_seen(plain.transformer.h[0].mlp.c_fc.weight.detach(), TrainedOn("nf4"), 3, 41, turned=True)
     assert torch.equal(found, truth[3:41])
+
+
+def test_a_conv1d_of_many_pieces_is_the_transpose_of_a_linear_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_trained_on, "PIECE", 1 << 10)
+    torch.manual_seed(0)
+    value = torch.randn(80, 96).bfloat16()
+    for kind in ("nf4", "int8"):
+        seen = TrainedOn(kind, double_quant=kind == "nf4")
+        assert torch.equal(as_seen(value, seen, turned=True), as_seen(value.T.contiguous(), seen).T)
 
 
 @pytest.mark.parametrize("kind", sorted(QUANTIZERS))

@@ -227,6 +227,21 @@ def test_tmpfs(adapter: Path, tmp_path: Path) -> None:
         shutil.rmtree(target, ignore_errors=True)
 
 
+def _descriptors() -> list[str]:
+    return sorted(path.name for path in Path("/proc/self/fd").iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no list of descriptors here")
+@pytest.mark.parametrize("direct", [True, False])
+def test_an_output_file_leaves_no_descriptor_open(direct: bool, tmp_path: Path) -> None:
+    before = _descriptors()
+    file = OutputFile(tmp_path / "file", 3, direct)
+    assert len(_descriptors()) > len(before)
+    file.write(0, np.zeros(3, np.uint8))
+    file.close()
+    assert _descriptors() == before
+
+
 def test_output_file_takes_any_range_at_any_address(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     want = rng.integers(0, 256, 3 * 4096 + 777, np.uint8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -32,8 +33,14 @@ from transformers import (
 )
 
 from fossil_export import FossilExportError, merge, plan_merge, verify
+from fossil_export.adapters import Trained
 from fossil_export.checkpoints._checkpoint import Checkpoint
-from fossil_export.merging._naming import Naming
+from fossil_export.checkpoints._header import TensorInfo
+from fossil_export.checkpoints._opening import open_checkpoint
+from fossil_export.merging._brought import Brought
+from fossil_export.merging._naming import Naming, naming_of
+from fossil_export.merging._placement import Placement
+from fossil_export.merging._ties import part
 from fossil_export.merging._vocabulary import is_vocabulary
 from fossil_export.models import Architecture, Names, Tie
 
@@ -196,6 +203,24 @@ def test_what_is_tied_beside_embeddings_is_no_vocabulary() -> None:
     assert found == [True, False, False]
 
 
+def test_of_classes_that_lack_something_the_one_that_lacks_least_is_taken(tmp_path: Path) -> None:
+    base = open_checkpoint(make_base(tmp_path / "base"))
+    adapter: Any = SimpleNamespace(config={}, trained={}, saved=["model.norm.weight", "lm_head.weight", "own.weight"])
+    assert naming_of(adapter, base).model.name == "LlamaForCausalLM"
+
+
+def test_a_tie_of_another_field_stays() -> None:
+    ties = (Tie("b.weight", "a.weight", True, ("first",)), Tie("d.weight", "c.weight", True, ("second",)))
+    names = frozenset(f"{letter}.weight" for letter in "abcd")
+    stored = {name: TensorInfo(name, "F32", (4, 4), Path("base"), 0) for name in ("a.weight", "c.weight")}
+    base: Any = SimpleNamespace(location="base", tensors=stored, config={})
+    naming = Naming(Names(Architecture("Two", "two", names, ties=ties, embedding="a"), stored))
+    adapter: Any = SimpleNamespace(keeps_ties=False, path="adapter", files=[Path("adapter")], config={})
+    placement, brought = Placement(), Brought(trained={"d.weight": Trained("d", "lora", {}, {})})
+    assert part(naming, adapter, base, brought, placement) == {"d.weight": "c.weight"}
+    assert placement.untie == (("second",),)
+
+
 def test_a_saved_batch_norm_brings_its_integers(tmp_path: Path) -> None:
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3)
     base = tmp_path / "base"
@@ -238,6 +263,7 @@ def test_a_base_without_its_head_is_told(tmp_path: Path) -> None:
 
 def test_shards_that_did_nothing_in_training_are_told_and_left_out(tmp_path: Path) -> None:
     """Mamba computes with `dt_proj.weight` and never calls the layer, beside which PEFT puts its shard."""
+    torch.manual_seed(0)
     config = MambaConfig(vocab_size=60, hidden_size=32, state_size=4, num_hidden_layers=1, intermediate_size=64)
     MambaForCausalLM(config).save_pretrained(tmp_path / "base")
     live = make_adapter(tmp_path / "adapter", tmp_path / "base", r=2, target_modules=["dt_proj"])
@@ -246,7 +272,7 @@ def test_shards_that_did_nothing_in_training_are_told_and_left_out(tmp_path: Pat
     (warning,) = plan_merge(tmp_path / "adapter").warnings
     assert "backbone.layers.0.mixer.dt_proj: this model computes with the weights of these layers and never" in warning
     assert "left out" in warning
-    live = make_adapter(tmp_path / "both", tmp_path / "base", r=2, target_modules=["dt_proj", "x_proj"])
+    live = make_adapter(tmp_path / "both", tmp_path / "base", r=2, target_modules=["dt_proj", "in_proj"])
     merge(tmp_path / "both", tmp_path / "merged")
     merged = MambaForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert torch.allclose(live(IDS).logits, merged(IDS).logits, atol=1e-5)
@@ -360,4 +386,18 @@ def test_a_base_that_has_neither_of_two_tied_tensors_names_both(bert: Path, tmp_
     with pytest.raises(
         FossilExportError, match=r"ties cls\.predictions\.bias and cls\.predictions\.decoder\.bias, and neither"
     ):
+        plan_merge(tmp_path / "adapter")
+
+
+def test_a_base_that_has_neither_of_two_tied_tensors_of_which_one_was_trained_names_both(
+    bert: Path, tmp_path: Path
+) -> None:
+    stored = {name: value for name, value in weights(bert).items() if name != "cls.predictions.bias"}
+    save_file(stored, tmp_path / "less.safetensors", {"format": "pt"})
+    make_adapter(
+        tmp_path / "adapter", bert, r=4, model_class=BertForMaskedLM, target_modules=["query"],
+        modules_to_save=["decoder"],
+    )  # fmt: skip
+    (tmp_path / "less.safetensors").replace(bert / "model.safetensors")
+    with pytest.raises(FossilExportError, match=r"ties cls\.predictions\.bias and .*decoder\.bias, and neither"):
         plan_merge(tmp_path / "adapter")

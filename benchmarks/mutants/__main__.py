@@ -19,7 +19,7 @@ from pathlib import Path
 from torture.__main__ import replace_part
 
 from mutants import lines, warm
-from mutants.attempts import BAD, Journal, Row, attempt, judgements, sample
+from mutants.attempts import BAD, KINDS, Journal, Row, attempt, judgements, keys, sample
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build/mutants"
@@ -30,16 +30,17 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=500, help="mutants, evenly over the lines that tests run (500)")
     parser.add_argument("--seed", type=int, default=0, help="another sample (0)")
     parser.add_argument("--only", default="", metavar="REGEX", help="of lines whose file:line has this")
+    parser.add_argument("--tests", default="", metavar="REGEX", help="with files of tests whose name has this alone")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time (2)")
     parser.add_argument("--budget", type=float, default=12, metavar="S", help="seconds of tests for a mutant (12)")
     parser.add_argument("--survivors", action="store_true", help="try those of the journal again")
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the table into this file")
     given = parser.parse_args()
     os.chdir(ROOT)
-    tests = lines.files_of_tests(ROOT / "tests")
+    tests = lines.files_of_tests(ROOT / "tests", given.tests)
     warm.warm_up()
     in_parallel(given.jobs, lambda job, tree: lines.record(tree, tests[job :: given.jobs], FOLDER / "record"))
-    known = lines.read(tests, FOLDER / "record")
+    known = lines.read(tests, FOLDER / "record", ROOT)
     print(f"{len(known.seconds)} tests; {given.count} mutants from seed {given.seed}", file=sys.stderr)
     journal = Journal(ROOT / "build/mutants.jsonl")
     before = {row.key: row for row in journal.rows()}
@@ -55,15 +56,15 @@ def main() -> int:
             journal.add(attempt(place, tree, known, given.budget, FOLDER / f"{job}.log"))
 
     in_parallel(given.jobs, work)
-    chosen = {one.key for one in (places if given.survivors else places[: given.count])}
-    rows = [row for row in journal.rows() if row.key in chosen]
+    there = keys(ROOT)
+    rows = [row for row in journal.rows() if row.key in there]
     judged = judgements()
     left = [row for row in rows if row.outcome in BAD and row.key not in judged]
     for row in left:
         print(f"{row.file}:{row.line}: {row.old!r} -> {row.new!r}: {row.outcome}, {row.tests} tests\n    {row.text}")
     print(dict(Counter(row.outcome for row in rows)), f"{len(left)} not judged", file=sys.stderr)
     if given.write:
-        replace_part(given.write, "mutants", table(rows, judged))
+        replace_part(given.write, "mutants", table(rows, judged), "mutants")
     return int(bool(left))
 
 
@@ -90,13 +91,14 @@ def in_parallel(jobs: int, call: Callable[[int, Path], None]) -> None:
 
 def table(rows: list[Row], judged: dict[str, str]) -> str:
     """By package: mutants, killed, and what the survivors are."""
-    kinds = sorted(set(judged.values()))
+    rows = [row for row in rows if row.outcome != "no program"]
+    kinds = sorted(set(KINDS) | set(judged.values()))
     packages: dict[str, list[Row]] = {}
     for row in rows:
         packages.setdefault(row.file.split("/")[1], []).append(row)
     out = [
-        f"| package | mutants | killed | {' | '.join(kinds)} | not judged |",
-        f"|---|---{'|---' * (len(kinds) + 2)}|",
+        f"| package | made | killed | {' | '.join(kinds)} | gaps, or not judged |",
+        f"|---|--:{'|--:' * (len(kinds) + 2)}|",
     ]
     for name, own in [*sorted(packages.items()), ("together", rows)]:
         alive = [row for row in own if row.outcome in BAD]

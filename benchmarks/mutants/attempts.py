@@ -16,6 +16,9 @@ from mutants.warm import PACKAGE, run_pytest
 
 BAD = ("survived", "no test")
 """Outcomes; the others are killed, hung (which a test notices too) and no program."""
+KINDS = ("equivalent", "speed", "words")
+"""Of survivors that were judged: the result is the same; so it is, sooner or later or in more memory; what is said
+differs, or a figure of a report."""
 _PATIENCE = 30  # seconds, and thrice what the tests took without a mutant
 _JUDGED = Path(__file__).with_name("judged.jsonl")
 
@@ -72,9 +75,12 @@ def judgements() -> dict[str, str]:
     return {row["key"]: row["is"] for row in map(json.loads, text.splitlines())}
 
 
-def sample(root: Path, known: Tests, seed: int, only: str, every: bool = False) -> list[Place]:
-    """A mutation for each line that tests run, the lines in random order; or all mutations of `every` line."""
-    random = Random(seed)
+def keys(root: Path) -> set[str]:
+    """Of all mutants that there can be."""
+    return {place.key for places in _by_line(root) for place in places}
+
+
+def _by_line(root: Path) -> list[list[Place]]:
     by_line: list[list[Place]] = []
     for path in sorted(path for name in SCOPE for path in (root / PACKAGE / name).rglob("*.py")):
         file = str(path.relative_to(root))
@@ -85,12 +91,22 @@ def sample(root: Path, known: Tests, seed: int, only: str, every: bool = False) 
         for one in mutations(source):
             line = text[one.line - 1].strip()
             of = (line, one.old, one.new)
-            if re.search(only, f"{file}:{one.line}"):
-                own[one.line].append(Place(file, source, line, same[of], one))
+            own[one.line].append(Place(file, source, line, same[of], one))
             same[of] += 1
-        by_line += [places for places in own.values() if _tests(places[0], known)]
+        by_line += own.values()
+    return by_line
+
+
+def sample(root: Path, known: Tests, seed: int, only: str, every: bool = False) -> list[Place]:
+    """A mutation for each line that tests run, the lines in random order; or all mutations of `every` line."""
+    by_line = [
+        places
+        for places in _by_line(root)
+        if re.search(only, f"{places[0].file}:{places[0].mutation.line}") and _tests(places[0], known)
+    ]
     if every:
         return [place for places in by_line for place in places]
+    random = Random(seed)
     random.shuffle(by_line)
     return [random.choice(places) for places in by_line]
 
@@ -120,13 +136,18 @@ def attempt(place: Place, tree: Path, known: Tests, budget: float, log: Path) ->
 
 
 def choose(place: Place, known: Tests, budget: float) -> list[str]:
-    """Tests that run the place, for `budget` seconds: the shortest ones of each file of tests, in turn."""
+    """Tests that run the place, for `budget` seconds: the shortest ones of each file of tests, in turn; first of all
+    those that run what few run of the lines that follow, since a refusal is tested by them."""
     words = set(re.findall(r"[a-z]+", place.file))
+    first = place.mutation.lines[0]
+    after = [set(known.of(place.file, line, line)) for line in range(first, place.mutation.lines[1] + 4)]
+    rare = min(filter(None, after), key=len, default=set())
     queues: dict[str, list[str]] = defaultdict(list)
-    for test in _tests(place, known):
+    for test in sorted(_tests(place, known), key=lambda test: test not in rare):
         queues[test.partition("::")[0]].append(test)
     random = Random(place.key)
-    order = sorted(queues, key=lambda file: (-len(words & set(re.findall(r"[a-z]+", file))), random.random()))
+    alike = {file: len(words & set(re.findall(r"[a-z]+", file))) for file in queues}
+    order = sorted(queues, key=lambda file: (queues[file][0] not in rare, -alike[file], random.random()))
     chosen: list[str] = []
     left = budget
     while left > 0 and any(queues.values()):

@@ -1,8 +1,10 @@
-"""Which test runs which line, and how long it takes: one JSON file for each file of tests, kept until that changes."""
+"""Which test runs which line, and how long it takes: one JSON file for each file of tests, kept until that changes, or
+a source that it runs."""
 
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 import time
@@ -56,8 +58,7 @@ def record(tree: Path, tests: list[Path], folder: Path) -> None:
     """Run these files of tests, but those whose record is there."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in tests:
-        target = _target(path, folder)
-        if target.exists():
+        if _kept(path, folder, tree) is not None:
             continue
         for old in folder.glob(f"{path.stem}.*"):
             old.unlink()
@@ -66,19 +67,18 @@ def record(tree: Path, tests: list[Path], folder: Path) -> None:
             [str(path), "-o", "addopts=", "--maxfail=1000"],
             FILE_SECONDS,
             folder / f"{path.stem}.log",
-            (Recorder(tree, target),),
+            (Recorder(tree, _target(path, folder)),),
         )
         print(f"{path.stem}: {time.monotonic() - began:.0f} s, exit code {code}", file=sys.stderr)
 
 
-def read(tests: list[Path], folder: Path) -> Tests:
+def read(tests: list[Path], folder: Path, tree: Path) -> Tests:
     lines: dict[str, dict[int, list[str]]] = {}
     seconds: dict[str, float] = {}
     for path in tests:
-        target = _target(path, folder)
-        if not target.exists():
+        found = _kept(path, folder, tree)
+        if found is None:
             continue
-        found = json.loads(target.read_text())
         names = list(found["seconds"])
         seconds |= found["seconds"]
         for file, numbers in found["lines"].items():
@@ -88,13 +88,26 @@ def read(tests: list[Path], folder: Path) -> Tests:
     return Tests(lines, seconds)
 
 
-def files_of_tests(folder: Path) -> list[Path]:
-    found = sorted(folder.glob("test_*.py"))
+def files_of_tests(folder: Path, only: str = "") -> list[Path]:
+    found = [path for path in sorted(folder.glob("test_*.py")) if re.search(only, path.stem)]
     return [path for path in found if not any(path.stem.startswith(f"test_{word}") for word in PASSED_OVER)]
 
 
 def _target(path: Path, folder: Path) -> Path:
-    return folder / f"{path.stem}.{sha256(path.read_bytes()).hexdigest()[:8]}.json"
+    return folder / f"{path.stem}.{_digest(path)}.json"
+
+
+def _kept(path: Path, folder: Path, tree: Path) -> dict[str, Any] | None:
+    """The record of a file of tests; None if there is none, or not of these sources."""
+    target = _target(path, folder)
+    if not target.exists():
+        return None
+    found: dict[str, Any] = json.loads(target.read_text())
+    return found if all(_digest(tree / file) == digest for file, digest in found["sources"].items()) else None
+
+
+def _digest(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()[:8] if path.is_file() else ""
 
 
 class Recorder:
@@ -137,7 +150,8 @@ class Recorder:
             found = {line: [index[name] for name in names if name in index] for line, names in by_line}
             lines[str(Path(file).relative_to(self._tree))] = {line: tests for line, tests in found.items() if tests}
         seconds = {name: self._seconds[name] for name in good}
-        self._target.write_text(json.dumps({"seconds": seconds, "lines": lines}))
+        sources = {file: _digest(self._tree / file) for file in lines}
+        self._target.write_text(json.dumps({"sources": sources, "seconds": seconds, "lines": lines}))
 
 
 def _stop(number: int, frame: object) -> None:

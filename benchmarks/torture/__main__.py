@@ -14,7 +14,7 @@ from typing import cast
 from torture.kinds import KINDS, Kind, Options
 from torture.rows import Journal, Row
 
-BEGIN, END = "<!-- {}: written by make torture -->", "<!-- end of {} -->"
+BEGIN, END = "<!-- {}: written by make {} -->", "<!-- end of {} -->"
 
 
 def main() -> int:
@@ -64,9 +64,9 @@ def kind_of(name: str) -> Kind:
     return cast(Kind, importlib.import_module(f"torture.{name}"))
 
 
-def replace_part(page: Path, name: str, text: str) -> None:
-    """Put `text` between the markers of `name`."""
-    begin, end = BEGIN.format(name), END.format(name)
+def replace_part(page: Path, name: str, text: str, by: str = "torture") -> None:
+    """Put `text` between the markers of `name`, which `by` writes."""
+    begin, end = BEGIN.format(name, by), END.format(name)
     before, _, rest = page.read_text().partition(begin)
     _, _, after = rest.partition(end)
     page.write_text(f"{before}{begin}\n{text.strip()}\n{end}{after}")

@@ -52,9 +52,7 @@ class Naming:
         """The parameter that the adapter calls `name`; None if the class has none."""
         if self.inner is not None:
             return self._outer(name, self.inner)
-        if self.around:
-            return self.names.parameter(name.removeprefix(self.around))
-        return self.names.parameter(name)
+        return self.names.parameter(name.removeprefix(self.around))
 
     def _outer(self, name: str, inner: Architecture) -> str | None:
         module, _, last = name.rpartition(".")
