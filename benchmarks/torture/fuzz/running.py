@@ -24,6 +24,7 @@ from torture.rows import Row
 SECONDS = 10.0
 MEMORY = 1 << 30
 PATIENCE = 30.0  # for the judge
+WAITED = 6
 ENDINGS = ("error: ", "not the trained model: ")
 
 
@@ -168,16 +169,20 @@ def _command(arguments: list[str]) -> int:
 
 
 def _forked(work: Callable[[], int], printed: tuple[Path, Path], patience: float) -> tuple[int, float, int]:
-    """Exit code (or minus the signal), seconds, and the bytes that the process grew by at most."""
+    """Exit code (or minus the signal), seconds, and the bytes that the process grew by at most.
+
+    The seconds are those of the processor, so that a busy machine does not count; one that waits for nothing is ended
+    after some times as many of the clock.
+    """
     began = time.monotonic()
     child = os.fork()
     if child == 0:
         _in_child(work, printed)
-    while time.monotonic() - began < patience:
-        done, status, _ = os.wait4(child, os.WNOHANG)
+    while time.monotonic() - began < WAITED * patience:
+        done, status, usage = os.wait4(child, os.WNOHANG)
         if done:
             code = os.waitstatus_to_exitcode(status)
-            return code, time.monotonic() - began, _grown(printed[1])
+            return code, usage.ru_utime + usage.ru_stime, _grown(printed[1])
         time.sleep(0.002)
     os.kill(child, signal.SIGKILL)
     os.wait4(child, 0)
