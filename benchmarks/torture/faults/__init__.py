@@ -24,7 +24,7 @@ from torture.fuzz.running import preload
 from torture.kinds import Options
 from torture.rows import Row
 
-COUNT = 2_400
+COUNT = 4_200
 
 OUTCOMES = {
     "right": True,  # ended well, byte for byte what it makes on a sound disk
