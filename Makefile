@@ -17,6 +17,9 @@ TORCH_OPTIONS ?=
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
+# A file of tests is run by one process, and each process takes some 800 MB.
+AT_ONCE = -n auto --maxprocesses 4 --dist loadfile
+
 # Packages in $(FLOOR) go before those of the environment.
 FLOOR = $(abspath $(VENV)-floor)
 HUB_TESTS = $(wildcard $(foreach what,card certify hub loopback push stream xet,tests/test_$(what)*.py))
@@ -32,11 +35,11 @@ demo: $(VENV)/ready
 	$(VENV)/bin/python examples/demo.py
 
 test: lint types
-	$(VENV)/bin/python -m pytest --cov=fossil_export --cov-fail-under=90
+	$(VENV)/bin/python -m pytest $(AT_ONCE) --cov=fossil_export --cov-fail-under=90
 
 test-floor: $(FLOOR)/ready
 	PYTHONPATH=$(FLOOR) $(VENV)/bin/python -c 'import huggingface_hub as it; assert "$(FLOOR)" in it.__file__'
-	PYTHONPATH=$(FLOOR) $(VENV)/bin/python -m pytest $(HUB_TESTS)
+	PYTHONPATH=$(FLOOR) $(VENV)/bin/python -m pytest $(AT_ONCE) $(HUB_TESTS)
 
 # Nothing that is there may move, least of all the Hub's client.
 test-install:

@@ -7,6 +7,7 @@ cache folder (`$FOSSIL_EXPORT_CACHE`, else `$XDG_CACHE_HOME/fossil-export`, else
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -77,10 +78,15 @@ def answer(model_folder: Path | str, prompt: str = PROMPT, tokens: int = 12) -> 
 
 
 def once(name: str, make: Callable[[Path], None]) -> Path:
-    """`make` fills a new folder; it takes its place in the cache only when it is complete."""
+    """`make` fills a new folder; it takes its place in the cache only when it is complete. Who comes second waits."""
     target = cache() / name
-    if not target.is_dir():
-        target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f".{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.is_dir():
+            return target
         folder = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
         try:
             make(folder)
