@@ -102,7 +102,7 @@ def _fail_to_print(problem: OSError) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     with suppress(OSError):
         message = f"standard output: {reason(problem)}; send it elsewhere (the files that were written are whole)"
-        click.echo(click.style("error: ", fg="red") + message, err=True)
+        echo(message, label="error: ", fg="red", err=True)
     sys.exit(1)
 
 

@@ -252,6 +252,7 @@ def rows(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     state = {f"{PREFIX}{m}.rows_g": torch.linspace(-0.5, 0.5, size) for m, size in MODULES.items()}
     save_file(state, folder / "adapter_model.safetensors")
     config = {"peft_type": "ROWS", "r": 1, "base_model_name_or_path": str(base), "bias": "rows_only"}
+    config["target_modules"] = "all-linear"
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 

@@ -106,7 +106,7 @@ def test_a_whole_tensor_and_a_part_of_it_are_refused(tmp_path: Path, monkeypatch
     for name, tensors in {"part": shard, "whole": other | brought, "both": shard | brought}.items():
         (tmp_path / name).mkdir()
         save_file(tensors, tmp_path / name / "adapter_model.safetensors")
-        config = {"peft_type": "MISS", "r": 8, "base_model_name_or_path": str(base)}
+        config = {"peft_type": "MISS", "r": 8, "base_model_name_or_path": str(base), "target_modules": "all-linear"}
         (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
     plan_merge(tmp_path / "part")
     for names in (["part", "whole"], ["both"]):
@@ -168,7 +168,8 @@ def test_experts_of_one_tensor(init: object, tmp_path: Path, monkeypatch: pytest
         {f"base_model.model.mlp.experts.{number}.miss_block": value for number, value in trained.items()},
         adapter / "adapter_model.safetensors",
     )
-    config = {"peft_type": "MISS", "r": 8, "init_weights": init, "base_model_name_or_path": str(base)}
+    named = {"base_model_name_or_path": str(base), "target_modules": "all-linear"}
+    config = {"peft_type": "MISS", "r": 8, "init_weights": init} | named
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     merge(adapter, tmp_path / "merged")
     merged = load_file(tmp_path / "merged" / "model.safetensors")["mlp.experts.weight"]

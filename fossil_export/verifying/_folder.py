@@ -44,7 +44,9 @@ def check_folder(
         more = of_base.shape[0] - _text(base.config or {}).get("vocab_size", 0) if of_base is not None else 0
         if rows - vocabulary not in (0, more):  # some models have more rows than that, for other tokens
             yield f"config.json says vocab_size {vocabulary}, but {embedding} has {rows} rows"
-    if changed := changed_fields(artifact.config, {**(base.config or {}), **plan.config_edits}):
+    gone = {name for name, value in plan.config_edits.items() if value is None}
+    wanted = {**(base.config or {}), **plan.config_edits}
+    if changed := changed_fields(artifact.config, {name: wanted[name] for name in wanted if name not in gone}):
         yield f"config.json has another {listed(changed)} than base and adapter ask for"
     # What is missing or too much among the tensors is told of each by itself.
     yield from look(plan.adapters, base, {tensor.name: tensor.shape for tensor in plan.tensors}, artifact.config)

@@ -212,7 +212,7 @@ def _verified(
 
 def _stamps(artifact: Path) -> dict[Path, Stamp]:
     """Of what is compared or run of an artifact, a file or a folder."""
-    if artifact.is_file():
+    if not artifact.is_dir():  # a file, or a folder elsewhere of which nothing was fetched
         return stamps_of([artifact])
     files = [path for path in artifact.iterdir() if path.name not in (CERTIFICATE, "README.md")]
     return stamps_of(files) | stamps_of((path for path in files if ".onnx" in path.name), linked=True)
