@@ -225,8 +225,9 @@ def dtypes(adapter: Adapter) -> dict[str, int]:
 def _norm(adapter: Adapter, module: str) -> float:
     import numpy as np
 
-    wide = [array.astype(np.float64) for array in adapter.arrays(module).values() if array.dtype.kind != "i"]
-    return float(np.sqrt(sum((values * values).sum() for values in wide)))
+    with np.errstate(all="ignore"):  # damage, of which the norm tells
+        wide = [array.astype(np.float64) for array in adapter.arrays(module).values() if array.dtype.kind != "i"]
+        return float(np.sqrt(sum((values * values).sum() for values in wide)))
 
 
 def _finite(value: float) -> float | None:

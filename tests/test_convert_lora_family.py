@@ -117,7 +117,8 @@ def test_any_rank_alpha_and_dtype(rank: int, other: int, alpha: int, rslora: boo
         wanted, found = live(double(base, folder / "adapter")), by_formula(made.output)
         for module in wanted:
             error = float((found[module] - wanted[module]).norm() / wanted[module].norm())
-            assert error < (1e-14 if made.details["exact"] else 1e-7)
+            loose = 1e-6 if dtype == torch.float16 else 1e-7  # the least numbers of float16 have few bits
+            assert error < (1e-14 if made.details["exact"] else loose)
         assert verify(made.output, level="weights").parity
 
 

@@ -100,7 +100,7 @@ def write_toy(folder: Path, tensors: Mapping[str, torch.Tensor], base: Path) -> 
     folder.mkdir()
     save_file(dict(tensors), folder / "adapter_model.safetensors")
     config = {"peft_type": "TOY", "r": RANK, "toy_scale": SCALE, "base_model_name_or_path": str(base)}
-    config["target_modules"] = list(MODULES)
+    config["target_modules"] = "all-linear"
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 

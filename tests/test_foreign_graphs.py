@@ -52,3 +52,6 @@ def test_libraries_in_a_config_of_genai(options: dict[str, object], tmp_path: Pa
     config["model"]["decoder"] = {"session_options": {"log_id": "x", "provider_options": [{"cuda": {"a": "1"}}]}}
     (graph.parent / "genai_config.json").write_text(json.dumps(config))
     assert export_onnx(case.adapter, tmp_path / "out", base=case.base, mode="fused", onnx=graph).targets == 6
+    (graph.parent / "genai_config.json").write_text('{"model": "decoder"}')
+    with pytest.raises(FossilExportError, match=r"genai_config\.json: model is 'decoder', not a JSON object"):
+        export_onnx(case.adapter, tmp_path / "more", base=case.base, mode="swappable", onnx=graph)

@@ -88,9 +88,13 @@ def _clone(source: Path, target: Path) -> bool:
 
 
 def refuse_libraries(folder: Path) -> None:
-    """Raise OnnxError where the folder's genai_config.json names a shared library: GenAI would load and run it."""
+    """Raise OnnxError where the folder's genai_config.json names a shared library: GenAI would load and run it; and
+    where it is no config."""
     path = folder / "genai_config.json"
-    if path.is_file() and (found := next(_libraries(read_json(path, OnnxError)), None)):
+    config = read_json(path, OnnxError) if path.is_file() else {}
+    if not isinstance(model := config.get("model", {}), dict):
+        raise OnnxError(f"{path}: model is {model!r}, not a JSON object; mend it, or take the file out")
+    if found := next(_libraries(config), None):
         raise OnnxError(f"{path}: {found}, a library that GenAI would load and run; take it out")
 
 
