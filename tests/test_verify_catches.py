@@ -108,6 +108,7 @@ def test_config_that_does_not_describe_the_tensors(bf16: Path) -> None:
     for changes, reason in (
         ({"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}, "rope_parameters"),
         ({"num_hidden_layers": 1}, "num_hidden_layers"),
+        ({"hidden_size": {}}, "hidden_size"),
         ({"tie_word_embeddings": True}, "says tie_word_embeddings True"),
     ):
         edit_json(bf16 / "config.json", **changes)

@@ -56,7 +56,9 @@ def _shapes(
     new = {parameter: one for parameter, one in after.whole.items() if stored[one] != before.get(one)}
     old = {parameter: stored[one] for parameter, one in after.whole.items() if parameter not in new}
     text = config.get("text_config")
-    widths = {part["hidden_size"] for part in (config, text) if isinstance(part, Mapping) and "hidden_size" in part}
+    widths = {
+        str(part["hidden_size"]) for part in (config, text) if isinstance(part, Mapping) and "hidden_size" in part
+    }
     for tie in after.model.ties if len(widths) < 2 else ():
         for parameter, other in ((tie.target, tie.source), (tie.source, tie.target)):
             if parameter in new and new[parameter] not in before and old.get(other) == stored[new[parameter]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import multiprocessing
 import os
 import pkgutil
 import re
@@ -23,6 +22,7 @@ from torture.faults.scenes import COMMANDS, make
 from torture.fuzz.running import preload
 from torture.kinds import Options
 from torture.rows import Row
+from torture.workers import in_workers
 
 COUNT = 4_200
 
@@ -47,60 +47,44 @@ OUTCOMES = {
 def run(options: Options, report: Callable[[Row], None]) -> None:
     if reason := why_not():
         sys.exit(f"faults: {reason}")
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
     end = time.time() + options.seconds
-    workers = [context.Process(target=_serve, args=(options, share, end, queue)) for share in range(options.jobs)]
-    for worker in workers:
-        worker.start()
-    left = len(workers)
-    while left:
-        row = queue.get()
-        if row is None:
-            left -= 1
-        else:
-            report(row)
-    for worker in workers:
-        worker.join()
+    in_workers(_serve, [(options, share, end) for share in range(options.jobs)], report)
 
 
-def _serve(options: Options, share: int, end: float, queue: Any) -> None:
-    try:
-        warm()
-        with tempfile.TemporaryDirectory(prefix="torture-", ignore_cleanup_errors=True) as work:
-            bench = Bench(Path(work).resolve() / "sound", Path(work).resolve() / "here")
-            make(bench.sound)
-            wanted = re.compile(options.only).search
-            names = [one.name for one in (*FAULTS, *spoil.SORTS)]
-            found = {
-                command.name: sound_run(command, bench)
-                for command in spoil.ALSO
-                if any(wanted(f"{command.name}: {name}") for name in names)
-            }
-            places = []
-            for command in COMMANDS:
-                for fault in FAULTS:
-                    if wanted(f"{command.name}: {fault.name}"):
-                        count = sum(fault.hits(call) for call in found[command.name].calls)
-                        places += [(command, fault, number) for number in range(options.seed, count)]
-            tries: list[tuple[str, int, Callable[[], Row]]] = [
-                (f"{c.name}: {fault.name}", n, partial(attempt, c, fault, n, found[c.name], bench))
-                for c, fault, n in places
-            ]
-            tries += [
-                (f"{c.name}: {sort.name}", n, partial(spoil.attempt, c, sort, n, path, found[c.name], bench))
-                for c, sort, n, path in spoil.all_places(wanted, bench)
-                if n >= options.seed
-            ]
-            count = min(options.count, len(tries))
-            chosen = [tries[len(tries) * number // count] for number in range(count)]
-            for case, number, make_row in chosen[share :: options.jobs]:
-                if time.time() > end:
-                    break
-                if (case, "", number) not in options.done:
-                    queue.put(make_row())
-    finally:
-        queue.put(None)
+def _serve(options: Options, share: int, end: float, rows: Any) -> None:
+    warm()
+    with tempfile.TemporaryDirectory(prefix="torture-", ignore_cleanup_errors=True) as work:
+        bench = Bench(Path(work).resolve() / "sound", Path(work).resolve() / "here")
+        make(bench.sound)
+        wanted = re.compile(options.only).search
+        names = [one.name for one in (*FAULTS, *spoil.SORTS)]
+        found = {
+            command.name: sound_run(command, bench)
+            for command in spoil.ALSO
+            if any(wanted(f"{command.name}: {name}") for name in names)
+        }
+        places = []
+        for command in COMMANDS:
+            for fault in FAULTS:
+                if wanted(f"{command.name}: {fault.name}"):
+                    count = sum(fault.hits(call) for call in found[command.name].calls)
+                    places += [(command, fault, number) for number in range(options.seed, count)]
+        tries: list[tuple[str, int, Callable[[], Row]]] = [
+            (f"{c.name}: {fault.name}", n, partial(attempt, c, fault, n, found[c.name], bench))
+            for c, fault, n in places
+        ]
+        tries += [
+            (f"{c.name}: {sort.name}", n, partial(spoil.attempt, c, sort, n, path, found[c.name], bench))
+            for c, sort, n, path in spoil.all_places(wanted, bench)
+            if n >= options.seed
+        ]
+        count = min(options.count, len(tries))
+        chosen = [tries[len(tries) * number // count] for number in range(count)]
+        for case, number, make_row in chosen[share :: options.jobs]:
+            if time.time() > end:
+                break
+            if (case, "", number) not in options.done:
+                rows.put(make_row())
 
 
 def warm() -> None:

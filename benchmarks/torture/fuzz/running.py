@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import resource
 import shutil
@@ -20,6 +19,7 @@ from typing import Any
 from torture.fuzz.subject import Subject, Unjudged
 from torture.kinds import Options
 from torture.rows import Row
+from torture.workers import in_workers
 
 SECONDS = 10.0
 MEMORY = 1 << 30
@@ -35,25 +35,12 @@ def attempts(subjects: list[Subject], options: Options, report: Callable[[Row], 
         for number in range(options.count)
         if (subjects[number % len(subjects)].name, "", options.seed + number // len(subjects)) not in options.done
     ]
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
     names = [one.name for one in subjects]
     shares = [wanted[first :: options.jobs] for first in range(options.jobs)]
-    workers = [context.Process(target=_serve, args=(names, share, options.seconds, queue)) for share in shares if share]
-    for worker in workers:
-        worker.start()
-    left = len(workers)
-    while left:
-        row = queue.get()
-        if row is None:
-            left -= 1
-        else:
-            report(row)
-    for worker in workers:
-        worker.join()
+    in_workers(_serve, [(names, share, options.seconds) for share in shares if share], report)
 
 
-def _serve(names: list[str], wanted: list[tuple[int, int]], seconds: float, queue: Any) -> None:
+def _serve(names: list[str], wanted: list[tuple[int, int]], seconds: float, rows: Any) -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
     preload()
     from torture.fuzz import subjects
@@ -61,14 +48,11 @@ def _serve(names: list[str], wanted: list[tuple[int, int]], seconds: float, queu
     known = {one.name: one for one in subjects()}
     end = time.time() + seconds  # without the start
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
-    try:
-        with tempfile.TemporaryDirectory(prefix="torture-", dir=memory, ignore_cleanup_errors=True) as work:
-            for number, seed in wanted:
-                if time.time() > end:
-                    break
-                queue.put(attempt(known[names[number]], seed, Path(work)))
-    finally:
-        queue.put(None)
+    with tempfile.TemporaryDirectory(prefix="torture-", dir=memory, ignore_cleanup_errors=True) as work:
+        for number, seed in wanted:
+            if time.time() > end:
+                break
+            rows.put(attempt(known[names[number]], seed, Path(work)))
 
 
 def preload() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from torture.kills.scene import CASES, Case, make
 from torture.kinds import Options
 from torture.rows import Row
+from torture.workers import in_workers
 
 COUNT = 1200
 """Of six, five are SIGKILL."""
@@ -49,28 +50,12 @@ def run(options: Options, report: Callable[[Row], None]) -> None:
     end = time.time() + options.seconds
     folders = {place: tempfile.mkdtemp(prefix="torture-", dir=where) for place, where in places().items()}
     context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
     try:
         maker = context.Process(target=_make, args=(folders,))
         maker.start()
         maker.join()
         shares = [wanted[first :: options.jobs] for first in range(options.jobs)]
-        workers = [
-            context.Process(target=_serve, args=(folders, number, share, end, queue))
-            for number, share in enumerate(shares)
-            if share
-        ]
-        for worker in workers:
-            worker.start()
-        left = len(workers)
-        while left:
-            row = queue.get()
-            if row is None:
-                left -= 1
-            else:
-                report(row)
-        for worker in workers:
-            worker.join()
+        in_workers(_serve, [(folders, number, share, end) for number, share in enumerate(shares) if share], report)
     finally:
         for folder in folders.values():
             shutil.rmtree(folder, ignore_errors=True)
@@ -151,7 +136,7 @@ def _make(folders: dict[str, str]) -> None:
         shutil.copytree(first, other)
 
 
-def _serve(folders: dict[str, str], worker: int, wanted: list[Attempt], end: float, queue: Any) -> None:
+def _serve(folders: dict[str, str], worker: int, wanted: list[Attempt], end: float, rows: Any) -> None:
     from torture.kills.attempt import Bench
     from torture.kills.hub import Hub
 
@@ -169,7 +154,6 @@ def _serve(folders: dict[str, str], worker: int, wanted: list[Attempt], end: flo
                 inputs = Path(folders[place]) / "inputs"
                 repos = f"{number}-{place}"
                 bench = benches[number, place] = Bench(CASES[number], own[place], inputs, hub, repos)
-            queue.put(bench.attempt(place, sent, _name(CASES[number], sent), seed))
-        hub.close()
+            rows.put(bench.attempt(place, sent, _name(CASES[number], sent), seed))
     finally:
-        queue.put(None)
+        hub.close()
