@@ -216,3 +216,8 @@ def test_a_dtype_may_be_torchs_own(base: Path, adapter: Path, tmp_path: Path) ->
     assert {value.dtype for value in weights(tmp_path / "one").values()} == {torch.bfloat16}
     with pytest.raises(MergeError, match="dtype is 'int8'"):
         plan_merge(adapter, dtype=torch.int8)
+
+
+def test_a_rank_as_wide_as_the_weight_is_one_and_a_wider_one_is_not() -> None:
+    assert METHODS["tile"].mismatch({"D": (8, 4)}, {}, (4, 8)) is None
+    assert "rank 9 exceeds" in (METHODS["tile"].mismatch({"D": (9, 4)}, {}, (4, 8)) or "")

@@ -204,6 +204,13 @@ def test_sentence_transformers_keeps_the_weights_of_its_other_modules(
     (base / "2_Dense" / "model.safetensors").write_bytes(b"weights of another module")
     merge(adapter, tmp_path / "merged")
     assert (tmp_path / "merged" / "2_Dense" / "model.safetensors").read_bytes() == b"weights of another module"
+    # A folder that is no module of such a model, and a model that is none, keep no other weights.
+    (base / "old").mkdir()
+    (base / "old" / "model.safetensors").write_bytes(b"of an older one")
+    assert "old/model.safetensors" in merge(adapter, tmp_path / "again").plan.left_behind
+    (base / "modules.json").unlink()
+    plan = merge(adapter, tmp_path / "plain").plan
+    assert {"old/model.safetensors", "2_Dense/model.safetensors"} <= {*plan.left_behind}
 
 
 def test_trained_tokenizer_replaces_the_bases(base: Path, adapter: Path, tmp_path: Path) -> None:
