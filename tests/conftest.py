@@ -130,16 +130,18 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Processes started within take an interrupt, also where this one was started with interrupts ignored.
+    """Processes started within take an interrupt, or the end of a terminal, also where this one ignores them.
 
     What ignores a signal hands that on to its children (`nohup make test &`, some CI runners); what handles it
     does not.
     """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hangup = signal.signal(signal.SIGHUP, lambda number, frame: None)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGHUP, hangup)
 
 
 @pytest.fixture
