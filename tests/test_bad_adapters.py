@@ -143,6 +143,10 @@ BAD_ADAPTERS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ],
         ["model.norm", "no matrix"],
     ),
+    "modules_to_save that are no names": (
+        lambda a: edit_json(a / "adapter_config.json", modules_to_save=["lm_head", 0.5]),
+        ["modules_to_save", "0.5"],
+    ),
     "NaN": (lambda a: edit_weights(a, lambda s: s[QPROJ].fill_(float("nan"))), [QPROJ, "NaN"]),
     "infinity": (lambda a: edit_weights(a, lambda s: s[QPROJ].fill_(float("inf"))), [QPROJ, "infinite"]),
     "cut": (lambda a: os.truncate(a / WEIGHTS, 2000), [WEIGHTS, "cut or corrupt"]),

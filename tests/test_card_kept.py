@@ -216,3 +216,15 @@ def test_the_card_of_convert_is_replaced(tmp_path: Path) -> None:
     )
     own = model_card(local("lora"), existing + "\nMy words.\n")
     assert "this-folder" not in own and own.endswith("\nMy words.\n")
+
+
+def test_metadata_that_stand_for_millions_of_values_are_refused() -> None:
+    bomb = "bomb0: &b0 [x]\n" + "".join(f"bomb{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 9)}]\n" for i in range(1, 9))
+    with pytest.raises(FossilExportError, match=r"README\.md: line 2: more than 100,000 values"):
+        model_card(facts(), f"---\n{bomb}---\n# Mine\n")
+
+
+def test_a_record_whose_names_are_none_is_read_over() -> None:
+    assert "fossil-export" in model_card(
+        facts(record={**RECORD, "adapter": {**RECORD["adapter"], "name": ["q_proj", 3]}})
+    )

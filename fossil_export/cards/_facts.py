@@ -41,10 +41,11 @@ def hub_id(name: Any) -> str | None:
 
 def paths_of(facts: Facts) -> list[str]:
     """What record and config call base and adapter where that is a path, the longest first."""
-    found = {part(source, name).get("name") for source in (facts.record, facts.certificate) for name in _PARTS}
-    found |= {entry.get("name") for source in (facts.record, facts.certificate) for entry in adapters_of(source)}
-    found |= {(facts.certificate or {}).get("base"), (facts.config or {}).get("base_model_name_or_path")}
-    paths = [name for name in found if isinstance(name, str) and re.match(r"(?:[A-Za-z]:|~|\.{1,2})?[/\\].", name)]
+    found = [part(source, name).get("name") for source in (facts.record, facts.certificate) for name in _PARTS]
+    found += [entry.get("name") for source in (facts.record, facts.certificate) for entry in adapters_of(source)]
+    found += [(facts.certificate or {}).get("base"), (facts.config or {}).get("base_model_name_or_path")]
+    names = {name for name in found if isinstance(name, str)}
+    paths = [name for name in names if re.match(r"(?:[A-Za-z]:|~|\.{1,2})?[/\\].", name)]
     return sorted(paths, key=lambda name: (-len(name), name))
 
 

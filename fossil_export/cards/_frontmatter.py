@@ -20,6 +20,7 @@ MARKED = re.compile(rf"^{BEGIN}[ \t]*\r?$[\s\S]*?^{END}[ \t]*(?=\r?$)", re.MULTI
 _MARKER = re.compile(rf"^(?:{BEGIN}|{END})[ \t]*\r?$", re.MULTILINE)
 _NOTED = re.compile(rf"^{NOTE} (.*) -->[ \t]*\r?$", re.MULTILINE)
 _COMMENT = re.compile("<!--.*?-->")
+_MOST = 100_000
 _FILLED = re.compile(
     r"|# Model Card for .*|- \*\*[^*]+:\*\* \[More Information Needed\]|## Training procedure|### Framework versions"
     r"|- PEFT [\w.+]+"
@@ -43,6 +44,7 @@ def read_card(existing: str | None) -> tuple[str, str, dict[str, Any]]:
     remedy = "correct the metadata between the two lines of ---"
     try:
         data = yaml.safe_load(block)
+        _check_size(data)
     except (yaml.YAMLError, ValueError, RecursionError) as problem:
         mark = getattr(problem, "problem_mark", None)
         if mark is not None and mark.index >= len(block.rstrip()):
@@ -124,3 +126,14 @@ def is_template(text: str) -> bool:
     lines, comments = _template()
     visible = _COMMENT.sub(lambda found: "" if found[0].startswith(comments) else found[0], text)
     return all(line in lines or _FILLED.fullmatch(line) for line in map(str.strip, visible.splitlines()))
+
+
+def _check_size(data: Any) -> None:
+    """Raise ValueError for metadata whose aliases stand for more than any card has."""
+    left, count = [data], 0
+    while left:
+        one = left.pop()
+        count += 1
+        if count > _MOST:
+            raise ValueError(f"more than {_MOST:,} values")
+        left += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()

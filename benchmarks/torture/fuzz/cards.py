@@ -110,6 +110,8 @@ class Cards:
         kept = before.data.to_dict()
         found = after.data.to_dict()
         lost = [key for key, value in kept.items() if key not in found and value not in (None, [], {})]
+        if not is_id(str(kept.get("base_model"))):  # left out, and a warning says so
+            lost = [key for key in lost if key != "base_model"]
         if lost:
             return f"{lost} is lost"
         outside = given.split("<!-- fossil-export: begin -->")[0].split("---")[-1].strip()
@@ -117,3 +119,14 @@ class Cards:
 
 
 SUBJECTS: list[Subject] = [Cards()]
+
+
+def is_id(name: str) -> bool:
+    """Whether the Hub may have a model of this name."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
