@@ -143,6 +143,10 @@ BAD_ADAPTERS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ],
         ["model.norm", "no matrix"],
     ),
+    "targets that are no names": (
+        lambda a: edit_json(a / "adapter_config.json", target_modules=["q_proj", "v_proj", 3]),
+        ["target_modules", "3"],
+    ),
     "modules_to_save that are no names": (
         lambda a: edit_json(a / "adapter_config.json", modules_to_save=["lm_head", 0.5]),
         ["modules_to_save", "0.5"],

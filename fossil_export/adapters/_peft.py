@@ -259,7 +259,8 @@ def _checked_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
             raise AdapterError(f"{path}: {name} is {value!r}, {field.why or f'expected {field.expected}'}")
     for name, kinds in _TYPES.items():
         value = config.get(name)
-        odd = name == "modules_to_save" and isinstance(value, list) and not all(isinstance(one, str) for one in value)
+        member = int if name == "layers_to_transform" else str
+        odd = isinstance(value, list) and not all(isinstance(one, member) for one in value)
         if value is not None and (odd or not isinstance(value, kinds)):
             raise AdapterError(f"{path}: {name} is {value!r}, which PEFT never writes; mend or save it again")
     understood = _NEUTRAL_FIELDS | fields.keys()
