@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 _FAILED = 1
@@ -17,7 +18,11 @@ _CODE, _ADDRESS = 8, 16
 _NOTHING_THERE = 2
 """BUS_ADRERR; others are of memory that is broken, an address that is odd, or `kill -BUS`."""
 
+_AT_MOST = 5.0
+"""Seconds that one thread takes to tell."""
+
 _kept: list[Any] = []
+_told: list[int] = []
 
 
 def tell_of_cut_files() -> None:
@@ -44,6 +49,10 @@ def tell_of_cut_files() -> None:
             system.sigaction(number, ctypes.byref(Action()), None)  # the default, for what this is not
             os.kill(os.getpid(), number)
             return
+        if _told:  # by another thread, which is ending the process
+            time.sleep(_AT_MOST)
+            os._exit(_FAILED)
+        _told.append(number)
         try:
             address = ctypes.c_uint64.from_address(info + _ADDRESS).value
             os.write(2, f"error: {_file_at(address)}: {_PROBLEM}\n".encode())

@@ -285,6 +285,25 @@ with safe_open(sys.argv[1], "pt") as file:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="how a fault is told is the system's")
+def test_several_threads_that_read_what_is_cut_tell_it_once(tmp_path: Path) -> None:
+    script = """
+import os, sys, threading
+import numpy as np
+from fossil_export._mapped import tell_of_cut_files
+tell_of_cut_files()
+np.zeros(1 << 22, np.uint8).tofile(sys.argv[1])
+mapped = np.memmap(sys.argv[1], np.float32, "r")
+os.truncate(sys.argv[1], 0)
+together = threading.Barrier(4)
+for _ in range(4):
+    threading.Thread(target=lambda: (together.wait(), mapped.sum())).start()
+"""
+    for _ in range(4):
+        done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "weights")], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="how a fault is told is the system's")
 def test_a_bus_error_that_is_no_cut_file_blames_none() -> None:
     script = """
 import os, signal
