@@ -16,6 +16,7 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import Linear
 
 from fossil_export import load_adapter, merge, verify
+from fossil_export._threads import one_torch_thread
 from fossil_export.errors import AdapterError, MergeError
 from fossil_export.merging._engine import NumpyEngine, TorchEngine, Update, merge_slab
 from fossil_export.methods import METHODS
@@ -120,7 +121,8 @@ def test_any_shape_rank_and_dtype_has_pefts_bits_by_the_same_library(
     for role, part in (("A", lora.lora_A), ("B", lora.lora_B)):
         part["default"].weight.data = torch.randn(part["default"].weight.shape, generator=generator).to(wide)
         arrays[role] = part["default"].weight.data.numpy()
-    lora.merge()
+    with one_torch_thread(torch):  # as the engine; several add up in another order
+        lora.merge()
     method, shapes = METHODS["lora"], {role: array.shape for role, array in arrays.items()}
     numbers = method.read({"r": rank, "lora_alpha": alpha, "use_rslora": rslora}, "m", shapes, "here")
     assert numbers is not None
