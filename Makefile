@@ -29,7 +29,7 @@ TRAINER = transformers==5.17.0 peft==0.21.2
 FRESH = $(abspath $(VENV)-install)
 FRESH_PIP = $(FRESH)/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test test-floor test-install lint types bench sweep torture mutants formats llama-cpp architectures architectures-check clean
+.PHONY: demo test test-floor test-install lint types bench kernels sweep torture mutants formats llama-cpp architectures architectures-check clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python examples/demo.py
@@ -64,6 +64,10 @@ types: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/merge.py --peft 2
+
+# The compiled loops, beside their source; the installation makes them, too.
+kernels:
+	$(VENV)/bin/python -c "from setuptools import setup; setup()" -q build_ext --inplace
 
 architectures: $(VENV)/ready
 	$(VENV)/bin/python -m fossil_export.models.make_table

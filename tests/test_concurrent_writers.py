@@ -27,7 +27,7 @@ WRITERS = 8
 PACKAGE = Path(fossil_export.__file__).parent
 INTO_GIVEN = {
     "checkpoints/gguf/__init__.py", "checkpoints/gguf/_home.py", "converting/_lora.py", "converting/_miss.py",
-    "converting/_record.py", "merging/_merge.py", "models/make_table.py", "onnx/_export.py",
+    "converting/_record.py", "models/make_table.py", "onnx/_export.py",
     "models/_gguf.py", "onnx/_adapter_file.py", "onnx/builders/_existing.py", "onnx/builders/_genai.py",
     "onnx/builders/_torch.py", "onnx/graph/_check.py", "onnx/graph/_edit.py", "verifying/_lora.py",
     "verifying/_peft_folder.py",

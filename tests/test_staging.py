@@ -238,7 +238,7 @@ def test_an_output_file_leaves_no_descriptor_open(direct: bool, tmp_path: Path) 
     file = OutputFile(tmp_path / "file", 3, direct)
     assert len(_descriptors()) > len(before)
     file.write(0, np.zeros(3, np.uint8))
-    file.close()
+    file.close(done=True)
     assert _descriptors() == before
 
 
@@ -254,5 +254,5 @@ def test_output_file_takes_any_range_at_any_address(tmp_path: Path) -> None:
             piece = room[address : address + stop - start]
             piece[:] = want[start:stop]
             file.write(start, piece)
-        file.close()
+        file.close(done=True)
         assert (tmp_path / f"at-{shift}-{order}").read_bytes() == want.tobytes()

@@ -1,7 +1,21 @@
 """Base and adapter become one plain checkpoint: plan, run, record."""
 
+from fossil_export.merging._finish import Finished, finish
+from fossil_export.merging._layout import FilePlan
 from fossil_export.merging._merge import MergeResult, merge, run_merge
 from fossil_export.merging._plan import MergePlan
 from fossil_export.merging._planning import plan_merge
+from fossil_export.merging._run import FileResult, merge_file
 
-__all__ = ["MergePlan", "MergeResult", "merge", "plan_merge", "run_merge"]
+__all__ = [
+    "FilePlan",
+    "FileResult",
+    "Finished",
+    "MergePlan",
+    "MergeResult",
+    "finish",
+    "merge",
+    "merge_file",
+    "plan_merge",
+    "run_merge",
+]

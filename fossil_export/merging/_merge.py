@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,20 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fossil_export.checkpoints._checkpoint import sha256
-from fossil_export.checkpoints._companions import PROVENANCE
-from fossil_export.checkpoints._jsonfile import write_json
 from fossil_export.errors import OutputError, failed, listed
+from fossil_export.merging._finish import finish
 from fossil_export.merging._given import AnyGiven
 from fossil_export.merging._layout import TensorPlan
 from fossil_export.merging._plan import MergePlan
 from fossil_export.merging._planning import plan_merge, settled
-from fossil_export.merging._provenance import provenance, ratio_record, survival_record
-from fossil_export.merging._quantization_error import Ratio, ratio_warnings, ratios_of
+from fossil_export.merging._provenance import ratio_record, survival_record
+from fossil_export.merging._quantization_error import Ratio, ratio_warnings
 from fossil_export.merging._requantize import LEAST
-from fossil_export.merging._run import run
+from fossil_export.merging._run import merge_files
 from fossil_export.merging._survival import WARNING_BELOW, Survival
 from fossil_export.storage import expanded, fetch
+from fossil_export.writing._sink import FolderSink
 from fossil_export.writing._staging import check_destination, staged_folder
 
 if TYPE_CHECKING:
@@ -138,25 +136,20 @@ def run_merge(
     plan = settled(plan)
     needed = plan.nbytes + sum(path.stat().st_size for path in plan.companions.values()) + (1 << 20)
     with staged_folder(target, needed, overwrite) as folder:
+        sink = FolderSink(folder)
         try:
-            survival = run(plan, folder, device, progress)
-            write_companions(plan, folder)
-            digests = {file.name: sha256(folder / file.name) for file in plan.files} if hash else None
-            ratios = ratios_of(plan)
-            record = provenance(plan, survival, digests, ratios)
-            (folder / PROVENANCE).write_bytes(write_json(record))
-            plan.check()
+            finished = finish(plan, merge_files(plan, sink, device, progress, hash), sink)
         except OSError as problem:
             plan.check()  # an input that is gone is no fault of the output's
             raise OutputError(failed(target, problem, folder)) from problem
     return MergeResult(
         output=target,
         plan=plan,
-        survival=survival,
+        survival=finished.survival,
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory(),
-        warnings=(*plan.warnings, *survival_warnings(plan, survival), *ratio_warnings(plan, ratios)),
-        ratios=ratios,
+        warnings=(*plan.warnings, *survival_warnings(plan, finished.survival), *ratio_warnings(plan, finished.ratios)),
+        ratios=finished.ratios,
     )
 
 
@@ -173,18 +166,6 @@ def peak_memory() -> int:
     except (OSError, IndexError):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
-
-
-def write_companions(plan: MergePlan, folder: Path) -> None:
-    """Put the files of the merged model that are not weights into `folder`: tokenizer, index, edited config."""
-    for relative, source in plan.companions.items():
-        target = folder / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
-    if plan.index is not None:
-        (folder / plan.index[0]).write_bytes(plan.index[1])
-    if plan.config is not None:
-        (folder / "config.json").write_bytes(plan.config)
 
 
 def survival_warnings(plan: MergePlan, survival: Mapping[str, Survival]) -> list[str]:

@@ -49,5 +49,5 @@ def plan_onto(
 def plan_copy(base: Checkpoint) -> MergePlan:
     """How `base` is written as a plain folder: what is quantized, or in another format, as floats under the names of
     its parameters; config and companions are those of a merge, and the files have the names that transformers looks
-    for. `run` and `write_companions` follow it."""
+    for. `write_model` follows it."""
     return plan_onto(base, max_shard_size=parse_size(FILES_OF))

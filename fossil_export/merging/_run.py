@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +22,11 @@ from fossil_export.checkpoints._header import Header
 from fossil_export.merging._engine import choose_engine
 from fossil_export.merging._layout import FilePlan
 from fossil_export.merging._plan import MergePlan
-from fossil_export.merging._requantize import refuse_lost
 from fossil_export.merging._slabs import CopySlab, Slab, slabs
 from fossil_export.merging._survival import Survival
 from fossil_export.merging._worker import Worker
 from fossil_export.writing._output import OutputFile
+from fossil_export.writing._sink import Output, Sink
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,27 +40,70 @@ AHEAD = 4
 """Slabs that wait for each thread."""
 
 
-def run(
+@dataclass(frozen=True)
+class FileResult:
+    """A finished file of a plan: what `merge_file` gives and `finish` takes.
+
+    `size` is in bytes, `survival` by merged tensor (see merging/_survival.py), `sha256` the hex digest of the whole
+    file, if it was asked for.
+    """
+
+    name: str
+    size: int
+    survival: Mapping[str, Survival]
+    sha256: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; `from_dict` gives it back, to the bit."""
+        return {**vars(self), "survival": {tensor: vars(sums) for tensor, sums in self.survival.items()}}
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> FileResult:
+        """Raises KeyError, TypeError or ValueError for what `to_dict` never gave."""
+        survival = {str(tensor): Survival.from_dict(sums) for tensor, sums in found["survival"].items()}
+        name, size, digest = found["name"], found["size"], found["sha256"]
+        if not isinstance(name, str) or type(size) is not int or size < 0:
+            raise ValueError("no file")
+        if digest is not None and len(bytes.fromhex(digest)) != 32:
+            raise ValueError("no SHA-256")
+        return cls(name, size, survival, digest)
+
+
+def merge_file(
     plan: MergePlan,
-    folder: Path,
+    file: FilePlan,
+    sink: Sink,
+    *,
+    device: str = "cpu",
+    hash: bool = False,  # noqa: A002
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> FileResult:
+    """Write one of `plan.files` to `sink`; it needs no other, so that the files of a plan can be divided among
+    processes and machines. When all are there, `finish` writes what goes beside them.
+
+    The plan must be `settled` and the files that it needs at hand (`storage.fetch(*plan.needed)`). Arguments are those
+    of `merge`. Raises MergeError for a result that is not finite, naming the tensor, CheckpointError for a base that
+    changed, and OSError if the sink refuses.
+    """
+    with Writer(plan, device, progress) as writer:
+        return writer.write(file, sink, hash=hash)
+
+
+def merge_files(
+    plan: MergePlan,
+    sink: Sink,
     device: str = "cpu",
     progress: Callable[[int], None] = lambda nbytes: None,
-) -> dict[str, Survival]:
-    """Write the weights files of `plan` into `folder`, synced, and return the survival of each merged tensor.
-
-    `progress` is called with the bytes written, from several threads. Raises MergeError for a result that
-    is not finite, naming the tensor, and OSError when the disk refuses.
-    """
-    survival: dict[str, Survival] = {}
-    with Writer(plan, device, progress) as runner:
-        for file in plan.files:
-            survival |= runner.write(file, folder / file.name)
-    refuse_lost(plan, survival)
-    return survival
+    hash: bool = False,  # noqa: A002
+) -> list[FileResult]:
+    """The same for all of them, one after the other. `progress` is called with the bytes written, from several
+    threads."""
+    with Writer(plan, device, progress) as writer:
+        return [writer.write(file, sink, hash=hash) for file in plan.files]
 
 
 class Writer:
-    """Writes the files of a plan one by one; what `run` does for all of them. Close it, or use it in a `with`."""
+    """Writes the files of a plan one by one, by one engine; use it in a `with`."""
 
     def __init__(
         self, plan: MergePlan, device: str = "cpu", progress: Callable[[int], None] = lambda nbytes: None
@@ -74,22 +118,28 @@ class Writer:
     def __exit__(self, *problem: object) -> None:
         self._engine.close()
 
-    def write(self, file: FilePlan, path: Path, moved: Mapping[Path, Path] | None = None) -> dict[str, Survival]:
-        """Write `file` at `path`. `moved` says where files lie that the plan has elsewhere."""
-        output = OutputFile(path, file.size)
-        return self._work(file, output, slabs(file), moved or {})
+    def write(
+        self,
+        file: FilePlan,
+        sink: Sink,
+        moved: Mapping[Path, Path] | None = None,
+        hash: bool = False,  # noqa: A002
+    ) -> FileResult:
+        """Write `file` to `sink`. `moved` says where files lie that the plan has elsewhere."""
+        survival = self._work(file, sink.create(file.name, file.size), slabs(file), moved or {})
+        return FileResult(file.name, file.size, survival, sink.sha256(file.name) if hash else None)
 
-    def change(self, file: FilePlan, path: Path, base: Path) -> dict[str, Survival]:
+    def change(self, file: FilePlan, path: Path, base: Path) -> FileResult:
         """Merge within `path`, a copy of the base's file `base` which has the layout of `file` (see `in_place`)."""
         # Through the page cache: what one slab writes and the next one reads are halves of one page.
         output = OutputFile(path, file.size, direct=False, existing=True)
         left = (slab for slab in slabs(file) if not (isinstance(slab, CopySlab) and slab.path == base))
-        return self._work(file, output, left, {base: path})
+        return FileResult(file.name, file.size, self._work(file, output, left, {base: path}))
 
     def _work(
         self,
         file: FilePlan,
-        output: OutputFile,
+        output: Output,
         wanted: Iterable[Slab],
         moved: Mapping[Path, Path],
     ) -> dict[str, Survival]:
@@ -115,7 +165,7 @@ def in_place(file: FilePlan, base: Header) -> bool:
 
 def _write_file(
     file: FilePlan,
-    output: OutputFile,
+    output: Output,
     wanted: Iterable[Slab],
     worker: Worker,
     pool: ThreadPoolExecutor,
@@ -136,4 +186,4 @@ def _write_file(
                 pass
         done = True
     finally:
-        output.close(sync=done)
+        output.close(done)

@@ -9,6 +9,8 @@ weight, over a fixed sample of its rows, with W' the stored result:
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +47,14 @@ class Survival:
     @property
     def energy(self) -> float | None:
         return self.moved / self.update if self.update else None
+
+    @classmethod
+    def from_dict(cls, sums: Mapping[str, Any]) -> Survival:
+        """From `vars` of one that was kept as JSON; raises an error of Python's for what that never was."""
+        found = cls(**{name: float(value) for name, value in sums.items()})
+        if any(map(math.isnan, vars(found).values())):
+            raise ValueError("no sums")
+        return found
 
     def to_dict(self) -> dict[str, float | None]:
         return {"survived": self.survived, "energy": self.energy}

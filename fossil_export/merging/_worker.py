@@ -26,7 +26,8 @@ from fossil_export.merging._plan import MergePlan
 from fossil_export.merging._requantize import encode, part_of
 from fossil_export.merging._slabs import SLAB, CopySlab, EncodeSlab, RowsSlab, Slab, row_slabs
 from fossil_export.merging._survival import Survival, sampled_share
-from fossil_export.writing._output import ALIGNMENT, OutputFile
+from fossil_export.writing._output import ALIGNMENT
+from fossil_export.writing._sink import Output
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,7 +87,7 @@ class Worker:
                 total += sampled.scaled(1 / sampled_share(part.rows, part.sampled))
         return total
 
-    def do(self, slab: Slab, output: OutputFile) -> None:
+    def do(self, slab: Slab, output: Output) -> None:
         if isinstance(slab, CopySlab):
             self._copy(slab, output)
         elif isinstance(slab, EncodeSlab):
@@ -95,7 +96,7 @@ class Worker:
         else:
             self._rows(slab, output)
 
-    def _copy(self, slab: CopySlab, output: OutputFile) -> None:
+    def _copy(self, slab: CopySlab, output: Output) -> None:
         source = self._source(slab.path)
         if (slab.read_at - slab.write_at) % ALIGNMENT:
             buffer = self._buffer("written", slab.nbytes, slab.write_at)
@@ -113,7 +114,7 @@ class Worker:
             del data
         source.release(slab.read_at, slab.nbytes)
 
-    def _rows(self, slab: RowsSlab, output: OutputFile) -> None:
+    def _rows(self, slab: RowsSlab, output: Output) -> None:
         import numpy as np
 
         tensor, part = slab.tensor, slab.part
@@ -139,7 +140,7 @@ class Worker:
         else:
             self._cast(slab.tensor, slab.part, slab.part.unchanged_rows(source, rows_of, slab.start, slab.stop), out)
 
-    def _encode(self, slab: EncodeSlab, output: OutputFile) -> None:
+    def _encode(self, slab: EncodeSlab, output: Output) -> None:
         """Rows of a weight, merged in float32, quantized once."""
         import numpy as np
 

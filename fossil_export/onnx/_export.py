@@ -17,10 +17,9 @@ from fossil_export.checkpoints._dtypes import element_count
 from fossil_export.checkpoints._jsonfile import read_json, write_json
 from fossil_export.checkpoints._plain import is_plain
 from fossil_export.errors import FossilExportError, OnnxError, OutputError, failed, listed
-from fossil_export.merging._merge import write_companions
+from fossil_export.merging._finish import write_model
 from fossil_export.merging._planning import settled, with_dtype
 from fossil_export.merging._provenance import provenance
-from fossil_export.merging._run import run
 from fossil_export.onnx._places import OpenGraph, open_graph
 from fossil_export.onnx._plan import OnnxPlan, decide, open_planned
 from fossil_export.onnx._trained import without_updates
@@ -29,6 +28,7 @@ from fossil_export.onnx.builders._existing import companions, share_data
 from fossil_export.onnx.graph._check import check
 from fossil_export.onnx.modes import MODES, ModeName
 from fossil_export.storage import expanded, fetch
+from fossil_export.writing._sink import FolderSink
 from fossil_export.writing._staging import check_destination, staged_folder
 
 Progress = Callable[[str], None]
@@ -209,8 +209,7 @@ def _model_folder(plan: OnnxPlan, work: Path, progress: Progress) -> Path:
             return merge.base.folder
     progress("merging the weights" if merges else "writing the trained modules")
     work.mkdir()
-    run(merge, work)
-    write_companions(merge, work)
+    write_model(merge, FolderSink(work))
     if merge.config is None and merge.base.folder is not None:
         shutil.copyfile(merge.base.folder / "config.json", work / "config.json")
     return work

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fossil_export.checkpoints._weights_file import header_of
 from fossil_export.errors import HubError, OutputError
-from fossil_export.merging._run import Writer
+from fossil_export.merging._run import FileResult, Writer
 from fossil_export.merging._survival import Survival
 from fossil_export.publishing._journal import Journal
 from fossil_export.publishing._moves import Move, StreamPlan, base_path
@@ -23,16 +23,18 @@ from fossil_export.storage.hub import _client as client
 from fossil_export.storage.hub._errors import errno_of, retried
 from fossil_export.storage.hub._remote import is_sound
 from fossil_export.storage.hub._xet import index_bytes
+from fossil_export.writing._sink import FolderSink
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 class Carrier:
     """`operations` are by name what the commit has to do for each file that is dealt with, `resumed` how many of them
-    an earlier, interrupted run had done."""
+    an earlier, interrupted run had done; `paths` are those of this machine, which are not published."""
 
     def __init__(self, plan: StreamPlan, repository: Repository, folder: Path, progress: Progress) -> None:
         self.plan = plan
+        self.paths = Paths()
         self.merge = plan.merge
         self.operations: dict[str, Operation] = {}
         self.resumed = 0
@@ -40,15 +42,16 @@ class Carrier:
         self._folder = folder
         self._progress = progress
         self._journal = Journal(folder / JOURNAL)
-        self._survival: dict[str, Survival] = {}
+        self._survival: dict[str, Mapping[str, Survival]] = {}
         self._refused = False
         self._here: set[str] = set()  # files of the base that were fetched and held against their hash
 
-    @property
-    def survival(self) -> dict[str, Survival]:
-        """By tensor, in the order of the plan, in whatever order the files were done."""
-        names = (tensor.name for tensor in self.merge.tensors)
-        return {name: self._survival[name] for name in names if name in self._survival}
+    def results(self, with_hash: bool) -> list[FileResult]:
+        """The files of weights, which are all dealt with, and their SHA-256."""
+        found, digests = [], self.digests() if with_hash else {}
+        for file in self.merge.files:
+            found.append(FileResult(file.name, file.size, self._survival.get(file.name, {}), digests.get(file.name)))
+        return found
 
     @property
     def copied(self) -> tuple[str, ...]:
@@ -71,7 +74,7 @@ class Carrier:
             del journal.done[name]
         for name in journal.done:
             self.operations[name] = journal.operation(name)
-            self._survival |= journal.survival(name)
+            self._survival[name] = journal.survival(name)
         self.resumed = len(self.operations)
         for move in self.plan.moves:
             if move.way == "copy" and move.file.name not in self.operations:
@@ -84,21 +87,22 @@ class Carrier:
             if move.file.name not in self.operations:
                 self._do(move, writer, f"[{number}/{len(self.plan.moves)}] {move.file.name}")
 
-    def companions(self, paths: Paths) -> None:
-        """What a model folder has beside its weights and records."""
+    def put(self, contents: Mapping[str, bytes | Path]) -> None:
+        """What a model folder has beside its weights."""
         merge = self.merge
+        unsent = {name for name in contents if name in merge.companions and not self.plan.is_sent(name)}
+        merge.base.home.fetch(
+            [name for name in contents if name not in unsent and contents[name] == base_path(merge, name)]
+        )
         small: dict[str, Path | bytes] = {}
-        sent = [name for name in merge.companions if self.plan.is_sent(name)]
-        merge.base.home.fetch([name for name in sent if merge.companions[name] == base_path(merge, name)])
-        for name, path in merge.companions.items():
-            if name in sent:
-                small[name] = paths.published(name, path.read_bytes()) if name.endswith(".json") else path
-            else:
+        for name, content in contents.items():
+            if name in unsent:
                 self.operations[name] = self._copy(name)
-        if merge.index is not None:
-            small[merge.index[0]] = merge.index[1]
-        if merge.config is not None:
-            small["config.json"] = paths.published("config.json", merge.config)
+            elif name.endswith(".json") and (merge.index is None or name != merge.index[0]):
+                found = content if isinstance(content, bytes) else content.read_bytes()
+                small[name] = self.paths.published(name, found)
+            else:
+                small[name] = content
         self._send(small)
 
     def send(self, name: str, content: bytes) -> None:
@@ -188,16 +192,16 @@ class Carrier:
                 # From here on it is no file of the base, and must not be taken for one after a crash.
                 moved[base_path(self.merge, name)].replace(path)
                 self._drop(name)
-                survival = writer.change(file, path, base_path(self.merge, name))
+                result = writer.change(file, path, base_path(self.merge, name))
             else:
                 path.unlink(missing_ok=True)
-                survival = writer.write(file, path, moved)
+                result = writer.write(file, FolderSink(work), moved)
         except OSError as problem:
             raise _not_written(path, problem) from problem
         for source in move.drop:
             self._drop(source)
         self._progress(f"{title}: uploading")
-        self._upload(name, path, survival)
+        self._upload(name, path, result.survival)
         path.unlink()
 
     def _upload(self, name: str, path: Path, survival: Mapping[str, Survival]) -> None:
@@ -213,7 +217,7 @@ class Carrier:
             except OSError as problem:
                 raise _not_written(self._folder / JOURNAL, problem) from problem
             self.operations[name] = operation
-        self._survival |= survival
+        self._survival[name] = survival
 
     def _send(self, contents: Mapping[str, Path | bytes]) -> None:
         from huggingface_hub import CommitOperationAdd

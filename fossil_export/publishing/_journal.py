@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ class Journal:
             "size": upload.size,
             "sha256": upload.sha256.hex(),
             "sample": base64.b64encode(upload.sample).decode(),
-            "survival": {tensor: asdict(sums) for tensor, sums in survival.items()},
+            "survival": {tensor: vars(sums) for tensor, sums in survival.items()},
         }
         write_file(self._path, json.dumps(self.done).encode())
 
@@ -45,7 +43,7 @@ class Journal:
 
     def survival(self, name: str) -> dict[str, Survival]:
         """By tensor of that file."""
-        return {tensor: Survival(**sums) for tensor, sums in self.done[name]["survival"].items()}
+        return {tensor: Survival.from_dict(sums) for tensor, sums in self.done[name]["survival"].items()}
 
 
 def _sound(entry: Any) -> dict[str, Any]:
@@ -54,6 +52,5 @@ def _sound(entry: Any) -> dict[str, Any]:
         raise ValueError("no upload")
     base64.b64decode(entry["sample"], validate=True)
     for sums in entry["survival"].values():
-        if any(map(math.isnan, vars(Survival(**{name: float(value) for name, value in sums.items()})).values())):
-            raise ValueError("no sums")
+        Survival.from_dict(sums)
     return dict(entry)

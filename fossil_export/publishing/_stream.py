@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from fossil_export.artifacts._kinds import KINDS
 from fossil_export.cards import Facts
-from fossil_export.checkpoints._companions import CARD, PROVENANCE
-from fossil_export.checkpoints._jsonfile import write_json
+from fossil_export.checkpoints._companions import CARD
 from fossil_export.errors import FossilExportError, longer
+from fossil_export.merging._finish import Finished, finish
 from fossil_export.merging._given import AnyGiven
 from fossil_export.merging._layout import parse_size
 from fossil_export.merging._merge import survival_warnings
 from fossil_export.merging._planning import plan_merge, settled
 from fossil_export.merging._provenance import provenance, survival_record
-from fossil_export.merging._quantization_error import Ratio, ratio_warnings, ratios_of
+from fossil_export.merging._quantization_error import ratio_warnings
 from fossil_export.merging._run import Writer
 from fossil_export.merging._survival import Survival
 from fossil_export.publishing._about import card_for, facts_of, local_names
@@ -183,15 +183,15 @@ def run_stream(
                 raise longer(problem, f" ({carrier.state})") from problem
             raise
         shutil.rmtree(folder, ignore_errors=True)
-    commit = published.commit
+    commit, finished = published.commit, published.finished
     notes = [*repository.notes, *merge.warnings, *published.notes]
-    notes += [*survival_warnings(merge, carrier.survival), *ratio_warnings(merge, published.ratios)]
+    notes += [*survival_warnings(merge, finished.survival), *ratio_warnings(merge, finished.ratios)]
     return StreamResult(
         push=PushResult.of(
             repository, commit, started, published.files, carrier.nbytes, notes, published.removed, merge.left_behind
         ),
         plan=plan,
-        survival=carrier.survival,
+        survival=finished.survival,
         copied=carrier.copied,
         resumed=carrier.resumed,
     )
@@ -203,7 +203,7 @@ class _Published:
     files: tuple[str, ...]
     removed: tuple[str, ...]
     notes: list[str]
-    ratios: Mapping[str, Ratio]
+    finished: Finished
 
 
 def _refuse_target(plan: StreamPlan, repository: Repository) -> None:
@@ -223,15 +223,13 @@ def _publish(carrier: Carrier, repository: Repository, with_hash: bool, title: s
     """What goes beside the weights, and the commit."""
     plan = carrier.plan
     merge = plan.merge
-    paths = Paths([merge.base.location, *(one.path for one in merge.adapters)], local_names(provenance(merge, {})))
-    carrier.companions(paths)
+    local = local_names(provenance(merge, {}))
+    carrier.paths = Paths([merge.base.location, *(one.path for one in merge.adapters)], local)
+    finished = finish(merge, carrier.results(with_hash), carrier)
     ends: list[Closing] = []
-    ratios = ratios_of(merge)
     while True:
-        record = provenance(merge, carrier.survival, carrier.digests() if with_hash else None, ratios)
-        carrier.send(PROVENANCE, paths.published(PROVENANCE, write_json(record)))
         names = (*sorted(carrier.operations), CARD)
-        facts, problems = _facts(plan, repository, record, names)
+        facts, problems = _facts(plan, repository, finished.record, names)
         merge.check()
 
         def build(head: str, there: Mapping[str, str]) -> Sequence[Operation]:
@@ -249,7 +247,7 @@ def _publish(carrier: Carrier, repository: Repository, with_hash: bool, title: s
         branch = f"refs/pr/{commit.pr_url.rpartition('/')[2]}" if commit.pr_url else repository.revision
         where = repository.repo_id + (f"@{branch}" if branch else "")
         said = [note.replace("verify DIR` first", f"verify {where} --push-to-hub`") for note in ends[0].notes]
-        return _Published(commit, names, ends[0].removed, [*problems, *said], ratios)
+        return _Published(commit, names, ends[0].removed, [*problems, *said], finished)
 
 
 def _facts(

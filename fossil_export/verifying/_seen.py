@@ -13,10 +13,10 @@ from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._opening import open_checkpoint
 from fossil_export.checkpoints._plain import INDEX, is_plain
 from fossil_export.errors import FossilExportError
-from fossil_export.merging._merge import write_companions
+from fossil_export.merging._finish import write_model
 from fossil_export.merging._onto import plan_copy
-from fossil_export.merging._run import run
 from fossil_export.writing._scratch import scratch_folder
+from fossil_export.writing._sink import FolderSink
 
 
 @contextmanager
@@ -41,8 +41,7 @@ def plain_base(checkpoint: Checkpoint) -> Iterator[Checkpoint]:
         )
     with scratch_folder() as folder:
         try:
-            run(plan, folder)
-            write_companions(plan, folder)
+            write_model(plan, FolderSink(folder))
             plan.check()
         except OSError as problem:
             plan.check()  # an input that is gone is no fault of this disk's

@@ -62,10 +62,10 @@ class OutputFile:
         _write_all(self._buffered, data[: first - offset], offset)
         _write_all(self._buffered, data[last - offset :], last)
 
-    def close(self, sync: bool = True) -> None:
+    def close(self, done: bool) -> None:
         """Flush to the device (unless the file is about to be thrown away) and close."""
         try:
-            if sync:
+            if done:
                 os.fsync(self._buffered)
         finally:
             for descriptor in (self._direct, self._refused, self._buffered):
