@@ -110,7 +110,7 @@ class Writer:
     ) -> None:
         self._plan = plan
         self._progress = progress
-        self._engine = choose_engine(device, plan.tensors)
+        self._engine = choose_engine(device)
 
     def __enter__(self) -> Writer:
         return self

@@ -19,7 +19,7 @@ from fossil_export.checkpoints._stamp import changed
 from fossil_export.checkpoints.layouts import Rows, Stored
 from fossil_export.errors import MergeError
 from fossil_export.merging._change import Part
-from fossil_export.merging._engine import Engine, Update, compute_dtype, is_finite, merge_slab
+from fossil_export.merging._engine import Engine, Update, cast, compute_dtype, is_finite, merge_slab
 from fossil_export.merging._kept import SMALL, Kept, Large
 from fossil_export.merging._layout import TensorPlan, is_decoded
 from fossil_export.merging._plan import MergePlan
@@ -202,9 +202,7 @@ class Worker:
                 self._cast(tensor, part, block, out[start : start + len(block)])
             return
         data = stored[:]
-        with np.errstate(over="ignore", invalid="ignore"):
-            np.copyto(out, data, casting="unsafe")
-        if not is_finite(out):
+        if not cast(data, out):
             source, owner = tensor.origin(part)
             if not is_finite(data):
                 if owner is not None:
@@ -235,8 +233,8 @@ class Worker:
             numbers = change.numbers(slab.part.dtype, brought)
             updates.append(Update(change.method, wide, numbers, change.weight))
         with np.errstate(over="ignore", invalid="ignore"):
-            sums = merge_slab(self._engine, stored, out, updates, slab.start, slab.part.rows)
-        if not is_finite(out):
+            sums, finite = merge_slab(self._engine, stored, out, updates, slab.start, slab.part.rows)
+        if not finite:
             raise MergeError(self._why_not_finite(tensor, slab.part, stored[:]))
         with self._lock:
             self._sums.setdefault(tensor.name, {}).setdefault(slab.part.first, {})[slab.start] = sums

@@ -14,7 +14,7 @@ from typing import Any
 from fossil_export.errors import AdapterError
 from fossil_export.methods import _fossil as fossil
 from fossil_export.methods._fossil import init_of, peft_keys, ranked, state_dict_keys
-from fossil_export.methods._method import Arrays, Combination, Numbers, Shapes
+from fossil_export.methods._method import Arrays, Combination, Numbers, Shapes, plain
 
 FIELDS = fossil.FIELDS
 SHARED = fossil.SHARED
@@ -72,6 +72,7 @@ def update(weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> Any:
     return by_row.reshape(count, width)
 
 
+@plain
 def add(weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> None:
     weight += update(weight, arrays, numbers, start)
 
