@@ -159,7 +159,7 @@ def _sha256_of(home: Folder, header: Header) -> str:
         for start in range(0, header.size, len(buffer)):
             part = buffer[: header.size - start]
             source.read(start, part)
-            digest.update(part)
+            digest.update(part.data)
         source.check()
     return digest.hexdigest()
 

@@ -60,7 +60,7 @@ def is_read_in_place(folder: Folder) -> bool:
 
 
 def open_source(folder: Folder | None, header: Header, moved: Path | None = None) -> Source:
-    """The file that `header` was read of: where it `moved` to; at its path, if it is there; else where `folder` has it."""
+    """The file that `header` was read of: where it `moved` to; at its path, if it is there; else in `folder`."""
     if moved is not None and moved != header.path:
         return InputFile(moved, header, steady=False)
     if isinstance(folder, ReadInPlace) and not header.path.is_file():

@@ -71,9 +71,8 @@ def check_requantized(
         found = artifact.tensors.get(name)
         if found is None or found.coding is None or (found.shape, found.dtype) != (one.shape, one.dtype):
             known[name] = TensorCheck(name, "requantize", worst=float("inf"), problem="is quantized in another way")
-    headers = by_path(
-        *((one.home, one.files) for one in (theirs, ours)), *((one.home, one.headers) for one in added.adapters)
-    )
+    adapters = ((one.home, one.headers) for one in added.adapters)
+    headers = by_path((theirs.home, theirs.files), (ours.home, ours.files), *adapters)
     with Files(headers) as files:
         for name, one in base.tensors.items():
             if one.coding is not None and name in touched and name not in known:

@@ -85,9 +85,8 @@ def check_tensors(
     names = [*base.tensors, *places.added]
     tensors = [known.get(name) or _expected(name, artifact, base, places, dtype) for name in names]
     jobs = [job for found in tensors if isinstance(found, tuple) for job in found]
-    headers = by_path(
-        *((one.home, one.files) for one in (artifact, base)), *((one.home, one.headers) for one in added.adapters)
-    )
+    adapters = ((one.home, one.headers) for one in added.adapters)
+    headers = by_path((artifact.home, artifact.files), (base.home, base.files), *adapters)
     threads = os.cpu_count() or 1
     with one_blas_thread(), Files(headers) as files, ThreadPoolExecutor(threads) as pool:
         calls = (partial(compare, job, *rows, added, files, progress) for job in jobs for rows in job.slabs())

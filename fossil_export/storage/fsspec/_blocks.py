@@ -150,12 +150,12 @@ class Blocks:
         """Drop the block that is needed least: one that was read to its end, one that no reader has asked for, then one
         whose reader waits for another."""
         done = [(key, block) for key, block in self._blocks.items() if block.data is not None and not block.awaited]
-        for is_next in (lambda one: one.spent and not one.wanted, lambda one: not one.wanted, lambda one: True):
-            for key, block in done:
-                if is_next(block):
-                    self._drop(key)
-                    return True
-        return False
+        if not done:
+            return False
+        # min takes the first, which was used longest ago.
+        key, _ = min(done, key=lambda one: (one[1].wanted > 0, not one[1].spent))
+        self._drop(key)
+        return True
 
     def _drop(self, key: Key) -> None:
         block = self._blocks.pop(key)

@@ -66,6 +66,7 @@ class RemoteFolder:
         self._together = bool(getattr(system, "async_impl", False))
         self._options: dict[str, Any] = {} if self._together else {"cache_type": "none"}
         self._one = threading.Lock()
+        self._headers: dict[str, Header] = {}
 
     def within(self, folder: str) -> RemoteFolder:
         """The folder of this name in it."""
@@ -90,22 +91,22 @@ class RemoteFolder:
         return [name for name in self._visible if "/" not in name]
 
     def headers(self, names: Iterable[str]) -> tuple[Header, ...]:
+        names = list(names)
+        left = [name for name in names if name not in self._headers]
         with ThreadPoolExecutor(THREADS) as pool:
-            return tuple(pool.map(self._header, names))
+            self._headers.update(zip(left, pool.map(self._header, left), strict=True))
+        return tuple(self._headers[name] for name in names)
 
     def _header(self, name: str) -> Header:
-        path = self.path / name
-        if path.is_file():
-            return header_of(path)
-        size = self.entries[name].size
+        path, size = self.path / name, self.entries[name].size
         if is_pickle(name):
             from fossil_export.checkpoints.pickled import parse_pickle_header
 
             with io.BufferedReader(_Ranges(self, name, size), 1 << 16) as file:
                 return parse_pickle_header(path, file, size, far=True)
-        prefix = self.range(name, 0, min(size, 8))
+        prefix = self.view(name, 0, min(size, 8)).tobytes()
         length = header_length(path, prefix, size)
-        return parse_header(path, prefix + self.range(name, 8, length), size)
+        return parse_header(path, prefix + self.view(name, 8, length - 8).tobytes(), size)
 
     def read(self, name: str) -> bytes:
         self.fetch([name])
@@ -286,7 +287,7 @@ class _Ranges(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        found = self._folder.range(self._name, self._at, min(self._at + len(buffer), self._size))
-        buffer[: len(found)] = found
+        found = self._folder.view(self._name, self._at, max(0, min(len(buffer), self._size - self._at)))
+        buffer[: len(found)] = found.data
         self._at += len(found)
         return len(found)
