@@ -13,7 +13,7 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import smollm2
@@ -22,6 +22,9 @@ from loopback import LoopbackHub, point_client_at
 from peft import MissConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+if TYPE_CHECKING:
+    from s3_tools import S3Server
 
 # Their assertions are shown as those of tests are.
 pytest.register_assert_rewrite(*(path.stem for path in Path(__file__).parent.glob("*_tools.py")))
@@ -231,3 +234,25 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = folder / name / "adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "ada/base"}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    from s3_tools import S3Server
+
+    with S3Server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """A running S3 with an empty bucket "models"; fsspec in this process uses it, and in those it starts."""
+    import fsspec
+    from s3_tools import use
+
+    use(monkeypatch, s3_server)
+    s3_server.reset()
+    s3_server.bucket("models")
+    yield s3_server
+    s3_server.reset()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
