@@ -38,6 +38,10 @@ class HubError(FossilExportError):
     """The Hub refuses, cannot be reached, or has something else than was asked for."""
 
 
+class StorageError(FossilExportError):
+    """An object store, or another place with a URL, refuses, cannot be reached, or changed while it was read."""
+
+
 class OutputError(FossilExportError):
     """The output cannot be written where it was asked for."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,9 +14,13 @@ from fossil_export.checkpoints._coding import read_rows
 from fossil_export.checkpoints._dtypes import stored_dtype
 from fossil_export.checkpoints._folder import Folder
 from fossil_export.checkpoints._header import Header, TensorInfo
+from fossil_export.checkpoints._source import ReadInPlace, open_source
 from fossil_export.checkpoints._stamp import Stamp
 from fossil_export.checkpoints.layouts import find_matrix
 from fossil_export.errors import naming
+
+BY_COLUMNS = ("awq", "gptq", "gguf", "mxfp4")
+"""Formats of `quantized.FORMATS` in which a few rows of a weight lie all over what is stored of it."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,11 @@ class Checkpoint:
         if self.made_of is not None:
             return self.made_of
         return self.folder if self.folder is not None else self.files[0].path
+
+    @property
+    def can_stay(self) -> bool:
+        """Whether reading its weights by ranges, where they lie, reads each byte about once."""
+        return self.quantized is None or self.quantized.format not in BY_COLUMNS
 
     @property
     def nbytes(self) -> int:
@@ -116,8 +126,15 @@ def identity(checkpoint: Checkpoint, full: bool = False) -> list[dict[str, Any]]
         }
         if blob := checkpoint.home.blob(header.path.name):
             record["hub_blob"] = blob
+        in_place = checkpoint.home if isinstance(checkpoint.home, ReadInPlace) else None
+        if in_place is not None and (etag := in_place.etag(header.path.name)):
+            record["etag"] = etag
         if full:
             known = blob is not None and len(blob) == 64 and not header.path.is_file()
+            if in_place is not None:
+                record["sha256"] = _sha256_of(checkpoint.home, header)
+                records.append(record)
+                continue
             if not known:  # the Hub has small files in git, by another hash
                 checkpoint.home.fetch([header.path.name])
             record["sha256"] = blob if known else sha256(header.path)
@@ -131,6 +148,20 @@ def hub_revision(path: Path) -> str | None:
     if folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir():
         return folder.name
     return None
+
+
+def _sha256_of(home: Folder, header: Header) -> str:
+    """Hex digest of a file where it lies."""
+    import numpy as np
+
+    digest, buffer = hashlib.sha256(), np.empty(1 << 22, np.uint8)
+    with closing(open_source(home, header)) as source:
+        for start in range(0, header.size, len(buffer)):
+            part = buffer[: header.size - start]
+            source.read(start, part)
+            digest.update(part.data)
+        source.check()
+    return digest.hexdigest()
 
 
 def sha256(path: Path) -> str:

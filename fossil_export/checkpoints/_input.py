@@ -21,6 +21,8 @@ from fossil_export.errors import CheckpointError, unreadable
 if TYPE_CHECKING:
     import numpy as np
 
+    from fossil_export.checkpoints._source import Source
+
 
 AHEAD = 64 << 20
 """Bytes past the range at hand that the system is asked to read in meanwhile."""
@@ -155,7 +157,7 @@ class StoredArray:
 
     def __init__(
         self,
-        file: InputFile,
+        file: Source,
         offset: int,
         shape: tuple[int, ...],
         dtype: np.dtype[Any],

@@ -106,7 +106,7 @@ class MergePlan:
         names += [path.relative_to(home.path).as_posix() for path in self._base_companions()]
         if self.base.folder is not None:  # the record tells one revision from another by them
             names += [name for name in home.root_names() if name.endswith(".json")]
-        base = Needed(home, tuple(dict.fromkeys(names)), self.base.files)
+        base = Needed(home, tuple(dict.fromkeys(names)), self.base.files, in_place=self.base.can_stay)
         return *(adapter.needed for adapter in self.adapters), base
 
     def _base_companions(self) -> list[Path]:

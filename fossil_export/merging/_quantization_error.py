@@ -57,7 +57,7 @@ class Ratio:
 def ratios_of(plan: MergePlan) -> dict[str, Ratio]:
     """By kind of module, the last part of its name; none if training saw the base as it is stored, or if the original
     weights are not at hand."""
-    return by_kind(sizes_of(plan, LIMIT)) if plan.seen.tensors else {}
+    return by_kind(sizes_of(plan, LIMIT, far=True)) if plan.seen.tensors else {}
 
 
 def by_kind(sizes: Mapping[str, Size]) -> dict[str, Ratio]:

@@ -17,8 +17,8 @@ from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import view_rows
 from fossil_export.checkpoints._coding import read_rows
 from fossil_export.checkpoints._dtypes import BITS, FLOATS, element_count
-from fossil_export.checkpoints._folder import LocalFolder
 from fossil_export.checkpoints._header import TensorInfo
+from fossil_export.checkpoints._source import is_read_in_place
 from fossil_export.checkpoints.layouts import Matrix
 from fossil_export.checkpoints.quantized._trained_on import OfConv1d
 from fossil_export.errors import FossilExportError
@@ -71,13 +71,15 @@ class Size:
         return Size(update, weight, min(self.share, other.share), moved)
 
 
-def sizes_of(plan: MergePlan, most: int | None = None) -> dict[str, Size]:
+def sizes_of(plan: MergePlan, most: int | None = None, far: bool = False) -> dict[str, Size]:
     """By module, and by name for a tensor that comes whole. Of a base, or an adapter, that is not on this machine no
-    values are read. `most` bytes are read of a weight (default: `LIMIT`)."""
+    values are read, unless `far` says that those of a base which is read in its place are wanted. `most` bytes are read
+    of a weight (default: `LIMIT`)."""
     changed = [tensor for tensor in plan.tensors if tensor.action in ("merge", "replace")]
     count = sum(len(tensor.changes) or 1 for tensor in changed)
     limit = min(LIMIT if most is None else most, TOTAL // max(1, count))
-    base_is_here = all(header.path.is_file() for header in plan.base.files)
+    in_place = far and plan.base.can_stay and is_read_in_place(plan.base.home)
+    base_is_here = in_place or all(header.path.is_file() for header in plan.base.files)
     found: dict[str, Size] = {}
     for tensor in changed:
         for part in tensor.parts:
@@ -225,7 +227,7 @@ def _read(plan: MergePlan, info: TensorInfo, owner: int | None, start: int, stop
         return plan.adapters[owner].array(info, start, stop)
     if info.offset is None and info.coding is None:
         raise FossilExportError(f"{info.path}: {info.name} cannot be read by parts")
-    found: Array = read_rows(info, start, stop, partial(view_rows, LocalFolder(info.path.parent)))[:]
+    found: Array = read_rows(info, start, stop, partial(view_rows, plan.base.home))[:]
     return found
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from fossil_export.checkpoints._coding import CodedRows
 from fossil_export.checkpoints._dtypes import FLOATS, numpy_dtype, stored_dtype
 from fossil_export.checkpoints._header import TensorInfo
-from fossil_export.checkpoints._input import InputFile, Reused, StoredArray
+from fossil_export.checkpoints._input import Reused, StoredArray
+from fossil_export.checkpoints._source import Source, Viewed, by_path, open_source
 from fossil_export.checkpoints._stamp import changed
 from fossil_export.checkpoints.layouts import Rows, Stored
 from fossil_export.errors import MergeError
@@ -50,9 +51,9 @@ class Worker:
         self._tensors = plan.base.tensors
         self._engine = engine
         self._moved = moved
-        headers = (*plan.base.files, *(header for adapter in plan.adapters for header in adapter.headers))
-        self._headers = {header.path: header for header in headers}
-        self._sources: dict[Path, InputFile] = {}
+        adapters = ((adapter.home, adapter.headers) for adapter in plan.adapters)
+        self._files = by_path((plan.base.home, plan.base.files), *adapters)
+        self._sources: dict[Path, Source] = {}
         self._sums: dict[str, dict[int, dict[int, Survival]]] = {}
         self._lock = threading.Lock()
         self._local = threading.local()
@@ -98,7 +99,7 @@ class Worker:
 
     def _copy(self, slab: CopySlab, output: Output) -> None:
         source = self._source(slab.path)
-        if (slab.read_at - slab.write_at) % ALIGNMENT:
+        if (slab.read_at - slab.write_at) % ALIGNMENT or not isinstance(source, Viewed):
             buffer = self._buffer("written", slab.nbytes, slab.write_at)
             source.read(slab.read_at, buffer)
             output.write(slab.write_at, buffer)
@@ -274,11 +275,10 @@ class Worker:
         assert info.offset is not None
         return StoredArray(self._source(info.path), info.offset, info.shape, numpy_dtype(info.dtype))
 
-    def _source(self, path: Path) -> InputFile:
+    def _source(self, path: Path) -> Source:
         with self._lock:
             if path not in self._sources:
-                place = self._moved.get(path, path)
-                self._sources[path] = InputFile(place, self._headers[path], steady=place == path)
+                self._sources[path] = open_source(*self._files[path], self._moved.get(path))
             return self._sources[path]
 
     def _buffer(self, use: str, nbytes: int, target: int = 0) -> Array:

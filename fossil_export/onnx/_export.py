@@ -122,7 +122,7 @@ def run_onnx(
         raise OutputError(f"{output}: holds {plan.graph}, which would be replaced; choose another --output")
     check_destination(target, [merge.base.location, merge.adapter.path], overwrite)
     progress("fetching the base")
-    fetch(*merge.needed)
+    fetch(*merge.needed, whole=True)
     merge = settled(merge)
     plan = replace(plan, merge=merge)
     with staged_folder(target, _room(plan), overwrite) as folder:

@@ -165,7 +165,7 @@ def run_stream(
     repository = Repository(repo_id, revision, create_pr)
     repository.foresee()
     merge = plan.merge
-    fetch(*(merge.needed if plan.remote is None else (adapter.needed for adapter in merge.adapters)))
+    fetch(*(merge.needed if plan.remote is None else (adapter.needed for adapter in merge.adapters)), whole=True)
     if any(plan.merge.undecided):
         plan = plan_moves(settled(plan.merge), plan.max_disk)
     merge = plan.merge

@@ -9,9 +9,10 @@ from fossil_export.storage._local import LocalStorage
 from fossil_export.storage._needed import Needed, fetch
 from fossil_export.storage._origin import ModelName, Origin, Storage
 from fossil_export.storage._paths import expanded, is_path, nothing_there, resolve
+from fossil_export.storage.fsspec._find import FsspecStorage
 from fossil_export.storage.hub._find import HubStorage
 
-STORAGES: dict[str, Storage] = {"local": LocalStorage(), "hub": HubStorage()}
+STORAGES: dict[str, Storage] = {"local": LocalStorage(), "hub": HubStorage(), "fsspec": FsspecStorage()}
 """In the order in which they are asked. A new storage is one file and one entry here."""
 
 
@@ -20,7 +21,7 @@ def find_origin(given: str | Path, error: type[FossilExportError], what: str) ->
     that a path that exists wins over a model of that name on the Hub.
 
     `what` is the word for it in messages ("adapter", "base model"). Raises `error` if there is nothing or it may not
-    be read, HubError for what the Hub refuses.
+    be read, HubError for what the Hub refuses, StorageError for what an object store does.
     """
     expanded(given, error)
     of_address = [storage for storage in STORAGES.values() if str(given).startswith(storage.addresses)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._coding import CodedRows
 from fossil_export.checkpoints._dtypes import BITS, element_count, numpy_dtype, stored_dtype
+from fossil_export.checkpoints._folder import Folder
 from fossil_export.checkpoints._header import Header, TensorInfo
-from fossil_export.checkpoints._input import InputFile, StoredArray
+from fossil_export.checkpoints._input import StoredArray
+from fossil_export.checkpoints._source import Source, open_source
 from fossil_export.checkpoints.layouts import ReadRows, Rows
 from fossil_export.merging._change import Change, Part
 from fossil_export.verifying._rebuilding import Addend, rebuild
@@ -107,9 +109,9 @@ class Job:
 class Files:
     """Open files by path, each held against the header that was read of it."""
 
-    def __init__(self, headers: list[Header]) -> None:
-        self._headers = {header.path: header for header in headers}
-        self._open: dict[Path, InputFile] = {}
+    def __init__(self, files: Mapping[Path, tuple[Folder, Header]]) -> None:
+        self._files = files
+        self._open: dict[Path, Source] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> Files:
@@ -119,10 +121,10 @@ class Files:
         for file in self._open.values():
             file.close()
 
-    def _file(self, info: TensorInfo) -> InputFile:
+    def _file(self, info: TensorInfo) -> Source:
         with self._lock:
             if info.path not in self._open:
-                self._open[info.path] = InputFile(info.path, self._headers[info.path])
+                self._open[info.path] = open_source(*self._files[info.path])
             return self._open[info.path]
 
     def read(self, info: TensorInfo, start: int, nbytes: int) -> Array:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._header import TensorInfo
+from fossil_export.checkpoints._source import by_path
 from fossil_export.merging._change import Part
 from fossil_export.merging._layout import TensorPlan
 from fossil_export.merging._plan import MergePlan
@@ -46,7 +47,7 @@ class Nearest:
 
 def far_from(adapter: Adapter, plan: MergePlan, found: Mapping[str, Nearest]) -> dict[str, float]:
     """‖s B A - ΔW‖ / ‖ΔW‖ of the modules that are further from what was trained than float32 makes them."""
-    headers = [*plan.base.files, *adapter.headers]
+    headers = by_path((plan.base.home, plan.base.files), (adapter.home, adapter.headers))
     far: dict[str, float] = {}
     with Files(headers) as files:
         for tensor in plan.tensors:

@@ -23,6 +23,7 @@ from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._coding import BLOCK, CodedRows
 from fossil_export.checkpoints._dtypes import BITS, element_count, stored_dtype
 from fossil_export.checkpoints._header import TensorInfo, slice_of
+from fossil_export.checkpoints._source import by_path
 from fossil_export.merging._change import Part, parts_of
 from fossil_export.merging._placement import Places
 from fossil_export.merging._requantize import part_of, ranges
@@ -70,7 +71,8 @@ def check_requantized(
         found = artifact.tensors.get(name)
         if found is None or found.coding is None or (found.shape, found.dtype) != (one.shape, one.dtype):
             known[name] = TensorCheck(name, "requantize", worst=float("inf"), problem="is quantized in another way")
-    headers = [*theirs.files, *ours.files, *(header for one in added.adapters for header in one.headers)]
+    adapters = ((one.home, one.headers) for one in added.adapters)
+    headers = by_path((theirs.home, theirs.files), (ours.home, ours.files), *adapters)
     with Files(headers) as files:
         for name, one in base.tensors.items():
             if one.coding is not None and name in touched and name not in known:

@@ -117,7 +117,7 @@ def _verified(
     found_base = find_origin(
         _named(base, (record or {}).get("base", {}), "base", folder), CheckpointError, "base model"
     )
-    base_checkpoint = _whole(found_base, added)
+    base_checkpoint = _whole(found_base, added, level)
     named = base is None or found_base.name in {one.base_model for one in added.adapters}
     with found_base.by_name():
         training, trained = training_of(added, base_checkpoint, record, trained_on, base_is_named=named)
@@ -290,11 +290,13 @@ def _fetch_parts(origin: Origin) -> None:
         fetch(Needed(folder, tuple(_parts(folder.names()))))
 
 
-def _whole(base: Origin, added: Sum) -> Checkpoint:
-    """The base with all its files here; of a model on the Hub only those a merge takes are fetched."""
+def _whole(base: Origin, added: Sum, level: Level) -> Checkpoint:
+    """The base with all its files here, but for weights that can be compared where they lie; of a model elsewhere only
+    those a merge takes are fetched."""
     if not base.folder.is_here:
         try:
-            fetch(*plan_merge(added.adapters, base, weights=added.weights).needed)
+            needed = plan_merge(added.adapters, base, weights=added.weights).needed
+            fetch(*needed, whole=level != "weights")
         except MergeError:  # a verdict, which needs the files all the same
             _fetch_parts(base)
     return base.checkpoint()

@@ -18,6 +18,7 @@ from itertools import islice
 from fossil_export._threads import in_order, one_blas_thread
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._dtypes import BY_TORCH_NAME, FLOATS, element_count
+from fossil_export.checkpoints._source import by_path
 from fossil_export.merging._change import Change, parts_of
 from fossil_export.merging._place import place
 from fossil_export.merging._placement import Places, together
@@ -84,7 +85,8 @@ def check_tensors(
     names = [*base.tensors, *places.added]
     tensors = [known.get(name) or _expected(name, artifact, base, places, dtype) for name in names]
     jobs = [job for found in tensors if isinstance(found, tuple) for job in found]
-    headers = [*artifact.files, *base.files, *(header for one in added.adapters for header in one.headers)]
+    adapters = ((one.home, one.headers) for one in added.adapters)
+    headers = by_path((artifact.home, artifact.files), (base.home, base.files), *adapters)
     threads = os.cpu_count() or 1
     with one_blas_thread(), Files(headers) as files, ThreadPoolExecutor(threads) as pool:
         calls = (partial(compare, job, *rows, added, files, progress) for job in jobs for rows in job.slabs())
