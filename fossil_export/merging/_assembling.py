@@ -32,7 +32,9 @@ def prepare(plan: MergePlan, output: str | Path, device: str = "cpu", overwrite:
     """Check inputs and output, fetch what is needed and settle the plan. Raises a FossilExportError."""
     place = find_place(output)
     plan.check()  # first, since an input that is gone has no place to hold the output against
-    place.check([plan.base.location, *(adapter.path for adapter in plan.adapters)], overwrite)
+    names = [plan.base_name, *(adapter.name for adapter in plan.adapters)]
+    inputs = [plan.base.location, *(adapter.path for adapter in plan.adapters)]
+    place.check(inputs, overwrite, [name for name in names if name is not None])
     fetch(*plan.needed)
     plan = settled(plan)
     try:
