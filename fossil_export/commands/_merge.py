@@ -11,6 +11,7 @@ from fossil_export._answers import BLOCK_SIZES, INTO, TRAINED_ON
 from fossil_export._console import lines, print_warnings, progress_bar
 from fossil_export.checkpoints._dtypes import BY_TORCH_NAME
 from fossil_export.commands._shared import BASE_HELP, publishing, show, weighted
+from fossil_export.storage.fsspec._addresses import is_object_address
 from fossil_export.tables import print_moves, print_plan, print_push, print_result, print_streamed
 
 DTYPES = ("auto", *(name for name in BY_TORCH_NAME if name != "float64"))
@@ -26,7 +27,12 @@ DTYPES = ("auto", *(name for name in BY_TORCH_NAME if name != "float64"))
     metavar="ADAPTER[=WEIGHT]",
     help="Add this one too, after the first; may be given again.",
 )
-@click.option("-o", "--output", metavar="DIR", help="Folder of the merged model; must not exist yet.")
+@click.option(
+    "-o",
+    "--output",
+    metavar="DIR",
+    help="Folder of the merged model, or its address, e.g. s3://bucket/name; must not exist yet.",
+)
 @click.option("--base", metavar="BASE", help=BASE_HELP)
 @click.option(
     "--dtype",
@@ -159,6 +165,10 @@ def merge(
         (
             stream and (output is not None or overwrite),
             "--stream keeps nothing here; leave out --output and --overwrite.",
+        ),
+        (
+            push_to_hub is not None and output is not None and is_object_address(output),
+            "--push-to-hub publishes what is on this machine; leave out --output (with '--stream'), or merge to a folder.",
         ),
         (
             not stream and output is None and not dry_run,

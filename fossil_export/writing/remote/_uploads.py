@@ -6,6 +6,7 @@ by side, and is what most people have, so it is worth its own dozen lines.
 
 from __future__ import annotations
 
+import io
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -48,6 +49,32 @@ class Upload(Protocol):
         """Nothing appears, and nothing is left. Raises nothing."""
 
 
+class _Body(io.RawIOBase):
+    """Bytes to be sent, as a file: the client copies what is none."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data, self._at = data, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = max(0, offset + (0, self._at, len(self._data))[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        found = self._data[self._at : self._at + len(buffer)]
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)
+
+
 class S3Upload:
     """To a path of s3fs."""
 
@@ -63,8 +90,7 @@ class S3Upload:
             self._id = system.call_s3("create_multipart_upload", **self._place)["UploadId"]
 
     def part(self, number: int, data: bytearray | memoryview) -> None:
-        # One copy, which the client shares: it makes its own of everything but bytes.
-        body = bytes(data)
+        body = _Body(memoryview(data))
         if self._id is None:
             self._system.call_s3("put_object", Body=body, **self._place)
             return

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-MEMORY = 64 << 20
+MEMORY = 48 << 20
 """Bytes of parts in memory, or two parts, if these are more."""
 
 PATIENCE = 1.0
