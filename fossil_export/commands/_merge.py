@@ -168,7 +168,7 @@ def merge(
         ),
         (
             push_to_hub is not None and output is not None and is_object_address(output),
-            "--push-to-hub publishes what is on this machine; leave out --output (with '--stream'), or merge to a folder.",
+            "--push-to-hub publishes what is on this machine; merge to a folder, or use '--stream' and no --output.",
         ),
         (
             not stream and output is None and not dry_run,
