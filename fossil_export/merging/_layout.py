@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from fossil_export.checkpoints._checkpoint import Checkpoint
@@ -81,6 +82,17 @@ class TensorPlan:
     @property
     def nbytes(self) -> int:
         return byte_count(self.dtype, self.shape)
+
+
+def read_for(tensor: TensorPlan) -> Iterator[Path]:
+    """The files that its values are read from, some of them more than once."""
+    infos = [tensor.source, *(one for change in tensor.weight.changes for one in change.into.stored)]
+    infos += [] if tensor.coded is None else [tensor.coded]
+    infos += [] if tensor.encodes is None else [tensor.encodes.source]
+    for info in infos:
+        yield info.path
+        if info.coding is not None:
+            yield from (one.path for one in info.coding.stored)
 
 
 def is_decoded(info: TensorInfo) -> bool:
