@@ -11,6 +11,7 @@ from fossil_export._answers import BLOCK_SIZES, INTO, TRAINED_ON
 from fossil_export._console import lines, print_warnings, progress_bar
 from fossil_export.checkpoints._dtypes import BY_TORCH_NAME
 from fossil_export.commands._shared import BASE_HELP, numbered, publishing, show, weighted
+from fossil_export.storage.fsspec._addresses import is_object_address
 from fossil_export.tables import (
     print_moves,
     print_part,
@@ -34,7 +35,12 @@ DTYPES = ("auto", *(name for name in BY_TORCH_NAME if name != "float64"))
     metavar="ADAPTER[=WEIGHT]",
     help="Add this one too, after the first; may be given again.",
 )
-@click.option("-o", "--output", metavar="DIR", help="Folder of the merged model; must not exist yet.")
+@click.option(
+    "-o",
+    "--output",
+    metavar="DIR",
+    help="Folder of the merged model, or its address, e.g. s3://bucket/name; must not exist yet.",
+)
 @click.option("--base", metavar="BASE", help=BASE_HELP)
 @click.option(
     "--dtype",
@@ -183,6 +189,10 @@ def merge(
         (part and is_last, "--finish comes when all parts are there; leave out --part."),
         (part and push_to_hub, "--part publishes nothing; leave out --push-to-hub, or give it with --finish."),
         (is_last and dry_run, "--finish has no plan of its own; leave out --dry-run, or --finish."),
+        (
+            push_to_hub is not None and output is not None and is_object_address(output),
+            "--push-to-hub publishes what is on this machine; merge to a folder, or use '--stream' and no --output.",
+        ),
         (
             not stream and output is None and not dry_run,
             f"Missing option '--output' (or ask for the plan alone with '--dry-run'{hint}).",

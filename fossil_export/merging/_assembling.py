@@ -35,7 +35,9 @@ def prepare(
     weights are left to `storage.fetch(*plan.needed_for(files))`. Raises a FossilExportError."""
     place = find_place(output)
     plan.check()  # first, since an input that is gone has no place to hold the output against
-    place.check([plan.base.location, *(adapter.path for adapter in plan.adapters)], overwrite)
+    names = [plan.base_name, *(adapter.name for adapter in plan.adapters)]
+    inputs = [plan.base.location, *(adapter.path for adapter in plan.adapters)]
+    place.check(inputs, overwrite, [name for name in names if name is not None])
     fetch(*(plan.needed if whole else plan.needed_for(())))
     plan = settled(plan)
     try:

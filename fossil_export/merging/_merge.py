@@ -46,7 +46,7 @@ class MergeResult:
     `survival` is by tensor (see merging/_survival.py), `ratios` by kind of module, if training saw a quantized base
     (see merging/_quantization_error.py); `resumed` counts the files that were finished before this call."""
 
-    output: Path
+    output: Path | str
     plan: MergePlan
     survival: Mapping[str, Survival]
     seconds: float
@@ -177,7 +177,7 @@ def result_of(
     plan = ready.plan
     told = (*survival_warnings(plan, finished.survival), *ratio_warnings(plan, finished.ratios))
     return MergeResult(
-        output=Path(ready.place.name),
+        output=ready.place.output,
         plan=plan,
         survival=finished.survival,
         seconds=time.perf_counter() - started,

@@ -24,7 +24,7 @@ class PartResult:
     """A finished part of a merge. `files` are its files by name, of which `resumed` counts those that were finished
     before this call; `missing` are the plan's files that no part has finished yet; `nbytes` is what was written."""
 
-    output: Path
+    output: Path | str
     part: str
     files: tuple[str, ...]
     resumed: int
@@ -138,7 +138,7 @@ def merge_part(
             plan.check()
             raise assembly.failed(problem) from problem
     return PartResult(
-        output=Path(place.name),
+        output=place.output,
         part=chosen.part,
         files=tuple(file.name for file in files),
         resumed=len(files) - len(left),

@@ -123,7 +123,7 @@ class Writer:
         hash: bool = False,  # noqa: A002
     ) -> FileResult:
         """Write `file` to `sink`. `moved` says where files lie that the plan has elsewhere."""
-        survival = self._work(file, sink.create(file.name, file.size), slabs(file), moved or {})
+        survival = self._work(file, sink.create(file.name, file.size, hash), slabs(file), moved or {})
         return FileResult(file.name, file.size, survival, sink.sha256(file.name) if hash else None)
 
     def change(self, file: FilePlan, path: Path, base: Path) -> FileResult:

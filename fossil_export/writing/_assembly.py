@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ class FolderPlace:
     def name(self) -> str:
         return str(self.output)
 
-    def check(self, inputs: list[Path], overwrite: bool) -> None:
+    def check(self, inputs: list[Path], overwrite: bool, names: Sequence[str] = ()) -> None:
         staging.check_destination(self.output, inputs, overwrite)
 
     @contextmanager
@@ -86,7 +86,7 @@ class FolderAssembly:
     def clear(self, alone: bool) -> None:
         self._journal.clear(alone)
 
-    def create(self, name: str, size: int) -> SummedFile:
+    def create(self, name: str, size: int, hash: bool = False) -> SummedFile:  # noqa: A002
         def finished(sums: int) -> None:
             self._sums[name] = sums
 

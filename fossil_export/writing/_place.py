@@ -6,13 +6,14 @@ result opens its `Assembly`, looks at the `notes` on what is finished already, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
 from fossil_export.errors import FossilExportError, OutputError
 from fossil_export.storage import expanded
+from fossil_export.storage.fsspec._addresses import LOCAL, OTHERS, scheme_of
 from fossil_export.writing._sink import Sink
 
 
@@ -51,10 +52,15 @@ class Place(Protocol):
 
     @property
     def name(self) -> str:
-        """For messages and results."""
+        """For messages."""
 
-    def check(self, inputs: list[Path], overwrite: bool) -> None:
-        """Raise OutputError unless a result may be made here without touching any of `inputs`."""
+    @property
+    def output(self) -> Path | str:
+        """For results: the folder, or the address."""
+
+    def check(self, inputs: list[Path], overwrite: bool, names: Sequence[str] = ()) -> None:
+        """Raise OutputError unless a result may be made here without touching any of `inputs`. `names` are those that
+        records have for them, addresses among them."""
 
     def assemble(
         self, digest: str, about: Mapping[str, str], *, overwrite: bool = False, shared: bool = False
@@ -72,15 +78,16 @@ class Place(Protocol):
 
 
 def find_place(given: str | Path) -> Place:
-    """The place of what the user typed as --output. Raises OutputError."""
-    for beginning, opened in PLACES.items():
-        if str(given).startswith(beginning):
-            return opened(str(given))
+    """The place of what the user typed as --output. Raises OutputError, MissingExtraError, and StorageError for what an
+    object store refuses."""
+    scheme = scheme_of(str(given))
+    if scheme in OTHERS:
+        raise OutputError(f"{given}: is no place for --output; publish with --push-to-hub")
+    if scheme is not None and scheme not in LOCAL:
+        from fossil_export.writing.remote._place import RemotePlace
+
+        return RemotePlace(str(given))
     from fossil_export.writing._assembly import FolderPlace
 
-    return FolderPlace(expanded(given, OutputError).absolute())
-
-
-PLACES: dict[str, Callable[[str], Place]] = {}
-"""By how the address begins ("s3://"): what opens the place of an address. A new kind of place is one file and one
-entry here; all else is a folder."""
+    path = given if scheme is None else str(given).partition("://")[2]
+    return FolderPlace(expanded(path, OutputError).absolute())

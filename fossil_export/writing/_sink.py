@@ -36,8 +36,9 @@ class SmallFiles(Protocol):
 class Sink(SmallFiles, Protocol):
     """A place for the files of one result. Raises as `SmallFiles` does."""
 
-    def create(self, name: str, size: int) -> Output:
-        """A new file of `size` bytes. Two files may be written at the same time, by several processes."""
+    def create(self, name: str, size: int, hash: bool = False) -> Output:  # noqa: A002
+        """A new file of `size` bytes. Two files may be written at the same time, by several processes. With `hash` its
+        `sha256` will be asked for, which some places know best while they write."""
 
     def sha256(self, name: str) -> str:
         """Hex digest of a file that was created here."""
@@ -49,7 +50,7 @@ class FolderSink:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def create(self, name: str, size: int) -> OutputFile:
+    def create(self, name: str, size: int, hash: bool = False) -> OutputFile:  # noqa: A002
         return OutputFile(self.path / name, size)
 
     def put(self, contents: Mapping[str, bytes | Path]) -> None:

@@ -44,7 +44,7 @@ def take(output: Path, digest: str, about: Mapping[str, str]) -> Held:
             known = journal.about()
             count = len(journal.notes()) if known is not None else 0
             if known is not None and count and known[0] != digest:
-                replaced = _differences(known[1], about)
+                replaced = differences(known[1], about)
             elif known is not None and count > most and leftover.stat().st_uid == new.folder.stat().st_uid:
                 best, most, found = found, count, best
             if found is not new:
@@ -101,7 +101,7 @@ def join(output: Path, digest: str, about: Mapping[str, str]) -> Held:
         if known is None:
             raise OutputError(f"{folder}: holds no journal of parts; remove it, then run all parts again")
         if known[0] != digest:
-            told = ", ".join(_differences(known[1], about))
+            told = ", ".join(differences(known[1], about))
             raise OutputError(
                 f"{output}: its parts were begun with {told}; give every part the same arguments, inputs and version, "
                 f"or remove {folder} and run all parts again"
@@ -146,7 +146,7 @@ def _owner_of_new(output: Path) -> int:
             probe.rmdir()
 
 
-def _differences(was: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, ...]:
+def differences(was: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, ...]:
     """What differs, in words."""
     names = dict.fromkeys([*now, *was])
     return tuple(

@@ -1,0 +1,166 @@
+"""A result that comes together in an object store.
+
+Such a store has no names that can be exchanged in one step: each file gets its name as soon as it is whole. What makes
+a model of them comes last (index, config, record), so that nobody loads a part of one, and goes first where a model is
+replaced, so that nobody loads a mixture of two. To copy the new files over the old ones at the end would keep the old
+model longer, but twice the room, and the copies of terabytes take their time, too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fossil_export.checkpoints._companions import PROVENANCE
+from fossil_export.errors import FossilExportError, OutputError, failed, listed
+from fossil_export.storage.fsspec._remote import Entry
+from fossil_export.writing.remote._journal import Begun, Journal, Note
+from fossil_export.writing.remote._store import Store
+from fossil_export.writing.remote._uploads import LARGEST
+from fossil_export.writing.remote._window import Window
+
+_BLOCK = 8 << 20
+
+
+class RemoteAssembly:
+    """See `Assembly`. What `put` is given is written by `publish`, when all else is there."""
+
+    def __init__(self, store: Store, journal: Journal, begun: Begun, replaced: tuple[str, ...]) -> None:
+        self.replaced = replaced
+        self.is_published = False
+        self._store, self._journal, self._begun = store, journal, begun
+        self._sums: dict[str, str] = {}
+        self._put: dict[str, bytes | Path] = {}
+        self._is_cleared = False
+
+    def create(self, name: str, size: int, hash: bool = False) -> Window:  # noqa: A002
+        if size > LARGEST:
+            raise OutputError(
+                f"{self._store.address}/{name}: would have {size:,} bytes, of which {LARGEST:,} can be sent; cut the "
+                "weights with --max-shard-size"
+            )
+        self._check_ours()
+        self._clear_old()
+        self._journal.note(Note(name, self._begun.digest))
+
+        def finished(window: Window) -> None:
+            if window.sha256 is not None:
+                self._sums[name] = window.sha256
+
+        return self._store.create(name, size, hash, finished)
+
+    def put(self, contents: Mapping[str, bytes | Path]) -> None:
+        self._put |= contents
+
+    def sha256(self, name: str) -> str:
+        if name not in self._sums:
+            total, size = hashlib.sha256(), self._store.entry(name).size
+            for start in range(0, size, _BLOCK):
+                total.update(self._store.read(name, start, min(size, start + _BLOCK)) or b"")
+            self._sums[name] = total.hexdigest()
+        return self._sums[name]
+
+    def notes(self) -> dict[str, dict[str, Any]]:
+        there = self._store.names()
+        own = (note for note in self._journal.notes(there) if note.digest == self._begun.digest)
+        return {note.file: dict(note.about) for note in own if note.is_of(there.get(note.file))}
+
+    def note(self, name: str, about: Mapping[str, Any]) -> None:
+        entry = self._store.entry(name)
+        self._journal.note(Note(name, self._begun.digest, entry.size, entry.state, about))
+
+    def check_room(self, needed: int) -> None:
+        """There is always room."""
+
+    def failed(self, problem: OSError) -> FossilExportError:
+        return OutputError(failed(self._store.address, problem, Path(self._store.address)))
+
+    def publish(self) -> None:
+        self._check_ours()
+        self._clear_old()
+        there = self._store.names()
+        notes = self._journal.notes(there)
+        made = [note for note in notes if note.is_finished and note.digest == self._begun.digest]
+        self._check_files(made, there)
+        self._store.abort(note.file for note in notes if not note.is_finished)
+        new = {*(note.file for note in made), *self._put}
+        old = {*self._begun.old, *(note.file for note in notes)}
+        self._store.remove(name for name in there if name in old - new)
+        last: dict[Callable[[str], bool], list[str]] = {_is_index: [], _is_config: [], _is_record: []}
+        for name, content in self._put.items():
+            for is_last, names in last.items():
+                if is_last(name):
+                    names.append(name)
+                    break
+            else:
+                self._store.write(name, content)
+        for names in last.values():
+            for name in names:
+                self._store.write(name, self._put[name])
+        there = self._store.names()
+        try:
+            self._check_files(made, there)
+        except OutputError:
+            self._store.remove(name for name in self._put if _is_config(name) or _is_record(name))
+            raise
+        self._journal.clear(there)
+        self.is_published = True
+
+    def abort_uploads(self, there: Iterable[str]) -> None:
+        """Those of files that killed processes had begun."""
+        self._store.abort(note.file for note in self._journal.notes(there) if not note.is_finished)
+
+    def leave(self) -> None:
+        """The process ends: what is finished stays; if that is nothing, nothing does."""
+        if not self.notes():
+            self.throw_away()
+
+    def throw_away(self) -> None:
+        """Remove what was made here. Where a model was being replaced, it stays noted that the rest of it may go."""
+        there = self._store.names()
+        notes = self._journal.notes(there)
+        self.abort_uploads(there)
+        self._store.remove(note.file for note in notes if note.digest == self._begun.digest)
+        if self._begun.old and PROVENANCE not in there:
+            self._journal.forget(notes)
+        else:
+            self._journal.clear(there)
+
+    def _check_ours(self) -> None:
+        """Raise OutputError if another process has begun another result here."""
+        known = self._journal.begun()
+        if known is None or (known.digest, known.run) != (self._begun.digest, self._begun.run):
+            raise OutputError(
+                f"{self._store.address}: another process writes there now; end one of the two, then run the other again"
+            )
+
+    def _check_files(self, made: Iterable[Note], there: Mapping[str, Entry]) -> None:
+        """Raise OutputError if files are not those that were noted."""
+        changed = [note.file for note in made if not note.is_of(there.get(note.file))]
+        if changed:
+            raise OutputError(
+                f"{self._store.address}: {listed(changed)} changed after it was written; see that nothing else writes "
+                "there, then run the same command again"
+            )
+
+    def _clear_old(self) -> None:
+        """What makes a model of the old files goes."""
+        if not self._is_cleared:
+            old = self._begun.old
+            for is_first in (_is_config, _is_index, _is_record):
+                self._store.remove(name for name in old if is_first(name))
+            self._is_cleared = True
+
+
+def _is_config(name: str) -> bool:
+    return name == "config.json"
+
+
+def _is_index(name: str) -> bool:
+    return "/" not in name and name.endswith(".index.json")
+
+
+def _is_record(name: str) -> bool:
+    return name == PROVENANCE
