@@ -9,7 +9,10 @@ from fossil_export.converting._conversion import convert as convert
 from fossil_export.errors import FossilExportError as FossilExportError
 from fossil_export.merging import MergePlan as MergePlan
 from fossil_export.merging import MergeResult as MergeResult
+from fossil_export.merging import PartResult as PartResult
+from fossil_export.merging import finish_merge as finish_merge
 from fossil_export.merging import merge as merge
+from fossil_export.merging import merge_part as merge_part
 from fossil_export.merging import plan_merge as plan_merge
 from fossil_export.merging import run_merge as run_merge
 from fossil_export.onnx._export import OnnxResult as OnnxResult

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export.adapters._trained import Trained
+from fossil_export.checkpoints._checkpoint import sha256
 from fossil_export.checkpoints._companions import tokenizer_of
 from fossil_export.checkpoints._dtypes import element_count, numpy_dtype
 from fossil_export.checkpoints._folder import Folder, LocalFolder
@@ -105,6 +106,11 @@ class Adapter:
         """Number of trained values beside the weights."""
         found = {info.name: info.shape for one in self.trained.values() for info in one.tensors.values()}
         return sum(map(element_count, found.values()))
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each of its files, by name, which are read once for it. Raises OSError."""
+        return {path.name: sha256(path) for path in self.files}
 
     def arrays(self, module: str) -> dict[str, np.ndarray[Any, Any]]:
         """The trained values of a module by role, in their own dtypes; raises as `array` does."""

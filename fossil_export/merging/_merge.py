@@ -5,25 +5,34 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fossil_export.errors import OutputError, failed, listed
-from fossil_export.merging._finish import finish
+from fossil_export.errors import listed
+from fossil_export.merging._assembling import (
+    Prepared,
+    beside,
+    prepare,
+    results_in,
+    told_replaced,
+    told_resumed,
+    with_hashes,
+    without_hashes,
+    write_files,
+)
+from fossil_export.merging._finish import Finished, finish
 from fossil_export.merging._given import AnyGiven
 from fossil_export.merging._layout import TensorPlan
 from fossil_export.merging._plan import MergePlan
-from fossil_export.merging._planning import plan_merge, settled
+from fossil_export.merging._planning import plan_merge
 from fossil_export.merging._provenance import ratio_record, survival_record
 from fossil_export.merging._quantization_error import Ratio, ratio_warnings
 from fossil_export.merging._requantize import LEAST
-from fossil_export.merging._run import merge_files
+from fossil_export.merging._run import FileResult
 from fossil_export.merging._survival import WARNING_BELOW, Survival
-from fossil_export.storage import expanded, fetch
-from fossil_export.writing._sink import FolderSink
-from fossil_export.writing._staging import check_destination, staged_folder
+from fossil_export.writing._place import Assembly
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +44,7 @@ if TYPE_CHECKING:
 class MergeResult:
     """A finished merge. `seconds` is wall time, `peak_memory` the process's largest resident size in bytes;
     `survival` is by tensor (see merging/_survival.py), `ratios` by kind of module, if training saw a quantized base
-    (see merging/_quantization_error.py)."""
+    (see merging/_quantization_error.py); `resumed` counts the files that were finished before this call."""
 
     output: Path
     plan: MergePlan
@@ -44,6 +53,7 @@ class MergeResult:
     peak_memory: int
     warnings: tuple[str, ...]
     ratios: Mapping[str, Ratio] = field(default_factory=dict)
+    resumed: int = 0
 
     def __repr__(self) -> str:
         kept = sum(self.survival.values(), Survival()).survived
@@ -61,6 +71,7 @@ class MergeResult:
             "tensors_merged": len(merged),
             "tensors": self.plan.parameters,
             "bytes": self.plan.nbytes,
+            "resumed": self.resumed,
             "seconds": round(self.seconds, 3),
             "peak_memory": self.peak_memory,
             "survival": survival_record(self.survival),
@@ -95,8 +106,9 @@ def merge(
     wrote; `hash` records SHA-256 of every weights file, which reads them once more; `progress` is called
     with the bytes just written, from several threads.
 
-    The folder appears only when it is complete and synced. Raises a FossilExportError with one line that
-    names the file, the tensor and the remedy.
+    The folder appears only when it is complete and synced. If a merge is interrupted, the files that it had finished
+    are kept beside `output`, and the same call goes on from there; with other inputs it begins anew. Raises a
+    FossilExportError with one line that names the file, the tensor and the remedy.
 
     >>> result = merge("my-adapter", "my-model")            # doctest: +SKIP
     >>> result.survival["model.layers.0.self_attn.q_proj.weight"].survived   # doctest: +SKIP
@@ -129,27 +141,50 @@ def run_merge(
 ) -> MergeResult:
     """Carry out a plan that `plan_merge` made; arguments as for `merge`. `started` is when the clock began."""
     started = time.perf_counter() if started is None else started
-    target = expanded(output, OutputError).absolute()
-    plan.check()  # first, since an input that is gone has no place to hold the output against
-    check_destination(target, [plan.base.location, *(adapter.path for adapter in plan.adapters)], overwrite)
-    fetch(*plan.needed)
-    plan = settled(plan)
-    needed = plan.nbytes + sum(path.stat().st_size for path in plan.companions.values()) + (1 << 20)
-    with staged_folder(target, needed, overwrite) as folder:
-        sink = FolderSink(folder)
+    ready = prepare(plan, output, device, overwrite)
+    plan, place = ready.plan, ready.place
+    with place.assemble(ready.digest.digest, ready.digest.about, overwrite=overwrite) as assembly:
         try:
-            finished = finish(plan, merge_files(plan, sink, device, progress, hash), sink)
+            done = results_in(plan, assembly)
+            left = [file for file in plan.files if file.name not in done]
+            assembly.check_room(sum(file.size for file in left) + beside(plan))
+            if done:
+                progress(sum(result.size for result in done.values()))
+            results = done | write_files(plan, left, assembly, device=device, hash=hash, progress=progress)
+            notes = [*told_resumed(place, plan, len(done)), *told_replaced(place, assembly)]
+            finished = conclude(plan, results.values(), assembly, hash)
         except OSError as problem:
             plan.check()  # an input that is gone is no fault of the output's
-            raise OutputError(failed(target, problem, folder)) from problem
+            raise assembly.failed(problem) from problem
+        assembly.publish()
+    return result_of(ready, finished, started, resumed=len(done), notes=notes)
+
+
+def conclude(
+    plan: MergePlan,
+    results: Iterable[FileResult],
+    assembly: Assembly,
+    hash: bool = False,  # noqa: A002
+) -> Finished:
+    """`finish`, with the hashes of all files if they are asked for, and with none if not. Raises what `finish` does."""
+    return finish(plan, with_hashes(results, assembly) if hash else without_hashes(results), assembly)
+
+
+def result_of(
+    ready: Prepared, finished: Finished, started: float, resumed: int = 0, notes: Sequence[str] = ()
+) -> MergeResult:
+    """The result of a merge that is published; `started` is when its clock began."""
+    plan = ready.plan
+    told = (*survival_warnings(plan, finished.survival), *ratio_warnings(plan, finished.ratios))
     return MergeResult(
-        output=target,
+        output=Path(ready.place.name),
         plan=plan,
         survival=finished.survival,
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory(),
-        warnings=(*plan.warnings, *survival_warnings(plan, finished.survival), *ratio_warnings(plan, finished.ratios)),
+        warnings=(*plan.warnings, *notes, *told),
         ratios=finished.ratios,
+        resumed=resumed,
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fossil_export.adapters import Adapter
-from fossil_export.checkpoints._checkpoint import identity, sha256
+from fossil_export.checkpoints._checkpoint import identity
 from fossil_export.checkpoints._jsonfile import MAX_BYTES
 from fossil_export.merging._layout import tensor_record
 from fossil_export.merging._plan import MergePlan
@@ -80,7 +80,10 @@ def _adapter_record(adapter: Adapter) -> dict[str, Any]:
         "variant": adapter.variant,
         "rank": adapter.rank,
         "parameters": adapter.parameters,
-        "files": [{"file": path.name, "size": path.stat().st_size, "sha256": sha256(path)} for path in adapter.files],
+        "files": [
+            {"file": path.name, "size": path.stat().st_size, "sha256": adapter.hashes[path.name]}
+            for path in adapter.files
+        ],
     }
 
 

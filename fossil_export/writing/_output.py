@@ -6,7 +6,9 @@ files stay cached. Measured against the other ways in docs/performance.md.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,17 +25,24 @@ _UNSUPPORTED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
 class OutputFile:
     """A new file of `size` bytes, written at any offset by any thread, durable once `close` returns.
 
-    With `existing` it is a file that has them already, of which parts are written anew.
+    With `existing` it is a file that has them already, of which parts are written anew. With `claimed` it is locked as
+    long as it is open, or a duplicate of its `descriptor` is, so that it can be told from what a dead process left.
 
     The room is taken at once, so a full disk shows before the work, as OSError. Partial pages at the ends
     of a write go through the page cache, whole ones past it; no page is ever written both ways.
     """
 
-    def __init__(self, path: Path, size: int, direct: bool = True, existing: bool = False) -> None:
+    def __init__(
+        self, path: Path, size: int, direct: bool = True, existing: bool = False, claimed: bool = False
+    ) -> None:
         self._direct: int | None = None
         self._refused: int | None = None
         self._buffered = os.open(path, os.O_WRONLY if existing else os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self.descriptor = self._buffered
         try:
+            if claimed:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(self._buffered, fcntl.LOCK_EX)
             if not existing:
                 _allocate(self._buffered, size)
             if direct and hasattr(os, "O_DIRECT"):

@@ -1,24 +1,46 @@
-"""Where a result is to be, and how it comes together there: file by file, by one process or many, all or nothing."""
+"""Where a result is to be, and how it comes together there: file by file, by one process or many, all or nothing.
+
+A `Place` is a folder on this machine or a place in an object store (`find_place`). A process that makes files of a
+result opens its `Assembly`, looks at the `notes` on what is finished already, writes what is not, and notes it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
+from fossil_export.errors import FossilExportError, OutputError
+from fossil_export.storage import expanded
 from fossil_export.writing._sink import Sink
 
 
 class Assembly(Sink, Protocol):
     """A result that comes together. What is noted of a finished file outlasts the process, so that an interrupted run
-    goes on from there, and so that several processes can make a part each."""
+    goes on from there, and so that several processes can make a part each.
+
+    Two processes may write the same file at the same time: each writes under a name of its own, and the last one to
+    finish has it (both have the same bytes).
+    """
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """What of `about` (see `Place.assemble`) was another in an unfinished result that was here and is thrown away
+        now, in words; empty if there was none."""
 
     def notes(self) -> dict[str, dict[str, Any]]:
         """What was noted of each finished file, by its name; only of those that are still as they were then."""
 
     def note(self, name: str, about: Mapping[str, Any]) -> None:
-        """Say that the file `name` is finished, with what is to be known of it (JSON)."""
+        """Say that the file `name`, which this process has written, is finished, with what is to be known of it (JSON).
+        Raises OSError."""
+
+    def check_room(self, needed: int) -> None:
+        """Raise OutputError unless `needed` more bytes find room."""
+
+    def failed(self, problem: OSError) -> FossilExportError:
+        """The error for what the system refused while files were written here: names the place, and the remedy."""
 
     def publish(self) -> None:
         """All is there: the result takes its place, and the notes go. Raises OutputError."""
@@ -35,12 +57,30 @@ class Place(Protocol):
         """Raise OutputError unless a result may be made here without touching any of `inputs`."""
 
     def assemble(
-        self, digest: str, about: Mapping[str, Any], needed: int, *, overwrite: bool = False, shared: bool = False
+        self, digest: str, about: Mapping[str, str], *, overwrite: bool = False, shared: bool = False
     ) -> AbstractContextManager[Assembly]:
         """Begin the result, or go on with what an earlier or another process has of it.
 
-        `digest` stands for all that decides its bytes, and `about` for what that is, by name, to tell two apart
-        (JSON). `needed` is its size in bytes. If it is `shared`, others make parts of it at the same time, and what is
-        there of another digest is refused; else this process has it alone, and begins anew if the digest is another.
-        Nobody sees the result before `publish`. Raises OutputError for want of room or permission.
+        `digest` stands for all that decides its bytes, and `about` for what that is, by name, to tell two apart. If it
+        is `shared`, others make parts of it at the same time, and what is there of another digest is refused; else this
+        process has it alone, and begins anew if the digest is another. Nobody sees the result before `publish`.
+
+        What is noted stays if the block ends without `publish`, by an interruption (KeyboardInterrupt, SystemExit) or,
+        if it is shared, in any way; an Exception in a block that is not shared removes all. Raises OutputError for want
+        of permission.
         """
+
+
+def find_place(given: str | Path) -> Place:
+    """The place of what the user typed as --output. Raises OutputError."""
+    for beginning, opened in PLACES.items():
+        if str(given).startswith(beginning):
+            return opened(str(given))
+    from fossil_export.writing._assembly import FolderPlace
+
+    return FolderPlace(expanded(given, OutputError).absolute())
+
+
+PLACES: dict[str, Callable[[str], Place]] = {}
+"""By how the address begins ("s3://"): what opens the place of an address. A new kind of place is one file and one
+entry here; all else is a folder."""

@@ -63,34 +63,27 @@ def staged_folder(output: Path, needed: int, overwrite: bool = False) -> Iterato
     space first. Only with `overwrite` does it take the place of a folder that is there by then. Raises
     OutputError for want of room or permission.
     """
-    made = _make_parents(output.parent)
+    made = make_parents(output.parent)
     folder = lock = None
     try:
         try:
             with contextlib.suppress(FileNotFoundError):
                 output.lstat()  # a name too long is told before the work
             _remove_dead(output)
-            free = shutil.disk_usage(output.parent).free
-            if free < needed:
-                raise OutputError(
-                    f"{output}: needs {needed:,} bytes, {output.parent} has {free:,} free; "
-                    "make room or choose another disk"
-                )
+            check_room(output, needed)
             while lock is None:
                 folder = partial_name(output)
                 folder.mkdir()
                 lock = claim(folder)
         except OSError as problem:
-            raise OutputError(f"{output}: cannot be written: {reason(problem)}; choose another --output") from problem
+            raise unwritable(output, problem) from problem
         assert folder is not None
         yield folder
         try:
             sync_tree(folder)
-            _publish(folder, output, overwrite)
+            publish(folder, output, overwrite)
         except OSError as problem:
-            raise OutputError(
-                f"{output}: cannot be put in place: {reason(problem)}; choose another --output"
-            ) from problem
+            raise unplaced(output, problem) from problem
         made = []
         sync_name(output)
     finally:
@@ -98,20 +91,39 @@ def staged_folder(output: Path, needed: int, overwrite: bool = False) -> Iterato
             shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
-        _remove_empty(made)
+        remove_empty(made)
+
+
+def check_room(output: Path, needed: int) -> None:
+    """Raise OutputError unless `needed` bytes find room beside `output`; OSError as the system does."""
+    free = shutil.disk_usage(output.parent).free
+    if free < needed:
+        raise OutputError(
+            f"{output}: needs {needed:,} bytes, {output.parent} has {free:,} free; make room or choose another disk"
+        )
+
+
+def unwritable(output: Path, problem: OSError) -> OutputError:
+    """The error for an output that cannot be begun."""
+    return OutputError(f"{output}: cannot be written: {reason(problem)}; choose another --output")
+
+
+def unplaced(output: Path, problem: OSError) -> OutputError:
+    """The error for one that is complete, and cannot have its name."""
+    return OutputError(f"{output}: cannot be put in place: {reason(problem)}; choose another --output")
 
 
 def partial_name(output: Path) -> Path:
     """A name beside `output` for what is not finished, like no other process's."""
-    return output.with_name(f"{_hidden(output)}.partial-{secrets.token_hex(4)}")
+    return output.with_name(f"{hidden(output)}.partial-{secrets.token_hex(4)}")
 
 
 def leftovers(output: Path, kind: str = "partial") -> Iterator[Path]:
     """What such names are given to now."""
-    return output.parent.glob(f"{escape(_hidden(output))}.{kind}-*")
+    return output.parent.glob(f"{escape(hidden(output))}.{kind}-*")
 
 
-def _hidden(output: Path) -> str:
+def hidden(output: Path) -> str:
     """The beginning of hidden names of `output`: its own name, or of a long one, to which nothing can be added, a part
     and a digest."""
     name = os.fsencode(output.name)
@@ -121,7 +133,7 @@ def _hidden(output: Path) -> str:
     return f".{beginning}-{hashlib.sha256(name).hexdigest()[:16]}"
 
 
-def _make_parents(folder: Path) -> list[Path]:
+def make_parents(folder: Path) -> list[Path]:
     """Create `folder` and return the levels that were new, innermost first."""
     missing: list[Path] = []
     made: list[Path] = []
@@ -135,12 +147,12 @@ def _make_parents(folder: Path) -> list[Path]:
                 level.mkdir()
                 made.insert(0, level)
     except OSError as problem:
-        _remove_empty(made)
+        remove_empty(made)
         raise OutputError(f"{wanted}: cannot be created: {reason(problem)}; choose another --output") from problem
     return made
 
 
-def _remove_empty(folders: list[Path]) -> None:
+def remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         try:
             folder.rmdir()
@@ -164,12 +176,13 @@ def claim(path: Path) -> int | None:
     return None
 
 
-def hold(path: Path) -> int | None:
+def hold(path: Path, mode: int = os.O_RDONLY) -> int | None:
     """Hold a file or folder as long as the descriptor is open; None where another process has it, the file system
-    knows no locks, or the name is somebody's link or out of reach."""
+    knows no locks, or the name is somebody's link or out of reach. A file on NFS is held only if it is opened for
+    writing."""
     try:
         # Not for long: a pipe of that name would wait for its other end.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = os.open(path, mode | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None
     try:
@@ -186,6 +199,11 @@ def _remove_dead(output: Path) -> None:
         if (lock := hold(leftover)) is not None:
             shutil.rmtree(leftover, ignore_errors=True)
             os.close(lock)
+    give_back(output)
+
+
+def give_back(output: Path) -> None:
+    """Give `output` the folder back that a dead process had set aside. Raises OSError."""
     for leftover in leftovers(output, "replaced"):
         if os.path.lexists(output):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -197,12 +215,14 @@ def _remove_dead(output: Path) -> None:
                 raise
 
 
-def _publish(folder: Path, output: Path, overwrite: bool) -> None:
+def publish(folder: Path, output: Path, overwrite: bool) -> None:
+    """Give `folder`, which is synced, the name `output`; with `overwrite` in the place of a result that is there, which
+    then has the name of `folder`, or is gone. Raises OSError."""
     # What is there is looked at again: it may have come while the merge ran.
     if overwrite and (output / PROVENANCE).is_file():
         if _exchange(folder, output):
             return  # the old folder now has the staged name and is removed with it
-        aside = output.with_name(f"{_hidden(output)}.replaced-{secrets.token_hex(4)}")
+        aside = output.with_name(f"{hidden(output)}.replaced-{secrets.token_hex(4)}")
         output.rename(aside)
         try:
             folder.rename(output)
@@ -258,13 +278,13 @@ def sync_tree(folder: Path) -> None:
     for root, _, files in os.walk(folder):
         for name in files:
             sync(Path(root) / name)
-        _sync_folder(Path(root))
+        sync_folder(Path(root))
 
 
 def sync_name(output: Path) -> None:
     """See to it that the name, which `output` has got, outlasts a crash of the machine. Raises OutputError."""
     try:
-        _sync_folder(output.parent)
+        sync_folder(output.parent)
     except OSError as problem:
         raise OutputError(
             f"{output}: is written, but may be lost if the machine goes down, since {output.parent} cannot be synced: "
@@ -272,7 +292,7 @@ def sync_name(output: Path) -> None:
         ) from problem
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     try:
         sync(folder)
     except PermissionError:  # one that may be written to and not read

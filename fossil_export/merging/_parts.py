@@ -1,0 +1,191 @@
+"""A merge in parts: several processes, on one machine or many that share a folder, write files of one result."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fossil_export.errors import MergeError, listed
+from fossil_export.merging._assembling import beside, by_name, prepare, results_in, write_files
+from fossil_export.merging._layout import FilePlan
+from fossil_export.merging._merge import MergeResult, conclude, peak_memory, result_of
+from fossil_export.merging._plan import MergePlan
+
+Part = tuple[int, int]
+"""(3, 16): the third of sixteen."""
+
+
+@dataclass(frozen=True)
+class PartResult:
+    """A finished part of a merge. `files` are its files by name, of which `resumed` counts those that were finished
+    before this call; `missing` are the plan's files that no part has finished yet; `nbytes` is what was written."""
+
+    output: Path
+    part: str
+    files: tuple[str, ...]
+    resumed: int
+    missing: tuple[str, ...]
+    nbytes: int
+    seconds: float
+    peak_memory: int
+    warnings: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return (
+            f"<PartResult {self.part} of {self.output}: {len(self.files)} files, {self.nbytes:,} bytes in "
+            f"{self.seconds:.1f} s; {len(self.missing)} files are missing>"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as `--json` prints it."""
+        return {
+            "output": str(self.output),
+            "part": self.part,
+            "files": list(self.files),
+            "resumed": self.resumed,
+            "missing": list(self.missing),
+            "bytes": self.nbytes,
+            "seconds": round(self.seconds, 3),
+            "peak_memory": self.peak_memory,
+            "warnings": list(self.warnings),
+        }
+
+
+def parse_part(given: str) -> Part:
+    """ "3/16" as numbers. Raises MergeError."""
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", given.strip(), re.ASCII)
+    if match is None:
+        raise MergeError(f"part is {given!r}, expected one of how many, like 3/16")
+    return checked_part((int(match[1]), int(match[2])))
+
+
+def checked_part(part: Part) -> Part:
+    """Raises MergeError for a part that there is not."""
+    number, count = part
+    if not 1 <= number <= count:
+        raise MergeError(f"part is {number}/{count}; parts are counted from 1 to {count}, as in 1/{max(count, 1)}")
+    return part
+
+
+def division(plan: MergePlan, count: int) -> list[list[FilePlan]]:
+    """The files of a plan in `count` parts of about the same size, always the same; some are empty if there are fewer
+    files."""
+    import heapq
+
+    loads = [(0, number) for number in range(min(count, len(plan.files)))]
+    found: list[list[FilePlan]] = [[] for _ in range(count)]
+    for file in sorted(plan.files, key=lambda file: (-file.size, file.name)):
+        load, number = heapq.heappop(loads)
+        found[number].append(file)
+        heapq.heappush(loads, (load + file.size, number))
+    order = {file.name: number for number, file in enumerate(plan.files)}
+    return [sorted(files, key=lambda file: order[file.name]) for files in found]
+
+
+def part_files(plan: MergePlan, part: Part | Collection[str]) -> tuple[str, list[FilePlan]]:
+    """The name of a part ("3/16") and its files. Raises MergeError for one that there is not."""
+    if isinstance(part, tuple) and len(part) == 2 and all(isinstance(one, int) for one in part):
+        number, count = checked_part((int(part[0]), int(part[1])))
+        # Parts beyond the number of files are empty, however many there are.
+        files = division(plan, min(count, len(plan.files)))
+        return f"{number}/{count}", files[number - 1] if number <= len(files) else []
+    files_named = by_name(plan, (str(name) for name in part))
+    return listed([file.name for file in files_named]), files_named
+
+
+def merge_part(
+    plan: MergePlan,
+    output: str | Path,
+    part: Part | Collection[str],
+    *,
+    device: str = "cpu",
+    overwrite: bool = False,
+    hash: bool = False,  # noqa: A002  named as the command's option
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> PartResult:
+    """Write a part of a merge: (3, 16) is the third of sixteen parts of about the same size; or files of the plan by
+    name. Other arguments are those of `run_merge`; all parts must have the same.
+
+    Parts may run in any order and at the same time, on machines that share the folder, and again: a file that is
+    finished is not written twice. Nothing is seen at `output` before `finish_merge`. Raises a FossilExportError; of
+    other inputs or another version than the parts that are there, OutputError says what differs.
+
+    >>> merge_part(plan, "merged", (3, 16))           # doctest: +SKIP
+    """
+    started = time.perf_counter()
+    ready = prepare(plan, output, device, overwrite)
+    plan, place = ready.plan, ready.place
+    name, files = part_files(plan, part)
+    with place.assemble(ready.digest.digest, ready.digest.about, overwrite=overwrite, shared=True) as assembly:
+        try:
+            done = results_in(plan, assembly)
+            left = [file for file in files if file.name not in done]
+            assembly.check_room(sum(file.size for file in left))
+            progress(sum(file.size for file in files if file.name in done))
+            label = name if isinstance(part, tuple) else None
+            write_files(plan, left, assembly, device=device, hash=hash, progress=progress, part=label)
+            done = results_in(plan, assembly)
+        except OSError as problem:
+            plan.check()
+            raise assembly.failed(problem) from problem
+    return PartResult(
+        output=Path(place.name),
+        part=name,
+        files=tuple(file.name for file in files),
+        resumed=len(files) - len(left),
+        missing=tuple(file.name for file in plan.files if file.name not in done),
+        nbytes=sum(file.size for file in left),
+        seconds=time.perf_counter() - started,
+        peak_memory=peak_memory(),
+        warnings=plan.warnings,
+    )
+
+
+def finish_merge(
+    plan: MergePlan,
+    output: str | Path,
+    *,
+    device: str = "cpu",
+    overwrite: bool = False,
+    hash: bool = False,  # noqa: A002
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> MergeResult:
+    """Write what goes beside the files of all parts, and publish the folder; arguments as for the parts.
+
+    With `hash` files that have no SHA-256 by now are read for it. Raises OutputError as `merge_part` does, MergeError
+    that names what is missing.
+    """
+    started = time.perf_counter()
+    ready = prepare(plan, output, device, overwrite)
+    plan, place = ready.plan, ready.place
+    with place.assemble(ready.digest.digest, ready.digest.about, overwrite=overwrite, shared=True) as assembly:
+        try:
+            done = results_in(plan, assembly)
+            if len(done) < len(plan.files):
+                raise MergeError(f"{place.name}: {_missing(plan, done, assembly.notes())}")
+            progress(plan.nbytes)
+            assembly.check_room(beside(plan))
+            finished = conclude(plan, done.values(), assembly, hash)
+        except OSError as problem:
+            plan.check()
+            raise assembly.failed(problem) from problem
+        assembly.publish()
+    return result_of(ready, finished, started, resumed=len(done))
+
+
+def _missing(plan: MergePlan, done: Collection[str], notes: Mapping[str, Mapping[str, Any]]) -> str:
+    """What is missing, by file and, if all parts so far were of one number, by part."""
+    left = [file.name for file in plan.files if file.name not in done]
+    counts = {str(note["part"]).rpartition("/")[2] for name, note in notes.items() if name in done and "part" in note}
+    if not done:
+        return "no part is finished yet; run all parts (--part 1/N … N/N), then finish"
+    what = f"{listed(left)} of {len(plan.files)} files {'is' if len(left) == 1 else 'are'} missing"
+    if len(counts) != 1 or not (count := counts.pop()).isdecimal():
+        return f"{what}; run the parts that have them, then finish"
+    parts = division(plan, min(int(count), len(plan.files)))
+    wanted = [f"{number}/{count}" for number, files in enumerate(parts, 1) if {one.name for one in files} & {*left}]
+    return f"{what}; run --part {listed(wanted, 20)}, then finish"

@@ -1,0 +1,147 @@
+"""A folder that comes together beside its destination, file by file, and outlasts the process that makes it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fossil_export.checkpoints._checkpoint import sha256
+from fossil_export.errors import FossilExportError, OutputError, failed
+from fossil_export.writing import _staging as staging
+from fossil_export.writing._journal import JOURNAL, Journal
+from fossil_export.writing._place import Assembly
+from fossil_export.writing._summed import SummedFile
+from fossil_export.writing._taking import Held, join, take
+
+
+@dataclass(frozen=True)
+class FolderPlace:
+    """A folder on this machine, or one that several machines share (`Place`)."""
+
+    output: Path
+
+    @property
+    def name(self) -> str:
+        return str(self.output)
+
+    def check(self, inputs: list[Path], overwrite: bool) -> None:
+        staging.check_destination(self.output, inputs, overwrite)
+
+    @contextmanager
+    def assemble(
+        self, digest: str, about: Mapping[str, str], *, overwrite: bool = False, shared: bool = False
+    ) -> Iterator[Assembly]:
+        output = self.output
+        made = staging.make_parents(output.parent)
+        held: Held | None = None
+        keep = shared
+        try:
+            try:
+                with suppress(FileNotFoundError):
+                    output.lstat()  # a name too long is told before the work
+                staging.give_back(output)
+                held = join(output, digest, about) if shared else take(output, digest, about)
+                assembly = FolderAssembly(output, held, overwrite)
+                assembly.clear(alone=not shared)
+            except OSError as problem:
+                raise staging.unwritable(output, problem) from problem
+            try:
+                yield assembly
+            except Exception:
+                raise
+            except BaseException:  # an interruption
+                keep = keep or assembly.holds_any()
+                raise
+            if not assembly.is_published:
+                keep = True
+                return
+            keep, made = False, []
+            staging.sync_name(output)
+        finally:
+            if held is not None:
+                if not keep:
+                    shutil.rmtree(held.folder, ignore_errors=True)
+                os.close(held.lock)
+            if not keep:
+                staging.remove_empty(made)
+
+
+class FolderAssembly:
+    """See `Assembly`."""
+
+    def __init__(self, output: Path, held: Held, overwrite: bool) -> None:
+        self.path = held.folder
+        self.replaced = held.replaced
+        self.is_published = False
+        self._output, self._overwrite = output, overwrite
+        self._journal = Journal(held.folder)
+        self._sums: dict[str, int] = {}
+        self._put: set[str] = set()
+
+    def clear(self, alone: bool) -> None:
+        self._journal.clear(alone)
+
+    def create(self, name: str, size: int) -> SummedFile:
+        def finished(sums: int) -> None:
+            self._sums[name] = sums
+
+        return SummedFile(self._journal.new_name(), self.path / name, size, finished)
+
+    def put(self, contents: Mapping[str, bytes | Path]) -> None:
+        for name, content in contents.items():
+            target, new = self.path / name, self._journal.new_name()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, bytes):
+                new.write_bytes(content)
+            else:
+                shutil.copyfile(content, new)
+            new.replace(target)
+            self._put.add(name)
+
+    def sha256(self, name: str) -> str:
+        return sha256(self.path / name)
+
+    def notes(self) -> dict[str, dict[str, Any]]:
+        try:
+            return self._journal.notes()
+        except OSError as problem:
+            raise self.failed(problem) from problem
+
+    def note(self, name: str, about: Mapping[str, Any]) -> None:
+        self._journal.add(name, self._sums[name], about)
+
+    def holds_any(self) -> bool:
+        """Whether something is here that the next run can use."""
+        with suppress(OSError):
+            return bool(self._journal.notes())
+        return False
+
+    def check_room(self, needed: int) -> None:
+        try:
+            staging.check_room(self._output, needed)
+        except OSError as problem:
+            raise staging.unwritable(self._output, problem) from problem
+
+    def failed(self, problem: OSError) -> FossilExportError:
+        return OutputError(failed(self._output, problem, self.path))
+
+    def publish(self) -> None:
+        try:
+            wanted = {*self._journal.notes(), *self._put}
+            # Whoever still writes a file of it finds no place to write to, and puts nothing into the finished folder.
+            gone = staging.partial_name(self._output)
+            (self.path / JOURNAL).rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+            for path in self.path.rglob("*"):
+                if not path.is_dir() and path.relative_to(self.path).as_posix() not in wanted:
+                    path.unlink()  # begun by a run that was cut off
+            staging.sync_tree(self.path)
+            staging.publish(self.path, self._output, self._overwrite)
+        except OSError as problem:
+            raise staging.unplaced(self._output, problem) from problem
+        self.is_published = True
