@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import threading
@@ -286,10 +287,20 @@ class Worker:
         room = nbytes + 2 * ALIGNMENT
         whole: Array | None = getattr(self._local, use, None)
         if whole is None or len(whole) < room:
-            whole = np.frombuffer(mmap.mmap(-1, max(room, SLAB + 2 * ALIGNMENT)), np.uint8)
+            whole = np.frombuffer(_memory(max(room, SLAB + 2 * ALIGNMENT)), np.uint8)
             setattr(self._local, use, whole)
         start = target % ALIGNMENT
         return whole[start : start + nbytes]
+
+
+def _memory(nbytes: int) -> mmap.mmap:
+    """Memory in large pages, if the system has such: the first touch of each page, and writing past the page cache, take
+    their time by the page."""
+    found = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            found.madvise(mmap.MADV_HUGEPAGE)
+    return found
 
 
 def _diverged(info: TensorInfo) -> str:
