@@ -294,8 +294,8 @@ class Worker:
 
 
 def _memory(nbytes: int) -> mmap.mmap:
-    """Memory in large pages, if the system has such: the first touch of each page, and writing past the page cache, take
-    their time by the page."""
+    """Memory in large pages, if the system has such: the first touch and a write past the page cache take their time by
+    the page."""
     found = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):
