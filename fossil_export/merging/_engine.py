@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 
+_CAST = 1 << 17
+"""Elements that NumPy casts at a time: the integers that it takes for float16 stay in the cache."""
+
+
 class Engine(Protocol):
     """Moves rows between NumPy views of raw bytes and the arrays it computes on."""
 
@@ -269,7 +273,7 @@ def cast(rows: Array, out: Array, spare: bool = False) -> bool:
 
     if rows.shape == out.shape and rows.ndim == 2 and merge_rows(rows, out):
         return True
-    step = max(1, NumpyEngine.block // max(1, rows.shape[-1])) if rows.ndim == 2 else max(1, len(rows))
+    step = max(1, _CAST // max(1, rows.shape[-1])) if rows.ndim == 2 else max(1, len(rows))
     with np.errstate(over="ignore", invalid="ignore"):  # infinities are found and named by the caller
         for first in range(0, len(rows), step):
             values, result = rows[first : first + step], out[first : first + step]
