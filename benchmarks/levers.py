@@ -29,6 +29,7 @@ from fossil_export.checkpoints import _input as input_file
 from fossil_export.merging import _engine as engine
 from fossil_export.merging import _run as run
 from fossil_export.merging import _slabs as slabs
+from fossil_export.merging import _worker as worker
 from fossil_export.writing import _output as output
 
 
@@ -82,6 +83,14 @@ def no_preallocation() -> None:
     patch(output, "_allocate", os.ftruncate)
 
 
+def numpy_alone() -> None:
+    os.environ["FOSSIL_EXPORT_KERNELS"] = "0"
+
+
+def small_pages() -> None:
+    patch(worker, "_memory", lambda nbytes: mmap.mmap(-1, nbytes))
+
+
 VARIANTS: dict[str, Callable[[], None]] = {
     "as it is": lambda: None,
     "buffered writes, then fsync": buffered_writes,
@@ -90,6 +99,8 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "copy the file, then patch it": copy_then_patch,
     "mapped pages kept": keep_mapped_pages,
     "no preallocation": no_preallocation,
+    "small pages for the buffers": small_pages,
+    "NumPy alone, no compiled loops": numpy_alone,
     "PyTorch for the arithmetic": lambda: None,
     **{f"threads: {count}": partial(patch, run, "THREADS", count) for count in (1, 2, 4, 8)},
     **{f"slab: {size} MB": partial(patch, slabs, "SLAB", size << 20) for size in (1, 4, 16, 32)},

@@ -23,6 +23,7 @@ from fossil_export.kernels._rows import measure_rows, merge_rows
 from fossil_export.merging._engine import NumpyEngine, Update, cast, is_finite, merge_slab
 from fossil_export.merging._survival import Survival, measure
 from fossil_export.methods import METHODS
+from fossil_export.methods._lora import Lora
 from fossil_export.methods._tile import tiled
 
 Array = np.ndarray[Any, Any]
@@ -209,6 +210,25 @@ def test_slabs_and_their_survival_are_those_of_numpy(
             out = np.empty_like(stored)
             sums, finite = merge_slab(engine, stored, out, updates, 0, 96)
             assert finite and found.pop(0) == (out.tobytes(), sums)
+
+
+def test_what_changes_the_formula_changes_the_one_pass_too() -> None:
+    class Halved(Lora):
+        def update(self, weight: Any, arrays: Any, numbers: Any, start: int) -> Any:
+            return super().update(weight, arrays, numbers, start) / 2
+
+    class Twice(Lora):
+        def add(self, weight: Any, arrays: Any, numbers: Any, start: int) -> None:
+            weight += 2 * self.update(weight, arrays, numbers, start)
+
+    rng = np.random.default_rng(1)
+    weight, up, down = (rng.standard_normal(shape, np.float32) for shape in ((16, 24), (16, 2), (2, 24)))
+    for method, factor in ((Lora(), 1), (Halved(), 0.5), (Twice(), 2)):
+        out = np.empty_like(weight)
+        update = Update(method, {"A": down, "B": up}, {"scale": 1.0})
+        assert (update.narrow(0, 16) is None) is (factor != 1)
+        merge_slab(NumpyEngine(), weight, out, [update], 0, 16)
+        np.testing.assert_allclose(out, weight + np.float32(factor) * (up @ down), rtol=1e-5, atol=1e-6)
 
 
 def test_a_folder_is_the_same_without_the_library(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def merge_rows(rows: Array, out: Array, update: Array | None = None) -> bool | N
     caller makes it anew.
     """
     kernels, source, target = library(), _DTYPES.get(rows.dtype.name), _DTYPES.get(out.dtype.name)
-    if kernels is None or source is None or target is None or not out.flags.c_contiguous:
+    if kernels is None or source is None or target is None or not out.flags.c_contiguous or not rows.dtype.isnative:
         return None
     if update is not None and (update.dtype.name != "float32" or len(update) != len(rows) or update.shape[1] == 0):
         return None

@@ -19,11 +19,16 @@ from fossil_export.kernels import library
 from fossil_export.kernels._rows import merge_rows
 from fossil_export.merging._survival import Survival, group_rows, measure, sample_starts
 from fossil_export.methods import Arrays, Method, Numbers
+from fossil_export.methods._method import narrow_of
 
 if TYPE_CHECKING:
     import numpy as np
 
     Array = np.ndarray[Any, Any]
+
+
+_CAST = 1 << 17
+"""Elements that NumPy casts at a time: the integers that it takes for float16 stay in the cache."""
 
 
 class Engine(Protocol):
@@ -193,11 +198,11 @@ class Update:
         return self._factor != 1.0 or getattr(self.method.add, "plain", False)
 
     def narrow(self, start: int, count: int) -> Any:
-        """The update as an array (count, r) that is repeated along the columns; None if it is no such."""
-        narrow = getattr(self.method, "narrow", None)
-        if narrow is None or "scale" in self.numbers:
+        """The update of `count` rows if it takes nothing of the weight, or columns of it to be repeated; else None."""
+        narrow = narrow_of(self.method)
+        if narrow is None or not self.plain:
             return None
-        found = narrow(self.arrays, start, count)
+        found = narrow(self.arrays, self._numbers, start, count)
         return found if self._factor == 1.0 else found * self._factor
 
     @property
@@ -268,7 +273,7 @@ def cast(rows: Array, out: Array, spare: bool = False) -> bool:
 
     if rows.shape == out.shape and rows.ndim == 2 and merge_rows(rows, out):
         return True
-    step = max(1, NumpyEngine.block // max(1, rows.shape[-1])) if rows.ndim == 2 else max(1, len(rows))
+    step = max(1, _CAST // max(1, rows.shape[-1])) if rows.ndim == 2 else max(1, len(rows))
     with np.errstate(over="ignore", invalid="ignore"):  # infinities are found and named by the caller
         for first in range(0, len(rows), step):
             values, result = rows[first : first + step], out[first : first + step]

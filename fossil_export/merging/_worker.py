@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import threading
@@ -290,7 +291,7 @@ class Worker:
         room = nbytes + 2 * ALIGNMENT
         whole: Array | None = getattr(self._local, use, None)
         if whole is None or len(whole) < room:
-            whole = np.frombuffer(mmap.mmap(-1, max(room, SLAB + 2 * ALIGNMENT)), np.uint8)
+            whole = np.frombuffer(_memory(max(room, SLAB + 2 * ALIGNMENT)), np.uint8)
             setattr(self._local, use, whole)
         start = target % ALIGNMENT
         return whole[start : start + nbytes]
@@ -304,6 +305,16 @@ def _by_rows(stored: StoredArray, dtype: np.dtype[Any]) -> Array:
     step = max(1, SMALL * len(stored) // max(1, found.nbytes))
     for start in range(0, len(stored), step):
         found[start : start + step] = stored[start : start + step]
+    return found
+
+
+def _memory(nbytes: int) -> mmap.mmap:
+    """Memory in large pages, if the system has such: the first touch and a write past the page cache take their time by
+    the page."""
+    found = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            found.madvise(mmap.MADV_HUGEPAGE)
     return found
 
 

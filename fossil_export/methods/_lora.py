@@ -133,7 +133,10 @@ class Lora(Base):
         return {"A": arrays["A"][:], "B": arrays["B"][start:stop]}
 
     def update(self, weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> Any:
-        up = arrays["B"][start : start + len(weight)]
+        return self.narrow(arrays, numbers, start, len(weight))
+
+    def narrow(self, arrays: Arrays, numbers: Numbers, start: int, count: int) -> Any:
+        up = arrays["B"][start : start + count]
         return product(up.reshape(len(up), -1), arrays["A"].reshape(up.shape[1], -1), numbers["scale"])
 
     def form_rank(self, shapes: Shapes) -> int | None:

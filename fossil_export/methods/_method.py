@@ -49,6 +49,11 @@ POSITIVE = Field(
 )
 
 
+Narrow = Callable[[Arrays, Numbers, int, int], Any]
+"""What a method may have besides: narrow(arrays, numbers, start, count), its update of `count` rows from row `start` on
+if it takes nothing of the weight: (count, in), or fewer columns that are repeated and cut at `in`. Such a sum takes one
+pass. `update` gives the same values, and `add` is plain."""
+
 _Add = TypeVar("_Add", bound=Callable[..., None])
 
 
@@ -57,6 +62,20 @@ def plain(add: _Add) -> _Add:
     not be stored in between."""
     add.plain = True  # type: ignore[attr-defined]
     return add
+
+
+def narrow_of(method: Any) -> Narrow | None:
+    """A method's `narrow`, if it has one: see `Narrow`.
+
+    A class that has an `update` of its own, and `narrow` from one that it is derived from, has none.
+    """
+    for owner in type(method).__mro__:
+        if "update" in vars(owner) and "narrow" not in vars(owner):
+            return None
+        if "narrow" in vars(owner):
+            break
+    found: Narrow | None = getattr(method, "narrow", None)
+    return found
 
 
 class Method(Protocol):
@@ -128,9 +147,6 @@ class Method(Protocol):
 
     def add(self, weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> None:
         """Make W' of the rows `weight` in place, in the trainer's own order of operations."""
-
-    # Optional: narrow(arrays, start, count). The update of the `count` rows from row `start` on, if it is a small array
-    # (count, r) that is repeated along the columns and cut; `update` and `add` use it too.
 
     def form_rank(self, shapes: Shapes) -> int | None:
         """The rank of the form that `low_rank` gives; None if it gives none."""

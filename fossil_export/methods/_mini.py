@@ -57,12 +57,12 @@ def part(arrays: Arrays, start: int, stop: int) -> Arrays:
 
 
 def update(weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> Any:
-    return tiled(narrow(arrays, start, len(weight)), weight.shape[1])
+    return tiled(narrow(arrays, numbers, start, len(weight)), weight.shape[1])
 
 
 @plain
 def add(weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> None:
-    add_tiled(weight, narrow(arrays, start, len(weight)))
+    add_tiled(weight, narrow(arrays, numbers, start, len(weight)))
 
 
 def low_rank(arrays: Arrays, numbers: Numbers, outputs: int) -> LowRank:
@@ -70,7 +70,7 @@ def low_rank(arrays: Arrays, numbers: Numbers, outputs: int) -> LowRank:
     return LowRank(repeated(shard, outputs // shard.shape[1]).T, Tiling(len(shard)))
 
 
-def narrow(arrays: Arrays, start: int, count: int) -> Any:
+def narrow(arrays: Arrays, numbers: Numbers, start: int, count: int) -> Any:
     shard = arrays["D"]
     mini_r = shard.shape[1]
     if start + count <= mini_r:

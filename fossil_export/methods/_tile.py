@@ -65,12 +65,12 @@ def part(arrays: Arrays, start: int, stop: int) -> Arrays:
 
 
 def update(weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> Any:
-    return tiled(narrow(arrays, start, len(weight)), weight.shape[1])
+    return tiled(narrow(arrays, numbers, start, len(weight)), weight.shape[1])
 
 
 @plain
 def add(weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> None:
-    add_tiled(weight, narrow(arrays, start, len(weight)))
+    add_tiled(weight, narrow(arrays, numbers, start, len(weight)))
 
 
 def form_rank(shapes: Shapes) -> int:
@@ -81,7 +81,7 @@ def low_rank(arrays: Arrays, numbers: Numbers, outputs: int) -> LowRank:
     return LowRank(arrays["D"].T, Tiling(len(arrays["D"])))
 
 
-def narrow(arrays: Arrays, start: int, count: int) -> Any:
+def narrow(arrays: Arrays, numbers: Numbers, start: int, count: int) -> Any:
     """D transposed, cut to the outputs of the rows at hand: (count, r)."""
     return arrays["D"][:, start : start + count].T
 
