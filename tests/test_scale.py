@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import common
+import floor
+import merge as merge_benchmark
 import pytest
 import scale
 from scaling import bases, costs
 from scaling.constants import Constants
-from scaling.work import RANGE, FileWork, planning_requests, work_of
+from scaling.work import PARTS, RANGE, FileWork, planning_requests, work_of
 
 from fossil_export import merge, plan_merge
 from fossil_export.checkpoints._header import read_header
@@ -47,7 +50,7 @@ def test_bytes_of_a_real_merge_are_those_of_the_model(method: str, tmp_path: Pat
     assert sum(sum(one.elements.values()) for one in found) == merged
     assert {kind for one in found for kind in one.elements} == {f"{method}-4 BF16"}
     assert sum(one.copied for one in found) + 2 * merged == sum(one.read for one in found)
-    assert all(one.ranges == 1 for one in found), "a small file is read by one request"
+    assert all(one.ranges == 3 for one in found), "a small file is read by one request, between two that look at it"
 
 
 def test_codes_count_as_stored_and_as_computed(tmp_path: Path) -> None:
@@ -99,8 +102,8 @@ def test_a_shared_folder_is_bounded_by_all_workers_together() -> None:
 
 
 def test_parts_of_an_object_are_not_too_many() -> None:
-    assert work("one", RANGE).parts == 3 and work("two", RANGE + 1).parts == 4
-    assert work("huge", 1 << 40).parts <= 10_002
+    assert work("one", PARTS[0]).parts == 3 and work("two", PARTS[0] + 1).parts == 4
+    assert 5_000 < work("large", 10_000 * PARTS[0] + 1).parts < 5_010, "larger parts from 84 GB on"
 
 
 def test_the_tables_are_written_into_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,3 +128,41 @@ def test_the_tables_are_written_into_the_page(tmp_path: Path, monkeypatch: pytes
     assert len(json.loads(kept.read_text())["plans"]) == 2
     scale.main([*command, "--from", str(kept)])
     assert page.read_text() == text
+
+
+def test_the_example_of_the_page_merges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "scale.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    shape = tiny()
+    base = bases.write_base(tmp_path / "my-base", shape)
+    bases.write_adapter(tmp_path / "my-adapter", shape, base, "lora", 4)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/scale.md", "exec"), {})
+    merge("my-adapter", "whole")
+    names = {file.name for file in (tmp_path / "whole").iterdir()}
+    assert {file.name for file in (tmp_path / "my-model").iterdir()} == names
+    for name in names - {"fossil_export.json"}:
+        assert (tmp_path / "my-model" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_the_floor_is_a_copy_of_the_weights_and_fails_if_one_file_does(tmp_path: Path) -> None:
+    base = bases.write_base(tmp_path / "base", tiny())
+    common.spent(floor.floor(base, tmp_path / "copy"))
+    for file in base.glob("*.safetensors"):
+        assert (tmp_path / "copy" / file.name).read_bytes() == file.read_bytes()
+    with pytest.raises(SystemExit, match="failed"):
+        common.spent(floor.at_once(["false", "true"]))
+
+
+def test_merges_are_held_against_the_floor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = dict.fromkeys(merge_benchmark.LINEARS, (128, 128))
+    for name, value in {"LINEARS": small, "HIDDEN": 128, "INNER": 128, "HEADS": 1, "KV_HEADS": 1}.items():
+        monkeypatch.setattr(merge_benchmark, name, value)
+    monkeypatch.setattr(merge_benchmark, "make_base", partial(merge_benchmark.make_base, vocabulary=64))
+    monkeypatch.setattr(common, "machine", lambda *modules: "a machine")
+    floor.main(["--size", "0.001", "--runs", "1", "--dtypes", "float32", "--only", "^q,v$", "--work", str(tmp_path)])
+    found = capsys.readouterr().out
+    assert "| dd, direct, 4 at once |" in found and "| q,v |" in found and "1.15×" in found and "verify" not in found
+    assert not (tmp_path / "output").exists() and (tmp_path / "base-0.0005-float32" / "config.json").exists()

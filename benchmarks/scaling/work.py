@@ -12,11 +12,14 @@ from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.merging._layout import FilePlan, TensorPlan
 from fossil_export.merging._plan import MergePlan
 
-RANGE = 8 << 20
-"""Bytes asked for, or sent, by one request to an object store."""
+RANGE = 4 << 20
+"""Bytes of a request that reads from an object store."""
+
+PARTS = (8 << 20, 16 << 20, 32 << 20, 64 << 20)
+"""Bytes of a request that writes: the first that makes no more than `MAX_PARTS` of a file."""
 
 MAX_PARTS = 10_000
-"""Of one object (S3's bound): larger objects have larger parts."""
+"""Of one object: S3's bound."""
 
 SMALL = 3
 """Small files of a base that planning reads: the index, config.json and one more."""
@@ -28,7 +31,7 @@ class FileWork:
 
     `read` and `trained` are the bytes read of the base and of the adapters, `copied` those of `written` that nothing is
     computed for; `elements` are those that are computed, by kind ("tile-64 BF16"); `ranges` is the number of requests
-    that read the base.
+    that read the base: its blocks, and two that ask whether the file is still the same.
     """
 
     name: str
@@ -42,7 +45,8 @@ class FileWork:
     @property
     def parts(self) -> int:
         """Requests that write the file to an object store: its parts, and the two around them."""
-        return -(-self.written // max(RANGE, -(-self.written // MAX_PARTS))) + 2
+        part = next((part for part in PARTS if part * MAX_PARTS >= self.written), PARTS[-1])
+        return -(-self.written // part) + 2
 
 
 def work_of(plan: MergePlan) -> list[FileWork]:
@@ -67,7 +71,7 @@ def _file(file: FilePlan) -> FileWork:
             copied += tensor.nbytes
         else:
             elements[kind] += element_count(tensor.shape)
-    read, ranges = sum(info.nbytes for info in stored), sum(-(-length // RANGE) for length in _runs(stored))
+    read, ranges = sum(info.nbytes for info in stored), 2 + sum(-(-length // RANGE) for length in _runs(stored))
     return FileWork(file.name, file.size, read, trained, copied, ranges, dict(elements))
 
 
