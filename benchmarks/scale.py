@@ -11,7 +11,6 @@ plan come bytes, elements and requests; small merges tell what an element and a 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import pickle
@@ -64,7 +63,6 @@ def planned(model: str, adapter: str, folder: Path) -> Planned:
     from fossil_export import plan_merge
     from fossil_export.merging._merge import peak_memory
 
-    gc.collect()
     before, started = peak_memory(), time.process_time()
     plan = plan_merge(folder)
     seconds, peak = time.process_time() - started, peak_memory()

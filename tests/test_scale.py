@@ -162,6 +162,7 @@ def test_merges_are_held_against_the_floor(
         monkeypatch.setattr(merge_benchmark, name, value)
     monkeypatch.setattr(merge_benchmark, "make_base", partial(merge_benchmark.make_base, vocabulary=64))
     monkeypatch.setattr(common, "machine", lambda *modules: "a machine")
+    monkeypatch.setattr(floor.os, "sync", lambda: None)
     floor.main(["--size", "0.001", "--runs", "1", "--dtypes", "float32", "--only", "^q,v$", "--work", str(tmp_path)])
     found = capsys.readouterr().out
     assert "| dd, direct, 4 at once |" in found and "| q,v |" in found and "1.15×" in found and "verify" not in found
