@@ -165,9 +165,11 @@ def time_table(found: list[Planned], constants: Constants, places: list[costs.Pl
 
 
 def worker_table(found: list[Planned], constants: Constants) -> str:
-    """Memory and disk of a worker, and how evenly files divide."""
+    """Memory and disk of a worker, and how evenly files divide; of the first adapter of each base."""
     rows = []
     for one in found:
+        if one.adapter != next(iter(ADAPTERS)):
+            continue
         written = [float(file.written) for file in one.work]
         balances = []
         for workers in WORKERS[1:]:
@@ -178,7 +180,6 @@ def worker_table(found: list[Planned], constants: Constants) -> str:
         rows.append(
             [
                 one.model,
-                one.adapter,
                 f"{memory / 1e6:,.0f} MB",
                 f"{one.adapter_bytes / 1e9:.2f} GB",
                 f"{whole:,.0f} GB",
@@ -186,7 +187,7 @@ def worker_table(found: list[Planned], constants: Constants) -> str:
                 *balances,
             ]
         )
-    columns = ["base", "adapter", "memory", "disk, object store", "disk, folder (all together)", "busy of 64"]
+    columns = ["base", "memory", "disk, object store", "disk, folder (all together)", "busy of 64"]
     return common.table([*columns, *(f"balance, {count}" for count in WORKERS[1:])], rows)
 
 
@@ -207,7 +208,7 @@ def page(found: list[Planned], constants: Constants, about: str, places: list[co
         work_table(found, constants),
         f"**Computed: time and what bounds it** ({next(iter(ADAPTERS))}; {cores} cores a worker)",
         time_table(found, constants, places, cores),
-        "**Computed: a worker's needs**",
+        f"**Computed: a worker's needs** ({next(iter(ADAPTERS))})",
         worker_table(found, constants),
     ]
     return "\n\n".join(parts)
