@@ -66,7 +66,8 @@ def planned(model: str, adapter: str, folder: Path) -> Planned:
     before, started = peak_memory(), time.process_time()
     plan = plan_merge(folder)
     seconds, peak = time.process_time() - started, peak_memory()
-    stored = sum(len(header.tensors) for header in plan.base.files)
+    base = plan.base.quantized.stored if plan.base.quantized is not None else plan.base
+    stored = sum(len(header.tensors) for header in base.files)
     size = sum(file.stat().st_size for file in plan.adapter.files)
     requests, pickled = planning_requests(plan), len(pickle.dumps(plan))
     return Planned(model, adapter, seconds, peak - before, peak, pickled, stored, requests, size, work_of(plan))

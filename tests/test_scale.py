@@ -65,6 +65,7 @@ def test_codes_count_as_stored_and_as_computed(tmp_path: Path) -> None:
     assert sum(one.elements.get("decode F8_E4M3", 0) for one in found) == every - attention
     assert sum(one.read for one in found) == sum(bases._nbytes(tensor) for tensor in deep.tensors())
     assert planning_requests(plan) == 2 * 3 + 5
+    assert scale.planned("", "", adapter).tensors == len(list(deep.tensors())), "those that are stored"
 
 
 def test_real_counts_of_files_and_tensors() -> None:
