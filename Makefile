@@ -29,7 +29,7 @@ TRAINER = transformers==5.17.0 peft==0.21.2
 FRESH = $(abspath $(VENV)-install)
 FRESH_PIP = $(FRESH)/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test test-floor test-install lint types bench kernels sweep torture mutants formats llama-cpp architectures architectures-check clean
+.PHONY: demo test test-floor test-install lint types bench kernels sweep torture scale mutants formats llama-cpp architectures architectures-check clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python examples/demo.py
@@ -84,6 +84,10 @@ sweep: $(VENV)/ready
 # Goes on where it was stopped (build/torture.jsonl).
 torture: $(VENV)/ready
 	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks:$(CURDIR)/tests $(VENV)/bin/python -m torture --write docs/reliability.md
+
+# Some ten minutes: plans of models of up to 1 TB, in files of holes, and small merges.
+scale: $(VENV)/ready
+	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks $(VENV)/bin/python benchmarks/scale.py --write docs/scale.md
 
 # First the record of what each test runs, which takes half an hour; goes on where it was stopped (build/mutants*).
 # A quick look: make mutants MUTANTS="--count 6 --tests lycoris"

@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import common
 import ml_dtypes
@@ -23,7 +24,7 @@ import numpy as np
 
 from fossil_export.checkpoints._header import encode_header
 
-HIDDEN, INNER, HEADS, KV_HEADS, HEAD, VOCAB, RANK = 3072, 8192, 24, 8, 128, 128256, 64
+HIDDEN, INNER, HEADS, KV_HEADS, HEAD, VOCAB, RANK, MINI = 3072, 8192, 24, 8, 128, 128256, 64, 64
 LINEARS = {
     "self_attn.q_proj": (HEADS * HEAD, HIDDEN),
     "self_attn.k_proj": (KV_HEADS * HEAD, HIDDEN),
@@ -44,16 +45,25 @@ PeftModel.from_pretrained(model, adapter).merge_and_unload().{save}(target)
 """
 
 
-def make_base(folder: Path, gigabytes: float) -> int:
+DTYPES: dict[str, tuple[str, Any]] = {
+    "bfloat16": ("BF16", ml_dtypes.bfloat16),
+    "float16": ("F16", np.float16),
+    "float32": ("F32", np.float32),
+}
+
+
+def make_base(folder: Path, gigabytes: float, dtype: str = "bfloat16", vocabulary: int = VOCAB) -> int:
     """Write the base if it is not there yet; returns its number of layers."""
-    per_layer = 2 * sum(rows * columns for rows, columns in LINEARS.values())
-    layers = max(1, round((gigabytes * 1e9 - 2 * VOCAB * HIDDEN) / per_layer))
+    short, kind = DTYPES[dtype]
+    size = np.dtype(kind).itemsize
+    per_layer = size * sum(rows * columns for rows, columns in LINEARS.values())
+    layers = max(1, round((gigabytes * 1e9 - size * vocabulary * HIDDEN) / per_layer))
     if (folder / "config.json").exists():
         return layers
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    pool = (np.random.default_rng(0).standard_normal(1 << 24, np.float32) * 0.02).astype(ml_dtypes.bfloat16)
-    tensors: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (VOCAB, HIDDEN))]
+    pool = (np.random.default_rng(0).standard_normal(1 << 24, np.float32) * 0.02).astype(kind)
+    tensors: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (vocabulary, HIDDEN))]
     for layer in range(layers):
         tensors += [(f"model.layers.{layer}.{name}.weight", shape) for name, shape in LINEARS.items()]
         tensors += [
@@ -73,7 +83,7 @@ def make_base(folder: Path, gigabytes: float) -> int:
     for number, group in enumerate(groups, 1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         with (folder / file).open("wb") as stream:
-            stream.write(encode_header([(name, "BF16", shape) for name, shape in group], {"format": "pt"}))
+            stream.write(encode_header([(name, short, shape) for name, shape in group], {"format": "pt"}))
             for index, (name, shape) in enumerate(group):
                 weight_map[name] = file
                 left, start = int(np.prod(shape)), 7919 * (index + 1)
@@ -82,7 +92,7 @@ def make_base(folder: Path, gigabytes: float) -> int:
                     stream.write(chunk.view(np.uint8).data)
                     left -= len(chunk)
                     start = 0
-    total = sum(2 * int(np.prod(shape)) for _, shape in tensors)
+    total = sum(size * int(np.prod(shape)) for _, shape in tensors)
     index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
     (folder / "model.safetensors.index.json").write_text(index_text)
     config = {
@@ -94,24 +104,26 @@ def make_base(folder: Path, gigabytes: float) -> int:
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
         "head_dim": HEAD,
-        "vocab_size": VOCAB,
+        "vocab_size": vocabulary,
         "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
+        "torch_dtype": dtype,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     os.sync()
     return layers
 
 
-def make_adapter(folder: Path, base: Path, layers: int, targets: list[str], lora: int | None = None) -> None:
-    """A tile adapter with random float32 shards, as PEFT saves it, or a LoRA of a rank."""
+def make_adapter(
+    folder: Path, base: Path, layers: int, targets: list[str], lora: int | None = None, variant: str = "tile"
+) -> None:
+    """An adapter of a variant (tile, mini, bat) with random float32 shards, as PEFT saves it, or a LoRA of a rank."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(1)
     shards = [
         (f"base_model.model.model.layers.{layer}.{name}.{ending}", shape)
         for layer in range(layers)
         for name, (outputs, inputs) in LINEARS.items()
-        for ending, shape in _tensors(outputs, inputs, lora)
+        for ending, shape in _tensors(outputs, inputs, lora, variant)
         if name.rpartition(".")[2] in targets
     ]
     with (folder / "adapter_model.safetensors").open("wb") as stream:
@@ -119,6 +131,8 @@ def make_adapter(folder: Path, base: Path, layers: int, targets: list[str], lora
         for _, shape in shards:
             stream.write((rng.standard_normal(shape, np.float32) * 1e-3).tobytes())
     method = {"peft_type": "MISS", "r": RANK, "init_weights": True, "mini_r": 1}
+    if variant != "tile":
+        method |= {"init_weights": variant, "mini_r": MINI}
     if lora is not None:
         method = {"peft_type": "LORA", "r": lora, "lora_alpha": 2 * lora, "lora_dropout": 0.0, "fan_in_fan_out": False}
     config = {
@@ -131,9 +145,10 @@ def make_adapter(folder: Path, base: Path, layers: int, targets: list[str], lora
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-def _tensors(outputs: int, inputs: int, lora: int | None) -> list[tuple[str, tuple[int, int]]]:
+def _tensors(outputs: int, inputs: int, lora: int | None, variant: str) -> list[tuple[str, tuple[int, ...]]]:
     if lora is None:
-        return [("miss_block", (RANK, outputs))]
+        shapes = {"tile": (RANK, outputs), "mini": (RANK, MINI), "bat": (outputs // RANK, RANK, RANK)}
+        return [("miss_block", shapes[variant])]
     return [("lora_A.weight", (lora, inputs)), ("lora_B.weight", (outputs, lora))]
 
 

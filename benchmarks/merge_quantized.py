@@ -97,7 +97,7 @@ FORMATS: dict[str, tuple[Callable[..., Iterator[Tensor]], dict[str, Any]]] = {
 }
 
 
-def make_quantized(folder: Path, kind: str, layers: int, plain: Path) -> None:
+def make_quantized(folder: Path, kind: str, layers: int, plain: Path, vocabulary: int = merge.VOCAB) -> None:
     """The base of merge.py in another format, its linear layers with random codes; nothing if it is there."""
     if (folder / "config.json").exists():
         return
@@ -106,7 +106,7 @@ def make_quantized(folder: Path, kind: str, layers: int, plain: Path) -> None:
     rng = np.random.default_rng(3)
     make, settings = FORMATS[kind]
     parts: list[list[Tensor]] = [[] for _ in range(4)]
-    embedding = (merge.VOCAB, merge.HIDDEN)
+    embedding = (vocabulary, merge.HIDDEN)
 
     def plain_values(shape: tuple[int, ...]) -> Callable[[], Any]:
         return lambda: (rng.random(shape, np.float32) * 0.02).astype("<f4").view("<u2")[..., 1::2]
