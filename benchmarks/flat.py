@@ -80,13 +80,28 @@ def cases(work: Path, cores: tuple[int, ...]) -> dict[str, dict[str, Any]]:
     """Name → what `child` takes; its files are made."""
     found: dict[str, dict[str, Any]] = {}
 
-    def add(name: str, model: tuple[dict[str, Any], dict[str, tuple[int, ...]]], dtype: str, kinds: list[tuple[str, int]], **more: Any) -> None:
+    def add(
+        name: str,
+        model: tuple[dict[str, Any], dict[str, tuple[int, ...]]],
+        dtype: str,
+        kinds: list[tuple[str, int]],
+        **more: Any,
+    ) -> None:
         base = work / re.sub(r"\W+", "-", name)
         for count in cores:
             found[f"{name}, {count} cores"] = {"make": (base, model, dtype, kinds), "cores": count, **more}
 
     for size in ("8B", "70B", "405B"):
-        for kind, rank in (("tile", 8), ("tile", 512), ("mini", 512), ("lora", 8), ("lora", 512), ("dora", 64), ("bat", 64), ("bat", 512)):
+        for kind, rank in (
+            ("tile", 8),
+            ("tile", 512),
+            ("mini", 512),
+            ("lora", 8),
+            ("lora", 512),
+            ("dora", 64),
+            ("bat", 64),
+            ("bat", 512),
+        ):
             if kind != "bat" or rank == 64 or size != "8B":
                 add(f"{size} wide, bf16, {kind} r={rank}", layer(size), "BF16", [(kind, rank)])
     for dtype in ("F16", "F32", "F64"):
@@ -98,17 +113,31 @@ def cases(work: Path, cores: tuple[int, ...]) -> dict[str, dict[str, Any]]:
     add("405B wide, bf16, 3 × lora r=512", layer("405B"), "BF16", [("lora", 512)] * 3)
     add("8B wide, bf16, 100 × lora r=16", layer("8B"), "BF16", [("lora", 16)] * 100)
     add("embedding 256k × 16k", sparse.llama(16384, 16384, 1, 128, 8, 256 << 10), "BF16", [("lora", 64)])
-    add("embedding 256k × 16k as float32", sparse.llama(16384, 16384, 1, 128, 8, 256 << 10), "BF16", [("lora", 64)], options={"dtype": "float32"})
+    add(
+        "embedding 256k × 16k as float32",
+        sparse.llama(16384, 16384, 1, 128, 8, 256 << 10),
+        "BF16",
+        [("lora", 64)],
+        options={"dtype": "float32"},
+    )
     tiny = sparse.llama(8, 8, 11000, 1, 1, 8)
     add("99,000 tiny tensors, tile r=4", tiny, "BF16", [("tile", 4)])
     add("405B, bf16, lora r=16", sparse.llama(*sparse.LLAMA["405B"]), "BF16", [("lora", 16)], limit=10 << 30)
     add("405B, bf16, tile r=512", sparse.llama(*sparse.LLAMA["405B"]), "BF16", [("tile", 512)], limit=10 << 30)
     width, inner, layers, heads, keys, tokens = sparse.LLAMA["405B"]
-    add("2 TB, bf16, lora r=16", sparse.llama(width, inner, 310, heads, keys, tokens), "BF16", [("lora", 16)], limit=10 << 30)
+    add(
+        "2 TB, bf16, lora r=16",
+        sparse.llama(width, inner, 310, heads, keys, tokens),
+        "BF16",
+        [("lora", 16)],
+        limit=10 << 30,
+    )
     return found
 
 
-def make(base: Path, model: tuple[dict[str, Any], dict[str, tuple[int, ...]]], dtype: str, kinds: list[tuple[str, int]]) -> list[str]:
+def make(
+    base: Path, model: tuple[dict[str, Any], dict[str, tuple[int, ...]]], dtype: str, kinds: list[tuple[str, int]]
+) -> list[str]:
     config, shapes = model
     if not base.exists():
         sparse.model(base, config, shapes, dtype)
@@ -136,8 +165,17 @@ def main() -> None:
             made = case.pop("make")
             adapters = make(*made)
             row = rows[name] = run({**case, "base": str(made[0]), "adapters": adapters})
-            cells = [name, f"{row['tensors']:,}", f"{row['bytes'] / 1e9:.1f}", f"{row['plan'] / 1e6:.0f}", f"{row['planned']:.1f}"]
-            print(common.row([*cells, f"{row['peak'] / 1e6:.0f}", f"{row['seconds']:.1f}", f"{row['cpu']:.1f}"]), flush=True)
+            cells = [
+                name,
+                f"{row['tensors']:,}",
+                f"{row['bytes'] / 1e9:.1f}",
+                f"{row['plan'] / 1e6:.0f}",
+                f"{row['planned']:.1f}",
+            ]
+            print(
+                common.row([*cells, f"{row['peak'] / 1e6:.0f}", f"{row['seconds']:.1f}", f"{row['cpu']:.1f}"]),
+                flush=True,
+            )
     if given.json:
         common.write_json(given.json, rows)
 

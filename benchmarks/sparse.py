@@ -41,12 +41,17 @@ def model(folder: Path, config: Mapping[str, Any], shapes: Shapes, dtype: str = 
     names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
     total = sum(weights_file(folder / name, group) for name, group in zip(names, groups, strict=True))
     (folder / "config.json").write_text(json.dumps(config))
-    index = {"metadata": {"total_size": total}, "weight_map": {one[0]: n for n, g in zip(names, groups, strict=True) for one in g}}
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {one[0]: n for n, g in zip(names, groups, strict=True) for one in g},
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return total
 
 
-def adapter(folder: Path, config: Mapping[str, Any], shapes: Shapes, dtype: str = "BF16", pickled: bool = False) -> None:
+def adapter(
+    folder: Path, config: Mapping[str, Any], shapes: Shapes, dtype: str = "BF16", pickled: bool = False
+) -> None:
     """An adapter of PEFT's; `pickled` as adapter_model.bin."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -78,11 +83,17 @@ class Nowhere:
         pass
 
 
-LLAMA = {"8B": (4096, 14336, 32, 32, 8, 128256), "70B": (8192, 28672, 80, 64, 8, 128256), "405B": (16384, 53248, 126, 128, 8, 128256)}
+LLAMA = {
+    "8B": (4096, 14336, 32, 32, 8, 128256),
+    "70B": (8192, 28672, 80, 64, 8, 128256),
+    "405B": (16384, 53248, 126, 128, 8, 128256),
+}
 """Width, inner width, layers, heads, heads of keys, tokens."""
 
 
-def llama(width: int, inner: int, layers: int, heads: int, keys: int, tokens: int) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+def llama(
+    width: int, inner: int, layers: int, heads: int, keys: int, tokens: int
+) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     """Config and shapes of a Llama with untied head."""
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": width, "intermediate_size": inner,
@@ -93,19 +104,30 @@ def llama(width: int, inner: int, layers: int, heads: int, keys: int, tokens: in
     for layer in range(layers):
         at = f"model.layers.{layer}"
         small = width // heads * keys
-        shapes |= {f"{at}.self_attn.{one}_proj.weight": (rows, width) for one, rows in zip("qkvo", (width, small, small, width), strict=True)}
+        shapes |= {
+            f"{at}.self_attn.{one}_proj.weight": (rows, width)
+            for one, rows in zip("qkvo", (width, small, small, width), strict=True)
+        }
         shapes |= {f"{at}.mlp.{one}_proj.weight": (inner, width) for one in ("gate", "up")}
         shapes |= {f"{at}.mlp.down_proj.weight": (width, inner)}
         shapes |= {f"{at}.{one}_layernorm.weight": (width,) for one in ("input", "post_attention")}
     return config, shapes | {"model.norm.weight": (width,), "lm_head.weight": (tokens, width)}
 
 
-def trained(kind: str, rank: int, shapes: Shapes, base: Path, dtype: str = "BF16", **more: Any) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+def trained(
+    kind: str, rank: int, shapes: Shapes, base: Path, dtype: str = "BF16", **more: Any
+) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     """Config and shapes of an adapter for all layers of a model that are linear: "tile", "mini", "bat", "lora" or
     "dora"."""
     linear = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith("proj.weight")}
     modules = sorted({name.rpartition(".")[2] for name in linear})
-    config: dict[str, Any] = {"base_model_name_or_path": str(base), "r": rank, "target_modules": modules, "bias": "none", "task_type": "CAUSAL_LM"}
+    config: dict[str, Any] = {
+        "base_model_name_or_path": str(base),
+        "r": rank,
+        "target_modules": modules,
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+    }
     found: dict[str, tuple[int, ...]] = {}
     if kind in ("lora", "dora"):
         config |= {"peft_type": "LORA", "lora_alpha": rank, "use_dora": kind == "dora"}
