@@ -184,7 +184,6 @@ def _copy_slabs(whole: CopySlab) -> Iterator[CopySlab]:
 
 def row_slabs(tensor: TensorPlan, part: Part, offset: int, span: tuple[int, int] | None = None) -> Iterator[RowsSlab]:
     """Those of a part; of one that nothing changes only the elements in `span`, if it is given."""
-    unit = part.unit
     first, last = 0, part.rows
     if span is not None and not part.changes:
         first = max(span[0] - part.first, 0) // part.width
