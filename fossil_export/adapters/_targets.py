@@ -97,6 +97,22 @@ def ends_with(name: str, ends: Iterable[Any]) -> bool:
     return Ends(ends).hold(name)
 
 
+class Tails:
+    """Ends of texts, wherever they begin, of which there may be as many as there are modules."""
+
+    def __init__(self, tails: Iterable[Any]) -> None:
+        self._tails = {tail for tail in tails if isinstance(tail, str)}
+        self._lengths = sorted({len(tail) for tail in self._tails})
+
+    def hold(self, text: str) -> bool:
+        """Whether a text ends with one of them."""
+        return any(text[len(text) - size :] in self._tails for size in self._lengths if size <= len(text))
+
+    def name(self, module: str) -> bool:
+        """Whether a part of a dotted name is one of them, or the whole of it ends with one."""
+        return not self._tails.isdisjoint(module.split(".")) or self.hold(module)
+
+
 class Ends:
     """Ends of dotted names, of which there may be as many as there are modules."""
 
