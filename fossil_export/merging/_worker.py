@@ -6,7 +6,7 @@ import errno
 import mmap
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from fossil_export.merging._engine import Engine, NumpyEngine, Update, compute_d
 from fossil_export.merging._kept import SMALL, Kept, Large
 from fossil_export.merging._layout import TensorPlan, is_decoded
 from fossil_export.merging._plan import MergePlan
-from fossil_export.merging._requantize import encode, part_of
+from fossil_export.merging._requantize import AT_ONCE, encode, part_of
 from fossil_export.merging._slabs import SLAB, CopySlab, EncodeSlab, ManySlabs, RowsSlab, Slab, row_slabs
 from fossil_export.merging._survival import Survival, sampled_share
 from fossil_export.writing._output import ALIGNMENT
@@ -63,6 +63,7 @@ class Worker:
         self._kept = Kept(room)
         self._encoded: dict[str, dict[int, Survival]] = {}
         self._whole = threading.Semaphore(WHOLE)
+        self._large = threading.Lock()
 
     def check(self) -> None:
         """Raise CheckpointError where a source was written to since it was opened."""
@@ -95,7 +96,7 @@ class Worker:
         if isinstance(slab, CopySlab):
             self._copy(slab, output)
         elif isinstance(slab, EncodeSlab):
-            with self._whole, self._kept.turn():
+            with self._apart(slab), self._whole, self._kept.turn():
                 self._encode(slab, output)
         elif isinstance(slab, ManySlabs):
             with self._kept.turn(), self._windows(slab):
@@ -103,6 +104,16 @@ class Worker:
         else:
             with self._kept.turn():
                 self._rows(slab, output)
+
+    def _apart(self, slab: EncodeSlab) -> AbstractContextManager[Any]:
+        """Of weights that cannot be cut, and take more memory, there is one at a time."""
+        count = (slab.stop - slab.start) * self._width(slab)
+        return self._large if count > 2 * AT_ONCE else nullcontext()
+
+    def _width(self, slab: EncodeSlab) -> int:
+        coding = self._tensors[slab.weight.name].coding
+        assert coding is not None
+        return coding.width
 
     def _many(self, slab: ManySlabs, output: Output) -> None:
         """Small slabs by one write."""
