@@ -124,7 +124,7 @@ def cases(work: Path, cores: tuple[int, ...]) -> dict[str, dict[str, Any]]:
     add("99,000 tiny tensors, tile r=4", tiny, "BF16", [("tile", 4)])
     add("405B, bf16, lora r=16", sparse.llama(*sparse.LLAMA["405B"]), "BF16", [("lora", 16)], limit=10 << 30)
     add("405B, bf16, tile r=512", sparse.llama(*sparse.LLAMA["405B"]), "BF16", [("tile", 512)], limit=10 << 30)
-    width, inner, layers, heads, keys, tokens = sparse.LLAMA["405B"]
+    width, inner, _, heads, keys, tokens = sparse.LLAMA["405B"]
     add(
         "2 TB, bf16, lora r=16",
         sparse.llama(width, inner, 310, heads, keys, tokens),
@@ -141,6 +141,8 @@ def make(
     config, shapes = model
     if not base.exists():
         sparse.model(base, config, shapes, dtype)
+        if any(kind == "dora" for kind, _ in kinds):
+            sparse.begin_rows(base)
     adapters = []
     for number, (kind, rank) in enumerate(kinds):
         folder = base.with_name(f"{base.name}-{kind}-{rank}-{number}")

@@ -27,6 +27,7 @@ import numpy as np
 from fossil_export import merge
 from fossil_export.checkpoints import _input as input_file
 from fossil_export.merging import _engine as engine
+from fossil_export.merging import _memory as memory
 from fossil_export.merging import _run as run
 from fossil_export.merging import _slabs as slabs
 from fossil_export.merging import _worker as worker
@@ -102,7 +103,7 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "small pages for the buffers": small_pages,
     "NumPy alone, no compiled loops": numpy_alone,
     "PyTorch for the arithmetic": lambda: None,
-    **{f"threads: {count}": partial(patch, run, "THREADS", count) for count in (1, 2, 4, 8)},
+    **{f"threads: {count}": partial(patch, memory, "THREADS", count) for count in (1, 2, 4, 8)},
     **{f"slab: {size} MB": partial(patch, slabs, "SLAB", size << 20) for size in (1, 4, 16, 32)},
     **{
         f"block: {2**power // 1024}k elements": partial(patch, engine.NumpyEngine, "block", 1 << power)

@@ -55,7 +55,7 @@ DTYPES: dict[str, tuple[str, Any]] = {
 def make_base(folder: Path, gigabytes: float, dtype: str = "bfloat16", vocabulary: int = VOCAB) -> int:
     """Write the base if it is not there yet; returns its number of layers."""
     short, kind = DTYPES[dtype]
-    size = np.dtype(kind).itemsize
+    size = int(np.dtype(kind).itemsize)
     per_layer = size * sum(rows * columns for rows, columns in LINEARS.values())
     layers = max(1, round((gigabytes * 1e9 - size * vocabulary * HIDDEN) / per_layer))
     if (folder / "config.json").exists():

@@ -1,4 +1,4 @@
-"""Models and adapters of any size that take no disk: real headers, and tensors of zeros that the file system keeps as holes."""
+"""Models and adapters of any size that take no disk: real headers, and tensors of zeros that are holes in files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fossil_export.checkpoints._dtypes import byte_count
+from fossil_export.checkpoints._dtypes import byte_count, numpy_dtype
 from fossil_export.checkpoints._header import encode_header
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -47,6 +47,22 @@ def model(folder: Path, config: Mapping[str, Any], shapes: Shapes, dtype: str = 
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return total
+
+
+def begin_rows(folder: Path) -> None:
+    """Give each row of a model's matrices a first value: DoRA divides by their lengths. That takes a page a row."""
+    import os
+
+    from fossil_export.checkpoints._header import read_header
+
+    for path in folder.glob("*.safetensors"):
+        with path.open("r+b") as file:
+            for info in read_header(path).tensors:
+                if len(info.shape) != 2:
+                    continue
+                one = np.ones((), numpy_dtype(info.dtype)).tobytes()
+                for row in range(info.shape[0]):
+                    os.pwrite(file.fileno(), one, (info.offset or 0) + row * (info.nbytes // info.shape[0]))
 
 
 def adapter(

@@ -58,7 +58,8 @@ def test_an_adapter_in_several_files(pickled: bool, scene: Path, tmp_path: Path)
     result = merges_alike(scene, adapter, tmp_path)
     record = json.loads((tmp_path / "result" / "fossil_export.json").read_text())
     assert {entry["file"] for entry in record["adapter"]["files"]} == {path.name for path in adapter.iterdir()}
-    assert bool(result.plan.adapter.pickled) == pickled
+    assert {header.path.suffix for header in result.plan.adapter.headers} == {".bin" if pickled else ".safetensors"}
+    assert not result.plan.adapter.pickled  # by ranges too
     verdict = fossil_export.verify(tmp_path / "result", adapter=adapter, base=scene / "base", level="weights")
     assert verdict.parity, verdict.problems
     assert load_adapter(adapter / f"adapter_model.{'bin' if pickled else 'safetensors'}.index.json").trained

@@ -201,7 +201,6 @@ def test_a_pickled_adapter_that_changes_after_it_was_read_is_an_error(
     with pytest.raises(CheckpointError, match="changed while it was being read"):
         merge(loaded, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
-    next(iter(loaded.pickled.values())).sum()  # what a map of a cut file would answer with a signal
 
 
 def _write_and_set_back(path: Path) -> None:

@@ -303,5 +303,6 @@ def test_pickles_are_read_without_pytorchs_unpickler(
     monkeypatch.setattr(torch, "load", None)  # before 2.6 it could be made to run code, whatever it was asked
     monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
     loaded = load_adapter(adapter)
-    assert loaded.pickled.keys() == state.keys()
-    assert all(torch.equal(torch.from_numpy(loaded.pickled[name]), value) for name, value in state.items())
+    found = {info.name: loaded.array(info) for header in loaded.headers for info in header.tensors}
+    assert found.keys() == state.keys()
+    assert all(torch.equal(torch.from_numpy(found[name]), value) for name, value in state.items())

@@ -44,7 +44,7 @@ def test_same_inputs_give_the_same_bytes_in_any_order(
     real_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merge(real_adapter, tmp_path / "one")
-    monkeypatch.setattr("fossil_export.merging._run.THREADS", 1)
+    monkeypatch.setattr("fossil_export.merging._memory.THREADS", 1)
     monkeypatch.setattr("fossil_export.merging._slabs.SLAB", 1 << 16)
     merge(real_adapter, tmp_path / "two")
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 from s3_tools import S3Server
 
 from fossil_export import merge

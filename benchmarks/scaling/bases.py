@@ -94,7 +94,8 @@ def _layer(name: str) -> int:
 
 def llama(name: str, hidden: int, inner: int, layers: int, heads: int, vocabulary: int = 128256) -> Shape:
     keys = 8 * (hidden // heads)
-    linears, others = {}, {"model.embed_tokens.weight": (vocabulary, hidden)}
+    linears: dict[str, tuple[int, ...]] = {}
+    others: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
     own = {"q_proj": (hidden, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden), "o_proj": (hidden, hidden)}
     own = {f"self_attn.{name}": shape for name, shape in own.items()}
     own |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
@@ -203,7 +204,8 @@ def write_base(folder: Path, shape: Shape) -> Path:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    groups, weight_map = shape.files(), {}
+    groups = shape.files()
+    weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, 1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         _holes(folder / file, group)

@@ -71,7 +71,7 @@ def measured(work: Path, gigabytes: float, runs: int) -> Constants:
             name, rank = method.split("-")
             adapter = work / f"constants-{gigabytes:g}-{method}-{short}"
             given = {"lora": int(rank)} if name == "lora" else {"variant": name}
-            merge.make_adapter(adapter, base, layers, targets, **given)  # type: ignore[arg-type]
+            merge.make_adapter(adapter, base, layers, targets, **given)
             add(f"{method} {short}", adapter, base)
             elements[f"{method} {short}"] = layers * linear
         one = work / f"constants-{gigabytes:g}-one"

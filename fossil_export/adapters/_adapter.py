@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export.adapters._targets import Tails
 from fossil_export.adapters._trained import Trained
 from fossil_export.checkpoints._checkpoint import sha256
 from fossil_export.checkpoints._companions import tokenizer_of
@@ -90,6 +91,11 @@ class Adapter:
     def tokenizer(self) -> dict[str, Path]:
         """The complete tokenizer that the trainer saved beside the shards, by name, or nothing."""
         return tokenizer_of(self.home)
+
+    @cached_property
+    def wholes(self) -> Tails:
+        """The ends of the names of modules that were trained whole."""
+        return Tails(self.config.get("modules_to_save") or ())
 
     @cached_property
     def variant(self) -> str:

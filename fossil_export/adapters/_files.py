@@ -37,7 +37,7 @@ _TORCHTUNE = re.compile(r"(.+\.)?layers\.\d+\.(attn|mlp)\..*\.(lora_[ab]\.weight
 @dataclass(frozen=True)
 class Weights:
     """The weights files of an adapter: their `tensors`; the `headers` of what is read by ranges, or the arrays of what
-    was `pickled`; and all `files`, the index included."""
+    was `pickled` in another order; and all `files`, the index included."""
 
     tensors: tuple[TensorInfo, ...]
     files: tuple[Path, ...]
@@ -91,7 +91,8 @@ def read_weights(weights: Path, home: Folder) -> Weights:
                 by_name(headers)
         else:
             read = [read_pickled(home.path / name) for name in names]
-            headers, tensors = (), tuple(info for infos, _ in read for info in infos)
+            headers = tuple(one for one, _ in read)
+            tensors = tuple(info for one, _ in read for info in one.tensors)
             if len({info.name for info in tensors}) < len(tensors):
                 raise AdapterError(f"{weights}: its files hold one tensor twice; fetch the adapter again")
             pickled = {name: array for _, arrays in read for name, array in arrays.items()}

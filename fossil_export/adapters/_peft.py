@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from fossil_export.adapters._keys import PREFIX, are_pefts, peft_keys
 from fossil_export.adapters._parameters import take_parameters
 from fossil_export.adapters._relatives import why_folder, why_tensor, why_type
 from fossil_export.adapters._rwkv import is_state_dict, load_state_dict
-from fossil_export.adapters._targets import check_targets
+from fossil_export.adapters._targets import Tails, check_targets
 from fossil_export.adapters._trained import (
     by_module,
     empty,
@@ -139,6 +139,7 @@ def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
     parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     saved: dict[str, TensorInfo] = {}
     below: dict[str, TensorInfo] = {}
+    wholes = Tails(config.get("modules_to_save") or ())
     keys = peft_keys(weights, read.tensors, endings)
     for name, tensor in keys.items():
         if copy := _copy_of(name, keys):
@@ -160,7 +161,7 @@ def _load_folder(given: Path, weights: Path | None, home: Folder) -> Adapter:
             raise AdapterError(f"{weights}: holds {tensor.name}: {why}")
         key = name.removeprefix(PREFIX)
         module, _, parameter = key.rpartition(".")
-        whole = _in_whole(module, config)
+        whole = _in_whole(module, wholes)
         found = split_key(key, endings)
         allowed: tuple[str, ...] = (*FLOATS, *WHOLE) if found and found[1] in places else FLOATS
         if found and is_index(methods, found[1], tensor):
@@ -224,13 +225,9 @@ def _copy_of(name: str, names: Collection[str]) -> tuple[str, str] | None:
     return None
 
 
-def _in_whole(module: str, config: Mapping[str, Any]) -> bool:
+def _in_whole(module: str, wholes: Tails) -> bool:
     """Whether a module lies in one of modules_to_save, all of whose parameters and buffers are saved."""
-    names = config.get("modules_to_save")
-    parents = [module[: at.start()] for at in re.finditer(r"\.|$", module)]
-    return isinstance(names, list) and any(
-        isinstance(name, str) and any(parent.endswith(name) for parent in parents) for name in names
-    )
+    return any(wholes.hold(module[: at.start()]) for at in re.finditer(r"\.|$", module))
 
 
 def _written_config(home: Folder) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from fossil_export.checkpoints._checkpoint import view_rows
 from fossil_export.checkpoints._coding import read_rows
 from fossil_export.checkpoints._dtypes import FLOATS, INTEGERS
 from fossil_export.checkpoints._folder import LocalFolder
-from fossil_export.checkpoints._header import TensorInfo
+from fossil_export.checkpoints._header import Header, TensorInfo
 from fossil_export.checkpoints.pickled import read_pickle_header
 from fossil_export.errors import AdapterError, CheckpointError
 
@@ -21,17 +21,22 @@ if TYPE_CHECKING:
 _KNOWN = (*FLOATS, *INTEGERS.values())
 
 
-def read_pickled(path: Path) -> tuple[tuple[TensorInfo, ...], dict[str, np.ndarray[Any, Any]]]:
-    """The tensors of a `.bin`, `.pt` or `.pth` state dict, and their arrays.
+def read_pickled(path: Path) -> tuple[Header, dict[str, np.ndarray[Any, Any]]]:
+    """The tensors of a `.bin`, `.pt` or `.pth` state dict: those that lie in their own order are read by ranges, of the
+    others these are the arrays.
 
     Raises AdapterError for anything but a map of names to plain tensors.
     """
     infos, arrays = [], {}
-    for info in read_pickle_header(path, AdapterError).tensors:
+    header = read_pickle_header(path, AdapterError)
+    for info in header.tensors:
+        if info.coding is None and info.shape and info.dtype in _KNOWN:
+            infos.append(info)
+            continue
         infos.append(replace(info, offset=None, coding=None))
         if info.dtype in _KNOWN:
             arrays[info.name] = _values(path, info)
-    return tuple(infos), arrays
+    return replace(header, tensors=tuple(infos)), arrays
 
 
 def _values(path: Path, info: TensorInfo) -> np.ndarray[Any, Any]:

@@ -29,12 +29,12 @@ def load_state_dict(path: Path, home: Folder) -> Adapter:
 
     Variant and rank may differ between modules. Raises AdapterError for tensors that are no shards."""
     stamps = stamps_of([path])
-    tensors, pickled = read_pickled(path)
+    header, pickled = read_pickled(path)
     methods = methods_of_state_dicts()
     endings = dict.fromkeys(ending for roles in methods.values() for ending in roles)
     found: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     strangers = []
-    for tensor in tensors:
+    for tensor in header.tensors:
         split = split_key(tensor.name, endings)
         if split is None:
             strangers.append(tensor.name)
@@ -65,5 +65,6 @@ def load_state_dict(path: Path, home: Folder) -> Adapter:
         files=(path,),
         home=home,
         pickled=pickled,
+        headers=(header,),
         stamps=stamps,
     )

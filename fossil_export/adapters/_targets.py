@@ -24,11 +24,12 @@ ALL_LINEAR = "all-linear"
 def check_targets(path: Path, config: Mapping[str, Any], trained: Collection[Trained]) -> None:
     """Raise AdapterError, which names the config at `path`, for a trained module that it does not target."""
     tied = config.get("ensure_weight_tying") and any(one.method == "lora_embedding" for one in trained)
+    targets = Targets(path, config)
     names: dict[str, bool] = {}
     for one in trained:
         # Rows of tokens of a LoRA are asked for by another field, and so are parameters.
         if one.method != "lora_tokens" and METHODS[one.method].PARAMETER:
-            names.setdefault(one.owner, is_targeted(path, config, one.owner))
+            names.setdefault(one.owner, targets.have(one.owner))
     untold = config.get("target_modules") is None and not config.get("target_parameters")
     if names and untold and any(one.method != "trainable_tokens" for one in trained):
         raise AdapterError(
@@ -48,17 +49,35 @@ def check_targets(path: Path, config: Mapping[str, Any], trained: Collection[Tra
 
 def is_targeted(path: Path, config: Mapping[str, Any], module: str) -> bool:
     """Whether a config targets a module."""
+    return Targets(path, config).have(module)
+
+
+class Targets:
+    """What a config, at `path`, targets."""
+
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        self._path, self._config = path, config
+        targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+        self._ends = Ends(targets if isinstance(targets, list) else ())
+        self._excluded = Ends(excluded if excluded and not isinstance(excluded, str) else ())
+
+    def have(self, module: str) -> bool:
+        """Whether it targets a module."""
+        return _is_targeted(self._path, self._config, module, self._ends, self._excluded)
+
+
+def _is_targeted(path: Path, config: Mapping[str, Any], module: str, ends: Ends, without: Ends) -> bool:
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
     if isinstance(excluded, str) and excluded:
         if _matches(path, "exclude_modules", excluded, module):
             return False
-    elif excluded and ends_with(module, excluded):
+    elif without.hold(module):
         return False
     if isinstance(targets, str):
         return targets.lower() == ALL_LINEAR or _matches(path, "target_modules", targets, module)
     if not isinstance(targets, list):
         return not config.get("target_parameters")
-    return module in targets or (ends_with(module, targets) and _in_layers(path, config, module))
+    return ends.has(module) or (ends.hold(module) and _in_layers(path, config, module))
 
 
 def _in_layers(path: Path, config: Mapping[str, Any], module: str) -> bool:
@@ -75,7 +94,47 @@ def _in_layers(path: Path, config: Mapping[str, Any], module: str) -> bool:
 
 def ends_with(name: str, ends: Iterable[Any]) -> bool:
     """Whether a dotted name is one of these, or ends with one."""
-    return any(name == end or name.endswith(f".{end}") for end in ends)
+    return Ends(ends).hold(name)
+
+
+class Tails:
+    """Ends of texts, wherever they begin, of which there may be as many as there are modules."""
+
+    def __init__(self, tails: Iterable[Any]) -> None:
+        self._tails = {tail for tail in tails if isinstance(tail, str)}
+        self._lengths = sorted({len(tail) for tail in self._tails})
+
+    def hold(self, text: str) -> bool:
+        """Whether a text ends with one of them."""
+        return any(text[len(text) - size :] in self._tails for size in self._lengths if size <= len(text))
+
+    def name(self, module: str) -> bool:
+        """Whether a part of a dotted name is one of them, or the whole of it ends with one."""
+        return not self._tails.isdisjoint(module.split(".")) or self.hold(module)
+
+
+class Ends:
+    """Ends of dotted names, of which there may be as many as there are modules."""
+
+    def __init__(self, ends: Iterable[Any]) -> None:
+        own = list(ends)
+        self._whole = {end for end in own if isinstance(end, str)}
+        self._tails = {f"{end}" for end in own}
+
+    def has(self, name: str) -> bool:
+        """Whether a name is one of them."""
+        return name in self._whole
+
+    def hold(self, name: str) -> bool:
+        """Whether a name is one of them, or ends with one."""
+        if name in self._whole:
+            return True
+        at = name.find(".")
+        while at >= 0:
+            if name[at + 1 :] in self._tails:
+                return True
+            at = name.find(".", at + 1)
+        return False
 
 
 def _matches(path: Path, field: str, pattern: str, name: str) -> bool:

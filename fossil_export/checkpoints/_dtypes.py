@@ -6,6 +6,7 @@ casts round to nearest, ties to even, as PyTorch's do.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def torch_name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+@cache
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """NumPy's dtype for one of `FLOATS` or `WHOLE`."""
     import ml_dtypes

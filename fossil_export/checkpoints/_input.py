@@ -151,13 +151,34 @@ class InputFile:
             self._map.close()
 
 
+class Window:
+    """Some bytes of a file, read at once, from which small arrays are taken; others come from the file."""
+
+    def __init__(self, file: Source, start: int, nbytes: int) -> None:
+        self._file, self._start = file, start
+        self._bytes = _fresh(nbytes)
+        file.read(start, self._bytes)
+
+    def read(self, offset: int, out: np.ndarray[Any, Any]) -> None:
+        """As `InputFile.read`."""
+        at = offset - self._start
+        if at < 0 or at + len(out) > len(self._bytes):
+            self._file.read(offset, out)
+        else:
+            out[:] = self._bytes[at : at + len(out)]
+
+    def read_rows(self, offset: int, stride: int, out: np.ndarray[Any, Any]) -> None:
+        """As `InputFile.read_rows`."""
+        self._file.read_rows(offset, stride, out)
+
+
 class StoredArray:
     """A tensor in a file as an array of which just what is sliced is read, into `buffer(nbytes)`: rows of the first
     axis, or (of a matrix) columns next to each other; for other indices all of it."""
 
     def __init__(
         self,
-        file: Source,
+        file: Source | Window,
         offset: int,
         shape: tuple[int, ...],
         dtype: np.dtype[Any],

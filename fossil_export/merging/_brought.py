@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from fossil_export import models
 from fossil_export.adapters import Adapter, Trained
+from fossil_export.adapters._targets import Tails
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints.layouts import find_matrix
@@ -86,12 +87,13 @@ def refuse_unsaved(adapter: Adapter, base: Checkpoint, naming: Naming, brought: 
     """
     config = adapter.config
     ends = tuple(one for one in config.get("modules_to_save") or () if one)
+    tails = Tails(ends)
     root = f"{naming.part}." if naming.inner is not None else ""
     lost = [
         parameter
         for parameter in [*naming.names.whole, *naming.names.converted]
         if parameter.startswith(root) and parameter.endswith((".weight", ".bias")) and parameter not in brought.saved
-        if any(parent.endswith(ends) for parent in _parents(parameter))
+        if any(map(tails.hold, _parents(parameter)))
     ]
     where = f"{adapter.path}: its config says that"
     if lost:
@@ -197,6 +199,4 @@ def refuse_untold(adapter: Adapter, base: Checkpoint, naming: Naming, brought: B
 
 def trained_whole(name: str, module: str, adapter: Adapter) -> bool:
     """Whether `module` is, or lies in, one of the config's modules_to_save."""
-    whole = adapter.config.get("modules_to_save") or ()
-    own = name.rpartition(".")[0]
-    return any(one in path.split(".") or path.endswith(one) for one in whole for path in (module, own))
+    return adapter.wholes.name(module) or adapter.wholes.name(name.rpartition(".")[0])

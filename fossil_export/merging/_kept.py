@@ -27,8 +27,10 @@ class Kept:
 
     def __init__(self, room: int | None = None) -> None:
         self._room = ROOM if room is None else room
-        self._arrays: OrderedDict[Hashable, Any] = OrderedDict()
+        self._arrays: dict[Hashable, Any] = {}
+        self._idle: OrderedDict[Hashable, None] = OrderedDict()  # of those in hand of nobody, the longest first
         self._sizes: dict[Hashable, int] = {}
+        self._total = 0
         self._making: set[Hashable] = set()
         self._users: dict[Hashable, int] = {}
         self._changed = threading.Condition()
@@ -52,8 +54,11 @@ class Kept:
             with self._changed:
                 for key in self._turns.pop(number):
                     self._users[key] -= 1
+                    if not self._users[key]:
+                        self._idle[key] = None
                 self._trim(0)
-                self._changed.notify_all()
+                if self._waiting:
+                    self._changed.notify_all()
 
     def get(self, key: Hashable, make: Callable[[], Any], nbytes: int = 0) -> Any:
         """The array of that key, which takes about `nbytes`."""
@@ -61,7 +66,6 @@ class Kept:
         with self._changed:
             while True:
                 if key in self._arrays:
-                    self._arrays.move_to_end(key)
                     self._use(key, number)
                     return self._arrays[key]
                 if key not in self._making and self._may_have(nbytes, number):
@@ -70,7 +74,7 @@ class Kept:
                 self._changed.wait()
                 self._waiting.discard(-1 if number is None else number)
             self._making.add(key)
-            self._sizes[key] = nbytes
+            self._size(key, nbytes)
         try:
             array = make()
             if hasattr(array, "flags"):  # a tensor of PyTorch has none
@@ -78,42 +82,51 @@ class Kept:
         except BaseException:
             with self._changed:
                 self._making.discard(key)
-                del self._sizes[key]
+                self._size(key, 0)
                 self._changed.notify_all()
             raise
         with self._changed:
             self._making.discard(key)
             self._arrays[key] = array
-            self._sizes[key] = array.nbytes
+            self._size(key, array.nbytes)
             self._use(key, number)
             self._trim(0)
             self._changed.notify_all()
         return array
 
     def _use(self, key: Hashable, number: int | None) -> None:
-        if number is not None and key not in self._turns[number]:
+        if number is None:
+            if not self._users.get(key):
+                self._idle[key] = None
+                self._idle.move_to_end(key)
+        elif key not in self._turns[number]:
             self._turns[number].add(key)
             self._users[key] = self._users.get(key, 0) + 1
+            self._idle.pop(key, None)
 
     def _may_have(self, nbytes: int, number: int | None) -> bool:
         self._trim(nbytes)
-        if number is None or number == min(self._turns):
+        if number is None or number == next(iter(self._turns)):  # they begin in their order
             return True
         if any(other < number for other in self._waiting):
             return False
-        return sum(self._sizes.values()) + nbytes <= self._room
+        return self._total + nbytes <= self._room
 
     def _trim(self, nbytes: int) -> None:
-        """Let go what nobody has in hand, until so many bytes have room."""
-        size = sum(self._sizes.values()) + nbytes
-        last = next(reversed(self._arrays), None)
-        for key in list(self._arrays):
-            if size <= self._room:
-                return
-            if not self._users.get(key) and (nbytes or key != last):
-                size -= self._sizes.pop(key)
-                self._users.pop(key, None)
-                del self._arrays[key]
+        """Let go what nobody has in hand, the last one used only for another, until so many bytes have room."""
+        while self._total + nbytes > self._room and len(self._idle) > (0 if nbytes else self._all_idle()):
+            key, _ = self._idle.popitem(last=False)
+            self._size(key, 0)
+            self._users.pop(key, None)
+            del self._arrays[key]
+
+    def _all_idle(self) -> bool:
+        return len(self._arrays) == len(self._idle)
+
+    def _size(self, key: Hashable, nbytes: int) -> None:
+        self._total += nbytes - self._sizes.pop(key, 0)
+        if nbytes:
+            self._sizes[key] = nbytes
 
 
 class Large:

@@ -134,14 +134,9 @@ def _is_beyond(parameter: str, base: Checkpoint, naming: Naming) -> bool:
     exact = exact_names(naming.model.name, base) if naming.known and naming.model.shapes is None else None
     if exact is not None:
         return not exact.model.has(parameter)
-    parts = parameter.split(".")
-    lists = [parts[:at] for at, part in enumerate(parts) if part.isdigit()]
-    known = [name.split(".") for name in (*naming.names.whole, *naming.names.converted)]
-    return any(
-        any(name[: len(one)] == one for name in known)
-        and not any(name[: len(one) + 1] == parts[: len(one) + 1] for name in known)
-        for one in lists
-    )
+    parts, within = parameter.split("."), naming.names.modules
+    lists = [at for at, part in enumerate(parts) if part.isdigit()]
+    return any(".".join(parts[:at]) in within and ".".join(parts[: at + 1]) not in within for at in lists)
 
 
 def _place_pieces(

@@ -147,11 +147,15 @@ def _is_by_peft(placement: Placement) -> bool:
 def _refuse_conflicts(adapters: Sequence[Adapter], placements: Sequence[Placement]) -> None:
     """Raise MergeError for a tensor that one adapter brings whole and another one brings or changes too, or of which an
     adapter that brings it changes a part."""
+    parted = []
+    for second in placements if any(placement.saved for placement in placements) else ():
+        whole = second.saved.keys() | second.copied.keys()
+        parts = {matrix.stored[0].name for name, matrix in second.into.items() if name not in whole}
+        parted.append(parts - second.trained.keys())
     for number, placement in enumerate(placements):
-        for other, second in enumerate(placements):
-            whole = second.saved.keys() | second.copied.keys()
-            parts = {matrix.stored[0].name for name, matrix in second.into.items() if name not in whole}
-            parts -= second.trained.keys()
+        if not placement.saved:
+            continue
+        for other, (second, parts) in enumerate(zip(placements, parted, strict=True)):
             both = [name for name in placement.saved if name in parts]
             if number != other:
                 both += [name for name in placement.saved if name in second.saved or name in second.trained]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-AT_ONCE = 1 << 24
+AT_ONCE = 1 << 21
 """Elements that are quantized at a time, if the format lets them be apart."""
 
 LEAST = 0.5

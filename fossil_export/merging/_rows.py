@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Protocol
 
 from fossil_export.adapters import Adapter, Trained
-from fossil_export.adapters._targets import is_targeted
+from fossil_export.adapters._targets import Targets
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._dtypes import element_count
 from fossil_export.checkpoints._header import slice_of
@@ -77,11 +77,12 @@ def refuse_unfollowed(groups: Iterable[Tied], naming: Naming, adapter: Adapter, 
     embedding = f"{naming.model.embedding}.weight"
     tied = {member for group in groups if embedding in group.members for member in group.members}
     path, config = adapter.files[0], adapter.config
+    targets = Targets(path, config)
     methods = ("trainable_tokens", *(("lora", "lora_embedding") if config.get("ensure_weight_tying") else ()))
     for parameter, one in [*brought.rows.items(), *brought.trained.items()]:
         if one.method not in methods or parameter in tied:
             continue
-        if not is_targeted(path, config, one.owner):
+        if not targets.have(one.owner):
             raise MergeError(
                 f"{path}: target_modules does not cover {one.owner}, which {naming.model.name or 'the base'} does not "
                 "tie to its embedding, and for which there are tensors; the files do not belong together"

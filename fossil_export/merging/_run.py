@@ -149,7 +149,8 @@ class Writer:
             worker.check()
         finally:
             worker.close()
-        merged = (tensor for tensor, _ in file.tensors if tensor.weight.changes and tensor.name in worker.measured)
+        measured = worker.measured
+        merged = (tensor for tensor, _ in file.tensors if tensor.weight.changes and tensor.name in measured)
         return {tensor.name: worker.survival(tensor) for tensor in merged}
 
 

@@ -15,6 +15,12 @@ from fossil_export.merging._requantize import part_of, ranges
 SLAB = 4 << 20
 """Bytes written at a time. A disk is as fast with 1 MB, but each slab costs calls."""
 
+SMALL = 64 << 10
+"""Bytes of a slab that is written together with its neighbours."""
+
+TOGETHER = 1 << 20
+"""Bytes of those."""
+
 
 @dataclass(frozen=True, slots=True)
 class CopySlab:
@@ -67,31 +73,69 @@ class EncodeSlab:
         return sum(info.nbytes for info, _ in self.tensors)
 
 
-Slab = CopySlab | RowsSlab | EncodeSlab
+@dataclass(frozen=True, slots=True)
+class ManySlabs:
+    """Small slabs that lie one after another in the file being written, each a tensor or a whole part of one."""
+
+    slabs: tuple[CopySlab | RowsSlab, ...]
+
+    @property
+    def write_at(self) -> int:
+        return self.slabs[0].write_at
+
+    @property
+    def nbytes(self) -> int:
+        return self.slabs[-1].write_at + self.slabs[-1].nbytes - self.write_at
+
+
+Slab = CopySlab | RowsSlab | EncodeSlab | ManySlabs
 
 
 def slabs(file: FilePlan) -> Iterator[Slab]:
-    """The slabs of `file` in its order; neighbouring untouched tensors become one range."""
-    pending: CopySlab | None = None
+    """The slabs of `file` in its order; neighbouring untouched tensors become one range, and small ones of all kinds
+    are written together."""
     encoded: dict[str, list[tuple[TensorPlan, int]]] = {}
     for tensor, offset in file.tensors:
         if tensor.encodes is not None:
             encoded.setdefault(tensor.encodes.name, []).append((tensor, offset))
     for own in encoded.values():
         yield from _encode_slabs(own)
+    small: list[CopySlab | RowsSlab] = []
+    start = end = 0
+    for slab in _single_slabs(file):
+        is_small = slab.nbytes <= SMALL and (isinstance(slab, CopySlab) or slab.count == slab.part.rows)
+        at = slab.write_at
+        if small and (not is_small or at != end or at + slab.nbytes - start > TOGETHER):
+            yield _together(small)
+            small = []
+        if not is_small:
+            yield slab
+            continue
+        start, end = start if small else at, at + slab.nbytes
+        small.append(slab)
+    if small:
+        yield _together(small)
+
+
+def _together(small: list[CopySlab | RowsSlab]) -> Slab:
+    return small[0] if len(small) == 1 else ManySlabs(tuple(small))
+
+
+def _single_slabs(file: FilePlan) -> Iterator[CopySlab | RowsSlab]:
+    pending: CopySlab | None = None
     for tensor, offset in file.tensors:
         if tensor.nbytes == 0 or tensor.encodes is not None:
             continue
         for part in tensor.parts:
             slab = _copied(tensor, part, offset)
+            if slab is not None and pending is not None and _follows(pending, slab):
+                pending = CopySlab(pending.path, pending.read_at, pending.write_at, pending.nbytes + slab.nbytes)
+                continue
+            if pending is not None:
+                yield from _copy_slabs(pending)
+            pending = slab
             if slab is None:
                 yield from row_slabs(tensor, part, offset)
-            elif pending is not None and _follows(pending, slab):
-                pending = CopySlab(pending.path, pending.read_at, pending.write_at, pending.nbytes + slab.nbytes)
-            else:
-                if pending is not None:
-                    yield from _copy_slabs(pending)
-                pending = slab
     if pending is not None:
         yield from _copy_slabs(pending)
 

@@ -6,7 +6,8 @@ import contextlib
 import errno
 import mmap
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fossil_export.checkpoints._coding import CodedRows
 from fossil_export.checkpoints._dtypes import FLOATS, element_count, numpy_dtype, stored_dtype
 from fossil_export.checkpoints._header import TensorInfo
-from fossil_export.checkpoints._input import Reused, StoredArray
+from fossil_export.checkpoints._input import Reused, StoredArray, Window
 from fossil_export.checkpoints._source import Source, Viewed, by_path, open_source
 from fossil_export.checkpoints._stamp import changed
 from fossil_export.checkpoints.layouts import Rows, Stored
@@ -25,8 +26,8 @@ from fossil_export.merging._engine import Engine, NumpyEngine, Update, cast, com
 from fossil_export.merging._kept import SMALL, Kept, Large
 from fossil_export.merging._layout import TensorPlan, is_decoded
 from fossil_export.merging._plan import MergePlan
-from fossil_export.merging._requantize import encode, part_of
-from fossil_export.merging._slabs import SLAB, CopySlab, EncodeSlab, RowsSlab, Slab, row_slabs
+from fossil_export.merging._requantize import AT_ONCE, encode, part_of
+from fossil_export.merging._slabs import SLAB, CopySlab, EncodeSlab, ManySlabs, RowsSlab, Slab, row_slabs
 from fossil_export.merging._survival import Survival, sampled_share
 from fossil_export.writing._output import ALIGNMENT
 from fossil_export.writing._sink import Output
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
+
+TINY = 64 << 10
+"""Bytes of a trained tensor that is read with its neighbours for each of several small weights."""
 
 WHOLE = 2
 """Weights, or rows of them that are quantized together, that are in memory at a time."""
@@ -61,6 +65,7 @@ class Worker:
         self._kept = Kept(room)
         self._encoded: dict[str, dict[int, Survival]] = {}
         self._whole = threading.Semaphore(WHOLE)
+        self._large = threading.Lock()
 
     def check(self) -> None:
         """Raise CheckpointError where a source was written to since it was opened."""
@@ -93,11 +98,81 @@ class Worker:
         if isinstance(slab, CopySlab):
             self._copy(slab, output)
         elif isinstance(slab, EncodeSlab):
-            with self._whole, self._kept.turn():
+            with self._apart(slab), self._whole, self._kept.turn():
                 self._encode(slab, output)
+        elif isinstance(slab, ManySlabs):
+            with self._kept.turn(), self._windows(slab):
+                self._many(slab, output)
         else:
             with self._kept.turn():
                 self._rows(slab, output)
+
+    def _apart(self, slab: EncodeSlab) -> AbstractContextManager[Any]:
+        """Of weights that cannot be cut, and take more memory, there is one at a time."""
+        count = (slab.stop - slab.start) * self._width(slab)
+        return self._large if count > 2 * AT_ONCE else nullcontext()
+
+    def _width(self, slab: EncodeSlab) -> int:
+        coding = self._tensors[slab.weight.name].coding
+        assert coding is not None
+        return coding.width
+
+    def _many(self, slab: ManySlabs, output: Output) -> None:
+        """Small slabs by one write."""
+        import numpy as np
+
+        written = self._buffer("written", slab.nbytes, slab.write_at)
+        for one in slab.slabs:
+            at = one.write_at - slab.write_at
+            own = written[at : at + one.nbytes]
+            if isinstance(one, CopySlab):
+                self._file(one.path).read(one.read_at, own)
+                continue
+            out = own.view(numpy_dtype(one.tensor.dtype)).reshape(one.count, -1)
+            self._fill(one, out)
+            for stored in one.part.matrix.write(out, one.start) if one.part.changes else ():
+                if stored.values is not out:
+                    at = one.offset + stored.offset * out.dtype.itemsize - slab.write_at
+                    values = np.ascontiguousarray(stored.values).reshape(-1).view(np.uint8)
+                    if np.may_share_memory(values, own):
+                        values = values.copy()
+                    written[at : at + len(values)] = values
+        output.write(slab.write_at, written)
+
+    @contextmanager
+    def _windows(self, slab: ManySlabs) -> Iterator[None]:
+        """What small slabs read of a file, at once if it lies together."""
+        spans: dict[Path, tuple[int, int, int]] = {}
+
+        def wanted(path: Path, start: int | None, nbytes: int) -> None:
+            if start is not None:
+                first, last, total = spans.get(path, (start, start, 0))
+                spans[path] = min(first, start), max(last, start + nbytes), total + nbytes
+
+        for one in slab.slabs:
+            if isinstance(one, CopySlab):
+                wanted(one.path, one.read_at, one.nbytes)
+                continue
+            info, _ = one.tensor.origin(one.part)
+            if info.coding is None:
+                wanted(info.path, info.offset, info.nbytes)
+            for change in one.part.changes:
+                for trained in change.trained.tensors.values():
+                    if trained.coding is None and trained.nbytes <= TINY:
+                        wanted(trained.path, trained.offset, trained.nbytes)
+        windows = {}
+        for path, (first, last, total) in spans.items():
+            if last - first <= min(2 * total, SLAB):
+                windows[path] = Window(self._source(path), first, last - first)
+        self._local.windows = windows
+        try:
+            yield
+        finally:
+            self._local.windows = {}
+
+    def _file(self, path: Path) -> Source | Window:
+        windows: dict[Path, Window] = getattr(self._local, "windows", {})
+        return windows.get(path) or self._source(path)
 
     def _copy(self, slab: CopySlab, output: Output) -> None:
         source = self._source(slab.path)
@@ -186,7 +261,7 @@ class Worker:
             return self._adapters[owner].array(info)[start:stop]
         shape, dtype = (stop - start, *info.shape[1:]), numpy_dtype(info.dtype)
         offset = info.offset + start * (info.nbytes // max(1, info.shape[0]))
-        return StoredArray(self._source(info.path), offset, shape, dtype, partial(self._buffer, "read"))
+        return StoredArray(self._file(info.path), offset, shape, dtype, partial(self._buffer, "read"))
 
     def _codes(self, info: TensorInfo, start: int, stop: int) -> StoredArray:
         """The same for what values are decoded from, each in memory of its own: several are needed at once. Of one, a
@@ -266,6 +341,8 @@ class Worker:
                 return self._widened(stored[:], dtype)
             return _by_rows(stored, numpy_dtype(dtype))
 
+        if info.nbytes <= TINY and getattr(self._local, "windows", None):
+            return whole()
         if info.nbytes <= SMALL:
             return self._kept.get((info, dtype), whole, size)
         return Large(stored, lambda: self._kept.get((info, dtype), whole, size))
@@ -276,7 +353,7 @@ class Worker:
 
     def _stored(self, info: TensorInfo) -> StoredArray:
         assert info.offset is not None
-        return StoredArray(self._source(info.path), info.offset, info.shape, numpy_dtype(info.dtype))
+        return StoredArray(self._file(info.path), info.offset, info.shape, numpy_dtype(info.dtype))
 
     def _source(self, path: Path) -> Source:
         with self._lock:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -186,14 +187,68 @@ def of_pattern(pattern: Mapping[str, Any] | None, module: str, otherwise: Any, t
 
 def matching(pattern: Mapping[str, Any] | None, module: str) -> dict[str, Any]:
     """The keys that match a module's name or its end, and their values."""
+    if not pattern:
+        return {}
+    keys = _keys_of(pattern) if len(pattern) > _FEW and "\n" not in module else None
     found = {}
-    for key, value in (pattern or {}).items():
+    for key in pattern if keys is None else keys.candidates(module):
         try:
             if pattern_of(key, r"(.*\.)?(", ")$").match(module) is not None:
-                found[key] = value
+                found[key] = pattern[key]
         except PatternError as problem:
             raise AdapterError(f"{key!r}, in a pattern of the config, {problem}") from problem
     return found
+
+
+_FEW = 16
+# Keys that are tried one by one.
+
+_PLAIN = re.compile(r"[\w.]+", re.ASCII)
+
+
+class _Keys:
+    """Keys of a pattern, one for each module perhaps: those of letters and dots are found by what they are.
+
+    A dot stands for any character, so they are looked up with the dots that they have, by where these are.
+    """
+
+    def __init__(self, keys: tuple[Any, ...]) -> None:
+        self._keys = keys
+        self._others = [at for at, key in enumerate(keys) if not isinstance(key, str) or not _PLAIN.fullmatch(key)]
+        self._plain: dict[tuple[int, ...], dict[str, int]] = {}
+        for at, key in enumerate(keys):
+            if isinstance(key, str) and _PLAIN.fullmatch(key):
+                dots = tuple(number - len(key) for number, letter in enumerate(key) if letter == ".")
+                self._plain.setdefault((-len(key), *dots), {})[key] = at
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def candidates(self, module: str) -> list[Any]:
+        """Those that may match, in their order."""
+        found = list(self._others)
+        for (start, *dots), keys in self._plain.items():
+            if len(module) + start < 0 or (len(module) + start and module[start - 1] != "."):
+                continue
+            letters = list(module[start:])
+            for dot in dots:
+                letters[dot] = "."
+            at = keys.get("".join(letters))
+            if at is not None:
+                found.append(at)
+        return [self._keys[at] for at in sorted(found)]
+
+
+_recent: deque[tuple[Mapping[str, Any], _Keys]] = deque(maxlen=4)
+# A config asks for each of its modules; the patterns are kept, so that they are known again by being the same.
+
+
+def _keys_of(pattern: Mapping[str, Any]) -> _Keys:
+    keys = next((keys for one, keys in list(_recent) if one is pattern and len(keys) == len(pattern)), None)
+    if keys is None:
+        keys = _Keys(tuple(pattern))
+        _recent.append((pattern, keys))
+    return keys
 
 
 def unlike(found: tuple[int, ...], weight: tuple[int, ...]) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from fossil_export.models._architecture import Architecture, Operation, Rule
 from fossil_export.models._rules import Rules, natural
@@ -74,6 +75,12 @@ class Names:
 
     def __contains__(self, parameter: object) -> bool:
         return parameter in self.whole or parameter in self.converted
+
+    @cached_property
+    def modules(self) -> frozenset[str]:
+        """The names of all parameters and of the modules they lie in; "" too."""
+        names = [*self.whole, *self.converted]
+        return frozenset({"", *names, *(name[:at] for name in names for at, one in enumerate(name) if one == ".")})
 
     def holds(self, parameter: str) -> bool:
         """Whether the checkpoint has a parameter, or another one that it is tied to."""

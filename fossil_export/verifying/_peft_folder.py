@@ -10,7 +10,7 @@ import numpy as np
 
 from fossil_export.adapters import Adapter
 from fossil_export.adapters._peft import CONFIG
-from fossil_export.checkpoints._dtypes import FLOATS, WHOLE, numpy_dtype
+from fossil_export.checkpoints._dtypes import FLOATS, WHOLE
 from fossil_export.checkpoints._header import encode_header
 from fossil_export.checkpoints._jsonfile import read_json, write_json
 from fossil_export.errors import AdapterError
@@ -40,11 +40,10 @@ def peft_folder(adapter: Adapter) -> Iterator[Path]:
 
 
 def _write(adapter: Adapter, path: Path) -> None:
-    """The arrays of a pickled adapter as a safetensors file."""
-    names = {numpy_dtype(name): name for name in (*FLOATS, *WHOLE)}
-    arrays = adapter.pickled
-    entries = ((name, names[array.dtype], array.shape) for name, array in arrays.items())
+    """The tensors of a pickled adapter as a safetensors file."""
+    known = (*FLOATS, *WHOLE)
+    infos = [info for header in adapter.headers for info in header.tensors if info.dtype in known]
     with path.open("wb") as file:
-        file.write(encode_header(entries, {"format": "pt"}))
-        for array in arrays.values():
-            file.write(np.ascontiguousarray(array).tobytes())
+        file.write(encode_header(((info.name, info.dtype, info.shape) for info in infos), {"format": "pt"}))
+        for info in infos:
+            file.write(np.ascontiguousarray(adapter.array(info)).tobytes())

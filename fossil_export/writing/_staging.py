@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -160,6 +161,10 @@ def remove_empty(folders: list[Path]) -> None:
             break
 
 
+_AT_ONCE = 16
+# Files that are synced at the same time.
+
+
 def claim(path: Path) -> int | None:
     """Hold a file or folder that this process has just made; None where another one took it for a dead process's
     first, and removed it."""
@@ -275,9 +280,12 @@ def _renameat2(first: Path, second: Path, flags: int) -> bool:
 
 
 def sync_tree(folder: Path) -> None:
-    for root, _, files in os.walk(folder):
-        for name in files:
-            sync(Path(root) / name)
+    paths = [Path(root) / name for root, _, files in os.walk(folder) for name in files]
+    # Each waits for the disk: thousands of small files take as long as their number, one by one.
+    with ThreadPoolExecutor(min(_AT_ONCE, max(1, len(paths)))) as pool:
+        for _ in pool.map(sync, paths):
+            pass
+    for root, _, _ in os.walk(folder):
         sync_folder(Path(root))
 
 
