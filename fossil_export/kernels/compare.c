@@ -280,9 +280,9 @@ INLINE void multiplied(Rows stored, Rows got, const Product *product, size_t row
                     exact[at] += plus[inside + at];
             for (size_t at = 0; at < count; at++) {
                 double bound = size * sizes[at] + lost + (fabs(exact[at]) + fabs(weight[at])) * 0x1p-50;
-                double least = fabs(exact[at]) - bound;
-                double error = in_steps(fabs(there[at] - exact[at]) + bound, least > 0 ? least : 0, steps);
-                upper[at] = exact[at] - exact[at] == 0 ? bits_of(error) : INT64_MAX;
+                /* No more than 0 has no exponent. */
+                double least = as_double(larger(bits_of(fabs(exact[at]) - bound), 0));
+                upper[at] = bits_of(in_steps(fabs(there[at] - exact[at]) + bound, least, steps));
                 most = larger(most, upper[at]);
             }
             if (most > found->worst) {
