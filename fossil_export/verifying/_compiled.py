@@ -44,7 +44,7 @@ class _Found(ctypes.Structure):
 
 class _Product(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("near", "left", "right", "plus", "exact", "left_sizes", "right_sizes")),
+        *((name, ctypes.c_void_p) for name in ("near", "left", "right", "plus", "left_sizes", "right_sizes", "exact")),
         *((name, ctypes.c_int64) for name in ("rank", "period", "block", "left_stride", "left_blocks", "asks")),
         ("scale", ctypes.c_double),
     )
@@ -123,12 +123,12 @@ class Factor:
 
 
 def lengths(rows: Array) -> Array:
-    """The lengths (…) of rows (…, r) of float32, in float64; too large rather than too small."""
+    """The lengths (…) of rows (…, r) of float32, in float32; too large rather than too small."""
     import numpy as np
 
     with np.errstate(over="ignore", invalid="ignore"):
-        found: Array = np.sqrt(np.einsum("...i,...i->...", rows, rows, dtype=np.float64))
-    return found * (1 + 2.0**-40)
+        found: Array = np.sqrt(np.einsum("...i,...i->...", rows, rows, dtype=np.float64)) * (1 + 2.0**-20)
+        return found.astype(np.float32) + np.float32(2.0**-126)
 
 
 def multiplied(
