@@ -276,6 +276,7 @@ typedef struct {
     const float *left_sizes, *right_sizes; /* per row of left and block of columns; per row of right */
     const double *exact;
     int64_t rank, period, block, left_stride, left_blocks;
+    int64_t first; /* the row's number in its block that these begin with */
     int64_t asks; /* elements that are computed by themselves at most */
     double scale;
 } Product;
@@ -294,7 +295,7 @@ INLINE double exactly(const Product *product, double weight, size_t row, size_t 
     sum *= product->scale;
     sizes *= fabs(product->scale);
     if (product->plus) {
-        double more = product->plus[row % period * period + column % period];
+        double more = product->plus[(product->first + row) % period * period + column % period];
         sum = weight + sum + more;
         sizes += fabs(weight) + fabs(more);
     } else
@@ -313,13 +314,14 @@ INLINE void multiplied(Rows stored, Rows got, const Product *product, size_t row
     const int32_t least_bits = got.dtype == F16 ? (127 - 14) << 23 : 1 << 23;
     const float narrow_scale = got.dtype == F16 ? 0x1p10f : 0x1p7f, times = (float)product->scale;
     const Steps steps = steps_of(got.dtype);
+    const int64_t nothing = bits_of(0x1p-10); /* an error that is not looked at: of a module that was not trained */
     const size_t period = product->period, rank = product->rank;
     const double scale = product->scale;
     const double unit = (double)(rank + 2) * (product->near ? 0x1p-24 : 0x1p-53) * (1 + 0x1p-6) * fabs(scale);
     /* Products that float32 cannot hold are lost whole. */
     const double lost = product->near ? (double)rank * 0x1p-148 * fabs(scale) : 0.0;
     for (size_t row = 0; row < rows; row++) {
-        const float *plus = product->plus ? product->plus + row % period * period : 0;
+        const float *plus = product->plus ? product->plus + (product->first + row) % period * period : 0;
         const int is_sampled = (found->phase + row) % found->sampled == 0;
         for (size_t column = 0; column < width;) {
             size_t inside = column % period, count = width - column < TILE ? width - column : TILE;
@@ -343,7 +345,7 @@ INLINE void multiplied(Rows stored, Rows got, const Product *product, size_t row
                     float error = about_in_steps(fabsf(seen[at] - sum) + bound, least, least_bits, narrow_scale);
                     most = larger_of(most, float_bits(sum - sum == 0 ? error : (float)NAN));
                 }
-                if ((double)as_float((uint32_t)most) * (1 + 0x1p-20) <= as_double(found->worst)) {
+                if ((double)as_float((uint32_t)most) * (1 + 0x1p-20) <= as_double(larger(found->worst, nothing))) {
                     column += count;
                     continue;
                 }
@@ -369,14 +371,14 @@ INLINE void multiplied(Rows stored, Rows got, const Product *product, size_t row
                 upper[at] = bits_of(in_steps(fabs(there[at] - exact[at]) + bound, least, steps));
                 most = larger(most, upper[at]);
             }
-            if (most > found->worst) {
+            if (most > larger(found->worst, nothing)) {
                 size_t furthest = 0;
                 while (upper[furthest] != most)
                     furthest++;
                 for (size_t turn = 0; turn <= count; turn++) {
                     /* The one that may be furthest first: it tells which others can be left out. */
                     size_t at = turn ? turn - 1 : furthest;
-                    if (upper[at] <= found->worst || (turn && at == furthest))
+                    if (upper[at] <= larger(found->worst, nothing) || (turn && at == furthest))
                         continue;
                     if (++found->asked > product->asks)
                         return;
