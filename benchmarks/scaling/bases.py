@@ -94,7 +94,7 @@ def _layer(name: str) -> int:
 
 def llama(name: str, hidden: int, inner: int, layers: int, heads: int, vocabulary: int = 128256) -> Shape:
     keys = 8 * (hidden // heads)
-    linears: dict[str, tuple[int, ...]] = {}
+    linears: dict[str, tuple[int, int]] = {}
     others: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
     own = {"q_proj": (hidden, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden), "o_proj": (hidden, hidden)}
     own = {f"self_attn.{name}": shape for name, shape in own.items()}

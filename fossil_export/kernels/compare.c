@@ -6,7 +6,6 @@
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
 #define EXPORT __attribute__((visibility("default")))
@@ -54,6 +53,22 @@ INLINE float as_float(uint32_t bits)
     return value;
 }
 
+INLINE int32_t float_bits(float value)
+{
+    int32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+/* Subnormal numbers too become what they are; infinities and NaN keep their bits. */
+INLINE float half(uint16_t bits)
+{
+    uint32_t sign = (uint32_t)(bits & 0x8000) << 16, size = bits & 0x7fff;
+    uint32_t finite = (uint32_t)float_bits(as_float(size << 13) * 0x1p112f);
+    return as_float(sign | (size >= 0x7c00 ? 0x7f800000 | size << 13 : finite));
+}
+
+typedef void Narrow(float *values, Rows rows, size_t row, size_t column, size_t count);
 typedef void Widen(double *values, Rows rows, size_t row, size_t column, size_t count);
 
 /* Some elements of a row, in float64. */
@@ -66,19 +81,29 @@ INLINE void widened(double *values, Rows rows, size_t row, size_t column, size_t
             values[at] = as_float((uint32_t)own[at] << 16);
     } else if (rows.dtype == F16) {
         const uint16_t *own = (const uint16_t *)data + column;
-        for (size_t at = 0; at < count; at++) {
-            uint32_t sign = (uint32_t)(own[at] & 0x8000) << 16, size = own[at] & 0x7fff;
-            /* Subnormal numbers too become what they are; infinities and NaN keep their bits. */
-            float small = as_float(size << 13) * 0x1p112f;
-            uint32_t bits;
-            memcpy(&bits, &small, 4);
-            values[at] = as_float(sign | (size >= 0x7c00 ? 0x7f800000 | size << 13 : bits));
-        }
+        for (size_t at = 0; at < count; at++)
+            values[at] = half(own[at]);
     } else {
         const float *own = (const float *)data + column;
         for (size_t at = 0; at < count; at++)
             values[at] = own[at];
     }
+}
+
+/* The same in float32, which holds all three dtypes. */
+INLINE void narrowed(float *values, Rows rows, size_t row, size_t column, size_t count)
+{
+    const uint8_t *data = rows.data + row * rows.stride;
+    if (rows.dtype == BF16) {
+        const uint16_t *own = (const uint16_t *)data + column;
+        for (size_t at = 0; at < count; at++)
+            values[at] = as_float((uint32_t)own[at] << 16);
+    } else if (rows.dtype == F16) {
+        const uint16_t *own = (const uint16_t *)data + column;
+        for (size_t at = 0; at < count; at++)
+            values[at] = half(own[at]);
+    } else
+        memcpy(values, data + 4 * column, 4 * count);
 }
 
 /* Significant bits of a dtype, as what its steps are measured with: the exponent of its smallest normal number as
@@ -101,6 +126,22 @@ INLINE double in_steps(double difference, double exact, Steps steps)
     int64_t exponent = bits_of(exact) & infinite, used = exponent < steps.least ? steps.least : exponent;
     double error = fabs(difference) * as_double(steps.top - used);
     return exponent == infinite ? NAN : error;
+}
+
+/* No less than |difference| in steps of 16 bits, but for rounding, at anything that float32 takes for `exact`; NaN where
+ * it cannot tell. `scale` is 2^(bits - 1). */
+INLINE float about_in_steps(float difference, float exact, int32_t least, float scale)
+{
+    const int32_t infinite = 0x7f800000, highest = 254 << 23;
+    int32_t size = float_bits(exact) & 0x7fffffff, below = size > 0 ? size - 1 : 0;
+    int32_t exponent = below & infinite, used = exponent < least ? least : exponent;
+    float error = fabsf(difference) * scale * as_float((uint32_t)(highest - used));
+    return size >= highest ? (float)NAN : error;
+}
+
+INLINE int32_t larger_of(int32_t one, int32_t other)
+{
+    return one > other ? one : other;
 }
 
 INLINE int64_t larger(int64_t one, int64_t other)
@@ -138,41 +179,58 @@ INLINE double counted(double error, double bound)
     return error <= 0.5 ? error : less > 0.5 || less != less ? less : 0.5;
 }
 
-/* Tile: W[o, j] + D[o mod m, j mod r], and 0 for D if there is none (a cast). */
+/* Tile: W[o, j] + D[o mod m, j mod r], and 0 for D if there is none (a cast).
+ *
+ * Where 16 bits are stored, float32 tells most elements to be nearer than the furthest one so far. */
 INLINE void tiled(Rows stored, Rows got, const float *tile, size_t period, size_t rank, size_t offset, size_t rows,
-                  size_t width, Found *found, Widen widen)
+                  size_t width, Found *found, Widen widen, Narrow narrow)
 {
-    double repeated[TILE], weight[TILE], there[TILE], exact[TILE];
+    float repeated[TILE], about[TILE], seen[TILE];
+    double weight[TILE], there[TILE], exact[TILE];
     const Steps steps = steps_of(got.dtype);
+    const int is_narrow = got.dtype != F32;
+    const int32_t least = got.dtype == F16 ? (127 - 14) << 23 : 1 << 23;
+    const float scale = got.dtype == F16 ? 0x1p10f : 0x1p7f;
+    /* The sum is rounded, by half of the last of 24 bits, and so is the difference. */
+    const double rounding = (double)scale * 0x1p-22;
     /* A short row of D lies here as often as it fits; a long one is taken in parts. */
     const int is_short = rank <= TILE;
     size_t step = is_short ? TILE / rank * rank : TILE;
     for (size_t row = 0; row < rows; row++) {
         const float *own = tile + (offset + row) % period * rank;
+        const int is_sampled = (found->phase + row) % found->sampled == 0;
         for (size_t at = 0; is_short && at < step; at++)
             repeated[at] = at < rank ? own[at] : repeated[at - rank];
-        size_t at_tile = 0;
-        for (size_t column = 0; column < width;) {
-            size_t count = width - column < step ? width - column : step;
-            if (!is_short && count > rank - at_tile)
-                count = rank - at_tile;
-            if (!is_short)
-                for (size_t at = 0; at < count; at++)
-                    repeated[at] = own[at_tile + at];
-            at_tile = at_tile + count >= rank ? 0 : at_tile + count;
+        size_t in_tile = 0;
+        for (size_t column = 0, count; column < width; column += count) {
+            count = width - column < step ? width - column : step;
+            const float *added = repeated;
+            if (!is_short) {
+                count = count > rank - in_tile ? rank - in_tile : count;
+                added = own + in_tile;
+                in_tile = in_tile + count >= rank ? 0 : in_tile + count;
+            }
+            if (is_narrow && !is_sampled) {
+                int32_t most = 0;
+                narrow(about, stored, row, column, count);
+                narrow(seen, got, row, column, count);
+                for (size_t at = 0; at < count; at++) {
+                    float sum = about[at] + added[at];
+                    most = larger_of(most, float_bits(about_in_steps(seen[at] - sum, sum, least, scale)));
+                }
+                if ((double)as_float((uint32_t)most) + rounding <= as_double(found->worst))
+                    continue;
+            }
             int64_t worst = 0;
             widen(weight, stored, row, column, count);
             widen(there, got, row, column, count);
             for (size_t at = 0; at < count; at++)
-                exact[at] = weight[at] + repeated[at];
-            for (size_t at = 0; at < count; at++) {
-                int64_t error = bits_of(in_steps(there[at] - exact[at], exact[at], steps));
-                worst = larger(worst, error);
-            }
+                exact[at] = weight[at] + added[at];
+            for (size_t at = 0; at < count; at++)
+                worst = larger(worst, bits_of(in_steps(there[at] - exact[at], exact[at], steps)));
             found->worst = larger(found->worst, worst);
-            if ((found->phase + row) % found->sampled == 0)
+            if (is_sampled)
                 sum_up(found, column, weight, there, exact, count);
-            column += count;
         }
     }
 }
@@ -215,8 +273,10 @@ INLINE void rebuilt(Rows stored, Rows got, const double *exact, const double *bo
  * where that could matter, and for what float32 may have cost the merge, an element is computed by itself. */
 typedef struct {
     const float *near, *left, *right, *plus;
-    const double *exact, *left_sizes, *right_sizes; /* per row of left and block of columns; per row of right */
+    const float *left_sizes, *right_sizes; /* per row of left and block of columns; per row of right */
+    const double *exact;
     int64_t rank, period, block, left_stride, left_blocks;
+    int64_t first; /* the row's number in its block that these begin with */
     int64_t asks; /* elements that are computed by themselves at most */
     double scale;
 } Product;
@@ -235,7 +295,7 @@ INLINE double exactly(const Product *product, double weight, size_t row, size_t 
     sum *= product->scale;
     sizes *= fabs(product->scale);
     if (product->plus) {
-        double more = product->plus[row % period * period + column % period];
+        double more = product->plus[(product->first + row) % period * period + column % period];
         sum = weight + sum + more;
         sizes += fabs(weight) + fabs(more);
     } else
@@ -245,54 +305,80 @@ INLINE double exactly(const Product *product, double weight, size_t row, size_t 
 }
 
 INLINE void multiplied(Rows stored, Rows got, const Product *product, size_t rows, size_t width, Found *found,
-                       Widen widen)
+                       Widen widen, Narrow narrow)
 {
+    float about[TILE], seen[TILE];
     double weight[TILE], there[TILE], exact[TILE];
     int64_t upper[TILE];
+    const int is_narrow = got.dtype != F32 && product->near;
+    const int32_t least_bits = got.dtype == F16 ? (127 - 14) << 23 : 1 << 23;
+    const float narrow_scale = got.dtype == F16 ? 0x1p10f : 0x1p7f, times = (float)product->scale;
     const Steps steps = steps_of(got.dtype);
+    const int64_t nothing = bits_of(0x1p-10); /* an error that is not looked at: of a module that was not trained */
     const size_t period = product->period, rank = product->rank;
     const double scale = product->scale;
     const double unit = (double)(rank + 2) * (product->near ? 0x1p-24 : 0x1p-53) * (1 + 0x1p-6) * fabs(scale);
     /* Products that float32 cannot hold are lost whole. */
     const double lost = product->near ? (double)rank * 0x1p-148 * fabs(scale) : 0.0;
     for (size_t row = 0; row < rows; row++) {
-        const float *plus = product->plus ? product->plus + row % period * period : 0;
+        const float *plus = product->plus ? product->plus + (product->first + row) % period * period : 0;
+        const int is_sampled = (found->phase + row) % found->sampled == 0;
         for (size_t column = 0; column < width;) {
             size_t inside = column % period, count = width - column < TILE ? width - column : TILE;
             if (count > period - inside)
                 count = period - inside;
-            const double *sizes = product->right_sizes + inside;
+            const float *sizes = product->right_sizes + inside;
             const double size = product->left_sizes[row * product->left_blocks + column / period] * unit;
+            const float *near = product->near + row * width + column;
+            if (is_narrow && !is_sampled) {
+                const float length = (float)size * (1 + 0x1p-20f), far = (float)lost + 0x1p-126f;
+                int32_t most = 0;
+                narrow(about, stored, row, column, count);
+                narrow(seen, got, row, column, count);
+                for (size_t at = 0; at < count; at++) {
+                    float change = times * near[at], more = plus ? plus[inside + at] : 0.0f;
+                    float sum = about[at] + change + more;
+                    /* All that is rounded here, each by half of the last of 24 bits or less. */
+                    float terms = fabsf(about[at]) + fabsf(change) + fabsf(more) + fabsf(sum);
+                    float bound = length * sizes[at] + terms * 0x1p-23f + far;
+                    float least = as_float((uint32_t)larger_of(float_bits(fabsf(sum) - bound), 0));
+                    float error = about_in_steps(fabsf(seen[at] - sum) + bound, least, least_bits, narrow_scale);
+                    most = larger_of(most, float_bits(sum - sum == 0 ? error : (float)NAN));
+                }
+                if ((double)as_float((uint32_t)most) * (1 + 0x1p-20) <= as_double(larger(found->worst, nothing))) {
+                    column += count;
+                    continue;
+                }
+            }
             int64_t most = 0;
             widen(weight, stored, row, column, count);
             widen(there, got, row, column, count);
             if (product->near) {
-                const float *near = product->near + row * width + column;
                 for (size_t at = 0; at < count; at++)
                     exact[at] = weight[at] + scale * (double)near[at];
             } else {
-                const double *near = product->exact + row * width + column;
+                const double *product_at = product->exact + row * width + column;
                 for (size_t at = 0; at < count; at++)
-                    exact[at] = weight[at] + scale * near[at];
+                    exact[at] = weight[at] + scale * product_at[at];
             }
             if (plus)
                 for (size_t at = 0; at < count; at++)
                     exact[at] += plus[inside + at];
             for (size_t at = 0; at < count; at++) {
                 double bound = size * sizes[at] + lost + (fabs(exact[at]) + fabs(weight[at])) * 0x1p-50;
-                double least = fabs(exact[at]) - bound;
-                double error = in_steps(fabs(there[at] - exact[at]) + bound, least > 0 ? least : 0, steps);
-                upper[at] = exact[at] - exact[at] == 0 ? bits_of(error) : INT64_MAX;
+                /* No more than 0 has no exponent. */
+                double least = as_double(larger(bits_of(fabs(exact[at]) - bound), 0));
+                upper[at] = bits_of(in_steps(fabs(there[at] - exact[at]) + bound, least, steps));
                 most = larger(most, upper[at]);
             }
-            if (most > found->worst) {
+            if (most > larger(found->worst, nothing)) {
                 size_t furthest = 0;
                 while (upper[furthest] != most)
                     furthest++;
                 for (size_t turn = 0; turn <= count; turn++) {
                     /* The one that may be furthest first: it tells which others can be left out. */
                     size_t at = turn ? turn - 1 : furthest;
-                    if (upper[at] <= found->worst || (turn && at == furthest))
+                    if (upper[at] <= larger(found->worst, nothing) || (turn && at == furthest))
                         continue;
                     if (++found->asked > product->asks)
                         return;
@@ -302,7 +388,7 @@ INLINE void multiplied(Rows stored, Rows got, const Product *product, size_t row
                     found->worst = larger(found->worst, bits_of(error));
                 }
             }
-            if ((found->phase + row) % found->sampled == 0)
+            if (is_sampled)
                 sum_up(found, column, weight, there, exact, count);
             column += count;
         }
@@ -315,10 +401,14 @@ INLINE void multiplied(Rows stored, Rows got, const Product *product, size_t row
     {                                                                                                                  \
         widened(values, rows, row, column, count);                                                                     \
     }                                                                                                                  \
+    TARGET static void narrow_##NAME(float *values, Rows rows, size_t row, size_t column, size_t count)                \
+    {                                                                                                                  \
+        narrowed(values, rows, row, column, count);                                                                    \
+    }                                                                                                                  \
     TARGET static void tiled_##NAME(Rows stored, Rows got, const float *tile, size_t period, size_t rank,              \
                                     size_t offset, size_t rows, size_t width, Found *found)                            \
     {                                                                                                                  \
-        tiled(stored, got, tile, period, rank, offset, rows, width, found, widen_##NAME);                              \
+        tiled(stored, got, tile, period, rank, offset, rows, width, found, widen_##NAME, narrow_##NAME);               \
     }                                                                                                                  \
     TARGET static void rebuilt_##NAME(Rows stored, Rows got, const double *exact, const double *bound, size_t rows,    \
                                       size_t width, Found *found)                                                      \
@@ -328,7 +418,7 @@ INLINE void multiplied(Rows stored, Rows got, const Product *product, size_t row
     TARGET static void multiplied_##NAME(Rows stored, Rows got, const Product *product, size_t rows, size_t width,     \
                                          Found *found)                                                                 \
     {                                                                                                                  \
-        multiplied(stored, got, product, rows, width, found, widen_##NAME);                                            \
+        multiplied(stored, got, product, rows, width, found, widen_##NAME, narrow_##NAME);                             \
     }
 
 KIND(plain, )
@@ -340,20 +430,23 @@ KIND(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))))
 KIND(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))))
 #endif
 
-/* 2 for AVX-512, 1 for AVX2; FOSSIL_EXPORT_KERNELS=plain or avx2 asks for less (for tests). */
+static int most = 2, known = -1;
+
+/* Use no more than AVX2 (1), or nothing of the kind (0): for tests. */
+EXPORT void fossil_compare_at_most(int32_t kind)
+{
+    most = kind;
+    known = -1;
+}
+
+/* 2 for AVX-512, 1 for AVX2. */
 static int kind(void)
 {
-    static int known = -1;
     if (known < 0) {
-        const char *most = getenv("FOSSIL_EXPORT_KERNELS");
         int wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
         int found = wide ? 2 : __builtin_cpu_supports("avx2") != 0;
-        if (most && !strcmp(most, "plain"))
-            found = 0;
-        if (most && !strcmp(most, "avx2") && found > 1)
-            found = 1;
-        known = found;
+        known = found < most ? found : most;
     }
     return known;
 }
@@ -369,6 +462,11 @@ static int kind(void)
     } while (0)
 #else
 #define CALL(NAME, ...) NAME##_plain(__VA_ARGS__)
+
+EXPORT void fossil_compare_at_most(int32_t kind)
+{
+    (void)kind;
+}
 #endif
 
 /* Whether `count` bytes are equal. */

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from fossil_export.checkpoints._coding import CodedRows
 from fossil_export.checkpoints._dtypes import BITS, element_count, numpy_dtype, stored_dtype
 from fossil_export.checkpoints._folder import Folder
 from fossil_export.checkpoints._header import Header, TensorInfo
-from fossil_export.checkpoints._input import StoredArray
+from fossil_export.checkpoints._input import Reused, StoredArray
 from fossil_export.checkpoints._source import Source, open_source
 from fossil_export.checkpoints.layouts import ReadRows, Rows
 from fossil_export.merging._change import Change
@@ -36,6 +37,20 @@ KEPT = 4
 """Factors of products that are kept: neighbouring pieces have the same ones."""
 
 
+FEW = 4
+"""Threads that compute with NumPy in float64 at a time."""
+
+
+class _Space:
+    """A buffer that is asked for by one name."""
+
+    def __init__(self) -> None:
+        self._reused = Reused()
+
+    def __call__(self, name: str, nbytes: int) -> Array:
+        return self._reused(nbytes)
+
+
 class Files:
     """Open files by path, each held against the header that was read of it."""
 
@@ -44,7 +59,10 @@ class Files:
         self._open: dict[Path, Source] = {}
         self._lock = threading.Lock()
         self._local = threading.local()
+        self._making = threading.Lock()
         self._factors: dict[Any, Factor] = {}
+        self._few = threading.Semaphore(FEW)
+        self._spaces: list[_Space] = []
 
     def __enter__(self) -> Files:
         return self
@@ -71,15 +89,25 @@ class Files:
 
     def factor(self, key: Any, make: Callable[[], Factor]) -> Factor:
         """What was last made for this key, or is made."""
-        with self._lock:
+        with self._making:  # once, not by each of the threads that want it
             found = self._factors.get(key)
-        if found is None:
-            found = make()
-            with self._lock:
-                self._factors[key] = found
+            if found is None:
+                found = self._factors[key] = make()
                 while len(self._factors) > KEPT:
                     del self._factors[next(iter(self._factors))]
         return found
+
+    @contextmanager
+    def space(self) -> Iterator[Callable[[str, int], Array]]:
+        """Buffers for float64, which few threads have at a time: NumPy would hardly be faster in more."""
+        with self._few:
+            with self._lock:
+                found = self._spaces.pop() if self._spaces else _Space()
+            try:
+                yield found
+            finally:
+                with self._lock:
+                    self._spaces.append(found)
 
     def read(self, info: TensorInfo, start: int, nbytes: int, name: str) -> Array:
         """`nbytes` bytes of a tensor, from its byte `start` on, as uint8, in the buffer of that `name`."""
@@ -177,7 +205,8 @@ def _values(piece: Piece, added: Sum, files: Files) -> Sums:
                     for change in job.part.changes
                 ]
             needed = [one.part(start - piece.start, stop - piece.start) for one in addends]
-            sums, wrong = compare_values(job, start, stored, found, needed, files.buffer)
+            with files.space() as space:
+                sums, wrong = compare_values(job, start, stored, found, needed, space)
             if wrong is not None and job.in_order:
                 row, column = divmod(int(wrong.argmax()), piece.width)
                 sums += Sums(first=job.part.first + (start + row) * job.part.width + piece.first + column)
@@ -247,10 +276,11 @@ def _check(piece: Piece, added: Sum, files: Files) -> Check | None:
 
     def check(start: int, stop: int, stored: Array, found: Array) -> Sums | None:
         needed = [one.part(start - piece.start, stop - piece.start) for one in addends]
-        weight, exact = files.buffer("space", 2 * 8 * found.size).view(np.float64).reshape(2, *found.shape)
-        np.copyto(weight, stored)
-        bound = rebuild(needed, weight, exact, False)
-        return rebuilt(start, stored, found, exact, None if bound is None else np.ascontiguousarray(bound))
+        with files.space() as space:
+            weight, exact = space("space", 2 * 8 * found.size).view(np.float64).reshape(2, *found.shape)
+            np.copyto(weight, stored)
+            bound = rebuild(needed, weight, exact, False)
+            return rebuilt(start, stored, found, exact, None if bound is None else np.ascontiguousarray(bound))
 
     return check
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2}
 """By NumPy's names, the numbers that they have in compare.c; rows of float64 are for NumPy."""
+
+
+WIDE = 1 << 16
+"""Products that are taken in float64 at a time."""
 
 
 class _Rows(ctypes.Structure):
@@ -44,8 +49,11 @@ class _Found(ctypes.Structure):
 
 class _Product(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("near", "left", "right", "plus", "exact", "left_sizes", "right_sizes")),
-        *((name, ctypes.c_int64) for name in ("rank", "period", "block", "left_stride", "left_blocks", "asks")),
+        *((name, ctypes.c_void_p) for name in ("near", "left", "right", "plus", "left_sizes", "right_sizes", "exact")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("rank", "period", "block", "left_stride", "left_blocks", "first", "asks")
+        ),
         ("scale", ctypes.c_double),
     )
 
@@ -112,23 +120,25 @@ class Factor:
         self.right = np.ascontiguousarray(right, np.float32)
         self.sizes = lengths(self.right)
         self._wide: Array | None = None
+        self._lock = threading.Lock()
 
     @property
     def wide(self) -> Array:
         import numpy as np
 
-        if self._wide is None:
-            self._wide = self.right.astype(np.float64)
+        with self._lock:
+            if self._wide is None:
+                self._wide = self.right.astype(np.float64)
         return self._wide
 
 
 def lengths(rows: Array) -> Array:
-    """The lengths (…) of rows (…, r) of float32, in float64; too large rather than too small."""
+    """The lengths (…) of rows (…, r) of float32, in float32; too large rather than too small."""
     import numpy as np
 
     with np.errstate(over="ignore", invalid="ignore"):
-        found: Array = np.sqrt(np.einsum("...i,...i->...", rows, rows, dtype=np.float64))
-    return found * (1 + 2.0**-40)
+        found: Array = np.sqrt(np.einsum("...i,...i->...", rows, rows, dtype=np.float64)) * (1 + 2.0**-20)
+        return found.astype(np.float32) + np.float32(2.0**-126)
 
 
 def multiplied(
@@ -165,19 +175,32 @@ def multiplied(
         scale=scale,
     )
     # Where the steps are as fine as float32's own errors, all products are taken in float64.
-    ways: Sequence[Any] = (np.float64,) if found.dtype == np.float32 else (np.float32, np.float64)
-    for kind in ways:
-        near = buffer("near", 8 * found.size).view(kind)[: found.size].reshape(len(rows), -1)
+    if found.dtype != np.float32:
+        near = buffer("near", 4 * found.size).view(np.float32).reshape(len(rows), -1)
         with np.errstate(all="ignore"):
-            if kind == np.float32:
-                np.matmul(rows, factor.right.T, out=near)
-            else:
-                np.matmul(rows.astype(kind), factor.wide.T, out=near)
-        wide = kind == np.float64
-        product.near, product.exact = (None, near.ctypes.data) if wide else (near.ctypes.data, None)
-        product.asks = found.size if wide else found.size // 256 + 2 * count
+            np.matmul(rows, factor.right.T, out=near)
+        product.near, product.asks = near.ctypes.data, found.size // 256 + 2 * count
         result = _Found(phase=start, sampled=SAMPLED)
         loops().fossil_compare_multiplied(_rows(stored), _rows(found), product, count, width, result)  # type: ignore[union-attr]
         if result.asked <= product.asks:
             return result.sums
-    return None
+    product.near, product.asks = None, found.size
+    total = Sums()
+    step = max(1, WIDE // width)
+    for first in range(0, count, step):
+        some = slice(first, first + step)
+        own = (left[some].reshape(-1, rank) if blocks else left[some]).astype(np.float64)
+        exact = buffer("near", 8 * found[some].size).view(np.float64).reshape(len(own), -1)
+        with np.errstate(all="ignore"):
+            np.matmul(own, factor.wide.T, out=exact)
+        product.exact, product.first = exact.ctypes.data, first
+        product.left = left[some].ctypes.data
+        product.left_sizes = sizes[first * product.left_blocks :].ctypes.data
+        result = _Found(phase=start + first, sampled=SAMPLED)
+        rest = _rows(stored[some]), _rows(found[some])
+        loops().fossil_compare_multiplied(*rest, product, len(found[some]), width, result)  # type: ignore[union-attr]
+        sums = result.sums
+        if sums is None:
+            return None
+        total += sums
+    return total

@@ -25,7 +25,8 @@ from fossil_export.merging._placement import Places, together
 from fossil_export.merging._planning import stored_dtype
 from fossil_export.merging._replication import replicated
 from fossil_export.merging._ties import are_equal
-from fossil_export.verifying._comparison import Files, compare
+from fossil_export.verifying._comparison import FEW, Files, compare
+from fossil_export.verifying._compiled import loops
 from fossil_export.verifying._job import SLAB, Job, Piece, Sums
 from fossil_export.verifying._sum import Sum
 
@@ -89,6 +90,8 @@ def check_tensors(
     adapters = ((one.home, one.headers) for one in added.adapters)
     headers = by_path((artifact.home, artifact.files), (base.home, base.files), *adapters)
     threads = os.cpu_count() or 1
+    if loops() is None:
+        threads = min(threads, FEW)
     checks: list[TensorCheck] = []
     with one_blas_thread(), Files(headers) as files, ThreadPoolExecutor(threads) as pool:
         found = (
@@ -206,7 +209,7 @@ def _module(changes: Sequence[Change]) -> str | None:
 def _summary(found_of: Sequence[tuple[Job, Sums]]) -> TensorCheck:
     """The check of a tensor from the sums over its parts."""
     jobs = [job for job, _ in found_of]
-    total = sum((sums for _, sums in found_of), Sums())
+    total = found_of[0][1] if len(found_of) == 1 else sum((sums for _, sums in found_of), Sums())
     found, action, off, worst = jobs[0].found, jobs[0].action, total.off, total.worst
     problem = None
     if off:
