@@ -94,7 +94,7 @@ class FolderAssembly:
 
     def put(self, contents: Mapping[str, bytes | Path]) -> None:
         for name, content in contents.items():
-            target, new = self.path / name, self._journal.new_name()
+            target, new = self.path / name, self._journal.new_name(small=True)
             target.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, bytes):
                 new.write_bytes(content)

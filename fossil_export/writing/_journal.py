@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,10 @@ class Journal:
         sync_folder(self.path)
         sync_folder(self.home)
 
-    def new_name(self) -> Path:
-        """For a file that is being written, like no other process's."""
-        return self.path / f"writing-{secrets.token_hex(8)}"
+    def new_name(self, small: bool = False) -> Path:
+        """For a file that is being written, like no other process's: a large one, which its process holds so that
+        `clear` can tell, or a small one."""
+        return self.path / f"{'small' if small else 'writing'}-{secrets.token_hex(8)}"
 
     def add(self, name: str, sums: int, about: Mapping[str, Any]) -> None:
         """Note that the file `name` of the folder, which has the checksum `sums`, is finished. Raises OSError."""
@@ -108,19 +109,18 @@ class Journal:
         return True
 
     def clear(self, alone: bool) -> None:
-        """Remove what dead processes were writing; all of it, if this process is `alone`."""
-        for path in self._writing():
+        """Remove what dead processes were writing: large files, or all of it if this process is `alone`."""
+        for path in self.path.glob("small-*") if alone else ():
+            path.unlink(missing_ok=True)
+        for path in self.path.glob("writing-*"):
             lock = hold(path, os.O_RDWR)
             if alone or lock is not None or _is_aged(path):
                 path.unlink(missing_ok=True)
             if lock is not None:
                 os.close(lock)
 
-    def _writing(self) -> Iterator[Path]:
-        return self.path.glob("writing-*")
-
     def _written(self, content: bytes) -> Path:
-        path = self.new_name()
+        path = self.new_name(small=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         with open(descriptor, "wb") as file:
             file.write(content)
