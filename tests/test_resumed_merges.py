@@ -246,15 +246,16 @@ def test_a_finished_file_that_was_changed_is_merged_again(own: Path, written: li
     merge(own / "qv", own / "whole")
     interrupt(own)
     (folder,) = kept(own)
+    result = folder / "result"
     names = sorted(Journal(folder).notes())
-    tampered = folder / names[0]
+    tampered = result / names[0]
     content_of = bytearray(tampered.read_bytes())
     content_of[-1] ^= 1
     tampered.write_bytes(content_of)
-    _touch(folder / names[1])  # its time is another, its bytes are the same: it counts
-    copy = (folder / names[2]).read_bytes()
-    (folder / names[2]).unlink()
-    (folder / names[2]).write_bytes(copy)
+    _touch(result / names[1])  # its time is another, its bytes are the same: it counts
+    copy = (result / names[2]).read_bytes()
+    (result / names[2]).unlink()
+    (result / names[2]).write_bytes(copy)
     written.clear()
     assert merge(own / "qv", own / "merged").resumed == 2
     assert names[0] in written and not {*names[1:]} & {*written}
@@ -266,7 +267,7 @@ def test_a_note_that_is_damaged_counts_for_nothing(damage: bytes | None, own: Pa
     merge(own / "qv", own / "whole")
     interrupt(own)
     (folder,) = kept(own)
-    for note in (folder / ".fossil-export" / "notes").iterdir():
+    for note in (folder / "notes").iterdir():
         if damage is None:
             edit_json(note, about={"name": "x"})
         else:
@@ -279,7 +280,7 @@ def test_a_note_that_is_damaged_counts_for_nothing(damage: bytes | None, own: Pa
 def test_what_else_lies_in_the_kept_folder_is_not_published(own: Path) -> None:
     interrupt(own)
     (folder,) = kept(own)
-    (folder / "stray.safetensors").write_bytes(b"half")
+    (folder / "result" / "stray.safetensors").write_bytes(b"half")
     merge(own / "qv", own / "merged")
     merge(own / "qv", own / "whole")
     assert content(own / "merged") == content(own / "whole")
