@@ -65,10 +65,18 @@ class FolderPlace:
         finally:
             if held is not None:
                 if not keep:
-                    shutil.rmtree(held.folder, ignore_errors=True)
+                    _remove(held.folder)
                 os.close(held.lock)
             if not keep:
                 staging.remove_empty(made)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:  # interrupted in the middle of it
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 class FolderAssembly:
