@@ -314,3 +314,23 @@ def test_parts_have_all_files_once_and_about_the_same_size(sizes: list[int], cou
 def test_the_error_of_the_api_names_the_part(own: Path) -> None:
     with pytest.raises(FossilExportError, match=r"part is 3/2; parts are counted from 1"):
         merge_part(plan_merge(own / "qv"), own / "merged", (3, 2))
+
+
+def test_a_part_fetches_what_it_reads_and_the_end_no_weights(hosted: Any, tmp_path: Path) -> None:
+    plan = plan_merge("ada/adapter")
+    sources = {file.name for file in plan.files}
+
+    def fetched() -> set[str]:
+        return {path.name for path in (tmp_path / "home").rglob("snapshots/*/model-*.safetensors")}
+
+    assert len(sources) > 2 and fetched() == set()
+    first = merge_part(plan, tmp_path / "merged", (1, 2))
+    assert fetched() == {*first.files} < sources
+    merge_part(plan, tmp_path / "merged", (2, 2))
+    for path in (tmp_path / "home").rglob("snapshots/*/model-*.safetensors"):
+        path.unlink()
+    run("ada/adapter", "-o", tmp_path / "merged", "--finish", "--push-to-hub", "ada/merged")
+    assert fetched() == set() and sources <= {*hosted.files("ada/merged")}
+    merge("ada/adapter", tmp_path / "whole")
+    card = {"README.md"}
+    assert {k: v for k, v in content(tmp_path / "merged").items() if k not in card} == content(tmp_path / "whole")
