@@ -97,7 +97,17 @@ class FolderAssembly:
         def finished(sums: int) -> None:
             self._sums[name] = sums
 
-        return SummedFile(self._journal.new_name(), self._journal.result / name, size, finished)
+        while True:
+            path = self._journal.new_name()
+            try:
+                file = SummedFile(path, self._journal.result / name, size, finished)
+            except FileNotFoundError:
+                if not self._journal.path.is_dir():
+                    raise
+                continue
+            if file.is_there():
+                return file
+            file.close(done=False)  # another process took it for a dead one's before it was held, and removed it
 
     def put(self, contents: Mapping[str, bytes | Path]) -> None:
         for name, content in contents.items():
