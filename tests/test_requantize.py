@@ -346,6 +346,25 @@ def test_files_may_be_cut_anew(made: Any, tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3 and verified(case, tmp_path / "out").parity
 
 
+def test_a_weight_in_two_files_is_written_by_two_parts(made: Any, tmp_path: Path) -> None:
+    """Each part quantizes it and keeps what its own file has of it."""
+    case, _ = made("nested nf4")
+    options: dict[str, Any] = {"requantize": True, "min_survival": 0, "max_shard_size": "2KB"}
+    plan = fossil_export.plan_merge(case.adapter, case.quantized, **options)
+    homes: dict[str, set[str]] = {}
+    for file in plan.files:
+        for tensor, _ in file.tensors:
+            if tensor.encodes is not None:
+                homes.setdefault(tensor.encodes.name, set()).add(file.name)
+    assert any(len(names) > 1 for names in homes.values())
+    for number in (2, 1):
+        fossil_export.merge_part(plan, tmp_path / "merged", (number, 2))
+    fossil_export.finish_merge(plan, tmp_path / "merged")
+    fossil_export.run_merge(plan, tmp_path / "whole")
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "merged" / path.name).read_bytes(), path.name
+
+
 def refused(adapter: Path, base: Path, match: str, tmp_path: Path, **options: Any) -> None:
     with pytest.raises(MergeError, match=match):
         fossil_export.merge(adapter, tmp_path / "refused", base=base, requantize=True, **options)
@@ -353,7 +372,7 @@ def refused(adapter: Path, base: Path, match: str, tmp_path: Path, **options: An
 
 
 def test_what_cannot_be_quantized_again_is_refused(made: Any, tmp_path: Path) -> None:
-    case, _ = made("nf4")
+    case, _ = made("nested nf4")
     refused(case.adapter, case.dequantized, "is not quantized, so nothing can be quantized again", tmp_path)
     refused(case.adapter, case.quantized, "keeps the base's dtypes; leave out --dtype", tmp_path, dtype="float32")
     refused(case.adapter, case.quantized, "min_survival is 2, expected a share", tmp_path, min_survival=2)
@@ -364,7 +383,7 @@ def test_what_cannot_be_quantized_again_is_refused(made: Any, tmp_path: Path) ->
 
 
 def test_the_command_says_what_it_did(made: Any, tmp_path: Path) -> None:
-    case, _ = made("nf4")
+    case, _ = made("nested nf4")
     out = tmp_path / "out"
     options = [str(case.adapter), "--base", str(case.quantized), "-o", str(out), "--requantize"]
     planned = CliRunner().invoke(main, ["merge", *options, "--dry-run"])

@@ -36,6 +36,12 @@ class SummedFile:
             raise
         self._lock = os.dup(self._file.descriptor)
 
+    def is_there(self) -> bool:
+        """Whether it is still what its name stands for."""
+        with suppress(FileNotFoundError):
+            return os.path.samestat(self._path.stat(), os.fstat(self._lock))
+        return False
+
     def write(self, offset: int, data: Array) -> None:
         self._file.write(offset, data)
         # What cannot be written to is a map of a file: if that is cut, to read it would end the process.
