@@ -28,8 +28,8 @@ Key = tuple[Hashable, int]
 
 
 class _Block:
-    """`wanted` counts readers that have not taken it yet, `awaited` those that wait for it now; `spent` says that its
-    last byte was read, after which it is the first to go."""
+    """What is asked for. `wanted` counts readers that have not taken it yet, `awaited` those that wait for it now;
+    `spent` says that its last byte was read, after which it is the first to go."""
 
     __slots__ = ("awaited", "data", "fetch", "is_running", "problem", "spent", "wanted")
 
@@ -65,18 +65,15 @@ class Blocks:
             for key in ahead:
                 if key not in self._blocks and self._room() > 0:
                     self._asked(key, fetch)
-        left = list(zip(keys, found, strict=True))
         try:
-            while left:
-                key, block = left[0]
-                yield self._taken(key, block, fetch)
-                left.pop(0)
+            while found:
+                yield self._taken(found[0])
                 with self._changed:
-                    block.wanted -= 1
+                    found.pop(0).wanted -= 1
                     self._changed.notify_all()
         finally:
             with self._changed:
-                for _, block in left:
+                for block in found:
                     block.wanted -= 1
                 self._changed.notify_all()
 
@@ -102,13 +99,11 @@ class Blocks:
         self._blocks[key] = block
         return block
 
-    def _taken(self, key: Key, block: _Block, fetch: Callable[[Key], bytes]) -> bytes:
+    def _taken(self, block: _Block) -> bytes:
         with self._changed:
             block.awaited += 1
             try:
                 while not block.is_done:
-                    if self._blocks.get(key) is not block and not block.is_running:  # it had to go before it was taken
-                        block = self._asked(key, fetch)
                     self._changed.wait()
             finally:
                 block.awaited -= 1
@@ -121,7 +116,9 @@ class Blocks:
         with self._changed:
             while self._held >= self._most and not self._make_room():
                 self._changed.wait()
-            if self._blocks.get(key) is not block:  # nobody wants it any more
+            if self._blocks.get(key) is not block:  # its file was closed
+                block.problem = ValueError("read of a closed file")
+                self._changed.notify_all()
                 return
             self._held += 1
             self.peak = max(self.peak, self._held)
