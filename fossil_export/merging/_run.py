@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fossil_export._threads import in_order, one_blas_thread
 from fossil_export.checkpoints._header import Header
+from fossil_export.checkpoints._source import by_address
 from fossil_export.merging._engine import choose_engine
 from fossil_export.merging._layout import FilePlan
 from fossil_export.merging._plan import MergePlan
@@ -145,7 +146,7 @@ class Writer:
     ) -> dict[str, Survival]:
         worker = Worker(self._plan, self._engine, moved)
         try:
-            with one_blas_thread(), ThreadPoolExecutor(THREADS) as pool:
+            with by_address(self._plan.base.home), one_blas_thread(), ThreadPoolExecutor(THREADS) as pool:
                 _write_file(file, output, wanted, worker, pool, self._progress)
             worker.check()
         finally:

@@ -16,7 +16,7 @@ from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._companions import CERTIFICATE, PROVENANCE, is_weights
 from fossil_export.checkpoints._dtypes import BY_TORCH_NAME
 from fossil_export.checkpoints._jsonfile import read_json
-from fossil_export.checkpoints._source import is_read_in_place
+from fossil_export.checkpoints._source import by_address, is_read_in_place, shown
 from fossil_export.checkpoints._stamp import Stamp, check_stamp, stamps_of
 from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError, listed, reason, remedy
 from fossil_export.merging._given import AnyGiven, with_weights
@@ -150,7 +150,9 @@ def _verified(
     if level in ("weights", "all"):
         try:
             changed = base_checkpoint if training.into == "original" else trained
-            tensors, problems = found.weights(changed, added, record, progress)
+            with by_address(base_checkpoint.home):
+                tensors, problems = found.weights(changed, added, record, progress)
+                problems = [shown(problem, base_checkpoint.home) for problem in problems]
         except MergeError as problem:  # adapter and base do not go together: nothing made of them can be right
             problems.append(str(problem))
             together = False

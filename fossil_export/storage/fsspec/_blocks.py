@@ -29,16 +29,20 @@ Key = tuple[Hashable, int]
 
 class _Block:
     """What is asked for. `wanted` counts readers that have not taken it yet, `awaited` those that wait for it now;
-    `spent` says that its last byte was read, after which it is the first to go."""
+    `used` counts the bytes that were read. After the last of them it is the first to go."""
 
-    __slots__ = ("awaited", "data", "fetch", "is_running", "problem", "spent", "wanted")
+    __slots__ = ("awaited", "data", "fetch", "is_running", "problem", "used", "wanted")
 
     def __init__(self, fetch: Callable[[], bytes]) -> None:
         self.fetch = fetch
         self.data: bytes | None = None
         self.problem: BaseException | None = None
-        self.is_running = self.spent = False
-        self.wanted = self.awaited = 0
+        self.is_running = False
+        self.wanted = self.awaited = self.used = 0
+
+    @property
+    def is_spent(self) -> bool:
+        return self.data is not None and self.used >= len(self.data) and not self.wanted
 
     @property
     def is_done(self) -> bool:
@@ -77,12 +81,13 @@ class Blocks:
                     block.wanted -= 1
                 self._changed.notify_all()
 
-    def spend(self, key: Key) -> None:
-        """Note that the last byte of a block was read."""
+    def spend(self, key: Key, nbytes: int) -> None:
+        """Note that so many bytes of a block were read."""
         with self._changed:
-            if (block := self._blocks.get(key)) is not None:
-                block.spent = True
-                self._changed.notify_all()
+            if (block := self._blocks.get(key)) is not None and block.data is not None:
+                block.used += nbytes
+                if block.is_spent:
+                    self._changed.notify_all()
 
     def forget(self, file: Hashable) -> None:
         """Drop the blocks of a file."""
@@ -140,7 +145,7 @@ class Blocks:
     def _room(self) -> int:
         """Blocks that could be asked for and let no other wait."""
         waiting = sum(not block.is_done and not block.is_running for block in self._blocks.values())
-        spent = sum(block.spent and not block.wanted for block in self._blocks.values())
+        spent = sum(block.is_spent for block in self._blocks.values())
         return self._most - self._held - waiting + spent
 
     def _make_room(self) -> bool:
@@ -150,7 +155,7 @@ class Blocks:
         if not done:
             return False
         # min takes the first, which was used longest ago.
-        key, _ = min(done, key=lambda one: (one[1].wanted > 0, not one[1].spent))
+        key, _ = min(done, key=lambda one: (one[1].wanted > 0, not one[1].is_spent))
         self._drop(key)
         return True
 

@@ -55,8 +55,7 @@ class RemoteFile:
                 taken = min(len(data) - start, len(left))
                 left[:taken] = memoryview(data)[start : start + taken]
                 left, offset = left[taken:], offset + taken
-                if start + taken == len(data):
-                    self._blocks.spend(key)
+                self._blocks.spend(key, taken)
 
     def read_rows(self, offset: int, stride: int, out: np.ndarray[Any, Any]) -> None:
         """Fill each row of `out` (rows, n) (uint8, contiguous) with the n bytes that are `stride` bytes further on than
