@@ -6,9 +6,10 @@ Whole blocks join what is adjacent into one request; the blocks that follow are 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -20,6 +21,9 @@ CONNECTIONS = 8
 
 HELD = 16
 """Blocks in memory, those that are on their way counted."""
+
+READERS = 6
+"""Readers at a time; what more of them want at once would not fit, and blocks would go before they are read."""
 
 AHEAD = 6
 """Blocks that are asked for before they are needed."""
@@ -56,10 +60,11 @@ class Blocks:
         self._blocks: dict[Key, _Block] = {}  # those that were used last stand last
         self._held, self._most = 0, held
         self._changed = threading.Condition()
+        self.readers = threading.Semaphore(READERS)
         self._pool = ThreadPoolExecutor(connections, "fossil-export-blocks")
         self.peak = 0
 
-    def read(self, keys: list[Key], ahead: list[Key], fetch: Callable[[Key], bytes]) -> Iterator[bytes]:
+    def read(self, keys: list[Key], ahead: Iterable[Key], fetch: Callable[[Key], bytes]) -> Iterator[bytes]:
         """The blocks `keys`, in order, each one good until the next is asked for. `ahead` are asked for, too, as far as
         there is room for them. Raises what `fetch` raised."""
         with self._changed:
@@ -119,7 +124,7 @@ class Blocks:
 
     def _bring(self, key: Key, block: _Block) -> None:
         with self._changed:
-            while self._held >= self._most and not self._make_room():
+            while self._held >= self._most and not self._make_room(key):
                 self._changed.wait()
             if self._blocks.get(key) is not block:  # its file was closed
                 block.problem = ValueError("read of a closed file")
@@ -148,15 +153,18 @@ class Blocks:
         spent = sum(block.is_spent for block in self._blocks.values())
         return self._most - self._held - waiting + spent
 
-    def _make_room(self) -> bool:
+    def _make_room(self, wanted: Key) -> bool:
         """Drop the block that is needed least: one that was read to its end, one that no reader has asked for, then one
         whose reader waits for another."""
         done = [(key, block) for key, block in self._blocks.items() if block.data is not None and not block.awaited]
         if not done:
             return False
-        # min takes the first, which was used longest ago.
-        key, _ = min(done, key=lambda one: (one[1].wanted > 0, not one[1].is_spent))
-        self._drop(key)
+
+        def use(one: tuple[Key, _Block]) -> tuple[bool, bool, float]:
+            (file, number), block = one
+            return block.wanted > 0, not block.is_spent, -abs(number - wanted[1]) if file == wanted[0] else -math.inf
+
+        self._drop(min(done, key=use)[0])
         return True
 
     def _drop(self, key: Key) -> None:

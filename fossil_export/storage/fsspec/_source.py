@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -39,23 +40,32 @@ class RemoteFile:
     def __init__(self, place: Place, name: str, size: int) -> None:
         self._place, self._name, self._size = place, name, size
         self._blocks, self._id = blocks(), next(_NUMBERS)
-        self._count = -(-size // BLOCK)
+        self._count, self._front = -(-size // BLOCK), 0
 
     def read(self, offset: int, out: np.ndarray[Any, Any]) -> None:
         """Fill `out` (uint8, contiguous) with the bytes from `offset` on; what follows them is read ahead."""
         if not len(out):
             return
+        with self._blocks.readers:
+            self._read(offset, out)
+
+    def _read(self, offset: int, out: np.ndarray[Any, Any]) -> None:
         left, first, last = out.data, offset // BLOCK, (offset + len(out) - 1) // BLOCK
         for number in range(first, last + 1, TOGETHER):
             stop = min(number + TOGETHER, last + 1)
+            self._front = max(self._front, stop)
             keys: list[Key] = [(self._id, one) for one in range(number, stop)]
-            ahead: list[Key] = [(self._id, one) for one in range(stop, min(stop + AHEAD, self._count))]
-            for key, data in zip(keys, self._blocks.read(keys, ahead, self._fetch), strict=True):
+            for key, data in zip(keys, self._blocks.read(keys, self._ahead(stop), self._fetch), strict=True):
                 start = offset - key[1] * BLOCK
                 taken = min(len(data) - start, len(left))
                 left[:taken] = memoryview(data)[start : start + taken]
                 left, offset = left[taken:], offset + taken
                 self._blocks.spend(key, taken)
+
+    def _ahead(self, stop: int) -> Iterator[Key]:
+        """The next blocks, but for those that another reader, further on, has done with. To be asked for in the lock."""
+        for number in range(self._front, min(stop + AHEAD, self._count)):
+            yield self._id, number
 
     def read_rows(self, offset: int, stride: int, out: np.ndarray[Any, Any]) -> None:
         """Fill each row of `out` (rows, n) (uint8, contiguous) with the n bytes that are `stride` bytes further on than
