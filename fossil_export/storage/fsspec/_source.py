@@ -63,7 +63,7 @@ class RemoteFile:
                 self._blocks.spend(key, taken)
 
     def _ahead(self, stop: int) -> Iterator[Key]:
-        """The next blocks, but for those that another reader, further on, has done with. To be asked for in the lock."""
+        """The next blocks, but for those that a reader further on has done with; to be asked for in the lock."""
         for number in range(self._front, min(stop + AHEAD, self._count)):
             yield self._id, number
 
