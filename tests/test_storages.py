@@ -123,7 +123,7 @@ def without_names(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_order_of_the_table() -> None:
-    assert list(STORAGES) == ["local", "hub"]
+    assert list(STORAGES) == ["local", "hub", "fsspec"]
 
 
 def test_plans_fetch_nothing(memory: MemoryStorage, models: Path) -> None:

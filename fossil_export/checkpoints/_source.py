@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from fossil_export.checkpoints._folder import Folder
 from fossil_export.checkpoints._header import Header
 from fossil_export.checkpoints._input import InputFile
+from fossil_export.errors import FossilExportError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,6 +49,13 @@ class Viewed(Protocol):
 class ReadInPlace(Protocol):
     """A folder elsewhere whose weights can be read by ranges where they lie, so that none need be brought here."""
 
+    address: str
+    """What the user knows it by."""
+
+    @property
+    def path(self) -> Path:
+        """Where its files would lie."""
+
     def open(self, header: Header) -> Source:
         """The file that the header was read of; it is still the one that was listed."""
 
@@ -66,6 +75,24 @@ def open_source(folder: Folder | None, header: Header, moved: Path | None = None
     if isinstance(folder, ReadInPlace) and not header.path.is_file():
         return folder.open(header)
     return InputFile(header.path, header)
+
+
+@contextmanager
+def by_address(*folders: Folder) -> Iterator[None]:
+    """Errors in the block name the places of files that are read there, not those where nothing lies."""
+    try:
+        yield
+    except FossilExportError as problem:
+        problem.args = (shown(str(problem), *folders),)
+        raise
+
+
+def shown(text: str, *folders: Folder) -> str:
+    """`text` with the addresses of these folders in the place of their paths."""
+    for folder in folders:
+        if isinstance(folder, ReadInPlace):
+            text = text.replace(str(folder.path), folder.address)
+    return text
 
 
 def by_path(*folders: tuple[Folder, Iterable[Header]]) -> dict[Path, tuple[Folder, Header]]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fossil_export._threads import in_order, one_blas_thread
 from fossil_export.checkpoints._header import Header
+from fossil_export.checkpoints._source import by_address
 from fossil_export.merging._engine import choose_engine
 from fossil_export.merging._layout import FilePlan
 from fossil_export.merging._memory import bounds_of
@@ -144,7 +145,7 @@ class Writer:
         worker = Worker(self._plan, self._engine, moved, bounds.room)
         try:
             # More threads than there are cores, since one waits while its slab is written.
-            with one_blas_thread(), ThreadPoolExecutor(bounds.threads) as pool:
+            with by_address(self._plan.base.home), one_blas_thread(), ThreadPoolExecutor(bounds.threads) as pool:
                 _write_file(file, output, wanted, worker, pool, bounds.threads, self._progress)
             worker.check()
         finally:

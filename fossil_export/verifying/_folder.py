@@ -27,10 +27,10 @@ def check_folder(
     yield from check_record(base, plan.adapters, record)
     if artifact.folder is not None:
         names = {header.path.name for header in artifact.files}
-        for path in sorted(artifact.folder.iterdir()):
-            is_index = artifact.index_path is not None and path.name == artifact.index_path.name
-            if is_weights(path.name) and path.name not in names and not is_index:
-                yield f"{path.name} holds other weights, which a loader may take instead; remove it"
+        for name in artifact.home.root_names():
+            is_index = artifact.index_path is not None and name == artifact.index_path.name
+            if is_weights(name) and name not in names and not is_index:
+                yield f"{name} holds other weights, which a loader may take instead; remove it"
     if artifact.config is None:
         if base.config is not None:
             yield "config.json is missing from the artifact"

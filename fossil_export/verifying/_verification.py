@@ -16,6 +16,7 @@ from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._companions import CERTIFICATE, PROVENANCE, is_weights
 from fossil_export.checkpoints._dtypes import BY_TORCH_NAME
 from fossil_export.checkpoints._jsonfile import read_json
+from fossil_export.checkpoints._source import by_address, is_read_in_place, shown
 from fossil_export.checkpoints._stamp import Stamp, check_stamp, stamps_of
 from fossil_export.errors import AdapterError, CheckpointError, FossilExportError, MergeError, listed, reason, remedy
 from fossil_export.merging._given import AnyGiven, with_weights
@@ -101,7 +102,7 @@ def _verified(
 ) -> tuple[Verification, Callable[[], None]]:
     """The verdict, and what raises where a file that it was reached on is another one by now; nothing is written."""
     started = time.perf_counter()
-    _fetch_parts(origin)
+    in_place = _fetch_artifact(origin, level)
     folder = origin.path
     seen = _stamps(folder)
     if origin.file is None and not folder.is_dir():
@@ -111,7 +112,7 @@ def _verified(
     if kind_of_file(folder) is None and not folder.is_dir():
         raise CheckpointError(f"{folder}: is no model folder; name the folder that the file lies in")
     record = _read_record(folder)
-    found = open_any(folder)
+    found = open_any(folder, origin.folder if in_place else None)
     added = _added(adapter, record, folder)
     fetch(*(one.needed for one in added.adapters))
     found_base = find_origin(
@@ -149,7 +150,9 @@ def _verified(
     if level in ("weights", "all"):
         try:
             changed = base_checkpoint if training.into == "original" else trained
-            tensors, problems = found.weights(changed, added, record, progress)
+            with by_address(base_checkpoint.home):
+                tensors, problems = found.weights(changed, added, record, progress)
+                problems = [shown(problem, base_checkpoint.home) for problem in problems]
         except MergeError as problem:  # adapter and base do not go together: nothing made of them can be right
             problems.append(str(problem))
             together = False
@@ -281,6 +284,22 @@ def _parts(names: list[str]) -> list[str]:
     if any(name.endswith(".onnx") for name in names):
         return names
     return [name for name in names if not is_weights(name) or ".safetensors" in name]
+
+
+def _fetch_artifact(origin: Origin, level: Level) -> bool:
+    """Bring here what is looked at of an artifact; True if its weights can be compared where they lie, and did not
+    come: those of a merged model whose place can do that."""
+    home = origin.folder
+    names = home.names() if is_read_in_place(home) and not home.is_here else []
+    alone = origin.file is not None or "adapter_config.json" in names or any(".onnx" in name for name in names)
+    if level != "weights" or alone or not any(name.endswith(".safetensors") for name in names):
+        _fetch_parts(origin)
+        return False
+    if not origin.checkpoint().can_stay:
+        _fetch_parts(origin)
+        return False
+    fetch(Needed(home, tuple(name for name in names if not is_weights(name) or name.endswith(".json"))))
+    return True
 
 
 def _fetch_parts(origin: Origin) -> None:

@@ -6,9 +6,10 @@ Whole blocks join what is adjacent into one request; the blocks that follow are 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -21,6 +22,9 @@ CONNECTIONS = 8
 HELD = 16
 """Blocks in memory, those that are on their way counted."""
 
+READERS = 6
+"""Readers at a time; what more of them want at once would not fit, and blocks would go before they are read."""
+
 AHEAD = 6
 """Blocks that are asked for before they are needed."""
 
@@ -28,17 +32,21 @@ Key = tuple[Hashable, int]
 
 
 class _Block:
-    """`wanted` counts readers that have not taken it yet, `awaited` those that wait for it now; `spent` says that its
-    last byte was read, after which it is the first to go."""
+    """What is asked for. `wanted` counts readers that have not taken it yet, `awaited` those that wait for it now;
+    `used` counts the bytes that were read. After the last of them it is the first to go."""
 
-    __slots__ = ("awaited", "data", "fetch", "is_running", "problem", "spent", "wanted")
+    __slots__ = ("awaited", "data", "fetch", "is_running", "problem", "used", "wanted")
 
     def __init__(self, fetch: Callable[[], bytes]) -> None:
         self.fetch = fetch
         self.data: bytes | None = None
         self.problem: BaseException | None = None
-        self.is_running = self.spent = False
-        self.wanted = self.awaited = 0
+        self.is_running = False
+        self.wanted = self.awaited = self.used = 0
+
+    @property
+    def is_spent(self) -> bool:
+        return self.data is not None and self.used >= len(self.data) and not self.wanted
 
     @property
     def is_done(self) -> bool:
@@ -52,10 +60,11 @@ class Blocks:
         self._blocks: dict[Key, _Block] = {}  # those that were used last stand last
         self._held, self._most = 0, held
         self._changed = threading.Condition()
+        self.readers = threading.Semaphore(READERS)
         self._pool = ThreadPoolExecutor(connections, "fossil-export-blocks")
         self.peak = 0
 
-    def read(self, keys: list[Key], ahead: list[Key], fetch: Callable[[Key], bytes]) -> Iterator[bytes]:
+    def read(self, keys: list[Key], ahead: Iterable[Key], fetch: Callable[[Key], bytes]) -> Iterator[bytes]:
         """The blocks `keys`, in order, each one good until the next is asked for. `ahead` are asked for, too, as far as
         there is room for them. Raises what `fetch` raised."""
         with self._changed:
@@ -65,27 +74,25 @@ class Blocks:
             for key in ahead:
                 if key not in self._blocks and self._room() > 0:
                     self._asked(key, fetch)
-        left = list(zip(keys, found, strict=True))
         try:
-            while left:
-                key, block = left[0]
-                yield self._taken(key, block, fetch)
-                left.pop(0)
+            while found:
+                yield self._taken(found[0])
                 with self._changed:
-                    block.wanted -= 1
+                    found.pop(0).wanted -= 1
                     self._changed.notify_all()
         finally:
             with self._changed:
-                for _, block in left:
+                for block in found:
                     block.wanted -= 1
                 self._changed.notify_all()
 
-    def spend(self, key: Key) -> None:
-        """Note that the last byte of a block was read."""
+    def spend(self, key: Key, nbytes: int) -> None:
+        """Note that so many bytes of a block were read."""
         with self._changed:
-            if (block := self._blocks.get(key)) is not None:
-                block.spent = True
-                self._changed.notify_all()
+            if (block := self._blocks.get(key)) is not None and block.data is not None:
+                block.used += nbytes
+                if block.is_spent:
+                    self._changed.notify_all()
 
     def forget(self, file: Hashable) -> None:
         """Drop the blocks of a file."""
@@ -102,13 +109,11 @@ class Blocks:
         self._blocks[key] = block
         return block
 
-    def _taken(self, key: Key, block: _Block, fetch: Callable[[Key], bytes]) -> bytes:
+    def _taken(self, block: _Block) -> bytes:
         with self._changed:
             block.awaited += 1
             try:
                 while not block.is_done:
-                    if self._blocks.get(key) is not block and not block.is_running:  # it had to go before it was taken
-                        block = self._asked(key, fetch)
                     self._changed.wait()
             finally:
                 block.awaited -= 1
@@ -119,9 +124,11 @@ class Blocks:
 
     def _bring(self, key: Key, block: _Block) -> None:
         with self._changed:
-            while self._held >= self._most and not self._make_room():
+            while self._held >= self._most and not self._make_room(key):
                 self._changed.wait()
-            if self._blocks.get(key) is not block:  # nobody wants it any more
+            if self._blocks.get(key) is not block:  # its file was closed
+                block.problem = ValueError("read of a closed file")
+                self._changed.notify_all()
                 return
             self._held += 1
             self.peak = max(self.peak, self._held)
@@ -143,18 +150,21 @@ class Blocks:
     def _room(self) -> int:
         """Blocks that could be asked for and let no other wait."""
         waiting = sum(not block.is_done and not block.is_running for block in self._blocks.values())
-        spent = sum(block.spent and not block.wanted for block in self._blocks.values())
+        spent = sum(block.is_spent for block in self._blocks.values())
         return self._most - self._held - waiting + spent
 
-    def _make_room(self) -> bool:
+    def _make_room(self, wanted: Key) -> bool:
         """Drop the block that is needed least: one that was read to its end, one that no reader has asked for, then one
         whose reader waits for another."""
         done = [(key, block) for key, block in self._blocks.items() if block.data is not None and not block.awaited]
         if not done:
             return False
-        # min takes the first, which was used longest ago.
-        key, _ = min(done, key=lambda one: (one[1].wanted > 0, not one[1].spent))
-        self._drop(key)
+
+        def use(one: tuple[Key, _Block]) -> tuple[bool, bool, float]:
+            (file, number), block = one
+            return block.wanted > 0, not block.is_spent, -abs(number - wanted[1]) if file == wanted[0] else -math.inf
+
+        self._drop(min(done, key=use)[0])
         return True
 
     def _drop(self, key: Key) -> None:

@@ -19,6 +19,8 @@ T = TypeVar("T")
 ATTEMPTS = 5
 PAUSE = 0.5
 """Seconds before the second attempt; each further pause is twice as long. The file systems' own attempts come first."""
+PATIENCE = 60.0
+"""Seconds after which there is no further attempt."""
 
 _CREDENTIALS = {
     "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "NoAuthTokenError", "ProfileNotFound",
@@ -72,7 +74,7 @@ def is_transient(problem: BaseException) -> bool:
 
 def retried(run: Callable[[], T], address: str, doing: str = "cannot be read", attempts: int = ATTEMPTS) -> T:
     """`run()`, again a few times if what failed may pass. Raises as `explained` says."""
-    pause = PAUSE
+    pause, until = PAUSE, time.monotonic() + PATIENCE
     while True:
         attempts -= 1
         try:
@@ -80,7 +82,9 @@ def retried(run: Callable[[], T], address: str, doing: str = "cannot be read", a
         except FossilExportError:
             raise
         except Exception as problem:
-            if attempts <= 0 or not is_transient(problem):
+            if any(_kinds(cause) & _TIME for cause in causes_of(problem)):
+                attempts = min(attempts, 1)  # what waits for so long was tried several times already
+            if attempts <= 0 or time.monotonic() + pause > until or not is_transient(problem):
                 raise explained(problem, address, doing) from problem
         time.sleep(pause)
         pause *= 2

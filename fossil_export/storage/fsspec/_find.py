@@ -12,7 +12,14 @@ from fossil_export.errors import FossilExportError
 from fossil_export.storage._local import LocalStorage
 from fossil_export.storage._origin import ModelName, Origin, Storage
 from fossil_export.storage._paths import nothing_there
-from fossil_export.storage.fsspec._addresses import LOCAL, OTHERS, SCHEMES, is_object_address, scheme_of
+from fossil_export.storage.fsspec._addresses import (
+    LOCAL,
+    OTHERS,
+    SCHEMES,
+    check_address,
+    is_object_address,
+    scheme_of,
+)
 
 
 class FsspecStorage(Storage):
@@ -25,6 +32,8 @@ class FsspecStorage(Storage):
         """Raises StorageError for what the place refuses, `error` for an address that nothing is found at."""
         text = str(given)
         scheme = scheme_of(text)
+        if "://" in text and "::" in text:
+            check_address(text, error)
         if scheme is None or scheme in OTHERS:
             return None
         if scheme in LOCAL:
@@ -37,6 +46,7 @@ class FsspecStorage(Storage):
 
             if not is_known(scheme):
                 return None
+        check_address(text, error)
         return _open(text.rstrip("/"), error, what)
 
     def parse(self, name: str) -> ModelName | None:
@@ -79,8 +89,8 @@ def _listing(system: Any, root: str, address: str) -> dict[str, Mapping[str, Any
                 return {}
             raise
 
-    # It has not worked yet: an address that is wrong should say so soon.
-    return retried(run, address, attempts=2)
+    # It has not worked yet, and its library has tried several times: what is wrong should be said soon.
+    return retried(run, address, attempts=1)
 
 
 def _cache(address: str, entries: Mapping[str, Any]) -> Path:

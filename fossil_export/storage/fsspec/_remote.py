@@ -46,9 +46,16 @@ class Entry:
     @classmethod
     def of(cls, info: Mapping[str, Any]) -> Entry:
         etag = next((str(info[key]).strip('"') for key in _TAGS if info.get(key)), "")
-        # S3 lists times to the millisecond and tells them to the second: they count only if there is nothing better.
-        state = etag or next((str(info[key]) for key in _TIMES if info.get(key)), "")
+        # S3 lists times to the millisecond and tells them to the second: they count if there is nothing better.
+        state = etag or next((_time(info[key]) for key in _TIMES if info.get(key)), "")
         return cls(int(info.get("size") or 0), etag, state)
+
+
+def _time(value: Any) -> str:
+    """A moment, which some listings have as seconds and answers about one file as a date."""
+    if hasattr(value, "timestamp"):
+        value = value.timestamp()
+    return f"{value:.3f}" if isinstance(value, (int, float)) else str(value)
 
 
 class RemoteFolder:
@@ -163,10 +170,7 @@ class RemoteFolder:
         """Raise StorageError if a file is another one than that which was listed."""
         listed_as = self.entries[name]
         found = Entry.of(self._info(name))
-        same = found.state == listed_as.state if found.etag and listed_as.etag else not (found.etag or listed_as.etag)
-        if listed_as.etag == found.etag == "":
-            same = found.state == listed_as.state
-        if found.size != listed_as.size or not same:
+        if (found.size, found.state) != (listed_as.size, listed_as.state):
             raise self.changed(name)
 
     def changed(self, name: str) -> StorageError:

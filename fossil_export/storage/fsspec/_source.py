@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fossil_export.storage.fsspec._blocks import AHEAD, BLOCK, Key, blocks
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+TOGETHER = 2
+"""Blocks that one reader holds at a time."""
+
+_NUMBERS = count()
 
 
 class Place(Protocol):
@@ -31,37 +39,45 @@ class RemoteFile:
 
     def __init__(self, place: Place, name: str, size: int) -> None:
         self._place, self._name, self._size = place, name, size
-        self._blocks = blocks()
-        self._last = -(-size // BLOCK)
+        self._blocks, self._id = blocks(), next(_NUMBERS)
+        self._count, self._front = -(-size // BLOCK), 0
 
     def read(self, offset: int, out: np.ndarray[Any, Any]) -> None:
         """Fill `out` (uint8, contiguous) with the bytes from `offset` on; what follows them is read ahead."""
         if not len(out):
             return
-        first, last = offset // BLOCK, (offset + len(out) - 1) // BLOCK
-        keys: list[Key] = [(id(self), number) for number in range(first, last + 1)]
-        ahead: list[Key] = [(id(self), number) for number in range(last + 1, min(last + 1 + AHEAD, self._last))]
-        target, at = out.data, 0
-        for (_, number), data in zip(keys, self._blocks.read(keys, ahead, self._fetch), strict=True):
-            start = offset + at - number * BLOCK
-            count = min(len(data) - start, len(out) - at)
-            target[at : at + count] = memoryview(data)[start : start + count]
-            at += count
-            if start + count == len(data):
-                self._blocks.spend((id(self), number))
-        assert at == len(out), "the header has no tensors past the end"
+        with self._blocks.readers:
+            self._read(offset, out)
+
+    def _read(self, offset: int, out: np.ndarray[Any, Any]) -> None:
+        left, first, last = out.data, offset // BLOCK, (offset + len(out) - 1) // BLOCK
+        for number in range(first, last + 1, TOGETHER):
+            stop = min(number + TOGETHER, last + 1)
+            self._front = max(self._front, stop)
+            keys: list[Key] = [(self._id, one) for one in range(number, stop)]
+            for key, data in zip(keys, self._blocks.read(keys, self._ahead(stop), self._fetch), strict=True):
+                start = offset - key[1] * BLOCK
+                taken = min(len(data) - start, len(left))
+                left[:taken] = memoryview(data)[start : start + taken]
+                left, offset = left[taken:], offset + taken
+                self._blocks.spend(key, taken)
+
+    def _ahead(self, stop: int) -> Iterator[Key]:
+        """The next blocks, but for those that a reader further on has done with; to be asked for in the lock."""
+        for number in range(self._front, min(stop + AHEAD, self._count)):
+            yield self._id, number
 
     def read_rows(self, offset: int, stride: int, out: np.ndarray[Any, Any]) -> None:
         """Fill each row of `out` (rows, n) (uint8, contiguous) with the n bytes that are `stride` bytes further on than
         those of the row before; what is between them is read, too."""
         import numpy as np
 
-        count, width = out.shape
+        rows_count, width = out.shape
         if not out.size:
             return
         step = max(1, BLOCK // stride)
-        span = np.empty((min(step, count) - 1) * stride + width, np.uint8)
-        for first in range(0, count, step):
+        span = np.empty((min(step, rows_count) - 1) * stride + width, np.uint8)
+        for first in range(0, rows_count, step):
             rows = out[first : first + step]
             if stride >= BLOCK:
                 self.read(offset + first * stride, rows[0])
@@ -75,7 +91,7 @@ class RemoteFile:
         self._place.check_state(self._name)
 
     def close(self) -> None:
-        self._blocks.forget(id(self))
+        self._blocks.forget(self._id)
 
     def _fetch(self, key: Key) -> bytes:
         start = key[1] * BLOCK
