@@ -69,6 +69,7 @@ class RemoteAssembly:
 
     def note(self, name: str, about: Mapping[str, Any]) -> None:
         entry = self._store.entry(name)
+        self._check_ours()
         self._journal.note(Note(name, self._begun.digest, entry.size, entry.state, about))
 
     def check_room(self, needed: int) -> None:
@@ -84,7 +85,7 @@ class RemoteAssembly:
         notes = self._journal.notes(there)
         made = [note for note in notes if note.is_finished and note.digest == self._begun.digest]
         self._check_files(made, there)
-        self._store.abort(note.file for note in notes if not note.is_finished)
+        self._store.abort(note.file for note in notes)
         new = {*(note.file for note in made), *self._put}
         old = {*self._begun.old, *(note.file for note in notes)}
         self._store.remove(name for name in there if name in old - new)
@@ -110,7 +111,7 @@ class RemoteAssembly:
 
     def abort_uploads(self, there: Iterable[str]) -> None:
         """Those of files that killed processes had begun."""
-        self._store.abort(note.file for note in self._journal.notes(there) if not note.is_finished)
+        self._store.abort(note.file for note in self._journal.notes(there))
 
     def leave(self) -> None:
         """The process ends: what is finished stays; if that is nothing, nothing does."""
@@ -133,7 +134,8 @@ class RemoteAssembly:
         known = self._journal.begun()
         if known is None or (known.digest, known.run) != (self._begun.digest, self._begun.run):
             raise OutputError(
-                f"{self._store.address}: another process writes there now; end one of the two, then run the other again"
+                f"{self._store.address}: another process writes there, too, and files of both may be mixed; when it has "
+                "ended, run one of the two again with --overwrite"
             )
 
     def _check_files(self, made: Iterable[Note], there: Mapping[str, Entry]) -> None:
