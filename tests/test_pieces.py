@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -12,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fossil_export._console import print_table, readable_bytes
-from fossil_export.merging import _engine as engine
 from fossil_export.merging._config import edited_config
 from fossil_export.merging._layout import parse_size
 from fossil_export.merging._survival import SAMPLE_ROWS, Survival, group_rows, measure, sample_starts, sampled_share
@@ -72,15 +70,6 @@ def test_survival_of_a_known_rounding() -> None:
     assert got.survived == pytest.approx(0.6 / (0.4**2 + 0.6**2))
     assert got.energy == pytest.approx(1 / (0.4**2 + 0.6**2))
     assert Survival().survived is None and Survival().energy is None
-
-
-def test_large_float16_goes_to_torch_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    half = SimpleNamespace(action="merge", dtype="F16", shape=(1 << 14, 1 << 14), source=SimpleNamespace(dtype="F16"))
-    small = SimpleNamespace(action="merge", dtype="F16", shape=(8, 8), source=SimpleNamespace(dtype="F16"))
-    assert isinstance(engine.choose_engine("cpu", (half,)), engine.TorchEngine)  # type: ignore[arg-type]
-    assert isinstance(engine.choose_engine("cpu", (small,)), engine.NumpyEngine)  # type: ignore[arg-type]
-    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
-    assert isinstance(engine.choose_engine("cpu", (half,)), engine.NumpyEngine)  # type: ignore[arg-type]
 
 
 def test_tables_line_up(capsys: pytest.CaptureFixture[str]) -> None:

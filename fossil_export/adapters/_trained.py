@@ -60,6 +60,13 @@ class Trained:
         return int(self.numbers.get("block_rows") or METHODS[self.method].block_rows(self.shapes))
 
     @property
+    def period(self) -> int:
+        """Rows after which its tensors go on to other values (`period` of a method that has one), else 1: slabs lie
+        within such a stretch, or have whole ones."""
+        period = getattr(METHODS[self.method], "period", None)
+        return 1 if period is None else int(period(self.shapes))
+
+    @property
     def rank(self) -> int:
         """r; 0 for a method that has none."""
         return int(self.numbers.get("r", 0))

@@ -1,7 +1,8 @@
-"""Float32 rounded to the dtype of a tensor, fast."""
+"""Float32 rounded to the dtype of a tensor, and float16 widened, fast, in NumPy."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from fossil_export.checkpoints._dtypes import numpy_dtype
@@ -15,6 +16,21 @@ _LARGE = 0x477FF000
 """Bits of the smallest float32 that float16 has no finite number for."""
 _NORMAL = 0x38800000
 """Bits of the smallest float32 that is a normal number in float16 too."""
+
+
+@lru_cache(maxsize=1)
+def _halves() -> Array:
+    import numpy as np
+
+    return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+
+
+def widened(values: Array) -> Array:
+    """Float16 `values` in float32, by a table: NumPy's own cast takes some times as long."""
+    import numpy as np
+
+    found: Array = np.take(_halves(), values.view(np.uint16))
+    return found
 
 
 def rounded(values: Array, dtype: str) -> Array:

@@ -14,6 +14,16 @@ from typing import Any
 
 _NAME = "_library"
 
+_POINTER, _SIZE, _STEP, _INT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_ssize_t, ctypes.c_int
+_UPDATE = [_POINTER, _SIZE, _STEP, _STEP]
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "fossil_word_sums": (None, [_POINTER, _SIZE, _POINTER]),
+    "fossil_level": (_INT, [_INT]),
+    "fossil_merge": (_INT, [_POINTER, _STEP, _INT, _POINTER, _INT, _SIZE, _SIZE, *_UPDATE]),
+    "fossil_measure": (None, [_POINTER, _POINTER, _POINTER, _INT, _SIZE, _POINTER]),
+}
+# What each function returns and takes.
+
 
 @lru_cache(maxsize=1)
 def library() -> Any | None:
@@ -24,7 +34,11 @@ def library() -> Any | None:
         path = Path(__file__).with_name(f"{_NAME}{suffix}")
         if path.is_file():
             try:
-                return ctypes.CDLL(str(path))
-            except OSError:  # made for another machine
+                found = ctypes.CDLL(str(path))
+                for name, (result, arguments) in _SIGNATURES.items():
+                    function = getattr(found, name)
+                    function.restype, function.argtypes = result, arguments
+            except (OSError, AttributeError):  # made for another machine, or by another version
                 return None
+            return found
     return None

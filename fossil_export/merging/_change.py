@@ -124,6 +124,11 @@ class Part:
         return group_rows(math.lcm(*(change.trained.block_rows for change in self.changes)))
 
     @property
+    def periods(self) -> set[int]:
+        """Numbers of rows of which slabs must have a multiple, or a part that divides them."""
+        return {count for change in self.changes if (count := change.trained.period) > 1}
+
+    @property
     def unit(self) -> int:
         """Rows that must not be cut apart."""
         return self.whole_rows(self.sampled)

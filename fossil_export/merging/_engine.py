@@ -1,22 +1,22 @@
 """The arithmetic of a slab of rows: widen, add the update, round once, see that it is finite.
 
-Two engines with the same results (bat up to the order of its sums): NumPy for the CPU (PyTorch takes longer
-to import than most merges take), PyTorch for GPUs and, where it is installed, for large float16 weights,
-whose casts NumPy does in software.
+Two engines with the same results (bat up to the order of its sums): NumPy for the CPU, with the compiled loops of
+kernels/ where they are, and PyTorch for GPUs.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fossil_export.checkpoints._coding import CodedRows
-from fossil_export.checkpoints._dtypes import element_count, numpy_dtype
+from fossil_export.checkpoints._dtypes import numpy_dtype
+from fossil_export.checkpoints._rounding import rounded, widened
 from fossil_export.errors import MergeError, MissingExtraError
-from fossil_export.merging._layout import TensorPlan
+from fossil_export.kernels import library
+from fossil_export.kernels._rows import merge_rows
 from fossil_export.merging._survival import Survival, group_rows, measure, sample_starts
 from fossil_export.methods import Arrays, Method, Numbers
 
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-_SLOW_FLOAT16 = 1 << 28
-# Elements from which importing PyTorch is repaid by its float16 casts (NumPy: 6 ns an element).
-
 
 class Engine(Protocol):
     """Moves rows between NumPy views of raw bytes and the arrays it computes on."""
@@ -35,12 +32,17 @@ class Engine(Protocol):
     block: int
     """Elements worked on at a time: what stays in the processor's cache, or fills a GPU."""
 
+    @property
+    def one_pass(self) -> bool:
+        """Whether a sum that is rounded takes one pass."""
+
     def widen(self, rows: Array, dtype: str, copy: bool = True) -> Any:
         """`rows` as an array of `dtype` ("F32" or "F64"), row by row in memory, that may be changed if it is a copy.
         Whole numbers come as int64."""
 
-    def round(self, wide: Any, out: Array) -> None:
-        """Round `wide` to the dtype of the NumPy view `out` and store it there."""
+    def store(self, wide: Any, out: Array, update: Any = None) -> bool:
+        """Round `wide`, plus an `update` of the same rows if there is one, to the dtype of the NumPy view `out` and
+        store it there; `wide` is given away. Returns whether all of it is finite."""
 
     def numpy(self, array: Any) -> Array:
         """`array` as a NumPy array."""
@@ -52,14 +54,25 @@ class Engine(Protocol):
 class NumpyEngine:
     block = 1 << 19
 
-    def widen(self, rows: Array, dtype: str, copy: bool = True) -> Array:
-        return rows.astype(numpy_dtype("I64" if rows.dtype.kind in "iu" else dtype), order="C", copy=copy)
+    @property
+    def one_pass(self) -> bool:
+        return library() is not None
 
-    def round(self, wide: Array, out: Array) -> None:
+    def widen(self, rows: Array, dtype: str, copy: bool = True) -> Array:
         import numpy as np
 
-        with np.errstate(over="ignore", invalid="ignore"):  # infinities are found and named by the caller
-            np.copyto(out, wide, casting="unsafe")
+        if rows.dtype.itemsize == 2 and rows.dtype.kind not in "iu" and dtype == "F32" and rows.ndim == 2:
+            wide = np.empty(rows.shape, np.float32)
+            cast(rows, wide)
+            return wide
+        return rows.astype(numpy_dtype("I64" if rows.dtype.kind in "iu" else dtype), order="C", copy=copy)
+
+    def store(self, wide: Array, out: Array, update: Array | None = None) -> bool:
+        if update is not None:
+            if update.shape == wide.shape and merge_rows(wide, out, update):
+                return True
+            wide += update
+        return cast(wide, out, spare=True)
 
     def numpy(self, array: Array) -> Array:
         return array
@@ -70,6 +83,7 @@ class NumpyEngine:
 
 class TorchEngine:
     block = 1 << 22
+    one_pass = False
 
     def __init__(self, device: str) -> None:
         try:
@@ -101,16 +115,19 @@ class TorchEngine:
         wide = torch.int64 if rows.dtype.kind in "iu" else wide
         return self._tensor(rows).to(device=self._device, dtype=wide, copy=copy, memory_format=torch.contiguous_format)
 
-    def round(self, wide: Any, out: Array) -> None:
+    def store(self, wide: Any, out: Array, update: Any = None) -> bool:
         import numpy as np
 
+        if update is not None:
+            wide += update
         if wide.dtype == self._torch.float64 and out.dtype.itemsize == 2:
             # PyTorch goes by way of float32, which rounds twice.
             with np.errstate(over="ignore", invalid="ignore"):
                 np.copyto(out, wide.cpu().numpy(), casting="unsafe")
-            return
-        target = self._tensor(out)
-        target.copy_(wide.to(target.dtype))
+        else:
+            target = self._tensor(out)
+            target.copy_(wide.to(target.dtype))
+        return is_finite(out)
 
     def numpy(self, array: Any) -> Array:
         result: Array = array.cpu().numpy()
@@ -127,14 +144,9 @@ class TorchEngine:
             return torch.from_numpy(rows)
 
 
-def choose_engine(device: str, tensors: tuple[TensorPlan, ...]) -> Engine:
+def choose_engine(device: str) -> Engine:
     """The engine for `device` ("cpu", "cuda", "cuda:1", …). Raises MergeError where it is not available."""
-    if device != "cpu":
-        return TorchEngine(device)
-    halves = sum(element_count(t.shape) for t in tensors if t.action == "merge" and "F16" in (t.dtype, t.source.dtype))
-    if halves >= _SLOW_FLOAT16 and importlib.util.find_spec("torch") is not None:
-        return TorchEngine("cpu")
-    return NumpyEngine()
+    return NumpyEngine() if device == "cpu" else TorchEngine(device)
 
 
 def compute_dtype(weight_dtype: str) -> str:
@@ -176,6 +188,19 @@ class Update:
             weight += self.of(weight, start)
 
     @property
+    def plain(self) -> bool:
+        """Whether `add` does no more than to add what `of` gives."""
+        return self._factor != 1.0 or getattr(self.method.add, "plain", False)
+
+    def narrow(self, start: int, count: int) -> Any:
+        """The update as an array (count, r) that is repeated along the columns; None if it is no such."""
+        narrow = getattr(self.method, "narrow", None)
+        if narrow is None or "scale" in self.numbers:
+            return None
+        found = narrow(self.arrays, start, count)
+        return found if self._factor == 1.0 else found * self._factor
+
+    @property
     def block_rows(self) -> int:
         shapes = {role: tuple(array.shape) for role, array in self.arrays.items()}
         return int(self.numbers.get("block_rows") or self.method.block_rows(shapes))
@@ -183,13 +208,13 @@ class Update:
 
 def merge_slab(
     engine: Engine, stored: Any, out: Array, updates: Sequence[Update], start: int, out_features: int
-) -> Survival:
+) -> tuple[Survival, bool]:
     """`out` = round(`stored` + ΔW) for the rows (n, in) that begin at row `start` of a weight (out, in).
 
     `stored` and `out` are NumPy views in their stored dtypes; `stored` may be anything that gives such views when it is
     sliced, which is done once a block. Of several updates each sees what the ones before it gave, as in PEFT with
-    several active adapters; there is one rounding. Returns the sums of the sampled rows. Whether `out` is finite is for
-    the caller to see.
+    several active adapters; there is one rounding. Returns the sums of the sampled rows, and whether all of `out` is
+    finite.
     """
     rows_together = math.lcm(*(update.block_rows for update in updates))
     group = group_rows(rows_together)
@@ -197,35 +222,74 @@ def merge_slab(
     at_once = rows_together >= out_features > 1
     step = max(1, engine.block // (group * stored.shape[1])) * group
     dtype = "F64" if stored.dtype.itemsize == 8 else "F32"
-    sample = sample_starts(out_features, group)
-    total = Survival()
+    sample = range(0) if at_once else sample_starts(out_features, group)
+    total, finite = Survival(), True
     for first in range(0, len(stored), step):
         stop = min(first + step, len(stored))
-        weight = _widened(engine, stored, first, stop, dtype)
-        sampled: list[tuple[slice, Array, Array]] = []
-        whole = engine.numpy(weight).copy() if at_once else None
-        for row in () if at_once else _between(sample, start + first, start + stop):
-            rows = slice(row - start - first, row - start - first + group)
-            before = engine.numpy(weight[rows]).copy()
-            sampled.append((rows, before, engine.numpy(_total(weight[rows], updates, row - start))))
-        for one in updates:
-            one.add(weight, first)
-        if whole is not None:
-            sampled.append((slice(None), whole, engine.numpy(weight) - whole))
         result = out[first:stop]
-        engine.round(weight, result)
-        for rows, before, update in sampled:
-            total += measure(before, update, result[rows])
-    return total
+        starts = _between(sample, start + first, start + stop)
+        spans = [slice(row - start - first, row - start - first + group) for row in starts]
+        rows, given = _rows(engine, stored, first, stop, dtype)
+        narrow = updates[0].narrow(first, stop - first) if engine.one_pass and len(updates) == 1 else None
+        if narrow is not None and merge_rows(rows, result, narrow):
+            befores = [engine.widen(rows[span], dtype, copy=False) for span in spans]
+            sampled = [
+                (span, before, engine.numpy(_total(before, updates, first + span.start)))
+                for span, before in zip(spans, befores, strict=True)
+            ]
+        else:
+            weight = rows if given else engine.widen(rows, dtype)
+            whole = engine.numpy(weight).copy() if at_once else None
+            sampled = [
+                (
+                    span,
+                    engine.numpy(weight[span]).copy(),
+                    engine.numpy(_total(weight[span], updates, first + span.start)),
+                )
+                for span in spans
+            ]
+            for one in updates[:-1]:
+                one.add(weight, first)
+            if engine.one_pass and updates[-1].plain and whole is None:
+                finite &= engine.store(weight, result, updates[-1].of(weight, first))
+            else:
+                updates[-1].add(weight, first)
+                if whole is not None:
+                    sampled = [(slice(None), whole, engine.numpy(weight) - whole)]
+                finite &= engine.store(weight, result)
+        for span, before, update in sampled:
+            total += measure(before, update, result[span])
+    return total, finite
 
 
-def _widened(engine: Engine, stored: Any, first: int, stop: int, dtype: str) -> Any:
-    """Rows of `stored` to compute with; those that are decoded need not be narrowed before."""
+def cast(rows: Array, out: Array, spare: bool = False) -> bool:
+    """`rows` (n, in), of which `spare` ones may be written to, in the dtype of `out`; whether all of it is finite."""
+    import numpy as np
+
+    if rows.shape == out.shape and rows.ndim == 2 and merge_rows(rows, out):
+        return True
+    step = max(1, NumpyEngine.block // max(1, rows.shape[-1])) if rows.ndim == 2 else max(1, len(rows))
+    with np.errstate(over="ignore", invalid="ignore"):  # infinities are found and named by the caller
+        for first in range(0, len(rows), step):
+            values, result = rows[first : first + step], out[first : first + step]
+            # NumPy's own casts of float16 take ten times as long.
+            if values.dtype == np.float16 and result.dtype != np.float16:
+                np.copyto(result, widened(values), casting="unsafe")
+            elif values.dtype == np.float32 and result.dtype == np.float16:
+                np.copyto(result, rounded(values if spare else values.copy(), "F16"))
+            else:
+                np.copyto(result, values, casting="unsafe")
+    return is_finite(out)
+
+
+def _rows(engine: Engine, stored: Any, first: int, stop: int, dtype: str) -> tuple[Any, bool]:
+    """Rows of `stored`, and whether they may be computed with as they are: those that are decoded need not be narrowed
+    before."""
     if isinstance(engine, NumpyEngine) and dtype == "F32" and isinstance(stored, CodedRows):
-        weight = stored.wide(first, stop)
-        if weight is not None:
-            return weight
-    return engine.widen(stored[first:stop], dtype)
+        wide = stored.wide(first, stop)
+        if wide is not None:
+            return wide, True
+    return stored[first:stop], False
 
 
 def _total(weight: Any, updates: Sequence[Update], start: int) -> Any:

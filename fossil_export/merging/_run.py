@@ -8,7 +8,6 @@ writes its own bytes, so the order does not show.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -21,6 +20,7 @@ from fossil_export._threads import in_order, one_blas_thread
 from fossil_export.checkpoints._header import Header
 from fossil_export.merging._engine import choose_engine
 from fossil_export.merging._layout import FilePlan
+from fossil_export.merging._memory import bounds_of
 from fossil_export.merging._plan import MergePlan
 from fossil_export.merging._slabs import CopySlab, Slab, slabs
 from fossil_export.merging._survival import Survival
@@ -33,11 +33,8 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-THREADS = min(12, (os.cpu_count() or 1) + 6)
-"""More than there are cores, since a thread waits while its slab is written."""
-
 AHEAD = 4
-"""Slabs that wait for each thread."""
+"""Slabs that wait for each thread; they hold no memory."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,7 @@ class Writer:
     ) -> None:
         self._plan = plan
         self._progress = progress
-        self._engine = choose_engine(device, plan.tensors)
+        self._engine = choose_engine(device)
 
     def __enter__(self) -> Writer:
         return self
@@ -143,10 +140,12 @@ class Writer:
         wanted: Iterable[Slab],
         moved: Mapping[Path, Path],
     ) -> dict[str, Survival]:
-        worker = Worker(self._plan, self._engine, moved)
+        bounds = bounds_of(file, self._engine.block)
+        worker = Worker(self._plan, self._engine, moved, bounds.room)
         try:
-            with one_blas_thread(), ThreadPoolExecutor(THREADS) as pool:
-                _write_file(file, output, wanted, worker, pool, self._progress)
+            # More threads than there are cores, since one waits while its slab is written.
+            with one_blas_thread(), ThreadPoolExecutor(bounds.threads) as pool:
+                _write_file(file, output, wanted, worker, pool, bounds.threads, self._progress)
             worker.check()
         finally:
             worker.close()
@@ -169,6 +168,7 @@ def _write_file(
     wanted: Iterable[Slab],
     worker: Worker,
     pool: ThreadPoolExecutor,
+    threads: int,
     progress: Callable[[int], None],
 ) -> None:
     import numpy as np
@@ -181,7 +181,7 @@ def _write_file(
 
     try:
         output.write(0, np.frombuffer(file.header, np.uint8))
-        with closing(in_order(pool, (partial(work, slab) for slab in wanted), AHEAD * THREADS)) as results:
+        with closing(in_order(pool, (partial(work, slab) for slab in wanted), AHEAD * threads)) as results:
             for _ in results:
                 pass
         done = True

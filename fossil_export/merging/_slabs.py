@@ -12,8 +12,8 @@ from fossil_export.merging._change import Part
 from fossil_export.merging._layout import FilePlan, TensorPlan
 from fossil_export.merging._requantize import part_of, ranges
 
-SLAB = 8 << 20
-"""Bytes written at a time."""
+SLAB = 4 << 20
+"""Bytes written at a time. A disk is as fast with 1 MB, but each slab costs calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +140,22 @@ def _copy_slabs(whole: CopySlab) -> Iterator[CopySlab]:
 
 def row_slabs(tensor: TensorPlan, part: Part, offset: int, span: tuple[int, int] | None = None) -> Iterator[RowsSlab]:
     """Those of a part; of one that nothing changes only the elements in `span`, if it is given."""
-    unit = part.unit
     first, last = 0, part.rows
     if span is not None and not part.changes:
         first = max(span[0] - part.first, 0) // part.width
         last = -(-(min(span[1], part.last) - part.first) // part.width)
-    rows = max(1, SLAB // (part.width * itemsize(tensor.dtype) * unit)) * unit
+    rows = slab_rows(tensor, part)
     for start in range(first, last, rows):
         yield RowsSlab(tensor, part, start, min(start + rows, last), offset)
+
+
+def slab_rows(tensor: TensorPlan, part: Part) -> int:
+    """Rows of a part that are worked on together: those of `SLAB` bytes, in whole units, at least one."""
+    unit = part.unit
+    rows = max(1, SLAB // max(1, part.width * itemsize(tensor.dtype) * unit)) * unit
+    for period in part.periods:
+        if rows >= period:
+            rows -= rows % period
+        else:
+            rows = next(count for count in range(rows, 0, -unit) if period % count == 0)
+    return rows

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fossil_export.kernels._rows import measure_rows
+
 SAMPLE_ROWS = 64
 """Rows per weight that are measured, in evenly spaced groups; all of them where there are no more."""
 
@@ -81,6 +83,9 @@ def measure(before: Any, update: Any, after: Any) -> Survival:
     """Sums for rows W, ΔW and W' (n, in), as NumPy arrays in the precision of the merge."""
     import numpy as np
 
+    found = measure_rows(before, update, after)
+    if found is not None:
+        return Survival(*found)
     moved = after.astype(np.float64) - before
     wanted = update.astype(np.float64)
     return Survival(float((moved * wanted).sum()), float((wanted * wanted).sum()), float((moved * moved).sum()))

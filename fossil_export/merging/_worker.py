@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export.checkpoints._coding import CodedRows
-from fossil_export.checkpoints._dtypes import FLOATS, numpy_dtype, stored_dtype
+from fossil_export.checkpoints._dtypes import FLOATS, element_count, numpy_dtype, stored_dtype
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints._input import Reused, StoredArray
 from fossil_export.checkpoints._source import Source, Viewed, by_path, open_source
@@ -20,7 +20,7 @@ from fossil_export.checkpoints._stamp import changed
 from fossil_export.checkpoints.layouts import Rows, Stored
 from fossil_export.errors import MergeError
 from fossil_export.merging._change import Part
-from fossil_export.merging._engine import Engine, Update, compute_dtype, is_finite, merge_slab
+from fossil_export.merging._engine import Engine, NumpyEngine, Update, cast, compute_dtype, is_finite, merge_slab
 from fossil_export.merging._kept import SMALL, Kept, Large
 from fossil_export.merging._layout import TensorPlan, is_decoded
 from fossil_export.merging._plan import MergePlan
@@ -46,7 +46,7 @@ class Worker:
     `moved` says where files lie that the plan has elsewhere.
     """
 
-    def __init__(self, plan: MergePlan, engine: Engine, moved: Mapping[Path, Path]) -> None:
+    def __init__(self, plan: MergePlan, engine: Engine, moved: Mapping[Path, Path], room: int | None = None) -> None:
         self._adapters = plan.adapters
         self._tensors = plan.base.tensors
         self._engine = engine
@@ -57,7 +57,7 @@ class Worker:
         self._sums: dict[str, dict[int, dict[int, Survival]]] = {}
         self._lock = threading.Lock()
         self._local = threading.local()
-        self._kept = Kept()
+        self._kept = Kept(room)
         self._encoded: dict[str, dict[int, Survival]] = {}
         self._whole = threading.Semaphore(WHOLE)
 
@@ -92,10 +92,11 @@ class Worker:
         if isinstance(slab, CopySlab):
             self._copy(slab, output)
         elif isinstance(slab, EncodeSlab):
-            with self._whole:
+            with self._whole, self._kept.turn():
                 self._encode(slab, output)
         else:
-            self._rows(slab, output)
+            with self._kept.turn():
+                self._rows(slab, output)
 
     def _copy(self, slab: CopySlab, output: Output) -> None:
         source = self._source(slab.path)
@@ -203,9 +204,7 @@ class Worker:
                 self._cast(tensor, part, block, out[start : start + len(block)])
             return
         data = stored[:]
-        with np.errstate(over="ignore", invalid="ignore"):
-            np.copyto(out, data, casting="unsafe")
-        if not is_finite(out):
+        if not cast(data, out):
             source, owner = tensor.origin(part)
             if not is_finite(data):
                 if owner is not None:
@@ -236,8 +235,8 @@ class Worker:
             numbers = change.numbers(slab.part.dtype, brought)
             updates.append(Update(change.method, wide, numbers, change.weight))
         with np.errstate(over="ignore", invalid="ignore"):
-            sums = merge_slab(self._engine, stored, out, updates, slab.start, slab.part.rows)
-        if not is_finite(out):
+            sums, finite = merge_slab(self._engine, stored, out, updates, slab.start, slab.part.rows)
+        if not finite:
             raise MergeError(self._why_not_finite(tensor, slab.part, stored[:]))
         with self._lock:
             self._sums.setdefault(tensor.name, {}).setdefault(slab.part.first, {})[slab.start] = sums
@@ -259,13 +258,16 @@ class Worker:
         if info.offset is None:
             return self._adapters[adapter].array(info)
         stored = self._stored(info)
+        size = element_count(info.shape) * (8 if dtype == "F64" else 4)
 
         def whole() -> Any:
-            return self._widened(stored[:], dtype)
+            if info.nbytes <= SMALL or not isinstance(self._engine, NumpyEngine) or info.dtype not in FLOATS:
+                return self._widened(stored[:], dtype)
+            return _by_rows(stored, numpy_dtype(dtype))
 
         if info.nbytes <= SMALL:
-            return self._kept.get((info, dtype), whole)
-        return Large(stored, lambda: self._kept.get((info, dtype), whole))
+            return self._kept.get((info, dtype), whole, size)
+        return Large(stored, lambda: self._kept.get((info, dtype), whole, size))
 
     def _widened(self, array: Any, dtype: str) -> Any:
         """What the methods compute with, and do not write to."""
@@ -292,6 +294,17 @@ class Worker:
             setattr(self._local, use, whole)
         start = target % ALIGNMENT
         return whole[start : start + nbytes]
+
+
+def _by_rows(stored: StoredArray, dtype: np.dtype[Any]) -> Array:
+    """All of a large tensor in another dtype, without all of it in its own."""
+    import numpy as np
+
+    found = np.empty(stored.shape, dtype)
+    step = max(1, SMALL * len(stored) // max(1, found.nbytes))
+    for start in range(0, len(stored), step):
+        found[start : start + step] = stored[start : start + step]
+    return found
 
 
 def _diverged(info: TensorInfo) -> str:

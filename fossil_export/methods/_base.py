@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fossil_export.methods._low_rank import LowRank
-from fossil_export.methods._method import Arrays, Combination, Field, Numbers, Shapes
+from fossil_export.methods._method import Arrays, Combination, Field, Numbers, Shapes, plain
 
 WHOLE = 1 << 40
 """More rows than any weight has, for methods that must have all of them at once."""
@@ -47,6 +47,7 @@ class Base:
     def update(self, weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> Any:
         raise NotImplementedError
 
+    @plain
     def add(self, weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> None:
         weight += self.update(weight, arrays, numbers, start)
 

@@ -14,7 +14,7 @@ from typing import Any
 from fossil_export.errors import AdapterError
 from fossil_export.methods import _fossil as fossil
 from fossil_export.methods._fossil import init_of, peft_keys, ranked, state_dict_keys
-from fossil_export.methods._method import Arrays, Combination, Numbers, Shapes
+from fossil_export.methods._method import Arrays, Combination, Numbers, Shapes, plain
 
 FIELDS = fossil.FIELDS
 SHARED = fossil.SHARED
@@ -24,6 +24,9 @@ beside = fossil.beside
 COMBINES: Combination = "order"
 PEFT = peft_keys("B")
 STATE_DICT = state_dict_keys("B")
+
+_ROWS = 64
+# Rows that are merged together at most: a slab of whole blocks of r = 512 would take 29 MB of a Llama of 70B.
 
 
 def read(config: Mapping[str, Any], module: str, shapes: Shapes, where: str) -> Numbers | None:
@@ -44,6 +47,13 @@ def dimensions(shapes: Shapes) -> int:
 
 
 def block_rows(shapes: Shapes) -> int:
+    """A whole block, or of a large one a part: its rows do not need each other."""
+    rank = shapes["B"][1]
+    return next(count for count in range(min(rank, _ROWS), 0, -1) if rank % count == 0)
+
+
+def period(shapes: Shapes) -> int:
+    """Rows with one block of B."""
     return shapes["B"][1]
 
 
@@ -58,12 +68,29 @@ def mismatch(shapes: Shapes, numbers: Numbers, weight: tuple[int, int]) -> str |
 
 def part(arrays: Arrays, start: int, stop: int) -> Arrays:
     blocks = arrays["B"]
-    return {"B": blocks[start // blocks.shape[1] : stop // blocks.shape[1]]}
+    rank = blocks.shape[1]
+    if start % rank == stop % rank == 0:
+        return {"B": blocks[start // rank : stop // rank]}
+    number = start // rank  # rows within one block
+    own = blocks[number : number + 1]
+    return {"B": own, "rows": own[0][start - number * rank : stop - number * rank]}
 
 
 def update(weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> Any:
     count, width = weight.shape
     rank = arrays["B"].shape[1]
+    if "rows" in arrays:
+        return _within(weight, arrays["B"][0], arrays["rows"][start : start + count])
+    if start % rank or count % rank:
+        number, first = divmod(start, rank)
+        found = weight + 0
+        at = 0
+        while at < count:
+            size = min(rank - first, count - at)
+            block = arrays["B"][number]
+            found[at : at + size] = _within(weight[at : at + size], block, block[first : first + size])
+            number, first, at = number + 1, 0, at + size
+        return found
     blocks = arrays["B"][start // rank : (start + count) // rank]
     product = weight.reshape(len(blocks), count * width // len(blocks) // rank, rank) @ blocks
     # Row i of a block gets row i of B under every column block a.
@@ -72,6 +99,16 @@ def update(weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> Any:
     return by_row.reshape(count, width)
 
 
+def _within(weight: Any, block: Any, rows: Any) -> Any:
+    """The update of rows of one block, with their rows of B."""
+    count, width = weight.shape
+    rank = len(block)
+    by_row = (weight.reshape(-1, rank) @ block).reshape(count, width // rank, rank)
+    by_row += rows[:, None, :]
+    return by_row.reshape(count, width)
+
+
+@plain
 def add(weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> None:
     weight += update(weight, arrays, numbers, start)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from fossil_export.methods._low_rank import LowRank
 
@@ -47,6 +47,16 @@ def neutral(*names: str) -> dict[str, Field]:
 POSITIVE = Field(
     "a positive integer", lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0
 )
+
+
+_Add = TypeVar("_Add", bound=Callable[..., None])
+
+
+def plain(add: _Add) -> _Add:
+    """Says of a method's `add` that it does `weight += update(…)` and nothing else, so that a sum which is rounded need
+    not be stored in between."""
+    add.plain = True  # type: ignore[attr-defined]
+    return add
 
 
 class Method(Protocol):
@@ -118,6 +128,9 @@ class Method(Protocol):
 
     def add(self, weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> None:
         """Make W' of the rows `weight` in place, in the trainer's own order of operations."""
+
+    # Optional: narrow(arrays, start, count). The update of the `count` rows from row `start` on, if it is a small array
+    # (count, r) that is repeated along the columns and cut; `update` and `add` use it too.
 
     def form_rank(self, shapes: Shapes) -> int | None:
         """The rank of the form that `low_rank` gives; None if it gives none."""

@@ -15,7 +15,7 @@ from fossil_export.methods import _fossil as fossil
 from fossil_export.methods import _tile as tile
 from fossil_export.methods._fossil import init_of, peft_keys, ranked
 from fossil_export.methods._low_rank import LowRank, Tiling
-from fossil_export.methods._method import Arrays, Combination, Numbers, Shapes
+from fossil_export.methods._method import Arrays, Combination, Numbers, Shapes, plain
 from fossil_export.methods._tile import add_tiled, repeated, tiled
 
 FIELDS = fossil.FIELDS
@@ -57,11 +57,12 @@ def part(arrays: Arrays, start: int, stop: int) -> Arrays:
 
 
 def update(weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> Any:
-    return tiled(_rows(arrays["D"], start, len(weight)), weight.shape[1])
+    return tiled(narrow(arrays, start, len(weight)), weight.shape[1])
 
 
+@plain
 def add(weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> None:
-    add_tiled(weight, _rows(arrays["D"], start, len(weight)))
+    add_tiled(weight, narrow(arrays, start, len(weight)))
 
 
 def low_rank(arrays: Arrays, numbers: Numbers, outputs: int) -> LowRank:
@@ -69,6 +70,9 @@ def low_rank(arrays: Arrays, numbers: Numbers, outputs: int) -> LowRank:
     return LowRank(repeated(shard, outputs // shard.shape[1]).T, Tiling(len(shard)))
 
 
-def _rows(shard: Any, start: int, count: int) -> Any:
+def narrow(arrays: Arrays, start: int, count: int) -> Any:
+    shard = arrays["D"]
     mini_r = shard.shape[1]
+    if start + count <= mini_r:
+        return shard[:, start : start + count].T
     return shard.T[[row % mini_r for row in range(start, start + count)]]

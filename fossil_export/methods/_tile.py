@@ -15,7 +15,7 @@ from fossil_export.errors import AdapterError
 from fossil_export.methods import _fossil as fossil
 from fossil_export.methods._fossil import init_of, peft_keys, ranked, state_dict_keys
 from fossil_export.methods._low_rank import LowRank, Tiling
-from fossil_export.methods._method import Arrays, Combination, Numbers, Shapes
+from fossil_export.methods._method import Arrays, Combination, Numbers, Shapes, plain
 
 FIELDS = fossil.FIELDS
 SHARED = fossil.SHARED
@@ -65,11 +65,12 @@ def part(arrays: Arrays, start: int, stop: int) -> Arrays:
 
 
 def update(weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> Any:
-    return tiled(_rows(arrays["D"], start, len(weight)), weight.shape[1])
+    return tiled(narrow(arrays, start, len(weight)), weight.shape[1])
 
 
+@plain
 def add(weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> None:
-    add_tiled(weight, _rows(arrays["D"], start, len(weight)))
+    add_tiled(weight, narrow(arrays, start, len(weight)))
 
 
 def form_rank(shapes: Shapes) -> int:
@@ -80,9 +81,9 @@ def low_rank(arrays: Arrays, numbers: Numbers, outputs: int) -> LowRank:
     return LowRank(arrays["D"].T, Tiling(len(arrays["D"])))
 
 
-def _rows(shard: Any, start: int, count: int) -> Any:
+def narrow(arrays: Arrays, start: int, count: int) -> Any:
     """D transposed, cut to the outputs of the rows at hand: (count, r)."""
-    return shard[:, start : start + count].T
+    return arrays["D"][:, start : start + count].T
 
 
 def tiled(rows: Any, width: int) -> Any:

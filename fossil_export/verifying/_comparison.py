@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,93 +16,24 @@ from fossil_export.checkpoints._header import Header, TensorInfo
 from fossil_export.checkpoints._input import StoredArray
 from fossil_export.checkpoints._source import Source, open_source
 from fossil_export.checkpoints.layouts import ReadRows, Rows
-from fossil_export.merging._change import Change, Part
+from fossil_export.merging._change import Change
+from fossil_export.verifying._compiled import Factor, are_same, is_known, loops, multiplied, rebuilt, tiled
+from fossil_export.verifying._job import TRAINED, Job, Piece, Sums
 from fossil_export.verifying._rebuilding import Addend, rebuild
 from fossil_export.verifying._sum import Sum
+from fossil_export.verifying._values import compare_values
 from fossil_export.verifying.reference import EXACT
-from fossil_export.verifying.reference._ulp import ulp
 
 if TYPE_CHECKING:
     import numpy as np
 
     Array = np.ndarray[Any, Any]
 
-TOLERANCE = 2.0**-10
-"""Steps beyond half of one that rounding to float32 before rounding to 16 bits can cost."""
+READ = 1 << 20
+"""Bytes that are compared at a time."""
 
-SAMPLED = 8
-"""One row in so many is measured for the survival of the update."""
-
-SLAB = 4 << 20
-BLOCK = 1 << 18
-"""Bytes of the base looked at per task; elements computed at a time, so that float64 stays in the cache."""
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Sums over some rows; `first` is the index of the first wrong element in the tensor, -1 for none."""
-
-    worst: float
-    off: int
-    kept: float
-    update: float
-    first: int
-
-
-@dataclass(frozen=True)
-class Job:
-    """A part of a tensor to compare; `source`, of the adapter number `owner` or else of the base, has the values of all
-    parts that are no pieces."""
-
-    name: str
-    found: TensorInfo
-    source: TensorInfo
-    part: Part
-    action: str
-    owner: int | None = None
-
-    @property
-    def reader(self) -> int:
-        """The number of the adapter that the stored values are read of, if they are not the base's."""
-        return self.part.piece.adapter if self.part.piece is not None else self.owner or 0
-
-    @property
-    def as_bytes(self) -> bool:
-        """Whether equal bytes are asked for, of whatever dtype."""
-        same = self.source.dtype == self.found.dtype and self.source.offset is not None
-        return not self.part.changes and self.part.piece is None and same
-
-    @property
-    def span(self) -> tuple[int, int]:
-        """The bytes [first, last) of the tensor in the artifact."""
-        bits, count = BITS[self.found.dtype], element_count(self.found.shape)
-        whole = (self.part.first, self.part.last) == (0, count)
-        return (0, self.found.nbytes) if whole else (self.part.first * bits // 8, self.part.last * bits // 8)
-
-    @property
-    def rows(self) -> int:
-        """What the part is cut by: bytes, or its rows."""
-        return self.span[1] - self.span[0] if self.as_bytes else self.part.rows
-
-    @property
-    def unit(self) -> int:
-        """Rows that are rebuilt together."""
-        return math.lcm(
-            *(
-                int(one.trained.numbers.get("block_rows") or EXACT[one.trained.method].unit(one.trained.tensors))
-                for one in self.part.changes
-            )
-        )
-
-    def slabs(self) -> Iterator[tuple[int, int]]:
-        """Row ranges; what is merged together stays together."""
-        if not self.found.nbytes:
-            return
-        unit = self.part.whole_rows(self.unit)
-        width = 1 if self.as_bytes else self.part.width * (BITS[self.source.dtype] // 8)
-        count = max(1, SLAB // (max(1, width) * unit)) * unit
-        for start in range(0, self.rows, count):
-            yield start, min(start + count, self.rows)
+KEPT = 4
+"""Factors of products that are kept: neighbouring pieces have the same ones."""
 
 
 class Files:
@@ -113,6 +43,8 @@ class Files:
         self._files = files
         self._open: dict[Path, Source] = {}
         self._lock = threading.Lock()
+        self._local = threading.local()
+        self._factors: dict[Any, Factor] = {}
 
     def __enter__(self) -> Files:
         return self
@@ -127,14 +59,46 @@ class Files:
                 self._open[info.path] = open_source(*self._files[info.path])
             return self._open[info.path]
 
-    def read(self, info: TensorInfo, start: int, nbytes: int) -> Array:
-        """`nbytes` bytes of a tensor, from its byte `start` on, as uint8."""
+    def buffer(self, name: str, nbytes: int) -> Array:
+        """Bytes of this thread, which have what they had when it last asked for this name."""
         import numpy as np
 
+        found = getattr(self._local, name, None)
+        if found is None or len(found) < nbytes:
+            found = np.empty(nbytes, np.uint8)
+            setattr(self._local, name, found)
+        return found[:nbytes]
+
+    def factor(self, key: Any, make: Callable[[], Factor]) -> Factor:
+        """What was last made for this key, or is made."""
+        with self._lock:
+            found = self._factors.get(key)
+        if found is None:
+            found = make()
+            with self._lock:
+                self._factors[key] = found
+                while len(self._factors) > KEPT:
+                    del self._factors[next(iter(self._factors))]
+        return found
+
+    def read(self, info: TensorInfo, start: int, nbytes: int, name: str) -> Array:
+        """`nbytes` bytes of a tensor, from its byte `start` on, as uint8, in the buffer of that `name`."""
         assert info.offset is not None
-        found = np.empty(nbytes, np.uint8)
+        found = self.buffer(name, nbytes)
         self._file(info).read(info.offset + start, found)
         return found
+
+    def columns(self, info: TensorInfo, first: int, shape: tuple[int, int], width: int, name: str) -> Array:
+        """Some columns of some rows of `width` elements, from element `first` on, in the buffer of that `name`."""
+        assert info.offset is not None
+        kind = numpy_dtype(info.dtype)
+        raw = self.buffer(name, shape[0] * shape[1] * kind.itemsize)
+        offset = info.offset + first * kind.itemsize
+        if shape[1] == width:
+            self._file(info).read(offset, raw)
+        else:
+            self._file(info).read_rows(offset, width * kind.itemsize, raw.reshape(shape[0], -1))
+        return raw.view(kind).reshape(shape)
 
     def array(self, info: TensorInfo, adapter: Adapter) -> Array | StoredArray:
         """A tensor, of which what is sliced is read."""
@@ -163,40 +127,31 @@ class Files:
             file.check()
 
 
-def compare(job: Job, start: int, stop: int, added: Sum, files: Files, progress: Callable[[int], None]) -> Sums:
-    first, _ = job.span
-    if job.as_bytes:
-        size, count = 1, stop - start
-        wanted, got = (files.read(info, first + start, count) for info in (job.source, job.found))
-        part = _bytes(job, first + start, wanted, got)
-    else:
-        size, rows_of = job.part.width * (BITS[job.found.dtype] // 8), files.rows(added.adapters[job.reader])
-        if job.part.changes:
-            matrix = job.part.matrix
-            stored = _whole(job.part.matrix_rows(rows_of, start, stop))
-            found = _whole(matrix.moved(job.found).read(rows_of, start, stop))
-        else:
-            stored = _whole(job.part.unchanged_rows(job.source, rows_of, start, stop))
-            found = _whole(replace(job.part, piece=None).unchanged_rows(job.found, rows_of, start, stop))
-        addends = [
-            addend(change, job, start, stop, added.adapters[change.adapter], files) for change in job.part.changes
-        ]
-        part = _values(job, start, stored, found, addends)
-    progress((stop - start) * size)
-    return part
+def compare(piece: Piece, added: Sum, files: Files, progress: Callable[[int], None]) -> Sums:
+    found = _bytes(piece, files) if piece.job.as_bytes else _values(piece, added, files)
+    progress(piece.nbytes)
+    return found
 
 
-def _bytes(job: Job, start: int, want: Array, found: Array) -> Sums:
+def _bytes(piece: Piece, files: Files) -> Sums:
     """Equal to the last bit; the dtype may be one that has no arithmetic here."""
     import numpy as np
 
-    same = bool(np.array_equal(_words(want), _words(found)))
-    if same:
-        return Sums(0.0, 0, 0.0, 0.0, -1)
+    job, total = piece.job, Sums()
     bits = BITS[job.found.dtype]
     size = max(1, bits // 8)
-    wrong = (want.reshape(-1, size) != found.reshape(-1, size)).any(axis=1)
-    return Sums(float("inf"), int(wrong.sum()), 0.0, 0.0, (start + int(wrong.argmax()) * size) * 8 // bits)
+    first, _ = job.span
+    for start in range(first + piece.start, first + piece.stop, READ):
+        count = min(READ, first + piece.stop - start)
+        want, found = (
+            files.read(info, start, count, name) for info, name in ((job.source, "want"), (job.found, "got"))
+        )
+        same = are_same(want, found)
+        if np.array_equal(_words(want), _words(found)) if same is None else same:
+            continue
+        wrong = (want.reshape(-1, size) != found.reshape(-1, size)).any(axis=1)
+        total += Sums(float("inf"), int(wrong.sum()), first=(start + int(wrong.argmax()) * size) * 8 // bits)
+    return total
 
 
 def _words(raw: Array) -> Array:
@@ -206,55 +161,153 @@ def _words(raw: Array) -> Array:
     return raw.view(np.uint64) if len(raw) % 8 == 0 else raw
 
 
-def _whole(rows: Rows) -> Array:
-    found: Array = rows[:]
-    return found
-
-
-def _values(job: Job, start: int, stored: Array, found: Array, addends: Sequence[Addend]) -> Sums:
-    """Compare rows `stored` of the base, with the `addends` put to them, with those `found`."""
+def _values(piece: Piece, added: Sum, files: Files) -> Sums:
     import numpy as np
 
-    rows = max(1, BLOCK // (found.shape[1] * job.unit)) * job.unit
-    # Four arrays used over and over: allocating them for every block would cost more than the arithmetic.
-    space = np.empty((4, min(rows, len(stored)), found.shape[1]))
-    worst, off, kept, update = 0.0, 0, 0.0, 0.0
-    marks: Array | None = None
-    for at in range(0, len(stored), rows):
-        weight, got, exact, steps = space[:, : min(rows, len(stored) - at)]
-        np.copyto(weight, stored[at : at + rows])
-        np.copyto(got, found[at : at + rows])
-        bound = None
-        if addends:
-            needed = [one.part(at, at + len(weight)) for one in addends]
-            bound = rebuild(needed, weight, exact, job.part.dtype == "F64")
-        else:
-            np.copyto(exact, weight)
-        ulp(exact, job.found.dtype, steps)
-        if addends:
-            some = slice(None, None, SAMPLED)
-            change = exact[some] - weight[some]
-            update += float(np.einsum("ij,ij->", change, change))
-            kept += float(np.einsum("ij,ij->", got[some] - weight[some], change))
-        else:
-            # A base may hold infinities (masks), whose cast is compared as it is.
-            alike = ~np.isfinite(exact) & ((got == exact) | np.isnan(got) & np.isnan(exact))
-            got[alike] = exact[alike] = 0.0
-        with np.errstate(invalid="ignore"):
-            error = np.subtract(got, exact, out=got)
-            np.abs(error, out=error)
-            error /= steps
-        if bound is not None:
-            error -= np.divide(bound, steps, out=bound)  # what the float32 products may cost
-        furthest = float(error.max())  # NaN if any is
-        worst = max(worst, furthest if furthest == furthest else float("inf"))
-        if furthest <= 0.5 + TOLERANCE:
-            continue
-        wrong = ~(error <= 0.5 + TOLERANCE)
-        marks = np.zeros(found.shape, bool) if marks is None else marks
-        marks[at : at + len(wrong)] = wrong
-        off += int(np.count_nonzero(wrong))
-    return Sums(worst, off, kept, update, _first(job, start, marks) if marks is not None and off else -1)
+    job = piece.job
+    check = _check(piece, added, files)
+    addends: list[Addend] | None = None
+    total, marks = Sums(), None
+    for start, stop, stored, found in _blocks(piece, added, files):
+        sums = check(start, stop, stored, found) if check is not None and is_known(stored, found) else None
+        if sums is None:
+            if addends is None:
+                addends = [
+                    addend(change, job, piece.start, piece.stop, added.adapters[change.adapter], files, piece)
+                    for change in job.part.changes
+                ]
+            needed = [one.part(start - piece.start, stop - piece.start) for one in addends]
+            sums, wrong = compare_values(job, start, stored, found, needed, files.buffer)
+            if wrong is not None and job.in_order:
+                row, column = divmod(int(wrong.argmax()), piece.width)
+                sums += Sums(first=job.part.first + (start + row) * job.part.width + piece.first + column)
+            elif wrong is not None:
+                if marks is None:
+                    marks = np.zeros((piece.stop - piece.start, piece.width), bool)
+                marks[start - piece.start : stop - piece.start] = wrong
+        total += sums
+    return total if marks is None else total + Sums(first=_first(job, piece.start, marks))
+
+
+def _blocks(piece: Piece, added: Sum, files: Files) -> Iterator[tuple[int, int, Array, Array]]:
+    """Rows, as they are stored in the base and in the artifact, a few at a time."""
+    job = piece.job
+    if job.in_order:
+        width = job.part.width
+        for start, stop in piece.blocks():
+            first = job.part.first + start * width + piece.first
+            shape = (stop - start, piece.width)
+            stored = files.columns(job.source, first, shape, width, "want")
+            yield start, stop, stored, files.columns(job.found, first, shape, width, "got")
+        return
+    rows_of = files.rows(added.adapters[job.reader])
+    if job.part.changes:
+        stored = _whole(job.part.matrix_rows(rows_of, piece.start, piece.stop))
+        found = _whole(job.part.matrix.moved(job.found).read(rows_of, piece.start, piece.stop))
+    else:
+        stored = _whole(job.part.unchanged_rows(job.source, rows_of, piece.start, piece.stop))
+        found = _whole(replace(job.part, piece=None).unchanged_rows(job.found, rows_of, piece.start, piece.stop))
+    for start, stop in piece.blocks():
+        some = slice(start - piece.start, stop - piece.start)
+        yield start, stop, stored[some], found[some]
+
+
+def _whole(rows: Rows) -> Array:
+    import numpy as np
+
+    return np.ascontiguousarray(rows[:])
+
+
+Check = Callable[[int, int, "Array", "Array"], "Sums | None"]
+"""What compares rows [start, stop) as they are stored with those found; None if something is wrong with them."""
+
+
+def _check(piece: Piece, added: Sum, files: Files) -> Check | None:
+    """The compiled way to compare a piece, if there is one."""
+    import numpy as np
+
+    job = piece.job
+    if loops() is None or "F64" in (job.part.dtype if job.part.changes else "", job.found.dtype, job.source.dtype):
+        return None
+    if not job.part.changes:
+        nothing = np.zeros((1, 1), np.float32)
+        return lambda start, stop, stored, found: tiled(0, stored.reshape(1, -1), found.reshape(1, -1), nothing, 0)
+    change = job.part.changes[0]
+    way = getattr(EXACT[change.trained.method], "COMPILED", None)
+    if len(job.part.changes) == 1 and change.weight == 1.0 and way is not None and not change.trained.columns:
+        arrays = {
+            role: files.array(info, added.adapters[change.adapter]) for role, info in change.trained.tensors.items()
+        }
+        found = _WAYS[way](piece, change, arrays, files)
+        if found is not None:
+            return found
+    addends = [
+        addend(one, job, piece.start, piece.stop, added.adapters[one.adapter], files, piece) for one in job.part.changes
+    ]
+
+    def check(start: int, stop: int, stored: Array, found: Array) -> Sums | None:
+        needed = [one.part(start - piece.start, stop - piece.start) for one in addends]
+        weight, exact = files.buffer("space", 2 * 8 * found.size).view(np.float64).reshape(2, *found.shape)
+        np.copyto(weight, stored)
+        bound = rebuild(needed, weight, exact, False)
+        return rebuilt(start, stored, found, exact, None if bound is None else np.ascontiguousarray(bound))
+
+    return check
+
+
+def _tiled(piece: Piece, change: Change, arrays: Mapping[str, Any], files: Files) -> Check:
+    import numpy as np
+
+    part = EXACT[change.trained.method].part(arrays, piece.start, piece.stop)
+    tile = np.ascontiguousarray(part["D"].T, np.float32)
+    return lambda start, stop, stored, found: tiled(start, stored, found, tile, start - piece.start)
+
+
+def _product(piece: Piece, change: Change, arrays: Mapping[str, Any], files: Files) -> Check | None:
+    import numpy as np
+
+    rank = change.trained.tensors["A"].shape[0]
+    if len(arrays["A"].shape) != 2 or rank * piece.width > 4 * TRAINED or not rank:
+        return None
+    key = (change.adapter, change.trained.tensors["A"].path, change.trained.tensors["A"].name, piece.first, piece.last)
+    factor = files.factor(key, lambda: Factor(arrays["A"][:, piece.first : piece.last].T))
+    left = np.ascontiguousarray(arrays["B"][piece.start : piece.stop], np.float32)
+    scale = float(change.trained.numbers["scale"])
+    return lambda start, stop, stored, found: multiplied(
+        start, stored, found, left[start - piece.start : stop - piece.start], factor, scale, files.buffer
+    )
+
+
+def _in_blocks(piece: Piece, change: Change, arrays: Mapping[str, Any], files: Files) -> Check | None:
+    import numpy as np
+
+    rank = change.trained.tensors["B"].shape[1]
+    blocks = arrays["B"][piece.start // rank : piece.stop // rank]
+    if piece.width % rank:
+        return None
+
+    def check(start: int, stop: int, stored: Array, found: Array) -> Sums | None:
+        total = Sums()
+        weight = stored.astype(np.float32)
+        for row in range(0, stop - start, rank):
+            factor = Factor(blocks[(start + row - piece.start) // rank].T)
+            some = slice(row, row + rank)
+            sums = multiplied(
+                start + row, stored[some], found[some], weight[some], factor, 1.0, files.buffer, blocks=True
+            )
+            if sums is None:
+                return None
+            total += sums
+        return total
+
+    return check
+
+
+_WAYS: dict[str, Callable[[Piece, Change, Mapping[str, Any], Files], Check | None]] = {
+    "tiled": _tiled,
+    "product": _product,
+    "blocks": _in_blocks,
+}
 
 
 def _first(job: Job, start: int, marks: Array) -> int:
@@ -266,9 +319,11 @@ def _first(job: Job, start: int, marks: Array) -> int:
     return min(one.offset + int(one.values.argmax()) for one in stored if one.values.any())
 
 
-def addend(change: Change, job: Job, start: int, stop: int, adapter: Adapter, files: Files) -> Addend:
+def addend(
+    change: Change, job: Job, start: int, stop: int, adapter: Adapter, files: Files, piece: Piece | None = None
+) -> Addend:
     """What rows [start, stop) need of the trained tensors as the merge sees them (float32, but for float64 weights), in
-    float64; whole numbers in int64."""
+    float64, for the columns of a `piece` or all; whole numbers in int64."""
     import numpy as np
 
     def seen(array: Array) -> Array:
@@ -278,6 +333,9 @@ def addend(change: Change, job: Job, start: int, stop: int, adapter: Adapter, fi
 
     trained = change.trained
     arrays = {role: trained.meant(role, files.array(info, adapter)) for role, info in trained.tensors.items()}
-    part = EXACT[trained.method].part(arrays, start, stop)
+    exactly: Any = EXACT[trained.method]
+    if piece is not None and not piece.is_whole:
+        arrays = exactly.columns(arrays, piece.first, piece.last)
+    part = exactly.part(arrays, start, stop)
     brought = job.owner is not None or job.part.piece is not None
     return Addend(change, {role: seen(array) for role, array in part.items()}, change.numbers(job.part.dtype, brought))

@@ -8,12 +8,12 @@ a sum, a proven bound for bat's products).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain
 
 from fossil_export._threads import in_order, one_blas_thread
 from fossil_export.checkpoints._checkpoint import Checkpoint
@@ -25,11 +25,15 @@ from fossil_export.merging._placement import Places, together
 from fossil_export.merging._planning import stored_dtype
 from fossil_export.merging._replication import replicated
 from fossil_export.merging._ties import are_equal
-from fossil_export.verifying._comparison import Files, Job, Sums, compare
+from fossil_export.verifying._comparison import Files, compare
+from fossil_export.verifying._job import SLAB, Job, Piece, Sums
 from fossil_export.verifying._sum import Sum
 
 AHEAD = 4
 """Tasks that wait for each thread: enough that none is idle, few enough that they take no memory in any model."""
+
+SMALL = 64 << 10
+"""Bytes that a piece counts for beside its own, in a batch of small ones."""
 
 
 @dataclass(frozen=True)
@@ -82,24 +86,77 @@ def check_tensors(
     known: Mapping[str, TensorCheck],
 ) -> tuple[TensorCheck, ...]:
     """The same for what goes to these `places`; of some tensors the check is `known`."""
-    names = [*base.tensors, *places.added]
-    tensors = [known.get(name) or _expected(name, artifact, base, places, dtype) for name in names]
-    jobs = [job for found in tensors if isinstance(found, tuple) for job in found]
     adapters = ((one.home, one.headers) for one in added.adapters)
     headers = by_path((artifact.home, artifact.files), (base.home, base.files), *adapters)
     threads = os.cpu_count() or 1
+    checks: list[TensorCheck] = []
     with one_blas_thread(), Files(headers) as files, ThreadPoolExecutor(threads) as pool:
-        calls = (partial(compare, job, *rows, added, files, progress) for job in jobs for rows in job.slabs())
-        with closing(in_order(pool, calls, AHEAD * threads)) as sums:
-            checks = [_summary(found, sums) if isinstance(found, tuple) else found for found in tensors]
+        found = (
+            known.get(name) or _expected(name, artifact, base, places, dtype)
+            for name in chain(base.tensors, places.added)
+        )
+        calls = (partial(_compare_all, batch, added, files, progress) for batch in _batches(found))
+        with closing(in_order(pool, calls, AHEAD * threads)) as results:
+            parts: list[tuple[Job, Sums]] = []
+            for one in chain.from_iterable(results):
+                if isinstance(one, TensorCheck):
+                    checks.append(one)
+                    continue
+                job, sums, is_last = one
+                if parts and parts[-1][0] is job:
+                    sums = parts.pop()[1] + sums
+                parts.append((job, sums))
+                if is_last:
+                    checks.append(_summary(parts))
+                    parts = []
         files.check()
-    wanted = set(names)
     checks += [
         TensorCheck(name, "extra", problem="is in the artifact, but neither in the base nor in the adapter")
         for name in artifact.tensors
-        if name not in wanted
+        if name not in base.tensors and name not in places.added
     ]
     return tuple(checks)
+
+
+Batch = list["tuple[Piece, bool] | TensorCheck"]
+"""Pieces, with whether they are their tensor's last, and checks that are known, in the order of the tensors."""
+
+
+def _batches(tensors: Iterable[tuple[Job, ...] | TensorCheck]) -> Iterator[Batch]:
+    """All that is to be compared; what is small is put together, as handing it to a thread takes as long."""
+    batch: Batch = []
+    size = 0
+    for found in tensors:
+        if isinstance(found, TensorCheck):
+            batch.append(found)
+            size += SMALL
+        else:
+            pieces = chain.from_iterable(job.pieces() for job in found)
+            before = next(pieces, None)
+            if before is None:
+                batch.append(_summary([(job, Sums()) for job in found]))
+            while before is not None:
+                after = next(pieces, None)
+                batch.append((before, after is None))
+                size += before.nbytes + SMALL
+                if size >= SLAB:
+                    yield batch
+                    batch, size = [], 0
+                before = after
+        if size >= SLAB:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _compare_all(
+    batch: Batch, added: Sum, files: Files, progress: Callable[[int], None]
+) -> list[tuple[Job, Sums, bool] | TensorCheck]:
+    return [
+        one if isinstance(one, TensorCheck) else (one[0].job, compare(one[0], added, files, progress), one[1])
+        for one in batch
+    ]
 
 
 def places_of(added: Sum, base: Checkpoint) -> Places:
@@ -146,16 +203,14 @@ def _module(changes: Sequence[Change]) -> str | None:
     return modules.pop() if len(modules) == 1 else None
 
 
-def _summary(jobs: tuple[Job, ...], sums: Iterator[Sums]) -> TensorCheck:
-    """The check of a tensor whose slabs are the next ones in `sums`."""
-    parts = list(islice(sums, sum(1 for job in jobs for _ in job.slabs())))
-    found, action = jobs[0].found, jobs[0].action
-    off = sum(part.off for part in parts)
-    worst = max((part.worst for part in parts), default=0.0)
+def _summary(found_of: Sequence[tuple[Job, Sums]]) -> TensorCheck:
+    """The check of a tensor from the sums over its parts."""
+    jobs = [job for job, _ in found_of]
+    total = sum((sums for _, sums in found_of), Sums())
+    found, action, off, worst = jobs[0].found, jobs[0].action, total.off, total.worst
     problem = None
     if off:
-        first = next(part.first for part in parts if part.first >= 0)
-        changes = jobs[0].part.changes
+        first, changes = total.first, jobs[0].part.changes
         width = (
             changes[0].into.shape[1] if len(jobs) == 1 and changes else found.shape[-1] if len(found.shape) == 2 else 0
         )
@@ -172,7 +227,7 @@ def _summary(jobs: tuple[Job, ...], sums: Iterator[Sums]) -> TensorCheck:
         elements=element_count(found.shape),
         worst=worst,
         off=off,
-        kept=sum(part.kept for part in parts),
-        update=sum(part.update for part in parts),
+        kept=total.kept,
+        update=total.update,
         problem=problem,
     )

@@ -45,7 +45,7 @@ def _sums(words: Array) -> tuple[int, int]:
     kernels = library()
     if kernels is not None:
         sums = (ctypes.c_uint64 * 2)()
-        kernels.fossil_word_sums(ctypes.c_void_p(words.ctypes.data), ctypes.c_size_t(len(words) // 8), sums)
+        kernels.fossil_word_sums(words.ctypes.data, len(words) // 8, sums)
         return int(sums[0]), int(sums[1])
     found = np.frombuffer(words, "<u8") if words.ctypes.data % 8 == 0 else np.frombuffer(words.tobytes(), "<u8")
     plain = weighted = 0

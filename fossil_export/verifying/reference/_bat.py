@@ -21,6 +21,17 @@ def unit(tensors: Mapping[str, TensorInfo]) -> int:
     return tensors["B"].shape[1]
 
 
+COMPILED = "blocks"
+
+
+def across(tensors: Mapping[str, TensorInfo]) -> tuple[int, int]:
+    return tensors["B"].shape[1], 0
+
+
+def columns(arrays: Arrays, first: int, last: int) -> Arrays:
+    return arrays
+
+
 def part(arrays: Arrays, start: int, stop: int) -> Arrays:
     blocks = arrays["B"]
     rank = blocks.shape[1]

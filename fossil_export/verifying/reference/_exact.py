@@ -31,6 +31,15 @@ class Exact(Protocol):
         Returns a bound (n, in) on float32's error in it, None where the float32 sum has a single rounding.
         """
 
+    # Only of a method whose columns can be rebuilt a few at a time:
+    #
+    # def across(self, tensors) -> tuple[int, int]
+    #     Columns of the weight that are rebuilt together, and the trained elements that each of them takes.
+    # def columns(self, arrays, first, last) -> Arrays
+    #     What columns [first, last) need of the tensors, before `part`.
+    # COMPILED: "tiled" (W + D[j mod r, o], from `part`) or "product" (`factors` gives left, right and scale), which
+    #     compare.c has loops for.
+
     def up(self, part: Arrays, numbers: Mapping[str, Any]) -> Array | None:
         """Rows (n, r) of B, if the update is B A whatever the weight is; None if it depends on the weight."""
 

@@ -21,6 +21,18 @@ def unit(tensors: Mapping[str, TensorInfo]) -> int:
     return 1
 
 
+COMPILED = "product"
+
+
+def across(tensors: Mapping[str, TensorInfo]) -> tuple[int, int] | None:
+    shape = tensors["A"].shape
+    return (1, shape[0]) if len(shape) == 2 else None
+
+
+def columns(arrays: Arrays, first: int, last: int) -> Arrays:
+    return {"A": arrays["A"][:, first:last], "B": arrays["B"]}
+
+
 def part(arrays: Arrays, start: int, stop: int) -> Arrays:
     return {"A": arrays["A"][:], "B": arrays["B"][start:stop]}
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from fossil_export.verifying.reference._exact import Arrays
-from fossil_export.verifying.reference._tile import down, rebuild, unit, up
+from fossil_export.verifying.reference._tile import COMPILED, across, columns, down, rebuild, unit, up
 
-__all__ = ["down", "part", "rebuild", "unit", "up"]
+__all__ = ["COMPILED", "across", "columns", "down", "part", "rebuild", "unit", "up"]
 
 
 def part(arrays: Arrays, start: int, stop: int) -> Arrays:

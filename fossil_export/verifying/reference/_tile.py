@@ -18,6 +18,17 @@ def unit(tensors: Mapping[str, TensorInfo]) -> int:
     return 1
 
 
+COMPILED = "tiled"
+
+
+def across(tensors: Mapping[str, TensorInfo]) -> tuple[int, int]:
+    return tensors["D"].shape[0], 0
+
+
+def columns(arrays: Arrays, first: int, last: int) -> Arrays:
+    return arrays
+
+
 def part(arrays: Arrays, start: int, stop: int) -> Arrays:
     return {"D": arrays["D"][:, start:stop]}
 
