@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torture.kills.scene import CASES, Case, make
+from torture.kills.scene import CASES, TAKEN_UP, Case, make
 from torture.kinds import Options
 from torture.rows import Row
 from torture.workers import in_workers
@@ -33,6 +33,7 @@ OUTCOMES = {
     "lost": False,  # neither the old folder nor the new one
     "other": False,  # the next run fails, or makes other bytes
     "left": False,  # after the next run, too
+    "twice": False,  # the next run wrote a file again that was finished
     "word": False,  # another exit code, or more than one word
     "stuck": False,
     "late": False,  # the run always ended first
@@ -89,18 +90,21 @@ def planned(options: Options) -> list[Attempt]:
 def table(rows: list[Row]) -> str:
     lines = [
         "| command | signal | place | interrupted | nothing there | old whole | new whole | half | lost "
-        "| rerun differs | left after it | else bad |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| rerun differs | taken up by it | written twice | left after it | else bad |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     rows = [row for row in rows if row.outcome != "late"]
     for case, place in sorted({(row.case, row.place) for row in rows}, key=lambda one: (_order(one[0]), one[1])):
-        counts = Counter(row.outcome for row in rows if (row.case, row.place) == (case, place))
+        own = [row for row in rows if (row.case, row.place) == (case, place)]
+        counts = Counter(row.outcome for row in own)
         command, _, sent = case.partition(", ")
         cells = (
             counts.total(),
             counts["nothing"] + counts["remains"],
             counts["old"] + counts["aside"],
-            *(counts[name] for name in ("whole", "half", "lost", "other", "left")),
+            *(counts[name] for name in ("whole", "half", "lost", "other")),
+            sum(f" {TAKEN_UP}" in row.detail and f" 0 {TAKEN_UP}" not in row.detail for row in own),
+            *(counts[name] for name in ("twice", "left")),
             counts["word"] + counts["stuck"],
         )
         lines.append(f"| `{command}` | {sent} | {place} | " + " | ".join(f"{cell:,}" for cell in cells) + " |")

@@ -11,9 +11,10 @@ from collections import deque
 from pathlib import Path
 from random import Random
 
+from fossil_export.writing._journal import Journal
 from torture.kills.hub import Hub
 from torture.kills.process import Ended, modules, preload, run
-from torture.kills.scene import Case
+from torture.kills.scene import TAKEN_UP, Case
 from torture.rows import Row
 
 Content = dict[str, str]
@@ -97,7 +98,8 @@ class Bench:
         remains = self._left()
         if outcome == "lost":
             outcome = "aside" if any(".replaced-" in one for one in remains) else "lost"
-        if number != signal.SIGKILL and remains and self.case.output is not None and outcome != "lost":
+        finished = self._finished()  # what is kept of a merge on purpose
+        if number != signal.SIGKILL and remains and not finished and self.case.output is not None and outcome != "lost":
             outcome = "remains"
         if outcome == "lost":
             return outcome, str(remains)
@@ -106,13 +108,27 @@ class Bench:
             output = self._run / self.case.output
             shutil.rmtree(output) if output.is_dir() else output.unlink()
         again = run(self._arguments(), self._run)
-        self._lasted.append(again.seconds)
+        if not finished:  # else it had less to do than an undisturbed run
+            self._lasted.append(again.seconds)
         if again.status or self._there() != self.whole:
             why = again.words[-600:] if again.status else str(_difference(self._there(), self.whole))
             return "other", f"after {outcome}, {remains}: {again.status} {why}"
         if left := self._left():
             return "left", f"{left}, of {remains}"
-        return outcome, str(remains)
+        if twice := sorted(name for name, number in finished.items() if self._inode(name) != number):
+            return "twice", f"after {outcome}: {twice}"
+        return outcome, f"{len(finished)} {TAKEN_UP}; {remains}"
+
+    def _finished(self) -> dict[str, int]:
+        """Inodes of the files that a killed merge had finished, by name."""
+        found: dict[str, int] = {}
+        for folder in self._run.glob(".out.partial-*"):
+            journal = Journal(folder)
+            found |= {name: (journal.result / name).stat().st_ino for name in journal.notes()}
+        return found
+
+    def _inode(self, name: str) -> int:
+        return (self._run / "out" / name).stat().st_ino
 
     def _undisturbed(self, arguments: list[str]) -> Ended:
         ended = run(arguments, self._run)

@@ -9,6 +9,9 @@ from pathlib import Path
 ADAPTER, BASE = "ada/adapter", "ada/base"
 """On the loopback Hub."""
 
+TAKEN_UP = "finished files were taken up"
+"""Behind a number, in what a row tells of an attempt."""
+
 
 @dataclass(frozen=True)
 class Case:
