@@ -22,6 +22,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fossil_export import finish_merge, merge, merge_part, plan_merge
 from fossil_export.cli import main
 from fossil_export.errors import FossilExportError, OutputError, StorageError
+from fossil_export.merging._assembling import prepare, write_files
+from fossil_export.merging._merge import conclude
+from fossil_export.writing.remote._place import RemotePlace
 
 RECORD = "fossil_export.json"
 TO = "s3://models/merged"
@@ -204,6 +207,22 @@ def test_parts_come_together(s3: S3Server, parts: Path, merged: dict[str, bytes]
     assert again.resumed == len(again.files)
     merge_part(plan(), TO, (1, 3))
     assert finish_merge(plan(), TO).output == TO
+    assert at(s3) == merged
+
+
+def test_who_makes_a_part_need_not_know_that_a_model_is_replaced(
+    s3: S3Server, parts: Path, merged: dict[str, bytes]
+) -> None:
+    put(parts, adapter="k")
+    ready = prepare(plan_merge(parts / "qv", parts / "base"), TO, overwrite=True)
+    given = ready.digest.digest, ready.digest.about
+    with ready.place.assemble(*given, overwrite=True, shared=True) as assembly:
+        worker = RemotePlace(TO)
+        assert worker.is_begun() and not RemotePlace("s3://models/other").is_begun()
+        with worker.assemble(*given, shared=True) as own:
+            results = write_files(ready.plan, ready.plan.files, own)
+        conclude(ready.plan, results.values(), assembly)
+        assembly.publish()
     assert at(s3) == merged
 
 

@@ -134,8 +134,8 @@ class RemoteAssembly:
         known = self._journal.begun()
         if known is None or (known.digest, known.run) != (self._begun.digest, self._begun.run):
             raise OutputError(
-                f"{self._store.address}: another process writes there, too, and files of both may be mixed; when it has "
-                "ended, run one of the two again with --overwrite"
+                f"{self._store.address}: another process writes there, too, and files of both may be mixed; when it "
+                "has ended, run one of the two again with --overwrite"
             )
 
     def _check_files(self, made: Iterable[Note], there: Mapping[str, Entry]) -> None:

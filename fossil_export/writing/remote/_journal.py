@@ -14,9 +14,9 @@ from typing import Any
 from urllib.parse import quote
 
 from fossil_export.storage.fsspec._remote import Entry
-from fossil_export.writing._journal import JOURNAL
 from fossil_export.writing.remote._store import Store
 
+JOURNAL = ".fossil-export"
 _FORMAT = 1
 _ABOUT, _NOTES = f"{JOURNAL}/merge.json", f"{JOURNAL}/notes/"
 

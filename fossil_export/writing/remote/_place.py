@@ -44,13 +44,17 @@ class RemotePlace:
         there = self._store.names()
         self._refuse(there, self._begun(there), overwrite)
 
+    def is_begun(self) -> bool:
+        return self._begun(self._store.names()) is not None
+
     @contextmanager
     def assemble(
         self, digest: str, about: Mapping[str, str], *, overwrite: bool = False, shared: bool = False
     ) -> Iterator[RemoteAssembly]:
         there = self._store.names()
         known = self._begun(there)
-        self._refuse(there, known, overwrite)
+        if not shared or known is None or known.digest != digest:  # else it was begun by who may do so
+            self._refuse(there, known, overwrite)
         run = "" if shared else secrets.token_hex(8)
         replaced: tuple[str, ...] = ()
         if known is None:
