@@ -293,6 +293,30 @@ def test_what_was_killed_goes_on(s3: S3Server, parts: Path, merged: dict[str, by
         assert s3.uploads("models") == []
 
 
+def test_what_was_as_good_as_finished_is_not_mixed_with_another(
+    s3: S3Server, parts: Path, merged: dict[str, bytes], tmp_path: Path
+) -> None:
+    put(parts, adapter="k", to=str(tmp_path / "other"))
+    other, child, seen = files_of(tmp_path / "other"), [], []
+
+    def kill(request: str, status: int) -> None:
+        if request == "PUT /models/merged/config.json":
+            os.kill(child[0], signal.SIGKILL)
+
+    def look(request: str, status: int) -> None:
+        there = {name: content for name, content in at(s3).items() if not name.startswith(".fossil-export/")}
+        if "config.json" in there:
+            seen.append(there.items() <= merged.items() or there.items() <= other.items())
+
+    s3.after = kill
+    assert put_in_child(parts, child.append) == b"-9"
+    assert "config.json" in at(s3) and RECORD not in at(s3)
+    s3.after = look
+    assert put(parts, adapter="k").resumed == 0
+    assert seen and all(seen)
+    assert at(s3) == other
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_an_upload_that_is_cut_off_is_not_left(number: signal.Signals, s3: S3Server, large: Path) -> None:
     command = ["merge", str(large / "adapter"), "--base", str(large / "base"), "--output", TO, "--hash"]

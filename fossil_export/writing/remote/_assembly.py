@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,8 @@ class RemoteAssembly:
         new = {*(note.file for note in made), *self._put}
         old = {*self._begun.old, *(note.file for note in notes)}
         self._store.remove(name for name in there if name in old - new)
+        self._begun = replace(self._begun, put=tuple(self._put))
+        self._journal.begin(self._begun)
         last: dict[Callable[[str], bool], list[str]] = {_is_index: [], _is_config: [], _is_record: []}
         for name, content in self._put.items():
             for is_last, names in last.items():
@@ -123,7 +126,8 @@ class RemoteAssembly:
         there = self._store.names()
         notes = self._journal.notes(there)
         self.abort_uploads(there)
-        self._store.remove(note.file for note in notes if note.digest == self._begun.digest)
+        remove_model(self._store, self._begun.put)
+        self._store.remove({*self._begun.put, *(note.file for note in notes if note.digest == self._begun.digest)})
         if self._begun.old and PROVENANCE not in there:
             self._journal.forget(notes)
         else:
@@ -149,11 +153,19 @@ class RemoteAssembly:
 
     def _clear_old(self) -> None:
         """What makes a model of the old files goes."""
-        if not self._is_cleared:
-            old = self._begun.old
-            for is_first in (_is_config, _is_index, _is_record):
-                self._store.remove(name for name in old if is_first(name))
-            self._is_cleared = True
+        if self._is_cleared:
+            return
+        record = self._store.names().get(PROVENANCE) if self._begun.replaces else None
+        if record is not None and record.state == self._begun.replaces:  # else another process was first
+            remove_model(self._store, self._begun.old)
+        self._is_cleared = True
+
+
+def remove_model(store: Store, names: Iterable[str]) -> None:
+    """Remove those of `names` that make files a model, in an order in which nothing is loaded in between."""
+    found = list(names)
+    for is_next in (_is_config, _is_index, _is_record):
+        store.remove(name for name in found if is_next(name))
 
 
 def _is_config(name: str) -> bool:
