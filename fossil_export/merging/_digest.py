@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export.checkpoints._checkpoint import identity, sha256
+from fossil_export.checkpoints._folder import Folder
 from fossil_export.checkpoints._header import TensorInfo
+from fossil_export.checkpoints._source import ReadInPlace
 from fossil_export.checkpoints.layouts import Matrix
 from fossil_export.merging._layout import TensorPlan
 from fossil_export.merging._plan import MergePlan
@@ -79,7 +81,7 @@ def _base(plan: MergePlan) -> list[Any]:
     files: list[Any] = identity(base)
     for record, header in zip(files, base.files, strict=True):
         if "hub_blob" not in record and base.made_of is None:
-            record["time"] = _time(header.path)
+            record["state"] = _state(base.home, header.path)
     made_of = [] if base.made_of is None else [base.made_of.name, base.made_of.stat().st_size, _time(base.made_of)]
     beside = [[name, *_companion(plan, path)] for name, path in sorted(plan.companions.items())]
     return [plan.base_name, plan.base_revision, files, made_of, beside]
@@ -88,11 +90,24 @@ def _base(plan: MergePlan) -> list[Any]:
 def _companion(plan: MergePlan, path: Path) -> list[Any]:
     for home in (plan.base.home, *(adapter.home for adapter in plan.adapters)):
         if path.is_relative_to(home.path):
-            if blob := home.blob(path.relative_to(home.path).as_posix()):
+            if blob := home.blob(path.relative_to(home.path).as_posix()) or _far(home, path):
                 return [blob]
             if home is plan.base.home and plan.base.made_of is not None:  # written for this run
                 return [sha256(path)]
     return [path.stat().st_size, _time(path)]
+
+
+def _state(home: Folder, path: Path) -> str | int:
+    """What another file of the same name and size would not have."""
+    return _far(home, path) or _time(path)
+
+
+def _far(home: Folder, path: Path) -> str | None:
+    """That of a file of which a copy may be here, on each machine another one: what its place calls it, or else the
+    name of the copy, in which the state of the whole folder is; None for a file that is only here."""
+    if not isinstance(home, ReadInPlace):
+        return None
+    return home.etag(path.relative_to(home.path).as_posix()) or path.as_posix().rpartition("/objects/")[2]
 
 
 def _time(path: Path) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ class RemoteAssembly:
 
     def note(self, name: str, about: Mapping[str, Any]) -> None:
         entry = self._store.entry(name)
+        self._check_ours()
         self._journal.note(Note(name, self._begun.digest, entry.size, entry.state, about))
 
     def check_room(self, needed: int) -> None:
@@ -84,10 +86,12 @@ class RemoteAssembly:
         notes = self._journal.notes(there)
         made = [note for note in notes if note.is_finished and note.digest == self._begun.digest]
         self._check_files(made, there)
-        self._store.abort(note.file for note in notes if not note.is_finished)
+        self._store.abort(note.file for note in notes)
         new = {*(note.file for note in made), *self._put}
         old = {*self._begun.old, *(note.file for note in notes)}
         self._store.remove(name for name in there if name in old - new)
+        self._begun = replace(self._begun, put=tuple(self._put))
+        self._journal.begin(self._begun)
         last: dict[Callable[[str], bool], list[str]] = {_is_index: [], _is_config: [], _is_record: []}
         for name, content in self._put.items():
             for is_last, names in last.items():
@@ -110,7 +114,7 @@ class RemoteAssembly:
 
     def abort_uploads(self, there: Iterable[str]) -> None:
         """Those of files that killed processes had begun."""
-        self._store.abort(note.file for note in self._journal.notes(there) if not note.is_finished)
+        self._store.abort(note.file for note in self._journal.notes(there))
 
     def leave(self) -> None:
         """The process ends: what is finished stays; if that is nothing, nothing does."""
@@ -122,7 +126,8 @@ class RemoteAssembly:
         there = self._store.names()
         notes = self._journal.notes(there)
         self.abort_uploads(there)
-        self._store.remove(note.file for note in notes if note.digest == self._begun.digest)
+        remove_model(self._store, self._begun.put)
+        self._store.remove({*self._begun.put, *(note.file for note in notes if note.digest == self._begun.digest)})
         if self._begun.old and PROVENANCE not in there:
             self._journal.forget(notes)
         else:
@@ -133,7 +138,8 @@ class RemoteAssembly:
         known = self._journal.begun()
         if known is None or (known.digest, known.run) != (self._begun.digest, self._begun.run):
             raise OutputError(
-                f"{self._store.address}: another process writes there now; end one of the two, then run the other again"
+                f"{self._store.address}: another process writes there, too, and files of both may be mixed; when it "
+                "has ended, run one of the two again with --overwrite"
             )
 
     def _check_files(self, made: Iterable[Note], there: Mapping[str, Entry]) -> None:
@@ -147,11 +153,19 @@ class RemoteAssembly:
 
     def _clear_old(self) -> None:
         """What makes a model of the old files goes."""
-        if not self._is_cleared:
-            old = self._begun.old
-            for is_first in (_is_config, _is_index, _is_record):
-                self._store.remove(name for name in old if is_first(name))
-            self._is_cleared = True
+        if self._is_cleared:
+            return
+        record = self._store.names().get(PROVENANCE) if self._begun.replaces else None
+        if record is not None and record.state == self._begun.replaces:  # else another process was first
+            remove_model(self._store, self._begun.old)
+        self._is_cleared = True
+
+
+def remove_model(store: Store, names: Iterable[str]) -> None:
+    """Remove those of `names` that make files a model, in an order in which nothing is loaded in between."""
+    found = list(names)
+    for is_next in (_is_config, _is_index, _is_record):
+        store.remove(name for name in found if is_next(name))
 
 
 def _is_config(name: str) -> bool:

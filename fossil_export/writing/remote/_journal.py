@@ -14,9 +14,9 @@ from typing import Any
 from urllib.parse import quote
 
 from fossil_export.storage.fsspec._remote import Entry
-from fossil_export.writing._journal import JOURNAL
 from fossil_export.writing.remote._store import Store
 
+JOURNAL = ".fossil-export"
 _FORMAT = 1
 _ABOUT, _NOTES = f"{JOURNAL}/merge.json", f"{JOURNAL}/notes/"
 
@@ -25,13 +25,14 @@ _ABOUT, _NOTES = f"{JOURNAL}/merge.json", f"{JOURNAL}/notes/"
 class Begun:
     """What a result is of: `digest` and `about` as in `Place.assemble`; `run` is the process that has it alone, "" if
     it is shared. `old` are the objects that were there before, which go when it is finished, and `replaces` is the
-    state of the record among them."""
+    state of the record among them. `put` are those that go beside the files, once they are being written."""
 
     digest: str
     about: Mapping[str, str]
     run: str = ""
     old: tuple[str, ...] = ()
     replaces: str = ""
+    put: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,12 @@ class Journal:
             if found.pop("format") != _FORMAT:
                 return None
             known = Begun(**found)
-            return replace(known, about={str(k): str(v) for k, v in known.about.items()}, old=tuple(known.old))
+            return replace(
+                known,
+                about={str(k): str(v) for k, v in known.about.items()},
+                old=tuple(known.old),
+                put=tuple(known.put),
+            )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from fossil_export.checkpoints._companions import PROVENANCE
 from fossil_export.errors import FossilExportError, OutputError, StorageError
 from fossil_export.storage.fsspec._remote import Entry
 from fossil_export.writing._taking import differences
-from fossil_export.writing.remote._assembly import RemoteAssembly
+from fossil_export.writing.remote._assembly import RemoteAssembly, remove_model
 from fossil_export.writing.remote._journal import Begun, Journal, is_own
 from fossil_export.writing.remote._store import Store
 
@@ -44,13 +45,17 @@ class RemotePlace:
         there = self._store.names()
         self._refuse(there, self._begun(there), overwrite)
 
+    def is_begun(self) -> bool:
+        return self._begun(self._store.names()) is not None
+
     @contextmanager
     def assemble(
         self, digest: str, about: Mapping[str, str], *, overwrite: bool = False, shared: bool = False
     ) -> Iterator[RemoteAssembly]:
         there = self._store.names()
         known = self._begun(there)
-        self._refuse(there, known, overwrite)
+        if not shared or known is None or known.digest != digest:  # else it was begun by who may do so
+            self._refuse(there, known, overwrite)
         run = "" if shared else secrets.token_hex(8)
         replaced: tuple[str, ...] = ()
         if known is None:
@@ -58,7 +63,7 @@ class RemotePlace:
             old = [name for name in there if not is_own(name)]
             begun = Begun(digest, about, run, tuple(old), record.state if record else "")
         elif known.digest == digest:
-            begun = Begun(digest, about, run, known.old, known.replaces)
+            begun = replace(known, about=about, run=run)
         elif shared:
             raise OutputError(
                 f"{self.name}: its parts were begun with {', '.join(differences(known.about, about))}; give every part "
@@ -68,7 +73,8 @@ class RemotePlace:
             notes = self._journal.notes(there)
             if any(note.is_finished for note in notes):
                 replaced = differences(known.about, about)
-            former = dict.fromkeys([*known.old, *(note.file for note in notes)])
+            former = dict.fromkeys([*known.old, *(note.file for note in notes), *known.put])
+            remove_model(self._store, known.put)  # it may have been as good as finished
             begun = Begun(digest, about, run, tuple(former), known.replaces)
         if known != begun:
             self._journal.begin(begun)

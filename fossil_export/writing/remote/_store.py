@@ -50,11 +50,15 @@ class Store:
         }
 
     def entry(self, name: str) -> Entry:
+        """An object as it is listed. Raises StorageError if it is not there."""
+
         def run() -> Entry:
             self._system.invalidate_cache()
             return Entry.of(self._system.info(self._path(name)))
 
-        return self._ask(name, run)
+        found = self._ask(name, run)
+        # Times are told in one way and listed in another.
+        return found if found.etag else self.names().get(name, found)
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes | None:
         """A small object, or a range of one; None if there is none."""
