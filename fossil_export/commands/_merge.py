@@ -97,6 +97,12 @@ DTYPES = ("auto", *(name for name in BY_TORCH_NAME if name != "float64"))
 @click.option(
     "--cache-dir", metavar="DIR", help="With --stream: where the file at hand lies.  [default: ~/.cache/fossil-export]"
 )
+@click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="Merge on a Ray cluster, a task a file: HOST:PORT, ray://HOST:PORT, auto (the one that runs, or else one on this "
+    "machine) or local. All nodes must see --output.",
+)
 @publishing
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def merge(
@@ -123,6 +129,7 @@ def merge(
     stream: bool,
     max_disk: str | None,
     cache_dir: str | None,
+    ray: str | None,
     private: bool,
     revision: str | None,
     create_pr: bool,
@@ -160,6 +167,7 @@ def merge(
             stream and (output is not None or overwrite),
             "--stream keeps nothing here; leave out --output and --overwrite.",
         ),
+        (stream and ray is not None, "--ray merges into a folder; leave out --stream."),
         (
             not stream and output is None and not dry_run,
             f"Missing option '--output' (or ask for the plan alone with '--dry-run'{hint}).",
@@ -202,32 +210,45 @@ def merge(
     from fossil_export.merging import plan_merge, run_merge
     from fossil_export.merging._requantize import LEAST
 
-    plan = plan_merge(
-        adapters,
-        base,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        trained_on=seen,
-        into=into,
-        requantize=requantize,
-        min_survival=LEAST if min_survival is None else min_survival,
-    )
+    settings: dict[str, Any] = {
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+        "trained_on": seen,
+        "into": into,
+        "requantize": requantize,
+        "min_survival": LEAST if min_survival is None else min_survival,
+    }
+    if ray is not None:
+        from fossil_export.clusters._connection import check_ray
+
+        check_ray()  # before a plan, which may take seconds
+    plan = plan_merge(adapters, base, **settings)
     if dry_run or output is None:
         show(plan.to_dict() if as_json else None, partial(print_plan, every=every), plan)
         print_warnings(plan.warnings)
         return
     if push_to_hub is not None:
         foresee_merged(plan, place, exists)
-    with progress_bar(plan.nbytes, "merging") as progress:
-        result = run_merge(plan, output, device=device, overwrite=overwrite, hash=with_hash, progress=progress)
+    run: dict[str, Any] = {"device": device, "overwrite": overwrite, "hash": with_hash}
+    cluster = None
+    with progress_bar(plan.nbytes, "merging") as progress, lines() as report:
+        if ray is None:
+            result = run_merge(plan, output, progress=progress, **run)
+        else:
+            from fossil_export.clusters._asked import asked_for
+            from fossil_export.clusters._merge import run_on_ray
+
+            asked = asked_for(adapters, base, None, settings)
+            result, cluster = run_on_ray(plan, asked, output, address=ray, progress=progress, say=report, **run)
     published = None
     if push_to_hub is not None:
         from fossil_export.publishing._push import push_merged
 
         with lines() as report:
             published = push_merged(result, push_to_hub, progress=report, **target)
-    push = {"push": published.to_dict()} if published is not None else {}
-    show(result.to_dict() | push if as_json else None, print_result, result)
+    more_of_it = {"push": published.to_dict()} if published is not None else {}
+    more_of_it |= {"ray": cluster.to_dict()} if cluster is not None else {}
+    show(result.to_dict() | more_of_it if as_json else None, print_result, result)
     if published is not None and not as_json:
         print_push(published)
     print_warnings(result.warnings + (published.warnings if published is not None else ()))

@@ -206,3 +206,10 @@ def _index(base: Checkpoint, files: tuple[FilePlan, ...]) -> tuple[str, bytes]:
     if "total_parameters" in metadata:
         metadata["total_parameters"] = sum(element_count(tensor.shape) for file in files for tensor, _ in file.tensors)
     return name, write_json({**old, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def sources(file: FilePlan) -> tuple[str, ...]:
+    """The base's files that `file` is written from."""
+    own = [tensor.weight.source for tensor, _ in file.tensors if tensor.owner is None]
+    stored = [one for info in own for one in (info.coding.stored if info.coding is not None else (info,))]
+    return tuple(sorted({info.path.name for info in stored}))
