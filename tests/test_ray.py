@@ -133,9 +133,10 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 
 @pytest.fixture
-def joined(scene: Scene) -> Iterator[Scene]:
+def joined(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
     """This process is connected to the cluster by itself."""
     if not ray.is_initialized():
+        monkeypatch.chdir(scene.held)  # Ray's workers would take this package from the current folder
         ray.init(scene.address, log_to_driver=False, logging_level="CRITICAL")
     scene.go()
     yield scene

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -81,14 +82,15 @@ def connected(address: str) -> Iterator[Connection]:
     with _quiet():
         with _own_signals():
             ray = required("ray", "ray", PURPOSE)
-            if ray.is_initialized():
-                found = Connection(ray, ray.get_runtime_context().gcs_address, False, False)
-            else:
+        if ray.is_initialized():
+            yield Connection(ray, ray.get_runtime_context().gcs_address, False, False)
+            return
+        with _silent():
+            with _own_signals():
                 found = _connect(ray, address)
-        try:
-            yield found
-        finally:
-            if found.is_own:
+            try:
+                yield found
+            finally:
                 with _own_signals():
                     ray.shutdown()
 
@@ -145,7 +147,7 @@ def failed(address: str, problem: Exception) -> ClusterError:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No statistics, no words of Ray's own; the environment and the logger are then as they were."""
+    """No statistics, no logging of Ray's; the environment and the logger are then as they were."""
     before = {name: os.environ.get(name) for name in (*QUIET, "RAY_AUTH_MODE")}  # the last is set by Ray
     os.environ.update({name: value for name, value in QUIET.items() if before[name] is None or "STATS" in name})
     logger = logging.getLogger("ray")
@@ -160,6 +162,21 @@ def _quiet() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """A thread of Ray's prints what nodes tell of workers that died, to stdout, and no setting stops it. It comes as an
+    exception, too."""
+    module, name = import_module("ray._private.worker"), "print_to_stdstream"
+    shown = getattr(module, name, None)
+    if shown is not None:
+        setattr(module, name, lambda *data, **options: None)
+    try:
+        yield
+    finally:
+        if shown is not None:
+            setattr(module, name, shown)
 
 
 @contextmanager
