@@ -155,6 +155,14 @@ def command(scene: Scene, output: Path, *more: str) -> subprocess.Popen[str]:
     )
 
 
+def is_over(process: int) -> bool:
+    """Whether a process ends in time."""
+    end = time.monotonic() + PATIENCE
+    while (there := Path(f"/proc/{process}").exists()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not there
+
+
 def meanwhile(what: Callable[[], object]) -> threading.Thread:
     thread = threading.Thread(target=what)
     thread.start()
@@ -181,15 +189,14 @@ def test_a_node_that_goes_away_in_the_middle_does_not_show(joined: Scene, tmp_pa
     written: list[int] = []
 
     def remove() -> None:
-        joined.at_work(raylet)
+        worker = joined.at_work(raylet)
         joined.cluster.remove_node(node, allow_graceful=False)
+        assert is_over(worker)
         joined.go()
 
     joined.hold()
     thread = meanwhile(remove)
-    result = merge_on_ray(
-        joined.adapter, tmp_path / "out", base=joined.base, progress=written.append, say=said.append
-    )
+    result = merge_on_ray(joined.adapter, tmp_path / "out", base=joined.base, progress=written.append, say=said.append)
     thread.join()
     assert content(tmp_path / "out") == content(joined.local)
     assert said[0].startswith("Ray cluster at 127.0.0.1:") and any("made again" in line for line in said)
@@ -203,10 +210,7 @@ def test_ctrl_c_ends_all_tasks_and_leaves_what_the_next_run_takes_up(joined: Sce
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out, err) == (130, "", "Aborted!\n")
-    end = time.monotonic() + PATIENCE
-    while Path(f"/proc/{worker}").exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not Path(f"/proc/{worker}").exists() and not (tmp_path / "out").exists()
+    assert is_over(worker) and not (tmp_path / "out").exists()
     joined.go()
     result = merge_on_ray(joined.adapter, tmp_path / "out", base=joined.base)
     assert result.resumed >= 2 and content(tmp_path / "out") == content(joined.local)
@@ -229,7 +233,9 @@ def test_a_worker_that_sees_another_base_is_refused(joined: Scene, tmp_path: Pat
     shutil.copytree(joined.base, tmp_path / "base")
     plan = plan_merge(joined.adapter, joined.base)
     asked = asked_for(joined.adapter, tmp_path / "base", None, {})
-    with pytest.raises(ClusterError, match=r"^node .* \(127.0.0.[12]\): makes another merge of this \(base .*/base .*, here"):
+    with pytest.raises(
+        ClusterError, match=r"^node .* \(127.0.0.[12]\): makes another merge of this \(base .*/base .*, here"
+    ):
         run_on_ray(plan, asked, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -282,7 +288,9 @@ def test_a_cluster_of_its_own_runs_no_code_of_the_current_folder(scene: Scene, t
     )
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "PYTHONSAFEPATH": "1", "HOME": str(tmp_path)}
     environment |= {"RAY_ADDRESS": "", "RAY_AUTH_MODE": "disabled"}
-    arguments = [sys.executable, "-P", "-c", code] if sys.version_info >= (3, 11) else [sys.executable, "-I", "-c", code]
+    arguments = (
+        [sys.executable, "-P", "-c", code] if sys.version_info >= (3, 11) else [sys.executable, "-I", "-c", code]
+    )
     done = subprocess.run(arguments, cwd=here, env=environment, capture_output=True, text=True, check=False)
     assert not (tmp_path / "ran").exists()
     assert (done.returncode, done.stderr) == (0, "")

@@ -75,15 +75,14 @@ class Tasks:
         return self
 
     def __exit__(self, *problem: object) -> None:
-        """Workers that still write are told to stop and clean up, then ended."""
+        """Workers that still write are ended, not interrupted: Ray would give such a process, with what it was just
+        importing left half done, to the next task. What they wrote is removed by whoever takes the result up."""
         ray, left = self._ray, list(self._running)
-        for force in (False, True):
-            for one in left:
-                with suppress(Exception):
-                    ray.cancel(one, force=force)
-            if left and not force:
-                with suppress(Exception):
-                    _, left = ray.wait(left, num_returns=len(left), timeout=3)
+        for one in left:
+            with suppress(Exception):
+                ray.cancel(one, force=True)
+        with suppress(Exception):
+            ray.wait(left, num_returns=len(left), timeout=3)
         with suppress(Exception):
             ray.kill(self._board)
 
