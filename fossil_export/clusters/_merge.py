@@ -11,17 +11,13 @@ from typing import TYPE_CHECKING, Any
 from fossil_export.clusters._asked import Asked, asked_for
 from fossil_export.clusters._connection import Connection, connected
 from fossil_export.clusters._tasks import Tasks
-from fossil_export.clusters._worker import Order, at_once
-from fossil_export.errors import ClusterError, OutputError, failed
-from fossil_export.merging._assembling import Prepared, beside, results_in, told_resumed
-from fossil_export.merging._digest import plan_digest
+from fossil_export.clusters._worker import Order
+from fossil_export.errors import ClusterError
+from fossil_export.merging._assembling import beside, prepare, results_in, told_resumed
 from fossil_export.merging._given import AnyGiven
 from fossil_export.merging._merge import MergeResult, conclude, result_of
 from fossil_export.merging._plan import MergePlan
-from fossil_export.merging._planning import settled
 from fossil_export.merging._requantize import LEAST
-from fossil_export.storage import fetch
-from fossil_export.writing._place import find_place
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +113,7 @@ def run_on_ray(
     started = time.perf_counter() if started is None else started
     if device not in ("cpu", "cuda"):
         raise ClusterError(f"{device}: Ray gives each task a GPU itself; say --device cuda")
-    ready = _prepared(plan, output, device, overwrite)
+    ready = prepare(plan, output, device, overwrite, whole=False)  # the base's weights are the workers' to fetch
     plan, place, digest = ready.plan, ready.place, ready.digest
     with (
         connected(address) as connection,
@@ -146,20 +142,6 @@ def run_on_ray(
         assembly.publish()
     notes = told_resumed(place, plan, len(done))
     return result_of(ready, finished, started, resumed=len(done), notes=notes), cluster
-
-
-def _prepared(plan: MergePlan, output: str | Path, device: str, overwrite: bool) -> Prepared:
-    """As for a merge here, but for the base's weights, which are the workers' to fetch."""
-    place = find_place(output)
-    plan.check()  # first, since an input that is gone has no place to hold the output against
-    place.check([plan.base.location, *(adapter.path for adapter in plan.adapters)], overwrite)
-    fetch(*at_once(plan))
-    plan = settled(plan)
-    try:
-        return Prepared(plan, place, plan_digest(plan, device))
-    except OSError as problem:
-        plan.check()
-        raise OutputError(failed(place.name, problem, Path(place.name))) from problem
 
 
 def _cpus(connection: Connection, wanted: int, device: str) -> float:

@@ -15,10 +15,10 @@ from fossil_export.errors import FossilExportError, OutputError, reason, remedy
 from fossil_export.merging import _run
 from fossil_export.merging._assembling import write_files
 from fossil_export.merging._digest import PlanDigest, plan_digest
-from fossil_export.merging._layout import FilePlan, sources
+from fossil_export.merging._layout import FilePlan
 from fossil_export.merging._plan import MergePlan
 from fossil_export.merging._planning import settled
-from fossil_export.storage import Needed, fetch
+from fossil_export.storage import fetch
 from fossil_export.writing._place import find_place
 
 WAITING = 2
@@ -117,7 +117,7 @@ def _planned(order: Order) -> tuple[MergePlan, PlanDigest]:
         _plans.clear()
         _run.THREADS = min(_run.THREADS, math.ceil(order.cpus) + WAITING)
         plan = order.asked.plan()
-        fetch(*at_once(plan))
+        fetch(*plan.needed_for(()))
         plan = settled(plan)
         _plans[key] = plan, plan_digest(plan, order.device)
     plan, found = _plans[key]
@@ -125,24 +125,15 @@ def _planned(order: Order) -> tuple[MergePlan, PlanDigest]:
     return plan, found
 
 
-def at_once(plan: MergePlan) -> tuple[Needed, ...]:
-    """What every process needs: the adapters, and what goes beside the weights. All of a base whose heads must be
-    looked at."""
-    if any(plan.undecided):
-        return plan.needed
-    *adapters, base = plan.needed
-    weights = {header.path.name for header in plan.base.files}
-    return *adapters, Needed(base.folder, tuple(name for name in base.names if name not in weights))
-
-
 def _fetched(plan: MergePlan, file: FilePlan) -> tuple[int, int, str] | None:
     """Fetch the files of the base that `file` is made of; without room for them, the bytes that are needed, those that
     are free, and the disk."""
-    home, names = plan.base.home, sources(file)
+    needed = plan.needed_for([file])
+    home, names = needed[-1].folder, needed[-1].names
     if (short := _short(home, names)) is not None:
         return short
     try:
-        fetch(Needed(home, names, tuple(header for header in plan.base.files if header.path.name in names)))
+        fetch(*needed)
     except FossilExportError:
         if (short := _short(home, names)) is not None:  # another task took it
             return short

@@ -8,10 +8,18 @@ from typing import Any
 import click
 
 from fossil_export._answers import BLOCK_SIZES, INTO, TRAINED_ON
-from fossil_export._console import lines, print_warnings, progress_bar
+from fossil_export._console import lines, print_warnings, progress_bar, tell
 from fossil_export.checkpoints._dtypes import BY_TORCH_NAME
-from fossil_export.commands._shared import BASE_HELP, publishing, show, weighted
-from fossil_export.tables import print_moves, print_plan, print_push, print_result, print_streamed
+from fossil_export.commands._shared import BASE_HELP, numbered, publishing, show, weighted
+from fossil_export.tables import (
+    print_moves,
+    print_part,
+    print_part_plan,
+    print_plan,
+    print_push,
+    print_result,
+    print_streamed,
+)
 
 DTYPES = ("auto", *(name for name in BY_TORCH_NAME if name != "float64"))
 # Weights that are not stored as float64 are merged in float32; wider ones would hold no more.
@@ -89,6 +97,12 @@ DTYPES = ("auto", *(name for name in BY_TORCH_NAME if name != "float64"))
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--all", "every", is_flag=True, help="With --dry-run: a row for every tensor, not for every kind.")
 @click.option("--overwrite", is_flag=True, help="Replace a folder that an earlier merge wrote.")
+@click.option(
+    "--part",
+    metavar="N/M",
+    help="Write one of M parts of the merge, e.g. 3/16; others may run at the same time, on machines that share DIR.",
+)
+@click.option("--finish", "is_last", is_flag=True, help="Publish DIR from its parts, which are all there.")
 @click.option("--push-to-hub", metavar="REPO_ID", help="Publish the merged model there.")
 @click.option(
     "--stream", is_flag=True, help="With --push-to-hub: file by file, with about one file on the disk and no --output."
@@ -100,8 +114,8 @@ DTYPES = ("auto", *(name for name in BY_TORCH_NAME if name != "float64"))
 @click.option(
     "--ray",
     metavar="ADDRESS",
-    help="Merge on a Ray cluster, a task a file: HOST:PORT, ray://HOST:PORT, auto (the one that runs, or else one on this "
-    "machine) or local. All nodes must see --output.",
+    help="Merge on a Ray cluster, a task a file: HOST:PORT, ray://HOST:PORT, auto (the one that runs, or else one on "
+    "this machine) or local. All nodes must see --output.",
 )
 @publishing
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -125,6 +139,8 @@ def merge(
     dry_run: bool,
     every: bool,
     overwrite: bool,
+    part: str | None,
+    is_last: bool,
     push_to_hub: str | None,
     stream: bool,
     max_disk: str | None,
@@ -140,6 +156,9 @@ def merge(
 
     ADAPTER is a folder that PEFT saved (FOSSIL, LoRA, DoRA, …), or the id of one on the Hub: user/repo[@revision] or
     hf://user/repo/folder. The base is streamed, never loaded; it and the adapter are only read.
+
+    A merge that was interrupted goes on where it was if the same command runs again. To divide it among processes or
+    machines, run it with --part 1/16 to --part 16/16, in any order, then with --finish.
 
     ADAPTER=0.7 adds 0.7 times its update. Of several adapters (--adapter) the updates are added in their order, as PEFT
     does with all of them active. Other ways to combine (TIES, DARE, SLERP, …) are mergekit's: merge each adapter alone,
@@ -168,6 +187,11 @@ def merge(
             "--stream keeps nothing here; leave out --output and --overwrite.",
         ),
         (stream and ray is not None, "--ray merges into a folder; leave out --stream."),
+        (stream and (part or is_last), "--part and --finish make a folder; leave out --stream."),
+        (part and is_last, "--finish comes when all parts are there; leave out --part."),
+        (part and push_to_hub, "--part publishes nothing; leave out --push-to-hub, or give it with --finish."),
+        (is_last and dry_run, "--finish has no plan of its own; leave out --dry-run, or --finish."),
+        (ray is not None and (part or is_last), "--ray divides the files itself; leave out --part and --finish."),
         (
             not stream and output is None and not dry_run,
             f"Missing option '--output' (or ask for the plan alone with '--dry-run'{hint}).",
@@ -176,6 +200,7 @@ def merge(
         if wrong:
             raise click.UsageError(why)
     adapters = [weighted(given) for given in (adapter, *more)]
+    wanted = None if part is None else numbered(part)
     seen = _settings(trained_on, double_quant, compute_dtype, block_size, skip_modules)
     if push_to_hub is not None:
         from fossil_export.publishing._foreseen import foresee_merged
@@ -207,7 +232,8 @@ def merge(
         show(streamed.to_dict() if as_json else None, print_streamed, streamed)
         print_warnings(streamed.push.warnings)
         return
-    from fossil_export.merging import plan_merge, run_merge
+    from fossil_export.merging import finish_merge, merge_part, plan_merge, run_merge
+    from fossil_export.merging._parts import plan_part
     from fossil_export.merging._requantize import LEAST
 
     settings: dict[str, Any] = {
@@ -224,22 +250,32 @@ def merge(
         check_ray()  # before a plan, which may take seconds
     plan = plan_merge(adapters, base, **settings)
     if dry_run or output is None:
-        show(plan.to_dict() if as_json else None, partial(print_plan, every=every), plan)
+        if wanted is not None:
+            chosen = plan_part(plan, wanted)
+            show(chosen.to_dict() if as_json else None, print_part_plan, chosen)
+        else:
+            show(plan.to_dict() if as_json else None, partial(print_plan, every=every), plan)
         print_warnings(plan.warnings)
         return
     if push_to_hub is not None:
         foresee_merged(plan, place, exists)
-    run: dict[str, Any] = {"device": device, "overwrite": overwrite, "hash": with_hash}
+    options: dict[str, Any] = {"device": device, "overwrite": overwrite, "hash": with_hash}
+    if wanted is not None:
+        with progress_bar(plan_part(plan, wanted).nbytes, f"merging {part}") as progress:
+            done = merge_part(plan, output, wanted, progress=progress, **options)
+        show(done.to_dict() if as_json else None, print_part, done)
+        print_warnings(done.warnings)
+        return
     cluster = None
-    with progress_bar(plan.nbytes, "merging") as progress, lines() as report:
+    with progress_bar(plan.nbytes, "finishing" if is_last else "merging") as progress:
         if ray is None:
-            result = run_merge(plan, output, progress=progress, **run)
+            result = (finish_merge if is_last else run_merge)(plan, output, progress=progress, **options)
         else:
             from fossil_export.clusters._asked import asked_for
             from fossil_export.clusters._merge import run_on_ray
 
             asked = asked_for(adapters, base, None, settings)
-            result, cluster = run_on_ray(plan, asked, output, address=ray, progress=progress, say=report, **run)
+            result, cluster = run_on_ray(plan, asked, output, address=ray, progress=progress, say=tell, **options)
     published = None
     if push_to_hub is not None:
         from fossil_export.publishing._push import push_merged

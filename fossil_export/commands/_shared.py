@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ def weighted(given: str) -> str | tuple[str, float]:
             f"{name or 'my-adapter'}=0.5."
         )
     return name, weight
+
+
+def numbered(given: str) -> tuple[int, int]:
+    """A part as it is typed, "3/16"."""
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", given)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise click.UsageError(f"--part is {given!r}, expected one of how many, from 1/16 to 16/16.")
+    return int(match[1]), int(match[2])
 
 
 def _is_there(path: str) -> bool:

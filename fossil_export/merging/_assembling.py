@@ -28,12 +28,15 @@ class Prepared:
     digest: PlanDigest
 
 
-def prepare(plan: MergePlan, output: str | Path, device: str = "cpu", overwrite: bool = False) -> Prepared:
-    """Check inputs and output, fetch what is needed and settle the plan. Raises a FossilExportError."""
+def prepare(
+    plan: MergePlan, output: str | Path, device: str = "cpu", overwrite: bool = False, whole: bool = True
+) -> Prepared:
+    """Check inputs and output, fetch what is needed and settle the plan; if it is not run as a `whole`, the base's
+    weights are left to `storage.fetch(*plan.needed_for(files))`. Raises a FossilExportError."""
     place = find_place(output)
     plan.check()  # first, since an input that is gone has no place to hold the output against
     place.check([plan.base.location, *(adapter.path for adapter in plan.adapters)], overwrite)
-    fetch(*plan.needed)
+    fetch(*(plan.needed if whole else plan.needed_for(())))
     plan = settled(plan)
     try:
         digest = plan_digest(plan, device)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from fossil_export.checkpoints._checkpoint import Checkpoint
@@ -81,6 +82,17 @@ class TensorPlan:
     @property
     def nbytes(self) -> int:
         return byte_count(self.dtype, self.shape)
+
+
+def read_for(tensor: TensorPlan) -> Iterator[Path]:
+    """The files that its values are read from, some of them more than once."""
+    infos = [tensor.source, *(one for change in tensor.weight.changes for one in change.into.stored)]
+    infos += [] if tensor.coded is None else [tensor.coded]
+    infos += [] if tensor.encodes is None else [tensor.encodes.source]
+    for info in infos:
+        yield info.path
+        if info.coding is not None:
+            yield from (one.path for one in info.coding.stored)
 
 
 def is_decoded(info: TensorInfo) -> bool:
@@ -206,10 +218,3 @@ def _index(base: Checkpoint, files: tuple[FilePlan, ...]) -> tuple[str, bytes]:
     if "total_parameters" in metadata:
         metadata["total_parameters"] = sum(element_count(tensor.shape) for file in files for tensor, _ in file.tensors)
     return name, write_json({**old, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
-
-
-def sources(file: FilePlan) -> tuple[str, ...]:
-    """The base's files that `file` is written from."""
-    own = [tensor.weight.source for tensor, _ in file.tensors if tensor.owner is None]
-    stored = [one for info in own for one in (info.coding.stored if info.coding is not None else (info,))]
-    return tuple(sorted({info.path.name for info in stored}))

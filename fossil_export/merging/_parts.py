@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from fossil_export.merging._assembling import beside, by_name, prepare, results_
 from fossil_export.merging._layout import FilePlan
 from fossil_export.merging._merge import MergeResult, conclude, peak_memory, result_of
 from fossil_export.merging._plan import MergePlan
+from fossil_export.storage import fetch
 
 Part = tuple[int, int]
 """(3, 16): the third of sixteen."""
@@ -55,28 +55,43 @@ class PartResult:
         }
 
 
-def parse_part(given: str) -> Part:
-    """ "3/16" as numbers. Raises MergeError."""
-    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", given.strip(), re.ASCII)
-    if match is None:
-        raise MergeError(f"part is {given!r}, expected one of how many, like 3/16")
-    return checked_part((int(match[1]), int(match[2])))
+@dataclass(frozen=True)
+class PartPlan:
+    """What a part has to write."""
+
+    part: str
+    files: tuple[FilePlan, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The part as `--dry-run --json` prints it."""
+        files = [{"file": file.name, "bytes": file.size, "tensors": len(file.tensors)} for file in self.files]
+        return {"part": self.part, "files": files, "bytes": self.nbytes}
 
 
-def checked_part(part: Part) -> Part:
-    """Raises MergeError for a part that there is not."""
-    number, count = part
-    if not 1 <= number <= count:
-        raise MergeError(f"part is {number}/{count}; parts are counted from 1 to {count}, as in 1/{max(count, 1)}")
-    return part
+def plan_part(plan: MergePlan, part: Part | Collection[str]) -> PartPlan:
+    """The files of a part; they are final if the plan is settled. Raises MergeError for a part that there is not."""
+    if isinstance(part, tuple) and len(part) == 2 and all(isinstance(one, int) for one in part):
+        number, count = int(part[0]), int(part[1])
+        if not 1 <= number <= count:
+            raise MergeError(f"part is {number}/{count}; parts are counted from 1, as in 1/16 to 16/16")
+        # Parts beyond the number of files are empty, however many there are.
+        parts = division(plan, min(count, len(plan.files)))
+        return PartPlan(f"{number}/{count}", tuple(parts[number - 1]) if number <= len(parts) else ())
+    if isinstance(part, str):
+        part = (part,)
+    files = by_name(plan, (str(name) for name in part))
+    return PartPlan(listed([file.name for file in files]), tuple(files))
 
 
 def division(plan: MergePlan, count: int) -> list[list[FilePlan]]:
-    """The files of a plan in `count` parts of about the same size, always the same; some are empty if there are fewer
-    files."""
+    """The files of a plan in `count` parts of about the same size, always the same."""
     import heapq
 
-    loads = [(0, number) for number in range(min(count, len(plan.files)))]
+    loads = [(0, number) for number in range(count)]
     found: list[list[FilePlan]] = [[] for _ in range(count)]
     for file in sorted(plan.files, key=lambda file: (-file.size, file.name)):
         load, number = heapq.heappop(loads)
@@ -84,17 +99,6 @@ def division(plan: MergePlan, count: int) -> list[list[FilePlan]]:
         heapq.heappush(loads, (load + file.size, number))
     order = {file.name: number for number, file in enumerate(plan.files)}
     return [sorted(files, key=lambda file: order[file.name]) for files in found]
-
-
-def part_files(plan: MergePlan, part: Part | Collection[str]) -> tuple[str, list[FilePlan]]:
-    """The name of a part ("3/16") and its files. Raises MergeError for one that there is not."""
-    if isinstance(part, tuple) and len(part) == 2 and all(isinstance(one, int) for one in part):
-        number, count = checked_part((int(part[0]), int(part[1])))
-        # Parts beyond the number of files are empty, however many there are.
-        files = division(plan, min(count, len(plan.files)))
-        return f"{number}/{count}", files[number - 1] if number <= len(files) else []
-    files_named = by_name(plan, (str(name) for name in part))
-    return listed([file.name for file in files_named]), files_named
 
 
 def merge_part(
@@ -117,24 +121,25 @@ def merge_part(
     >>> merge_part(plan, "merged", (3, 16))           # doctest: +SKIP
     """
     started = time.perf_counter()
-    ready = prepare(plan, output, device, overwrite)
+    ready = prepare(plan, output, device, overwrite, whole=False)
     plan, place = ready.plan, ready.place
-    name, files = part_files(plan, part)
+    chosen = plan_part(plan, part)
+    files = chosen.files
+    fetch(*plan.needed_for(files))
     with place.assemble(ready.digest.digest, ready.digest.about, overwrite=overwrite, shared=True) as assembly:
         try:
             done = results_in(plan, assembly)
             left = [file for file in files if file.name not in done]
             assembly.check_room(sum(file.size for file in left))
             progress(sum(file.size for file in files if file.name in done))
-            label = name if isinstance(part, tuple) else None
-            write_files(plan, left, assembly, device=device, hash=hash, progress=progress, part=label)
+            write_files(plan, left, assembly, device=device, hash=hash, progress=progress, part=chosen.part)
             done = results_in(plan, assembly)
         except OSError as problem:
             plan.check()
             raise assembly.failed(problem) from problem
     return PartResult(
         output=Path(place.name),
-        part=name,
+        part=chosen.part,
         files=tuple(file.name for file in files),
         resumed=len(files) - len(left),
         missing=tuple(file.name for file in plan.files if file.name not in done),
@@ -160,7 +165,7 @@ def finish_merge(
     that names what is missing.
     """
     started = time.perf_counter()
-    ready = prepare(plan, output, device, overwrite)
+    ready = prepare(plan, output, device, overwrite, whole=False)
     plan, place = ready.plan, ready.place
     with place.assemble(ready.digest.digest, ready.digest.about, overwrite=overwrite, shared=True) as assembly:
         try:

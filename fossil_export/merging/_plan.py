@@ -6,7 +6,7 @@ provenance file records.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._stamp import Stamp, check_stamp
 from fossil_export.checkpoints.layouts import Matrix
 from fossil_export.errors import MergeError
-from fossil_export.merging._layout import FilePlan, TensorPlan, tensor_record
+from fossil_export.merging._layout import FilePlan, TensorPlan, read_for, tensor_record
 from fossil_export.merging._trained_on import Seen
 from fossil_export.storage import Needed
 
@@ -101,12 +101,19 @@ class MergePlan:
     @property
     def needed(self) -> tuple[Needed, ...]:
         """The files that a run reads, which whoever runs it fetches."""
-        home = self.base.home
-        names = [header.path.name for header in self.base.files]
+        return self.needed_for(None)
+
+    def needed_for(self, files: Iterable[FilePlan] | None) -> tuple[Needed, ...]:
+        """Those that `files` of it are made of, and what is written beside them; None for all."""
+        home, headers = self.base.home, self.base.files
+        if files is not None:
+            read = {path for file in files for tensor, _ in file.tensors for path in read_for(tensor)}
+            headers = tuple(header for header in headers if header.path in read)
+        names = [header.path.name for header in headers]
         names += [path.relative_to(home.path).as_posix() for path in self._base_companions()]
         if self.base.folder is not None:  # the record tells one revision from another by them
             names += [name for name in home.root_names() if name.endswith(".json")]
-        base = Needed(home, tuple(dict.fromkeys(names)), self.base.files)
+        base = Needed(home, tuple(dict.fromkeys(names)), headers)
         return *(adapter.needed for adapter in self.adapters), base
 
     def _base_companions(self) -> list[Path]:

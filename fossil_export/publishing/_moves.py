@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fossil_export.checkpoints._companions import CARD
 from fossil_export.errors import OutputError
-from fossil_export.merging._layout import FilePlan, sources
+from fossil_export.merging._layout import FilePlan
 from fossil_export.merging._plan import MergePlan
 from fossil_export.merging._run import in_place
 from fossil_export.storage.hub._remote import HubFolder
@@ -129,7 +129,7 @@ def plan_moves(merge: MergePlan, max_disk: int | None = None) -> StreamPlan:
         elif same and remote:
             ways.append((file, "change", (file.name,)))
         else:
-            ways.append((file, "write", sources(file) if remote else ()))
+            ways.append((file, "write", _sources(file) if remote else ()))
     plan = StreamPlan(merge, tuple(_moves(ways, {name: header.size for name, header in headers.items()})), max_disk)
     if max_disk is not None and plan.disk > max_disk:
         most = max(plan.moves, key=lambda move: move.disk)
@@ -146,19 +146,26 @@ def _is_large(merge: MergePlan, name: str) -> bool:
     return len(merge.base.home.blob(name) or "") == 64
 
 
+def _sources(file: FilePlan) -> tuple[str, ...]:
+    """The base's files that `file` is written from."""
+    own = [tensor.weight.source for tensor, _ in file.tensors if tensor.owner is None]
+    stored = [one for info in own for one in (info.coding.stored if info.coding is not None else (info,))]
+    return tuple(sorted({info.path.name for info in stored}))
+
+
 def _moves(ways: list[tuple[FilePlan, str, tuple[str, ...]]], sizes: Mapping[str, int]) -> list[Move]:
     """With what each leaves on the disk for the ones after it."""
     moves = []
     held: set[str] = set()
-    for index, (file, way, read) in enumerate(ways):
+    for index, (file, way, sources) in enumerate(ways):
         later = {name for _, other, names in ways[index + 1 :] if other == "write" for name in names}
-        fetch = sum(sizes[name] for name in read if name not in held)
+        fetch = sum(sizes[name] for name in sources if name not in held)
         # A file that is merged where it lies is the base's no more.
-        held = held | set(read) if way == "write" else held - set(read)
+        held = held | set(sources) if way == "write" else held - set(sources)
         disk = sum(sizes[name] for name in held) + (file.size if way in ("change", "write") else 0)
         drop = tuple(sorted(held - later))
         held -= set(drop)
-        moves.append(Move(file, way, read, drop, disk, fetch))
+        moves.append(Move(file, way, sources, drop, disk, fetch))
     return moves
 
 

@@ -9,7 +9,15 @@ from fossil_export.tables._exits import (
     print_verification,
 )
 from fossil_export.tables._inspection import print_inspection
-from fossil_export.tables._merging import print_moves, print_plan, print_plan_summary, print_result, print_streamed
+from fossil_export.tables._merging import (
+    print_moves,
+    print_part,
+    print_part_plan,
+    print_plan,
+    print_plan_summary,
+    print_result,
+    print_streamed,
+)
 
 __all__ = [
     "print_conversion",
@@ -17,6 +25,8 @@ __all__ = [
     "print_inspection",
     "print_moves",
     "print_onnx_plan",
+    "print_part",
+    "print_part_plan",
     "print_plan",
     "print_plan_summary",
     "print_push",

@@ -11,8 +11,9 @@ from fossil_export.tables._exits import push_pairs
 from fossil_export.tables._shared import described, named_at, print_grouped
 
 if TYPE_CHECKING:
-    from fossil_export.merging import MergePlan, MergeResult
+    from fossil_export.merging import MergePlan, MergeResult, PartResult
     from fossil_export.merging._change import Change
+    from fossil_export.merging._parts import PartPlan
     from fossil_export.merging._quantization_error import Ratio
     from fossil_export.publishing import StreamPlan, StreamResult
 
@@ -131,9 +132,35 @@ def print_result(result: MergeResult) -> None:
             *([("quantization", ratios_told(result.ratios))] if result.ratios else []),
             ("update kept", "-" if total is None else f"{total:.1%}{sampled}"),
             ("written", readable_bytes(plan.nbytes)),
+            *([("taken up", f"{result.resumed} of {len(plan.files)} files")] if result.resumed else []),
             ("time", f"{result.seconds:.1f} s"),
             ("peak memory", readable_bytes(result.peak_memory)),
             ("model", str(result.output)),
+        ]
+    )
+
+
+def print_part_plan(plan: PartPlan) -> None:
+    """The files of a part of a merge."""
+    if plan.files:
+        print_table(("file", "bytes"), [(file.name, f"{file.size:,}") for file in plan.files])
+        echo()
+    print_pairs([("part", plan.part), ("files", f"{len(plan.files)} of weights, {readable_bytes(plan.nbytes)}")])
+
+
+def print_part(result: PartResult) -> None:
+    """What a part has written, and what is left for others."""
+    files = listed(list(result.files), 3) or "none: there are more parts than files"
+    left = len(result.missing)
+    print_pairs(
+        [
+            ("part", result.part),
+            ("files", files),
+            *([("taken up", f"{result.resumed} of them were finished before")] if result.resumed else []),
+            ("written", readable_bytes(result.nbytes)),
+            ("time", f"{result.seconds:.1f} s"),
+            ("peak memory", readable_bytes(result.peak_memory)),
+            ("missing", listed(list(result.missing), 3) if left else "nothing; run the same with --finish"),
         ]
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 from fossil_export.checkpoints._checkpoint import sha256
 from fossil_export.errors import FossilExportError, OutputError, failed
 from fossil_export.writing import _staging as staging
-from fossil_export.writing._journal import JOURNAL, Journal
+from fossil_export.writing._journal import Journal
 from fossil_export.writing._place import Assembly
 from fossil_export.writing._summed import SummedFile
 from fossil_export.writing._taking import Held, join, parts_of, take
@@ -78,7 +78,6 @@ class FolderAssembly:
     """See `Assembly`."""
 
     def __init__(self, output: Path, held: Held, overwrite: bool) -> None:
-        self.path = held.folder
         self.replaced = held.replaced
         self.is_published = False
         self._output, self._overwrite = output, overwrite
@@ -93,11 +92,11 @@ class FolderAssembly:
         def finished(sums: int) -> None:
             self._sums[name] = sums
 
-        return SummedFile(self._journal.new_name(), self.path / name, size, finished)
+        return SummedFile(self._journal.new_name(), self._journal.result / name, size, finished)
 
     def put(self, contents: Mapping[str, bytes | Path]) -> None:
         for name, content in contents.items():
-            target, new = self.path / name, self._journal.new_name()
+            target, new = self._journal.result / name, self._journal.new_name(small=True)
             target.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, bytes):
                 new.write_bytes(content)
@@ -107,7 +106,7 @@ class FolderAssembly:
             self._put.add(name)
 
     def sha256(self, name: str) -> str:
-        return sha256(self.path / name)
+        return sha256(self._journal.result / name)
 
     def notes(self) -> dict[str, dict[str, Any]]:
         try:
@@ -131,20 +130,17 @@ class FolderAssembly:
             raise staging.unwritable(self._output, problem) from problem
 
     def failed(self, problem: OSError) -> FossilExportError:
-        return OutputError(failed(self._output, problem, self.path))
+        return OutputError(failed(self._output, problem, self._journal.path))
 
     def publish(self) -> None:
         try:
             wanted = {*self._journal.notes(), *self._put}
-            # Whoever still writes a file of it finds no place to write to, and puts nothing into the finished folder.
-            gone = staging.partial_name(self._output)
-            (self.path / JOURNAL).rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
-            for path in self.path.rglob("*"):
-                if not path.is_dir() and path.relative_to(self.path).as_posix() not in wanted:
-                    path.unlink()  # begun by a run that was cut off
-            staging.sync_tree(self.path)
-            staging.publish(self.path, self._output, self._overwrite)
+            for path in self._journal.result.rglob("*"):
+                if not path.is_dir() and path.relative_to(self._journal.result).as_posix() not in wanted:
+                    path.unlink()  # nobody knows of it
+            staging.sync_tree(self._journal.result)
+            # Whoever still writes a file of it finds no place for it, and puts nothing into the finished folder.
+            staging.publish(self._journal.result, self._output, self._overwrite)
         except OSError as problem:
             raise staging.unplaced(self._output, problem) from problem
         self.is_published = True

@@ -1,7 +1,7 @@
-"""What is kept in an unfinished result: what it will be, and a note on each file that is finished.
+"""What is kept of an unfinished result: what it will be, its finished files, and a note on each of them.
 
-It is a hidden folder in the staged one, with small files of JSON for people, too: `merge.json` says what the result is
-of, `notes/` has one a finished file, and files that are being written lie here until they are whole.
+The staged folder has `merge.json`, which says what the result is of; `notes/` with one file of JSON for each finished
+one; what is being written, until it is whole; and `result/`, which takes the name of the output in the end.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fossil_export.writing._checksum import checksum
 from fossil_export.writing._staging import hold, rename_new, sync_folder
 
-JOURNAL = ".fossil-export"
 _FORMAT = 1
-_ABOUT, _NOTES = "merge.json", "notes"
+_ABOUT, _NOTES, _RESULT = "merge.json", "notes", "result"
 _LONG = 200
 _BLOCK = 8 << 20
 _AGED = 24 * 3600
@@ -29,11 +28,11 @@ _AGED = 24 * 3600
 
 
 class Journal:
-    """The journal of the staged folder `home`."""
+    """The staged folder `path`; `result` is the folder in it that will be the output."""
 
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        self.path = home / JOURNAL
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.result = path / _RESULT
         self._notes = self.path / _NOTES
 
     def about(self) -> tuple[str, dict[str, str]] | None:
@@ -51,7 +50,8 @@ class Journal:
 
     def begin(self, digest: str, about: Mapping[str, str]) -> None:
         """Say what the result is of, unless another process has said it by now. Raises OSError."""
-        self._notes.mkdir(parents=True, exist_ok=True)
+        self._notes.mkdir(exist_ok=True)
+        self.result.mkdir(exist_ok=True)
         content = {"format": _FORMAT, "digest": digest, "about": dict(about)}
         new = self._written(json.dumps(content, indent=1, ensure_ascii=False).encode())
         try:
@@ -59,15 +59,15 @@ class Journal:
         except FileExistsError:
             new.unlink()
         sync_folder(self.path)
-        sync_folder(self.home)
 
-    def new_name(self) -> Path:
-        """For a file that is being written, like no other process's."""
-        return self.path / f"writing-{secrets.token_hex(8)}"
+    def new_name(self, small: bool = False) -> Path:
+        """For a file that is being written, like no other process's: a large one, which its process holds so that
+        `clear` can tell, or a small one."""
+        return self.path / f"{'small' if small else 'writing'}-{secrets.token_hex(8)}"
 
     def add(self, name: str, sums: int, about: Mapping[str, Any]) -> None:
-        """Note that the file `name` of the folder, which has the checksum `sums`, is finished. Raises OSError."""
-        status = (self.home / name).stat()
+        """Note that the file `name` of the result, which has the checksum `sums`, is finished. Raises OSError."""
+        status = (self.result / name).stat()
         entry = {
             "file": name,
             "size": status.st_size,
@@ -94,7 +94,7 @@ class Journal:
 
     def _is_same(self, name: str, entry: Mapping[str, Any], sums: int) -> bool:
         """Whether a file has the bytes that it had; read if its time or its inode is another (it was copied, say)."""
-        path = self.home / name
+        path = self.result / name
         if path.is_symlink() or not path.is_file():
             return False
         status = path.stat()
@@ -108,19 +108,18 @@ class Journal:
         return True
 
     def clear(self, alone: bool) -> None:
-        """Remove what dead processes were writing; all of it, if this process is `alone`."""
-        for path in self._writing():
+        """Remove what dead processes were writing: large files, or all of it if this process is `alone`."""
+        for path in self.path.glob("small-*") if alone else ():
+            path.unlink(missing_ok=True)
+        for path in self.path.glob("writing-*"):
             lock = hold(path, os.O_RDWR)
             if alone or lock is not None or _is_aged(path):
                 path.unlink(missing_ok=True)
             if lock is not None:
                 os.close(lock)
 
-    def _writing(self) -> Iterator[Path]:
-        return self.path.glob("writing-*")
-
     def _written(self, content: bytes) -> Path:
-        path = self.new_name()
+        path = self.new_name(small=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         with open(descriptor, "wb") as file:
             file.write(content)

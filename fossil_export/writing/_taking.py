@@ -31,7 +31,7 @@ class Held:
 def take(output: Path, digest: str, about: Mapping[str, str]) -> Held:
     """A folder that this process has alone: one that a dead process left of the same result, or a new one; what else
     dead processes left is removed. Raises OSError."""
-    mine: list[Held] = []
+    mine: list[Held] = []  # the new one first
     replaced: tuple[str, ...] = ()
     try:
         best = new = _new(output, mine)
@@ -53,12 +53,14 @@ def take(output: Path, digest: str, about: Mapping[str, str]) -> Held:
         if best is new:
             Journal(new.folder).begin(digest, about)
             return Held(new.folder, new.lock, replaced)
-        mine.remove(new)
-        _remove(new)
+        _remove(mine.pop(0))
         return best
     except BaseException:
-        for held in mine:
-            _remove(held)
+        for number, held in enumerate(mine):
+            if number == 0:
+                _remove(held)
+            else:  # what others left is of use to the next run
+                os.close(held.lock)
         raise
 
 
@@ -95,9 +97,10 @@ def join(output: Path, digest: str, about: Mapping[str, str]) -> Held:
         journal = Journal(folder)
         if folder.stat().st_uid != _owner_of_new(output):
             raise OutputError(f"{folder}: is another user's; choose another --output")
-        if journal.about() is None:
-            journal.begin(digest, about)
         known = journal.about()
+        if known is None or known[0] == digest:  # it may have ended between two steps
+            journal.begin(digest, about)
+            known = journal.about()
         if known is None:
             raise OutputError(f"{folder}: holds no journal of parts; remove it, then run all parts again")
         if known[0] != digest:
