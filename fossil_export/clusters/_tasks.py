@@ -82,9 +82,11 @@ class Tasks:
             with suppress(Exception):
                 ray.cancel(one, force=True)
         with suppress(Exception):
+            left += [self._answer] if self._answer is not None else []
             ray.wait(left, num_returns=len(left), timeout=3)
-        with suppress(Exception):
-            ray.kill(self._board)
+        # The board goes when nobody holds it. To kill it while it answers would make Ray end this process (2.60).
+        self._running.clear()
+        self._board = self._answer = None
 
     def run(self, files: list[FilePlan]) -> Iterator[FileResult]:
         """`files`, made, as they get done: the largest are begun first. Raises what a worker
