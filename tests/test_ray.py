@@ -24,6 +24,7 @@ import ray
 from conftest import make_adapter, make_base
 from hub_tools import cli, content
 from ray.cluster_utils import Cluster
+from safetensors.torch import load_file, save_file
 
 import fossil_export
 from fossil_export import merge, merge_on_ray, plan_merge
@@ -32,7 +33,7 @@ from fossil_export.clusters._asked import asked_for
 from fossil_export.clusters._board import Progress
 from fossil_export.clusters._connection import connected
 from fossil_export.clusters._merge import run_on_ray
-from fossil_export.errors import ClusterError
+from fossil_export.errors import ClusterError, MergeError
 
 PACKAGE = Path(fossil_export.__file__).parent
 NODE = {"object_store_memory": 80 << 20, "num_cpus": 2}
@@ -254,14 +255,15 @@ def test_a_file_is_made_where_there_is_room(joined: Scene, tmp_path: Path) -> No
 
 
 def test_what_a_worker_refuses_is_one_line(joined: Scene, tmp_path: Path) -> None:
-    """A file of the base that ends too soon."""
     base = shutil.copytree(joined.base, tmp_path / "base")
-    asked = asked_for(joined.adapter, base, None, {})
-    plan = asked.plan()
-    (base / "config.json").unlink()
-    with pytest.raises(fossil_export.errors.FossilExportError) as caught:
-        run_on_ray(plan, asked, tmp_path / "out")
-    assert "\n" not in str(caught.value) and "config.json" in str(caught.value)
+    file = base / "model-00003-of-00007.safetensors"
+    tensors = load_file(file)
+    for values in tensors.values():
+        values.view(-1)[0] = float("inf")
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(MergeError, match=r"^[^\n]*weight[^\n]* \(on the node [^\n]* \(127\.0\.0\.[12]\)\)$"):
+        merge_on_ray(joined.adapter, tmp_path / "out", base=base)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_a_worker_does_not_see_is_told(scene: Scene, tmp_path: Path) -> None:
