@@ -118,7 +118,7 @@ def lines() -> Iterator[Callable[[str], None]]:
 def quiet_hub() -> None:
     """Keep the Hub's client from writing bars and retries into pipes, and from logging signed addresses; and have it
     said on a terminal when the Hub makes us wait."""
-    _limits.announce = _tell
+    _limits.announce = tell
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
@@ -126,7 +126,8 @@ def quiet_hub() -> None:
         logging.getLogger(name).addFilter(_without_queries)
 
 
-def _tell(line: str) -> None:
+def tell(line: str) -> None:
+    """A line above a bar or a status line, for who looks at a terminal."""
     if sys.stderr.isatty():
         sys.stderr.write("\r\x1b[K")  # in place of a status line
         echo(line, err=True)

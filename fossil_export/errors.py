@@ -46,6 +46,10 @@ class OutputError(FossilExportError):
     """The output cannot be written where it was asked for."""
 
 
+class ClusterError(FossilExportError):
+    """A cluster cannot be reached, or a worker of it cannot do its part."""
+
+
 class MissingExtraError(FossilExportError):
     """An optional package is needed for what was asked."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from fossil_export._answers import BLOCK_SIZES, INTO, TRAINED_ON
-from fossil_export._console import lines, print_warnings, progress_bar
+from fossil_export._console import lines, print_warnings, progress_bar, tell
 from fossil_export.checkpoints._dtypes import BY_TORCH_NAME
 from fossil_export.commands._shared import BASE_HELP, numbered, publishing, show, weighted
 from fossil_export.storage.fsspec._addresses import is_object_address
@@ -117,6 +117,12 @@ DTYPES = ("auto", *(name for name in BY_TORCH_NAME if name != "float64"))
 @click.option(
     "--cache-dir", metavar="DIR", help="With --stream: where the file at hand lies.  [default: ~/.cache/fossil-export]"
 )
+@click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="Merge on a Ray cluster, a task a file: HOST:PORT, ray://HOST:PORT, auto (the one that runs, or else one on "
+    "this machine) or local. All nodes must see --output.",
+)
 @publishing
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def merge(
@@ -145,6 +151,7 @@ def merge(
     stream: bool,
     max_disk: str | None,
     cache_dir: str | None,
+    ray: str | None,
     private: bool,
     revision: str | None,
     create_pr: bool,
@@ -185,10 +192,12 @@ def merge(
             stream and (output is not None or overwrite),
             "--stream keeps nothing here; leave out --output and --overwrite.",
         ),
+        (stream and ray is not None, "--ray merges into a folder; leave out --stream."),
         (stream and (part or is_last), "--part and --finish make a folder; leave out --stream."),
         (part and is_last, "--finish comes when all parts are there; leave out --part."),
         (part and push_to_hub, "--part publishes nothing; leave out --push-to-hub, or give it with --finish."),
         (is_last and dry_run, "--finish has no plan of its own; leave out --dry-run, or --finish."),
+        (ray is not None and (part or is_last), "--ray divides the files itself; leave out --part and --finish."),
         (
             push_to_hub is not None and output is not None and is_object_address(output),
             "--push-to-hub publishes what is on this machine; merge to a folder, or use '--stream' and no --output.",
@@ -237,16 +246,19 @@ def merge(
     from fossil_export.merging._parts import plan_part
     from fossil_export.merging._requantize import LEAST
 
-    plan = plan_merge(
-        adapters,
-        base,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        trained_on=seen,
-        into=into,
-        requantize=requantize,
-        min_survival=LEAST if min_survival is None else min_survival,
-    )
+    settings: dict[str, Any] = {
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+        "trained_on": seen,
+        "into": into,
+        "requantize": requantize,
+        "min_survival": LEAST if min_survival is None else min_survival,
+    }
+    if ray is not None:
+        from fossil_export.clusters._connection import check_ray
+
+        check_ray()  # before a plan, which may take seconds
+    plan = plan_merge(adapters, base, **settings)
     if dry_run or output is None:
         if wanted is not None:
             chosen = plan_part(plan, wanted)
@@ -264,16 +276,25 @@ def merge(
         show(done.to_dict() if as_json else None, print_part, done)
         print_warnings(done.warnings)
         return
+    cluster = None
     with progress_bar(plan.nbytes, "finishing" if is_last else "merging") as progress:
-        result = (finish_merge if is_last else run_merge)(plan, output, progress=progress, **options)
+        if ray is None:
+            result = (finish_merge if is_last else run_merge)(plan, output, progress=progress, **options)
+        else:
+            from fossil_export.clusters._asked import asked_for
+            from fossil_export.clusters._merge import run_on_ray
+
+            asked = asked_for(adapters, base, None, settings)
+            result, cluster = run_on_ray(plan, asked, output, address=ray, progress=progress, say=tell, **options)
     published = None
     if push_to_hub is not None:
         from fossil_export.publishing._push import push_merged
 
         with lines() as report:
             published = push_merged(result, push_to_hub, progress=report, **target)
-    push = {"push": published.to_dict()} if published is not None else {}
-    show(result.to_dict() | push if as_json else None, print_result, result)
+    more_of_it = {"push": published.to_dict()} if published is not None else {}
+    more_of_it |= {"ray": cluster.to_dict()} if cluster is not None else {}
+    show(result.to_dict() | more_of_it if as_json else None, print_result, result)
     if published is not None and not as_json:
         print_push(published)
     print_warnings(result.warnings + (published.warnings if published is not None else ()))

@@ -16,7 +16,7 @@ from fossil_export.writing import _staging as staging
 from fossil_export.writing._journal import Journal
 from fossil_export.writing._place import Assembly
 from fossil_export.writing._summed import SummedFile
-from fossil_export.writing._taking import Held, join, take
+from fossil_export.writing._taking import Held, join, parts_of, take
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,9 @@ class FolderPlace:
 
     def check(self, inputs: list[Path], overwrite: bool, names: Sequence[str] = ()) -> None:
         staging.check_destination(self.output, inputs, overwrite)
+
+    def is_begun(self) -> bool:
+        return Journal(parts_of(self.output)).about() is not None
 
     @contextmanager
     def assemble(

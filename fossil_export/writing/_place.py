@@ -62,6 +62,9 @@ class Place(Protocol):
         """Raise OutputError unless a result may be made here without touching any of `inputs`. `names` are those that
         records have for them, addresses among them."""
 
+    def is_begun(self) -> bool:
+        """Whether a result that several processes make can be seen here, begun by one of them. Raises OSError."""
+
     def assemble(
         self, digest: str, about: Mapping[str, str], *, overwrite: bool = False, shared: bool = False
     ) -> AbstractContextManager[Assembly]:

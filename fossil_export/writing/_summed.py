@@ -31,6 +31,9 @@ class SummedFile:
         self._adding = threading.Lock()
         try:
             self._file = OutputFile(path, size, claimed=True)
+            while not path.exists():  # taken for a dead process's before it was claimed, and removed
+                self._file.close(False)
+                self._file = OutputFile(path, size, claimed=True)
         except BaseException:
             path.unlink(missing_ok=True)
             raise

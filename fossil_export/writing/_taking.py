@@ -87,7 +87,7 @@ def _remove(held: Held) -> None:
 def join(output: Path, digest: str, about: Mapping[str, str]) -> Held:
     """The folder in which processes on any number of machines make parts of `output`; new if there is none. Raises
     OutputError if it is of another result, OSError as the system does."""
-    folder = output.with_name(f"{staging.hidden(output)}.partial-parts")
+    folder = parts_of(output)
     end = time.monotonic() + _PATIENCE
     while (lock := _shared(folder)) is None:
         if time.monotonic() > end:
@@ -113,6 +113,11 @@ def join(output: Path, digest: str, about: Mapping[str, str]) -> Held:
         os.close(lock)
         raise
     return Held(folder, lock)
+
+
+def parts_of(output: Path) -> Path:
+    """The folder in which parts of `output` come together."""
+    return output.with_name(f"{staging.hidden(output)}.partial-parts")
 
 
 def _shared(folder: Path) -> int | None:

@@ -1,0 +1,153 @@
+"""A merge whose files are made by the workers of a Ray cluster, and whose end is made here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fossil_export.clusters._asked import Asked, asked_for
+from fossil_export.clusters._connection import Connection, connected
+from fossil_export.clusters._tasks import Tasks
+from fossil_export.clusters._worker import Order
+from fossil_export.errors import ClusterError
+from fossil_export.merging._assembling import beside, prepare, results_in, told_resumed
+from fossil_export.merging._given import AnyGiven
+from fossil_export.merging._merge import MergeResult, conclude, result_of
+from fossil_export.merging._plan import MergePlan
+from fossil_export.merging._requantize import LEAST
+
+if TYPE_CHECKING:
+    import torch
+
+    from fossil_export.checkpoints.quantized._trained_on import TrainedOn
+
+CPUS = 4
+"""Of a task: a file is merged by several threads, and most of what they wait for is a disk or a network."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a merge ran on, and how: `address` of the cluster, its `nodes`, `cpus` that each task had, how many times
+    a file was made `again` since its worker or that one's node was lost."""
+
+    address: str
+    nodes: int
+    cpus: float
+    again: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `--json` prints it."""
+        return dict(vars(self))
+
+
+def merge_on_ray(
+    adapter: AnyGiven,
+    output: str | Path,
+    *,
+    base: str | Path | None = None,
+    weights: Sequence[float] | None = None,
+    dtype: str | torch.dtype = "auto",
+    max_shard_size: int | str | None = None,
+    requantize: bool = False,
+    min_survival: float = LEAST,
+    trained_on: str | Mapping[str, Any] | TrainedOn = "auto",
+    into: str = "trained",
+    device: str = "cpu",
+    overwrite: bool = False,
+    hash: bool = False,  # noqa: A002  named as the command's option
+    address: str = "auto",
+    cpus: int = CPUS,
+    progress: Callable[[int], None] = lambda nbytes: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> MergeResult:
+    """`merge`, with each weights file made by a task of a Ray cluster.
+
+    `address` is that of the cluster, HOST:PORT or ray://HOST:PORT; "auto" is the running one (RAY_ADDRESS, or that of
+    this machine), else one that is started on this machine for this call. A connection that `ray.init` made already is
+    used. Each task has `cpus`, or as many as the smallest node, and with `device` "cuda" a GPU.
+
+    Every node needs this version of fossil-export. It makes the plan itself: names of `adapter` and `base` must mean
+    the same there, paths a folder that all nodes see; of a base on the Hub each node fetches the files that its tasks
+    read to its own cache. `output` must be a folder that all nodes see, or a place in an object store. Other arguments
+    are those of `merge`; `progress` is called from this thread, `say` with a line on what happens meanwhile.
+
+    A file whose worker dies is made again, and the same call takes up what an earlier one finished. Raises as `merge`
+    does, MissingExtraError without Ray, ClusterError for a cluster that cannot be used, or a worker that has another
+    version, or sees other files.
+    """
+    started = time.perf_counter()
+    options = {
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+        "requantize": requantize,
+        "min_survival": min_survival,
+        "trained_on": trained_on,
+        "into": into,
+    }
+    asked = asked_for(adapter, base, weights, options)
+    result, _ = run_on_ray(
+        asked.plan(), asked, output, device=device, overwrite=overwrite, hash=hash, address=address, cpus=cpus,
+        progress=progress, say=say, started=started,
+    )  # fmt: skip
+    return result
+
+
+def run_on_ray(
+    plan: MergePlan,
+    asked: Asked,
+    output: str | Path,
+    *,
+    device: str = "cpu",
+    overwrite: bool = False,
+    hash: bool = False,  # noqa: A002
+    address: str = "auto",
+    cpus: int = CPUS,
+    progress: Callable[[int], None] = lambda nbytes: None,
+    say: Callable[[str], None] = lambda line: None,
+    started: float | None = None,
+) -> tuple[MergeResult, Cluster]:
+    """Carry out the `plan` of what was `asked`; arguments as for `merge_on_ray`."""
+    started = time.perf_counter() if started is None else started
+    if device not in ("cpu", "cuda"):
+        raise ClusterError(f"{device}: Ray gives each task a GPU itself; say --device cuda")
+    ready = prepare(plan, output, device, overwrite, whole=False)  # the base's weights are the workers' to fetch
+    plan, place, digest = ready.plan, ready.place, ready.digest
+    with (
+        connected(address) as connection,
+        place.assemble(digest.digest, digest.about, overwrite=overwrite, shared=True) as assembly,
+    ):
+        say(str(connection))
+        try:
+            done = results_in(plan, assembly)
+            left = [file for file in plan.files if file.name not in done]
+            assembly.check_room(sum(file.size for file in left) + beside(plan))
+            progress(sum(result.size for result in done.values()))
+            order = Order(asked.pinned(plan), place.name, digest.digest, device, hash, _cpus(connection, cpus, device))
+            cluster = Cluster(connection.address, len(connection.nodes()), order.cpus)
+            results = dict(done)
+            # Ray puts the current folder first where workers look for code; of our own workers it is taken away.
+            forget = asked.here if connection.is_own else None
+            if left:
+                with Tasks(connection, order, digest, progress, say, forget) as tasks:
+                    for made in tasks.run(left):
+                        results[made.name] = made
+                cluster = replace(cluster, again=tasks.again)
+            finished = conclude(plan, results.values(), assembly, hash)
+        except OSError as problem:
+            plan.check()  # an input that is gone is no fault of the output's
+            raise assembly.failed(problem) from problem
+        assembly.publish()
+    notes = told_resumed(place, plan, len(done))
+    return result_of(ready, finished, started, resumed=len(done), notes=notes), cluster
+
+
+def _cpus(connection: Connection, wanted: int, device: str) -> float:
+    """Of each task: no more than the smallest node that works has. Raises ClusterError for a GPU that is nowhere."""
+    nodes = connection.nodes().values()
+    found = [float(node["Resources"]["CPU"]) for node in nodes if node["Resources"].get("CPU")]
+    if device == "cuda" and not any(node["Resources"].get("GPU") for node in nodes):
+        raise ClusterError(f"{connection.address}: no node of the cluster has a GPU; leave out --device")
+    return min([float(wanted), *found])
