@@ -122,15 +122,15 @@ def cases(work: Path, cores: tuple[int, ...]) -> dict[str, dict[str, Any]]:
     )
     tiny = sparse.llama(8, 8, 11000, 1, 1, 8)
     add("99,000 tiny tensors, tile r=4", tiny, "BF16", [("tile", 4)])
-    add("405B, bf16, lora r=16", sparse.llama(*sparse.LLAMA["405B"]), "BF16", [("lora", 16)], limit=10 << 30)
-    add("405B, bf16, tile r=512", sparse.llama(*sparse.LLAMA["405B"]), "BF16", [("tile", 512)], limit=10 << 30)
+    add("405B, bf16, lora r=16", sparse.llama(*sparse.LLAMA["405B"]), "BF16", [("lora", 16)], limit=1 << 30)
+    add("405B, bf16, tile r=512", sparse.llama(*sparse.LLAMA["405B"]), "BF16", [("tile", 512)], limit=1 << 30)
     width, inner, _, heads, keys, tokens = sparse.LLAMA["405B"]
     add(
         "2 TB, bf16, lora r=16",
         sparse.llama(width, inner, 310, heads, keys, tokens),
         "BF16",
         [("lora", 16)],
-        limit=10 << 30,
+        limit=1 << 30,
     )
     return found
 

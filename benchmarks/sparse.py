@@ -1,4 +1,4 @@
-"""Models and adapters of any size that take no disk: real headers, and tensors of zeros that are holes in files."""
+"""Models and adapters of any size that take no disk: real headers, and tensors of zeros, holes in their files."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from fossil_export.checkpoints._folder import Folder
 from fossil_export.clusters._asked import Asked
 from fossil_export.clusters._board import Reporter
 from fossil_export.errors import FossilExportError, OutputError, reason, remedy
-from fossil_export.merging import _run
+from fossil_export.merging import _memory
 from fossil_export.merging._assembling import write_files
 from fossil_export.merging._digest import PlanDigest, plan_digest
 from fossil_export.merging._layout import FilePlan
@@ -115,7 +115,7 @@ def _planned(order: Order) -> tuple[MergePlan, PlanDigest]:
     key = f"{order.digest} {order.device} {order.asked}"
     if key not in _plans:
         _plans.clear()
-        _run.THREADS = min(_run.THREADS, math.ceil(order.cpus) + WAITING)
+        _memory.THREADS = min(_memory.THREADS, math.ceil(order.cpus) + WAITING)
         plan = order.asked.plan()
         fetch(*plan.needed_for(()))
         plan = settled(plan)
