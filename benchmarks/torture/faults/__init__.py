@@ -94,7 +94,7 @@ def warm() -> None:
     import fossil_export
 
     for module in pkgutil.walk_packages(fossil_export.__path__, "fossil_export."):
-        if not module.name.endswith(("__main__", "make_table")):
+        if not module.name.endswith(("__main__", "make_table", "kernels._library")):
             importlib.import_module(module.name)
     for name in ("gguf", "onnx", "onnx_ir", "onnxruntime"):
         importlib.import_module(name)
