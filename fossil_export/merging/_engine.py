@@ -7,6 +7,7 @@ kernels/ where they are, and PyTorch for GPUs.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -45,6 +46,12 @@ class Engine(Protocol):
         """`rows` as an array of `dtype` ("F32" or "F64"), row by row in memory, that may be changed if it is a copy.
         Whole numbers come as int64."""
 
+    def begin(self, rows: Array, dtype: str) -> Any:
+        """The same in memory that is used again for the next rows that this thread begins."""
+
+    def space(self, use: str, shape: tuple[int, ...], dtype: str) -> Any:
+        """Memory of this thread for `use`, which is used again; None if that is not worth while."""
+
     def store(self, wide: Any, out: Array, update: Any = None) -> bool:
         """Round `wide`, plus an `update` of the same rows if there is one, to the dtype of the NumPy view `out` and
         store it there; `wide` is given away. Returns whether all of it is finite."""
@@ -59,6 +66,9 @@ class Engine(Protocol):
 class NumpyEngine:
     block = 1 << 19
 
+    def __init__(self) -> None:
+        self._local = threading.local()
+
     @property
     def one_pass(self) -> bool:
         return library() is not None
@@ -71,6 +81,24 @@ class NumpyEngine:
             cast(rows, wide)
             return wide
         return rows.astype(numpy_dtype("I64" if rows.dtype.kind in "iu" else dtype), order="C", copy=copy)
+
+    def begin(self, rows: Array, dtype: str) -> Array:
+        if rows.ndim != 2 or rows.dtype.kind in "iu":
+            return self.widen(rows, dtype)
+        wide = self.space("wide", rows.shape, dtype)
+        cast(rows, wide)
+        return wide
+
+    def space(self, use: str, shape: tuple[int, ...], dtype: str) -> Array:
+        import numpy as np
+
+        # Asked for anew, it would come page by page, which takes as long as the arithmetic.
+        count, kind = math.prod(shape), numpy_dtype(dtype)
+        found: Array | None = getattr(self._local, use, None)
+        if found is None or found.nbytes < count * kind.itemsize:
+            found = np.empty(count * kind.itemsize, np.uint8)
+            setattr(self._local, use, found)
+        return found[: count * kind.itemsize].view(kind).reshape(shape)
 
     def store(self, wide: Array, out: Array, update: Array | None = None) -> bool:
         if update is not None:
@@ -119,6 +147,12 @@ class TorchEngine:
         wide = torch.float64 if dtype == "F64" else torch.float32
         wide = torch.int64 if rows.dtype.kind in "iu" else wide
         return self._tensor(rows).to(device=self._device, dtype=wide, copy=copy, memory_format=torch.contiguous_format)
+
+    def begin(self, rows: Array, dtype: str) -> Any:
+        return self.widen(rows, dtype)
+
+    def space(self, use: str, shape: tuple[int, ...], dtype: str) -> None:
+        return None
 
     def store(self, wide: Any, out: Array, update: Any = None) -> bool:
         import numpy as np
@@ -197,12 +231,13 @@ class Update:
         """Whether `add` does no more than to add what `of` gives."""
         return self._factor != 1.0 or getattr(self.method.add, "plain", False)
 
-    def narrow(self, start: int, count: int) -> Any:
-        """The update of `count` rows if it takes nothing of the weight, or columns of it to be repeated; else None."""
+    def narrow(self, start: int, count: int, out: Any = None) -> Any:
+        """The update of `count` rows if it takes nothing of the weight, or columns of it to be repeated; else None.
+        It may lie in `out`."""
         narrow = narrow_of(self.method)
         if narrow is None or not self.plain:
             return None
-        found = narrow(self.arrays, self._numbers, start, count)
+        found = narrow(self.arrays, self._numbers, start, count, out)
         return found if self._factor == 1.0 else found * self._factor
 
     @property
@@ -235,7 +270,9 @@ def merge_slab(
         starts = _between(sample, start + first, start + stop)
         spans = [slice(row - start - first, row - start - first + group) for row in starts]
         rows, given = _rows(engine, stored, first, stop, dtype)
-        narrow = updates[0].narrow(first, stop - first) if engine.one_pass and len(updates) == 1 else None
+        narrow = None
+        if engine.one_pass and len(updates) == 1:
+            narrow = updates[0].narrow(first, stop - first, engine.space("update", rows.shape, dtype))
         if narrow is not None and merge_rows(rows, result, narrow):
             befores = [engine.widen(rows[span], dtype, copy=False) for span in spans]
             sampled = [
@@ -243,7 +280,7 @@ def merge_slab(
                 for span, before in zip(spans, befores, strict=True)
             ]
         else:
-            weight = rows if given else engine.widen(rows, dtype)
+            weight = rows if given else engine.begin(rows, dtype)
             whole = engine.numpy(weight).copy() if at_once else None
             sampled = [
                 (

@@ -136,9 +136,9 @@ class Lora(Base):
     def update(self, weight: Any, arrays: Arrays, numbers: Numbers, start: int) -> Any:
         return self.narrow(arrays, numbers, start, len(weight))
 
-    def narrow(self, arrays: Arrays, numbers: Numbers, start: int, count: int) -> Any:
+    def narrow(self, arrays: Arrays, numbers: Numbers, start: int, count: int, out: Any = None) -> Any:
         up = arrays["B"][start : start + count]
-        return product(up.reshape(len(up), -1), arrays["A"].reshape(up.shape[1], -1), numbers["scale"])
+        return product(up.reshape(len(up), -1), arrays["A"].reshape(up.shape[1], -1), numbers["scale"], out)
 
     def form_rank(self, shapes: Shapes) -> int | None:
         return shapes["A"][0] if len(shapes["A"]) == 2 else None
@@ -258,11 +258,19 @@ def unlike(found: tuple[int, ...], weight: tuple[int, ...]) -> str | None:
     return f"it is made for {found[1]} inputs, the weight has {weight[1]}" if found[1] != weight[1] else None
 
 
-def product(up: Any, down: Any, scale: float) -> Any:
-    """s · B A (out, in), the product first."""
+def product(up: Any, down: Any, scale: float, out: Any = None) -> Any:
+    """s · B A (out, in), the product first; in `out`, if it is given."""
     if math.frexp(scale)[0] == 0.5:
         # A power of two: multiplying B by it gives the same bits and takes no pass over the product.
-        return (up if scale == 1 else up * scale) @ down
-    found = up @ down
+        return _times(up if scale == 1 else up * scale, down, out)
+    found = _times(up, down, out)
     found *= scale
     return found
+
+
+def _times(up: Any, down: Any, out: Any) -> Any:
+    if out is None:
+        return up @ down
+    import numpy as np
+
+    return np.matmul(up, down, out=out)

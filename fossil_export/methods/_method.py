@@ -49,10 +49,11 @@ POSITIVE = Field(
 )
 
 
-Narrow = Callable[[Arrays, Numbers, int, int], Any]
-"""What a method may have besides: narrow(arrays, numbers, start, count), its update of `count` rows from row `start` on
-if it takes nothing of the weight: (count, in), or fewer columns that are repeated and cut at `in`. Such a sum takes one
-pass. `update` gives the same values, and `add` is plain."""
+Narrow = Callable[[Arrays, Numbers, int, int, Any], Any]
+"""What a method may have besides: narrow(arrays, numbers, start, count, out), its update of `count` rows from row
+`start` on if it takes nothing of the weight: (count, in), or fewer columns that are repeated and cut at `in`. It may
+be put into `out` (count, in), memory that is used again, if that is not None. Such a sum takes one pass. `update` gives
+the same values, and `add` is plain."""
 
 _Add = TypeVar("_Add", bound=Callable[..., None])
 

@@ -70,7 +70,7 @@ def low_rank(arrays: Arrays, numbers: Numbers, outputs: int) -> LowRank:
     return LowRank(repeated(shard, outputs // shard.shape[1]).T, Tiling(len(shard)))
 
 
-def narrow(arrays: Arrays, numbers: Numbers, start: int, count: int) -> Any:
+def narrow(arrays: Arrays, numbers: Numbers, start: int, count: int, out: Any = None) -> Any:
     shard = arrays["D"]
     mini_r = shard.shape[1]
     if start + count <= mini_r:

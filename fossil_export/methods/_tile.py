@@ -81,7 +81,7 @@ def low_rank(arrays: Arrays, numbers: Numbers, outputs: int) -> LowRank:
     return LowRank(arrays["D"].T, Tiling(len(arrays["D"])))
 
 
-def narrow(arrays: Arrays, numbers: Numbers, start: int, count: int) -> Any:
+def narrow(arrays: Arrays, numbers: Numbers, start: int, count: int, out: Any = None) -> Any:
     """D transposed, cut to the outputs of the rows at hand: (count, r)."""
     return arrays["D"][:, start : start + count].T
 
