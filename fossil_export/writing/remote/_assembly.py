@@ -33,6 +33,7 @@ class RemoteAssembly:
         self.is_published = False
         self._store, self._journal, self._begun = store, journal, begun
         self._sums: dict[str, str] = {}
+        self._sizes: dict[str, int] = {}
         self._put: dict[str, bytes | Path] = {}
         self._is_cleared = False
 
@@ -45,6 +46,8 @@ class RemoteAssembly:
         self._check_ours()
         self._clear_old()
         self._journal.note(Note(name, self._begun.digest))
+
+        self._sizes[name] = size
 
         def finished(window: Window) -> None:
             if window.sha256 is not None:
@@ -70,6 +73,10 @@ class RemoteAssembly:
 
     def note(self, name: str, about: Mapping[str, Any]) -> None:
         entry = self._store.entry(name)
+        if (size := self._sizes.get(name, entry.size)) != entry.size:
+            raise OutputError(
+                f"{self._store.address}/{name}: {entry.size:,} of {size:,} bytes arrived; run the same command again"
+            )
         self._check_ours()
         self._journal.note(Note(name, self._begun.digest, entry.size, entry.state, about))
 
