@@ -170,9 +170,7 @@ def test_a_part_that_the_client_gave_up_is_sent_whole_by_who_repeats_it(
     assert at(s3) == files_of(large / "merged")
 
 
-def test_a_file_of_which_not_all_arrived_is_no_file(
-    s3: S3Server, large: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_of_which_not_all_arrived_is_no_file(s3: S3Server, large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr("fossil_export.writing.remote._uploads._Body.is_sent", True)
     s3.before = _busy("partNumber=2")
