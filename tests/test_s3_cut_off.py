@@ -208,3 +208,19 @@ def test_a_result_that_is_not_finite_leaves_nothing(s3: S3Server, tmp_path: Path
     with pytest.raises(FossilExportError, match="overflows float16"):
         merge(tmp_path / "adapter", TO, base=base)
     assert at(s3) == {}
+
+
+def test_a_file_whose_note_was_lost_is_not_left_out(s3: S3Server, parts: Path, merged: dict[str, bytes]) -> None:
+    def remove(request: str, status: int) -> None:
+        if request == "PUT /models/merged/model-00003-of-00003.safetensors":
+            s3.after = None
+            s3.client().delete_object(
+                Bucket="models", Key="merged/.fossil-export/notes/model-00001-of-00003.safetensors.json"
+            )
+
+    s3.after = remove
+    with pytest.raises(OutputError, match="what was noted of model-00001-of-00003.safetensors is not there any more"):
+        put(parts)
+    assert "config.json" not in at(s3)
+    assert put(parts).resumed == 2
+    assert at(s3) == merged

@@ -34,6 +34,7 @@ class RemoteAssembly:
         self._store, self._journal, self._begun = store, journal, begun
         self._sums: dict[str, str] = {}
         self._sizes: dict[str, int] = {}
+        self._finished: set[str] = set()  # as far as this process was told
         self._put: dict[str, bytes | Path] = {}
         self._is_cleared = False
 
@@ -69,7 +70,9 @@ class RemoteAssembly:
     def notes(self) -> dict[str, dict[str, Any]]:
         there = self._store.names()
         own = (note for note in self._journal.notes(there) if note.digest == self._begun.digest)
-        return {note.file: dict(note.about) for note in own if note.is_of(there.get(note.file))}
+        found = {note.file: dict(note.about) for note in own if note.is_of(there.get(note.file))}
+        self._finished |= found.keys()
+        return found
 
     def note(self, name: str, about: Mapping[str, Any]) -> None:
         entry = self._store.entry(name)
@@ -79,6 +82,7 @@ class RemoteAssembly:
             )
         self._check_ours()
         self._journal.note(Note(name, self._begun.digest, entry.size, entry.state, about))
+        self._finished.add(name)
 
     def check_room(self, needed: int) -> None:
         """There is always room."""
@@ -92,6 +96,11 @@ class RemoteAssembly:
         there = self._store.names()
         notes = self._journal.notes(there)
         made = [note for note in notes if note.is_finished and note.digest == self._begun.digest]
+        if lost := sorted(self._finished - {note.file for note in made}):
+            raise OutputError(
+                f"{self._store.address}: what was noted of {listed(lost)} is not there any more; see that nothing else "
+                "writes there, then run the same command again"
+            )
         self._check_files(made, there)
         self._store.abort(note.file for note in notes)
         new = {*(note.file for note in made), *self._put}
