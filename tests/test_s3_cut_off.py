@@ -219,8 +219,24 @@ def test_a_file_whose_note_was_lost_is_not_left_out(s3: S3Server, parts: Path, m
             )
 
     s3.after = remove
-    with pytest.raises(OutputError, match="what was noted of model-00001-of-00003.safetensors is not there any more"):
+    with pytest.raises(OutputError, match=r"what was noted of model-00001-of-00003.safetensors is not there any more"):
         put(parts)
     assert "config.json" not in at(s3)
     assert put(parts).resumed == 2
+    assert at(s3) == merged
+
+
+def test_a_small_file_that_was_removed_at_the_end_is_missed(
+    s3: S3Server, parts: Path, merged: dict[str, bytes]
+) -> None:
+    def remove(request: str, status: int) -> None:
+        if request == "PUT /models/merged/config.json":
+            s3.client().delete_object(Bucket="models", Key="merged/tokenizer.json")
+
+    s3.after = remove
+    with pytest.raises(OutputError, match=f"^{TO}/tokenizer.json: did not arrive whole, or was removed again"):
+        put(parts)
+    s3.after = None
+    assert not {"config.json", RECORD} & at(s3).keys()
+    put(parts)
     assert at(s3) == merged

@@ -122,6 +122,7 @@ class RemoteAssembly:
         there = self._store.names()
         try:
             self._check_files(made, there)
+            self._check_put(there)
         except OutputError:
             self._store.remove(name for name in self._put if _is_config(name) or _is_record(name))
             raise
@@ -166,6 +167,16 @@ class RemoteAssembly:
                 f"{self._store.address}: {listed(changed)} changed after it was written; see that nothing else writes "
                 "there, then run the same command again"
             )
+
+    def _check_put(self, there: Mapping[str, Entry]) -> None:
+        """Raise OutputError if what goes beside the files did not come there whole."""
+        for name, content in self._put.items():
+            size = len(content) if isinstance(content, bytes) else content.stat().st_size
+            if name not in there or there[name].size != size:
+                raise OutputError(
+                    f"{self._store.address}/{name}: did not arrive whole, or was removed again; see that nothing else "
+                    "writes there, then run the same command again"
+                )
 
     def _clear_old(self) -> None:
         """What makes a model of the old files goes."""
