@@ -146,6 +146,40 @@ def test_a_part_is_sent_again(s3: S3Server, large: Path) -> None:
     assert at(s3) == files_of(large / "merged")
 
 
+def _busy(part: str) -> Callable[[dict[str, Any]], Any]:
+    """Refuses the first request for the second file's `part`."""
+    left = [1]
+
+    def answer(environ: dict[str, Any]) -> Any:
+        if left and "model-00002" in environ["PATH_INFO"] and part in environ["QUERY_STRING"]:
+            left.clear()
+            return fault("503 Slow Down")
+        return None
+
+    return answer
+
+
+@pytest.mark.parametrize("part", ["partNumber=1&", "partNumber=2"])
+def test_a_part_that_the_client_gave_up_is_sent_whole_by_who_repeats_it(
+    part: str, s3: S3Server, large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # s3fs repeats it then, with what is left of the body: nothing
+    s3.before = _busy(part)
+    merge(large / "adapter", TO, base=large / "base", hash=True)
+    assert sum(part in one and "model-00002" in one for one in s3.requests) == 3
+    assert at(s3) == files_of(large / "merged")
+
+
+def test_a_file_of_which_not_all_arrived_is_no_file(s3: S3Server, large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr("fossil_export.writing.remote._uploads._Body.is_sent", True)
+    s3.before = _busy("partNumber=2")
+    with pytest.raises(OutputError, match=r"model-00002-of-00002.safetensors: 8,388,608 of \S+ bytes arrived; run"):
+        merge(large / "adapter", TO, base=large / "base", hash=True)
+    s3.before = None
+    monkeypatch.undo()
+
+
 def test_what_fails_is_aborted_and_goes_on_later(s3: S3Server, large: Path) -> None:
     def denied(environ: dict[str, Any]) -> Any:
         second = "model-00002" in environ["PATH_INFO"]
@@ -174,3 +208,35 @@ def test_a_result_that_is_not_finite_leaves_nothing(s3: S3Server, tmp_path: Path
     with pytest.raises(FossilExportError, match="overflows float16"):
         merge(tmp_path / "adapter", TO, base=base)
     assert at(s3) == {}
+
+
+def test_a_file_whose_note_was_lost_is_not_left_out(s3: S3Server, parts: Path, merged: dict[str, bytes]) -> None:
+    def remove(request: str, status: int) -> None:
+        if request == "PUT /models/merged/model-00003-of-00003.safetensors":
+            s3.after = None
+            s3.client().delete_object(
+                Bucket="models", Key="merged/.fossil-export/notes/model-00001-of-00003.safetensors.json"
+            )
+
+    s3.after = remove
+    with pytest.raises(OutputError, match=r"what was noted of model-00001-of-00003.safetensors is not there any more"):
+        put(parts)
+    assert "config.json" not in at(s3)
+    assert put(parts).resumed == 2
+    assert at(s3) == merged
+
+
+def test_a_small_file_that_was_removed_at_the_end_is_missed(
+    s3: S3Server, parts: Path, merged: dict[str, bytes]
+) -> None:
+    def remove(request: str, status: int) -> None:
+        if request == "PUT /models/merged/config.json":
+            s3.client().delete_object(Bucket="models", Key="merged/tokenizer.json")
+
+    s3.after = remove
+    with pytest.raises(OutputError, match=f"^{TO}/tokenizer.json: did not arrive whole, or was removed again"):
+        put(parts)
+    s3.after = None
+    assert not {"config.json", RECORD} & at(s3).keys()
+    put(parts)
+    assert at(s3) == merged

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,6 +118,13 @@ def test_inputs_are_only_read(
     assert s3.objects("models") == before
 
 
+@pytest.mark.parametrize("to", ["gs://models/in", "gcs://models/in/", "gcs://models/in/merged"])
+def test_inputs_by_other_names_are_only_read(to: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fossil_export.writing.remote._place.Store", lambda address: SimpleNamespace(address=address))
+    with pytest.raises(OutputError, match="choose another --output"):
+        RemotePlace(to).check([], True, ["gcs://models/in" if to.startswith("gs") else "gs://models/in"])
+
+
 def test_from_one_place_to_another(
     s3: S3Server, parts: Path, merged: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -179,6 +187,8 @@ def test_an_object_that_changed_is_made_again(s3: S3Server, parts: Path, merged:
         ("s4://models/merged", "^s4://models/merged: "),
         ("hf://ada/merged", "^hf://ada/merged: is no place for --output; publish with --push-to-hub$"),
         ("sftp://ada:hunter2@host/merged", "has a password in it"),
+        ("s3://", "^s3://: names no folder or file"),
+        ("simplecache::s3://models/merged", "is a chain of addresses"),
     ],
 )
 def test_places_that_cannot_be_written_to(to: str, says: str, s3: S3Server, parts: Path) -> None:

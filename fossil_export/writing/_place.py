@@ -6,6 +6,7 @@ result opens its `Assembly`, looks at the `notes` on what is finished already, w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Any, Protocol
 
 from fossil_export.errors import FossilExportError, OutputError
 from fossil_export.storage import expanded
-from fossil_export.storage.fsspec._addresses import LOCAL, OTHERS, scheme_of
+from fossil_export.storage.fsspec._addresses import LOCAL, OTHERS, check_address, scheme_of
 from fossil_export.writing._sink import Sink
+
+_CHAIN = re.compile(r"[\w+.-]+::\S*://")  # fsspec's; else it would be the name of a folder here
 
 
 class Assembly(Sink, Protocol):
@@ -84,6 +87,8 @@ def find_place(given: str | Path) -> Place:
     """The place of what the user typed as --output. Raises OutputError, MissingExtraError, and StorageError for what an
     object store refuses."""
     scheme = scheme_of(str(given))
+    if scheme is not None or _CHAIN.match(str(given)):
+        check_address(str(given), OutputError)
     if scheme in OTHERS:
         raise OutputError(f"{given}: is no place for --output; publish with --push-to-hub")
     if scheme is not None and scheme not in LOCAL:

@@ -33,6 +33,8 @@ class RemoteAssembly:
         self.is_published = False
         self._store, self._journal, self._begun = store, journal, begun
         self._sums: dict[str, str] = {}
+        self._sizes: dict[str, int] = {}
+        self._finished: set[str] = set()  # as far as this process was told
         self._put: dict[str, bytes | Path] = {}
         self._is_cleared = False
 
@@ -45,6 +47,8 @@ class RemoteAssembly:
         self._check_ours()
         self._clear_old()
         self._journal.note(Note(name, self._begun.digest))
+
+        self._sizes[name] = size
 
         def finished(window: Window) -> None:
             if window.sha256 is not None:
@@ -66,12 +70,19 @@ class RemoteAssembly:
     def notes(self) -> dict[str, dict[str, Any]]:
         there = self._store.names()
         own = (note for note in self._journal.notes(there) if note.digest == self._begun.digest)
-        return {note.file: dict(note.about) for note in own if note.is_of(there.get(note.file))}
+        found = {note.file: dict(note.about) for note in own if note.is_of(there.get(note.file))}
+        self._finished |= found.keys()
+        return found
 
     def note(self, name: str, about: Mapping[str, Any]) -> None:
         entry = self._store.entry(name)
+        if (size := self._sizes.get(name, entry.size)) != entry.size:
+            raise OutputError(
+                f"{self._store.address}/{name}: {entry.size:,} of {size:,} bytes arrived; run the same command again"
+            )
         self._check_ours()
         self._journal.note(Note(name, self._begun.digest, entry.size, entry.state, about))
+        self._finished.add(name)
 
     def check_room(self, needed: int) -> None:
         """There is always room."""
@@ -85,6 +96,11 @@ class RemoteAssembly:
         there = self._store.names()
         notes = self._journal.notes(there)
         made = [note for note in notes if note.is_finished and note.digest == self._begun.digest]
+        if lost := sorted(self._finished - {note.file for note in made}):
+            raise OutputError(
+                f"{self._store.address}: what was noted of {listed(lost)} is not there any more; see that nothing else "
+                "writes there, then run the same command again"
+            )
         self._check_files(made, there)
         self._store.abort(note.file for note in notes)
         new = {*(note.file for note in made), *self._put}
@@ -106,6 +122,7 @@ class RemoteAssembly:
         there = self._store.names()
         try:
             self._check_files(made, there)
+            self._check_put(there)
         except OutputError:
             self._store.remove(name for name in self._put if _is_config(name) or _is_record(name))
             raise
@@ -150,6 +167,16 @@ class RemoteAssembly:
                 f"{self._store.address}: {listed(changed)} changed after it was written; see that nothing else writes "
                 "there, then run the same command again"
             )
+
+    def _check_put(self, there: Mapping[str, Entry]) -> None:
+        """Raise OutputError if what goes beside the files did not come there whole."""
+        for name, content in self._put.items():
+            size = len(content) if isinstance(content, bytes) else content.stat().st_size
+            if name not in there or there[name].size != size:
+                raise OutputError(
+                    f"{self._store.address}/{name}: did not arrive whole, or was removed again; see that nothing else "
+                    "writes there, then run the same command again"
+                )
 
     def _clear_old(self) -> None:
         """What makes a model of the old files goes."""

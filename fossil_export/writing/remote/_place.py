@@ -120,7 +120,10 @@ class RemotePlace:
             raise OutputError(f"{self.name}: exists already; choose another --output or add --overwrite")
 
 
+_ALIASES = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az"}
+
+
 def _plain(address: str) -> str:
     """An address as all of its spellings have it."""
     scheme, _, rest = address.partition("://")
-    return f"{scheme.lower().removesuffix('a') if scheme.lower() == 's3a' else scheme.lower()}://{rest.strip('/')}"
+    return f"{_ALIASES.get(scheme.lower(), scheme.lower())}://{rest.strip('/')}"

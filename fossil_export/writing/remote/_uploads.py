@@ -10,6 +10,8 @@ import io
 from contextlib import suppress
 from typing import Any, Protocol
 
+from fossil_export.storage.fsspec._errors import ATTEMPTS, CutShortError
+
 MB = 1 << 20
 MOST_PARTS = 10_000
 """Of one file in S3."""
@@ -50,10 +52,16 @@ class Upload(Protocol):
 
 
 class _Body(io.RawIOBase):
-    """Bytes to be sent, as a file: the client copies what is none."""
+    """Bytes to be sent, as a file: the client copies what is none. s3fs, which repeats a request that the client gave
+    up, hands over the same file where the last request left it: what follows there is all that is sent then."""
 
     def __init__(self, data: memoryview) -> None:
-        self._data, self._at = data, 0
+        self._data, self._at, self._start = data, 0, 0
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether the last request had all of it."""
+        return self._start == 0 and self._at == len(self._data)
 
     def readable(self) -> bool:
         return True
@@ -65,7 +73,7 @@ class _Body(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = max(0, offset + (0, self._at, len(self._data))[whence])
+        self._at = self._start = max(0, offset + (0, self._at, len(self._data))[whence])
         return self._at
 
     def readinto(self, buffer: Any) -> int:
@@ -90,13 +98,20 @@ class S3Upload:
             self._id = system.call_s3("create_multipart_upload", **self._place)["UploadId"]
 
     def part(self, number: int, data: bytearray | memoryview) -> None:
-        body = _Body(memoryview(data))
         if self._id is None:
-            self._system.call_s3("put_object", Body=body, **self._place)
+            self._send("put_object", data)
             return
-        # Its client repeats what failed.
-        said = self._system.call_s3("upload_part", PartNumber=number + 1, UploadId=self._id, Body=body, **self._place)
+        said = self._send("upload_part", data, PartNumber=number + 1, UploadId=self._id)
         self._tags[number] = said["ETag"]
+
+    def _send(self, request: str, data: bytearray | memoryview, **about: Any) -> Any:
+        """Its client repeats what failed."""
+        for _ in range(ATTEMPTS):
+            body = _Body(memoryview(data))
+            said = self._system.call_s3(request, Body=body, **about, **self._place)
+            if body.is_sent:
+                return said
+        raise CutShortError("only the end of it was sent, since its server was too busy")
 
     def finish(self) -> None:
         if self._id is not None:
