@@ -1,6 +1,6 @@
 """What could widen, add a repeated update, round and look for infinities: C, NumPy, PyTorch, numba, numexpr.
 
-    python benchmarks/kernels.py --rounds 20
+    python benchmarks/compiled.py --rounds 20
 
 takes slabs of 8 MB with a tile update (r = 64), each contestant in a process and a thread of its own, and prints as
 Markdown: ns of CPU time an element; how much longer a slab takes while a second thread works on another one (1 if
