@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fossil_export.checkpoints._checkpoint import identity, sha256
+from fossil_export.checkpoints._checkpoint import Checkpoint, identity, sha256
 from fossil_export.checkpoints._companions import QUANTIZATION_FILES
 from fossil_export.checkpoints._folder import Folder
 from fossil_export.checkpoints._header import TensorInfo
@@ -21,7 +21,7 @@ from fossil_export.merging._plan import MergePlan
 from fossil_export.version import __version__
 
 _SAMPLES, _SAMPLE = 8, 4096
-"""How many pieces of a weights file are looked at, and their bytes: few, since a disk may take milliseconds for each."""
+"""Pieces of a weights file that are looked at, and bytes of each: few, since a disk may take milliseconds for one."""
 
 
 @dataclass(frozen=True)
