@@ -203,6 +203,28 @@ def test_a_folder_that_exists_is_not_touched_without_overwrite(own: Path) -> Non
     assert content(own / "merged") == content(own / "whole") and left(own) == ["merged"]
 
 
+def test_of_a_folder_that_was_replaced_by_an_end_that_was_killed_nothing_stays(own: Path) -> None:
+    """It lies where the parts were, and they are made again there."""
+    merge(own / "k", own / "merged")
+    (own / "merged" / "folder" / "in").mkdir(parents=True)
+    (own / "merged" / "folder" / "file").write_bytes(b"mine")
+    (own / "merged" / "link").symlink_to(own / "base")
+    plan = plan_merge(own / "qv")
+    merge_part(plan, own / "merged", (1, 1), overwrite=True)
+    child = os.fork()
+    if child == 0:
+        staging.sync_name = lambda output: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        finish_merge(plan, own / "merged", overwrite=True)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert (own / ".merged.partial-parts" / "result" / "link").is_symlink()
+    merge_part(plan, own / "merged", (1, 1), overwrite=True)
+    finish_merge(plan, own / "merged", overwrite=True)
+    merge(own / "qv", own / "whole")
+    assert content(own / "merged") == content(own / "whole") and left(own) == ["merged"]
+    assert all(path.is_file() for path in (own / "merged").iterdir()) and not (own / "merged" / "link").exists()
+
+
 def test_a_plain_merge_takes_up_parts_that_nobody_makes_any_more(own: Path) -> None:
     plan = plan_merge(own / "qv")
     some = merge_part(plan, own / "merged", (1, 2))
