@@ -160,7 +160,7 @@ def test_a_part_that_is_killed_in_the_middle_runs_again(own: Path) -> None:
 
         def once(self: OutputFile, offset: int, data: Any) -> None:
             write(self, offset, data)
-            if offset > 10_000:
+            if offset > 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         OutputFile.write = once  # type: ignore[method-assign]
@@ -285,6 +285,20 @@ def test_without_locks_a_long_dead_file_is_removed_and_a_young_one_is_not(
     finish_merge(plan, own / "merged")
     merge(own / "qv", own / "whole")
     assert content(own / "merged") == content(own / "whole")
+
+
+def test_a_pipe_in_the_place_of_the_journal_is_not_waited_for(own: Path) -> None:
+    plan = plan_merge(own / "qv")
+    done = merge_part(plan, own / "merged", (1, 2))
+    place = own / ".merged.partial-parts"
+    note = place / "notes" / f"{done.files[0]}.json"
+    note.unlink()
+    os.mkfifo(note)
+    assert merge_part(plan, own / "merged", (1, 2)).resumed == len(done.files) - 1
+    (place / "merge.json").unlink()
+    os.mkfifo(place / "merge.json")
+    with pytest.raises(OutputError, match="holds no journal of parts; remove it"):
+        finish_merge(plan, own / "merged")
 
 
 def test_a_link_in_its_place_is_not_followed(own: Path, tmp_path: Path) -> None:

@@ -338,6 +338,26 @@ def test_the_digest_tells_adapters_apart_that_differ_in_one_byte(own: Path) -> N
     assert [name for name in before.about if before.about[name] != after.about[name]] == ["adapter"]
 
 
+def test_what_another_user_has_put_there_is_not_read(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(own, 3)
+    (planted,) = kept(own)
+    read: list[Path] = []
+    find, about = Path.stat, Journal.about
+
+    def stat(self: Path, **options: Any) -> os.stat_result:
+        found = find(self, **options)
+        return os.stat_result([*found[:4], found.st_uid + 1, *found[5:]]) if self == planted else found
+
+    def noted(self: Journal) -> Any:
+        read.append(self.path)
+        return about(self)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    monkeypatch.setattr(Journal, "about", noted)
+    result = merge(own / "qv", own / "merged")
+    assert result.resumed == 0 and result.warnings == () and planted not in read
+
+
 def test_another_base_of_the_same_size_and_time_begins_anew(own: Path) -> None:
     """Copied with its time, or out of an image whose files have all one time."""
     interrupt(own, 3)
