@@ -16,6 +16,7 @@ from fossil_export.merging import merge as merge
 from fossil_export.merging import merge_part as merge_part
 from fossil_export.merging import plan_merge as plan_merge
 from fossil_export.merging import run_merge as run_merge
+from fossil_export.merging import settled as settled
 from fossil_export.onnx._export import OnnxResult as OnnxResult
 from fossil_export.onnx._export import export_onnx as export_onnx
 from fossil_export.onnx._export import run_onnx as run_onnx

@@ -160,7 +160,7 @@ def test_a_part_that_is_killed_in_the_middle_runs_again(own: Path) -> None:
 
         def once(self: OutputFile, offset: int, data: Any) -> None:
             write(self, offset, data)
-            if offset > 10_000:
+            if offset > 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         OutputFile.write = once  # type: ignore[method-assign]
@@ -201,6 +201,28 @@ def test_a_folder_that_exists_is_not_touched_without_overwrite(own: Path) -> Non
     run(own / "qv", "-o", own / "merged", "--overwrite", "--finish")
     merge(own / "qv", own / "whole")
     assert content(own / "merged") == content(own / "whole") and left(own) == ["merged"]
+
+
+def test_of_a_folder_that_was_replaced_by_an_end_that_was_killed_nothing_stays(own: Path) -> None:
+    """It lies where the parts were, and they are made again there."""
+    merge(own / "k", own / "merged")
+    (own / "merged" / "folder" / "in").mkdir(parents=True)
+    (own / "merged" / "folder" / "file").write_bytes(b"mine")
+    (own / "merged" / "link").symlink_to(own / "base")
+    plan = plan_merge(own / "qv")
+    merge_part(plan, own / "merged", (1, 1), overwrite=True)
+    child = os.fork()
+    if child == 0:
+        staging.sync_name = lambda output: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        finish_merge(plan, own / "merged", overwrite=True)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert (own / ".merged.partial-parts" / "result" / "link").is_symlink()
+    merge_part(plan, own / "merged", (1, 1), overwrite=True)
+    finish_merge(plan, own / "merged", overwrite=True)
+    merge(own / "qv", own / "whole")
+    assert content(own / "merged") == content(own / "whole") and left(own) == ["merged"]
+    assert all(path.is_file() for path in (own / "merged").iterdir()) and not (own / "merged" / "link").exists()
 
 
 def test_a_plain_merge_takes_up_parts_that_nobody_makes_any_more(own: Path) -> None:
@@ -263,6 +285,20 @@ def test_without_locks_a_long_dead_file_is_removed_and_a_young_one_is_not(
     finish_merge(plan, own / "merged")
     merge(own / "qv", own / "whole")
     assert content(own / "merged") == content(own / "whole")
+
+
+def test_a_pipe_in_the_place_of_the_journal_is_not_waited_for(own: Path) -> None:
+    plan = plan_merge(own / "qv")
+    done = merge_part(plan, own / "merged", (1, 2))
+    place = own / ".merged.partial-parts"
+    note = place / "notes" / f"{done.files[0]}.json"
+    note.unlink()
+    os.mkfifo(note)
+    assert merge_part(plan, own / "merged", (1, 2)).resumed == len(done.files) - 1
+    (place / "merge.json").unlink()
+    os.mkfifo(place / "merge.json")
+    with pytest.raises(OutputError, match="holds no journal of parts; remove it"):
+        finish_merge(plan, own / "merged")
 
 
 def test_a_link_in_its_place_is_not_followed(own: Path, tmp_path: Path) -> None:

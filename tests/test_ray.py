@@ -320,6 +320,22 @@ def test_a_cluster_that_is_not_there_is_one_line(scene: Scene, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+def test_the_client_that_an_address_wants_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(address: str, **options: Any) -> None:
+        raise ImportError("Ray Client requires pip package `ray[client]`.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with (
+        pytest.raises(
+            ClusterError, match=r"ray://head:10001: Ray's client is not installed.*pip install 'ray\[client\]'"
+        ),
+        connected("ray://head:10001"),
+    ):
+        pass
+
+
 def test_ray_is_imported_for_ray_alone(scene: Scene, tmp_path: Path) -> None:
     code = (
         f"import sys, fossil_export; fossil_export.merge({str(scene.adapter)!r}, {str(tmp_path / 'out')!r}, "

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from conftest import QV, edit_json, interruptible, make_adapter, make_base
+from quantized_int4 import folder_of, gptq, with_settings
+from safetensors.torch import load_file, save_file
 
 from fossil_export import FossilExportError, cli, merge, plan_merge
 from fossil_export.errors import MergeError
@@ -334,6 +336,53 @@ def test_the_digest_tells_adapters_apart_that_differ_in_one_byte(own: Path) -> N
     after = plan_digest(plan_merge(own / "qv"))
     assert before.digest != after.digest
     assert [name for name in before.about if before.about[name] != after.about[name]] == ["adapter"]
+
+
+def test_what_another_user_has_put_there_is_not_read(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(own, 3)
+    (planted,) = kept(own)
+    read: list[Path] = []
+    find, about = Path.stat, Journal.about
+
+    def stat(self: Path, **options: Any) -> os.stat_result:
+        found = find(self, **options)
+        return os.stat_result([*found[:4], found.st_uid + 1, *found[5:]]) if self == planted else found
+
+    def noted(self: Journal) -> Any:
+        read.append(self.path)
+        return about(self)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    monkeypatch.setattr(Journal, "about", noted)
+    result = merge(own / "qv", own / "merged")
+    assert result.resumed == 0 and result.warnings == () and planted not in read
+
+
+def test_another_base_of_the_same_size_and_time_begins_anew(own: Path) -> None:
+    """Copied with its time, or out of an image whose files have all one time."""
+    interrupt(own, 3)
+    for path in (own / "base").glob("*.safetensors"):
+        status, tensors = path.stat(), load_file(path)
+        save_file({name: value + 1 for name, value in tensors.items()}, path, {"format": "pt"})
+        os.utime(path, ns=(status.st_mtime_ns, status.st_mtime_ns))
+        assert path.stat().st_size == status.st_size
+    result = merge(own / "qv", own / "merged")
+    assert result.resumed == 0 and any("another base" in line for line in result.warnings)
+    merge(own / "qv", own / "whole")
+    assert content(own / "merged") == content(own / "whole")
+
+
+def test_settings_that_say_how_weights_are_read_are_of_the_digest(tmp_path: Path) -> None:
+    """GPTQModel keeps them in a file that no merged model has."""
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": False, "desc_act": False}
+    found = folder_of(tmp_path, lambda shape, name: gptq(shape, less_one=False), settings | {"format": "gptq_v2"})
+    base = with_settings(found.quantized, None, settings | {"checkpoint_format": "gptq_v2"})
+    make_adapter(tmp_path / "adapter", found.dequantized, target_modules=QV)
+    before = plan_digest(plan_merge(tmp_path / "adapter", base))
+    with_file = base / "quantize_config.json"
+    with_file.write_text(json.dumps(settings | {"checkpoint_format": "gptq"}))
+    after = plan_digest(plan_merge(tmp_path / "adapter", base))
+    assert [name for name in before.about if before.about[name] != after.about[name]] == ["base"]
 
 
 def test_too_little_room_for_the_rest_is_told(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,11 +15,13 @@ from loopback import LoopbackHub
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
-from fossil_export import FossilExportError, merge, merge_to_hub, plan_merge, verify
+from fossil_export import FossilExportError, merge, merge_to_hub, plan_merge, settled, verify
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._folder import LocalFolder
 from fossil_export.cli import main
-from fossil_export.merging._planning import settled
+from fossil_export.errors import MergeError
+from fossil_export.merging import finish, merge_file
+from fossil_export.writing._sink import FolderSink
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -62,6 +64,33 @@ def test_parted_ones_are_stored_apart(tied: Path, tmp_path: Path) -> None:
     assert (found[HEAD] != found[EMBEDDING]).sum() == 1
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
     assert verify(tmp_path / "merged", level="weights").parity
+
+
+@pytest.mark.parametrize("moved", [0.0, 0.25])
+def test_files_made_by_hand_want_a_settled_plan(moved: float, tied: Path, tmp_path: Path) -> None:
+    adapter = saved(tmp_path / "adapter", tied, moved)
+    plan, place = plan_merge(adapter), tmp_path / "by-hand"
+    place.mkdir()
+    told = rf"{HEAD} is stored depends on whether it equals {EMBEDDING}.*use fossil_export.settled\(plan\)"
+    with pytest.raises(MergeError, match=told):
+        merge_file(plan, plan.files[0], FolderSink(place))
+    assert list(place.iterdir()) == []
+    plan = settled(plan)
+    assert settled(plan) is plan
+    results = [merge_file(plan, file, FolderSink(place)) for file in plan.files]
+    with pytest.raises(MergeError, match=told):
+        finish(plan_merge(adapter), results, FolderSink(place))
+    finish(plan, results, FolderSink(place))
+    merge(adapter, tmp_path / "merged")
+    made, wanted = ({path.name: path.read_bytes() for path in one.iterdir()} for one in (place, tmp_path / "merged"))
+    assert made == wanted
+
+
+def test_settling_fetches_what_it_reads(hub: LoopbackHub, tied: Path, tmp_path: Path) -> None:
+    hub.add_folder("ada/tied", tied)
+    hub.add_folder("ada/adapter", saved(tmp_path / "adapter", tied, 0.0))
+    plan = settled(plan_merge("ada/adapter", "ada/tied"))
+    assert plan.undecided == (None,) and HEAD not in {tensor.name for tensor in plan.tensors}
 
 
 def test_the_plan_reads_no_values(tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,12 @@ def _connect(ray: Any, address: str) -> Connection:
         context = ray.init(wanted, **common)
         info = getattr(context, "address_info", None) or {}
         return Connection(ray, info.get("gcs_address") or wanted, True, False)
+    except ImportError as problem:  # of ray://
+        ray.shutdown()
+        raise ClusterError(
+            f"{wanted}: Ray's client is not installed, which ray:// wants; pip install 'ray[client]', or name the "
+            "cluster as HOST:PORT on one of its machines"
+        ) from problem
     except Exception as problem:
         ray.shutdown()
         raise failed(wanted or address, problem) from problem

@@ -6,7 +6,7 @@ from fossil_export.merging._layout import FilePlan
 from fossil_export.merging._merge import MergeResult, merge, run_merge
 from fossil_export.merging._parts import PartResult, finish_merge, merge_part
 from fossil_export.merging._plan import MergePlan
-from fossil_export.merging._planning import plan_merge
+from fossil_export.merging._planning import plan_merge, settled
 from fossil_export.merging._run import FileResult, merge_file
 
 __all__ = [
@@ -25,4 +25,5 @@ __all__ = [
     "plan_digest",
     "plan_merge",
     "run_merge",
+    "settled",
 ]

@@ -10,7 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fossil_export.checkpoints._checkpoint import identity, sha256
+from fossil_export.checkpoints._checkpoint import Checkpoint, identity, sha256
+from fossil_export.checkpoints._companions import QUANTIZATION_FILES
 from fossil_export.checkpoints._folder import Folder
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints._source import ReadInPlace
@@ -18,6 +19,9 @@ from fossil_export.checkpoints.layouts import Matrix
 from fossil_export.merging._layout import TensorPlan
 from fossil_export.merging._plan import MergePlan
 from fossil_export.version import __version__
+
+_SAMPLES, _SAMPLE = 8, 4096
+"""Pieces of a weights file that are looked at, and bytes of each: few, since a disk may take milliseconds for one."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ class PlanDigest:
 
 def plan_digest(plan: MergePlan, device: str = "cpu") -> PlanDigest:
     """Of a plan that is `settled` and whose files are here (`storage.fetch(*plan.needed)`); adapters are read whole,
-    of the base what tells its files from others: headers, sizes, times, ids on the Hub. Raises OSError."""
+    of the base what tells its files from others: settings, headers, sizes, times, some of its bytes, ids on the Hub.
+    Raises OSError."""
     about = {
         "version": f"fossil-export {__version__}",
         "base": _named(plan.base_name, plan.base_revision, _base(plan)),
@@ -82,9 +87,19 @@ def _base(plan: MergePlan) -> list[Any]:
     for record, header in zip(files, base.files, strict=True):
         if "hub_blob" not in record and base.made_of is None:
             record["state"] = _state(base.home, header.path)
-    made_of = [] if base.made_of is None else [base.made_of.name, base.made_of.stat().st_size, _time(base.made_of)]
+    made_of = [] if base.made_of is None else [base.made_of.name, base.made_of.stat().st_size, _looked_at(base.made_of)]
     beside = [[name, *_companion(plan, path)] for name, path in sorted(plan.companions.items())]
-    return [plan.base_name, plan.base_revision, files, made_of, beside]
+    return [plan.base_name, plan.base_revision, files, made_of, beside, _settings(base)]
+
+
+def _settings(base: Checkpoint) -> list[list[str]]:
+    """What says how stored weights are to be read, beside their headers."""
+    names = base.home.root_names() if base.folder is not None else ()
+    return [
+        [name, hashlib.sha256(base.home.read(name)).hexdigest()]
+        for name in ("config.json", *QUANTIZATION_FILES)
+        if name in names
+    ]
 
 
 def _companion(plan: MergePlan, path: Path) -> list[Any]:
@@ -97,9 +112,21 @@ def _companion(plan: MergePlan, path: Path) -> list[Any]:
     return [path.stat().st_size, _time(path)]
 
 
-def _state(home: Folder, path: Path) -> str | int:
+def _state(home: Folder, path: Path) -> str:
     """What another file of the same name and size would not have."""
-    return _far(home, path) or _time(path)
+    return _far(home, path) or _looked_at(path)
+
+
+def _looked_at(path: Path) -> str:
+    """Time and a sample of the bytes: copied with its time, or out of an image whose files have all one time, another
+    model's file has the same name, size, header and time."""
+    size = path.stat().st_size
+    total = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        for number in range(_SAMPLES):
+            file.seek(max(0, size - _SAMPLE) * (number + 1) // _SAMPLES)
+            total.update(file.read(_SAMPLE))
+    return f"{_time(path)} {total.hexdigest()}"
 
 
 def _far(home: Folder, path: Path) -> str | None:

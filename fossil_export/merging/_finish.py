@@ -33,9 +33,11 @@ def finish(plan: MergePlan, results: Iterable[FileResult], sink: SmallFiles) -> 
     """Write to `sink` what a model has beside its weights, when all files of `plan` are there: `results` in any order.
 
     The record is written last, and before it config and index, without which nothing loads the weights. It has the
-    SHA-256 of all files if the results have them. Raises MergeError for a file that has no result or another size, and
-    for a quantized model that kept too little of the update; OSError if the sink refuses.
+    SHA-256 of all files if the results have them. Raises MergeError for a plan that is not `settled`, for a file that
+    has no result or another size, and for a quantized model that kept too little of the update; OSError if the sink
+    refuses.
     """
+    plan.check_settled()
     found = {result.name: result for result in results}
     for file in plan.files:
         if file.name not in found:

@@ -33,7 +33,7 @@ class MergePlan:
     """What a merge will do. Paths of `files`, `index` and `companions` are relative to the output folder.
 
     The updates of `adapters` are added at their `weights`. `undecided` says, by adapter, which head and embedding that
-    came with it only their values can tell apart; `settled` (in `_planning`) looks at these. `base_branch` is the
+    came with it only their values can tell apart; `settled` looks at these. `base_branch` is the
     base's revision as it was typed. `config` is the edited config.json, None where the base's is taken as it is;
     `left_behind` lists the base's files that do not belong in the result; `warnings` is what the user should know, and
     `notes` the part of it on where adapters and base were found; `stamps` are those of the files that were here when
@@ -97,6 +97,14 @@ class MergePlan:
         """Raise CheckpointError where a file that the plan was made from is another one by now."""
         for path, stamp in self.stamps.items():
             check_stamp(path, stamp)
+
+    def check_settled(self) -> None:
+        """Raise MergeError if its files depend on values that nobody has looked at."""
+        if pair := next(filter(None, self.undecided), None):
+            raise MergeError(
+                f"{self.base_name}: whether {pair[1]} is stored depends on whether it equals {pair[0]}, which the plan "
+                "does not know; use fossil_export.settled(plan) in the place of the plan"
+            )
 
     @property
     def needed(self) -> tuple[Needed, ...]:

@@ -29,7 +29,7 @@ from fossil_export.merging._seen_weights import with_tensors
 from fossil_export.merging._ties import are_equal
 from fossil_export.merging._trained_on import seen_base
 from fossil_export.merging._whole import unlike_its_config
-from fossil_export.storage import Origin, find_origin, is_path, pinned
+from fossil_export.storage import Origin, fetch, find_origin, is_path, pinned
 
 if TYPE_CHECKING:
     import torch
@@ -134,9 +134,15 @@ def _doubts(adapters: Sequence[Adapter], weights: Sequence[float], bases: list[s
 
 
 def settled(plan: MergePlan) -> MergePlan:
-    """The plan with nothing undecided: heads that are still the embedding stay tied to it. Reads both of them."""
+    """The plan with nothing undecided, as `merge_file` and `finish` want it: heads that are still the embedding stay
+    tied to it, and are no tensors of the result. Most plans are settled, and are returned as they are.
+
+    Fetches the adapters if they are needed for that, and reads both tensors of each pair in `plan.undecided`. The same
+    files give the same plan, on every machine. Raises a FossilExportError.
+    """
     if not any(plan.undecided):
         return plan
+    fetch(*(adapter.needed for adapter in plan.adapters))
     base = replicated(plan.adapters, plan.base)
     tied = [are_equal(adapter, base, place(adapter, base)) for adapter in plan.adapters]
     return planned(plan, plan.dtype, tied)

@@ -80,8 +80,8 @@ def merge_file(
     processes and machines. When all are there, `finish` writes what goes beside them.
 
     The plan must be `settled` and the files that it needs at hand (`storage.fetch(*plan.needed)`). Arguments are those
-    of `merge`. Raises MergeError for a result that is not finite, naming the tensor, CheckpointError for a base that
-    changed, and OSError if the sink refuses.
+    of `merge`. Raises MergeError for a plan that is not settled or a result that is not finite, naming the tensor,
+    CheckpointError for a base that changed, and OSError if the sink refuses.
     """
     with Writer(plan, device, progress) as writer:
         return writer.write(file, sink, hash=hash)
@@ -106,6 +106,7 @@ class Writer:
     def __init__(
         self, plan: MergePlan, device: str = "cpu", progress: Callable[[int], None] = lambda nbytes: None
     ) -> None:
+        plan.check_settled()
         self._plan = plan
         self._progress = progress
         self._engine = choose_engine(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +72,18 @@ class FolderPlace:
                 os.close(held.lock)
             if not keep:
                 staging.remove_empty(made)
+
+
+def _remove_unknown(result: Path, wanted: Container[str]) -> None:
+    """Remove what nobody knows of: of a run that was killed after it had published, the folder that was replaced."""
+    for root, folders, files in os.walk(result, topdown=False):
+        for name in (*files, *folders):
+            path = Path(root, name)
+            if path.is_dir() and not path.is_symlink():
+                with suppress(OSError):  # it holds something
+                    path.rmdir()
+            elif path.relative_to(result).as_posix() not in wanted:
+                path.unlink()
 
 
 def _remove(folder: Path) -> None:
@@ -153,9 +165,7 @@ class FolderAssembly:
     def publish(self) -> None:
         try:
             wanted = {*self._journal.notes(), *self._put}
-            for path in self._journal.result.rglob("*"):
-                if not path.is_dir() and path.relative_to(self._journal.result).as_posix() not in wanted:
-                    path.unlink()  # nobody knows of it
+            _remove_unknown(self._journal.result, wanted)
             staging.sync_tree(self._journal.result)
             # Whoever still writes a file of it finds no place for it, and puts nothing into the finished folder.
             staging.publish(self._journal.result, self._output, self._overwrite)

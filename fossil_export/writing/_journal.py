@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ _FORMAT = 1
 _ABOUT, _NOTES, _RESULT = "merge.json", "notes", "result"
 _LONG = 200
 _BLOCK = 8 << 20
+_LARGEST = 256 << 20
+"""Bytes that a file of the journal may have; a note takes some 150 for each merged tensor."""
 _AGED = 24 * 3600
 """Seconds after which a file that nobody writes to is a dead process's, where the file system has no locks."""
 
@@ -39,7 +42,7 @@ class Journal:
         """Digest of what the result is of, and that by name; None if it does not say. Raises OSError if it cannot be
         read."""
         try:
-            found = json.loads((self.path / _ABOUT).read_bytes())
+            found = json.loads(_small_file(self.path / _ABOUT))
             if found["format"] != _FORMAT or not isinstance(found["digest"], str):
                 return None
             return found["digest"], {str(key): str(value) for key, value in found["about"].items()}
@@ -83,7 +86,7 @@ class Journal:
         found = {}
         for path in sorted(self._notes.glob("*.json")):
             try:
-                entry = json.loads(path.read_bytes())
+                entry = json.loads(_small_file(path))
                 name, about, sums = entry["file"], dict(entry["about"]), int(entry["checksum"], 16)
                 known = path.name == _note_name(name) and self._is_same(name, entry, sums)
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError, FileNotFoundError):
@@ -139,6 +142,14 @@ def checksum_of(path: Path) -> int:
             total += checksum(buffer[:count], offset)
             offset += count
     return total % (1 << 64)
+
+
+def _small_file(path: Path) -> bytes:
+    """The content of a file of the journal; nothing of what is none, or is too large to be one. Raises OSError."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST:
+        return b""
+    return path.read_bytes()
 
 
 def _note_name(name: str) -> str:

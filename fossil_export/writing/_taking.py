@@ -41,11 +41,12 @@ def take(output: Path, digest: str, about: Mapping[str, str]) -> Held:
                 continue
             mine.append(found := Held(leftover, lock))
             journal = Journal(leftover)
-            known = journal.about()
+            # What another user has put there is not read: a pipe in it would be waited for.
+            known = journal.about() if leftover.stat().st_uid == new.folder.stat().st_uid else None
             count = len(journal.notes()) if known is not None else 0
             if known is not None and count and known[0] != digest:
                 replaced = differences(known[1], about)
-            elif known is not None and count > most and leftover.stat().st_uid == new.folder.stat().st_uid:
+            elif known is not None and count > most:
                 best, most, found = found, count, best
             if found is not new:
                 mine.remove(found)
