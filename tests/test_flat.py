@@ -1,18 +1,22 @@
 """Memory does not grow with the width of weights, the rank, the number of cores, or what is merged together.
 
-Each merge runs in a process of its own, on sparse files, into a sink that throws bytes away.
+Most merges run in a process of their own, on sparse files, into a sink that throws bytes away.
 """
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import flat
+import ml_dtypes
+import numpy as np
 import pytest
 import sparse
 
 from fossil_export.merging import _memory
 from fossil_export.merging._kept import Kept
+from fossil_export.merging._worker import _became_infinite
 
 LIMIT = 250e6
 
@@ -97,3 +101,16 @@ def test_many_small_tensors_are_few_writes(tmp_path: Path) -> None:
     (result,) = merge_files(plan, Counting())
     assert len(writes) == 2 and sum(size for _, size in writes) == plan.files[0].size
     assert len(result.survival) == 420
+
+
+def test_infinities_of_a_base_are_looked_at_a_few_at_a_time() -> None:
+    data = np.full((512, 4096), -np.inf, np.float32)  # a slab of a mask, say
+    out = data.astype(ml_dtypes.bfloat16)
+    tracemalloc.start()
+    try:
+        assert not _became_infinite(data, out)
+        assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    finally:
+        tracemalloc.stop()
+    data[-1, -1] = 3.4e38  # the last one, which bfloat16 has no number for
+    assert _became_infinite(data, out)

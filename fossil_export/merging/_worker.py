@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 TINY = 64 << 10
 """Bytes of a trained tensor that is read with its neighbours for each of several small weights."""
 
+_LOOKED_AT = 1 << 16
+# Elements that are widened to see which are infinite.
+
 WHOLE = 2
 """Weights, or rows of them that are quantized together, that are in memory at a time."""
 
@@ -273,8 +276,6 @@ class Worker:
 
     def _cast(self, tensor: TensorPlan, part: Part, stored: Rows, out: Array) -> None:
         """Rows as they are, in the dtype of `out`."""
-        import numpy as np
-
         if isinstance(stored, CodedRows):
             for start, block in stored.blocks():
                 self._cast(tensor, part, block, out[start : start + len(block)])
@@ -287,8 +288,7 @@ class Worker:
                     raise MergeError(_diverged(source))
                 if is_decoded(source):
                     raise MergeError(_damaged(source))
-            # A base may hold infinities of its own (masks); finite values must stay finite.
-            if np.isfinite(data[~np.isfinite(out.astype(np.float64))].astype(np.float64)).any():
+            if _became_infinite(data, out):
                 raise MergeError(_overflow(tensor))
 
     def _merge(self, slab: RowsSlab, stored: Rows, out: Array) -> None:
@@ -372,6 +372,20 @@ class Worker:
             setattr(self._local, use, whole)
         start = target % ALIGNMENT
         return whole[start : start + nbytes]
+
+
+def _became_infinite(data: Array, out: Array) -> bool:
+    """Whether an element of `out` is infinite or NaN that is finite in `data`. A base may hold infinities of its own
+    (masks), which are looked at a few at a time."""
+    import numpy as np
+
+    before, after = data.reshape(-1), out.reshape(-1)
+    for start in range(0, len(after), _LOOKED_AT):
+        span = slice(start, start + _LOOKED_AT)
+        lost = ~np.isfinite(after[span].astype(np.float64))
+        if np.isfinite(before[span][lost].astype(np.float64)).any():
+            return True
+    return False
 
 
 def _by_rows(stored: StoredArray, dtype: np.dtype[Any]) -> Array:
