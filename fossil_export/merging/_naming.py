@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,12 +76,26 @@ def naming_of(adapter: Adapter, base: Checkpoint) -> Naming:
     for exact in (False, True):
         for name in dict.fromkeys(_candidates(adapter, config, exact)):
             for naming in _namings(name, config, base, exact):
-                missing = sum(naming.parameter(one) is None for one in wanted)
-                if best is None or missing < best[0]:
-                    best = missing, naming
+                if naming.around and not any(one.startswith(naming.around) for one in wanted):
+                    continue  # the same as the class alone
+                missing = _missing(naming, wanted, best[0] if best is not None else len(wanted) + 1)
+                if missing is None:
+                    continue
+                best = missing, naming
                 if not missing:
                     return _exactly(naming, base)
     return best[1] if best is not None else _unknown(base)
+
+
+def _missing(naming: Naming, wanted: Sequence[str], best: int) -> int | None:
+    """How many of `wanted` the class lacks; None if they are not fewer than the `best`."""
+    missing = 0
+    for one in wanted:
+        if naming.parameter(one) is None:
+            missing += 1
+            if missing >= best:
+                return None
+    return missing if missing < best else None
 
 
 def _exactly(naming: Naming, base: Checkpoint) -> Naming:

@@ -73,6 +73,15 @@ class Names:
                 self.converted[parameter] = made
         self._used = rules.used
 
+    @cached_property
+    def _alone(self) -> Rules:
+        """For names that are asked for one by one; a plan asks for each of an adapter's, in many classes."""
+        return Rules(self.model.rules)
+
+    @cached_property
+    def _back(self) -> Rules:
+        return Rules(self._used, back=True)
+
     def __contains__(self, parameter: object) -> bool:
         return parameter in self.whole or parameter in self.converted
 
@@ -99,7 +108,7 @@ class Names:
     def spelling(self, parameter: str) -> str | None:
         """The name to store a parameter by that the checkpoint lacks: as transformers would save it there, if the class
         reads that back; None if it cannot be stored by a name of its own."""
-        saved, converter, _ = Rules(self._used, back=True).rename(parameter)
+        saved, converter, _ = self._back.rename_alone(parameter)
         candidates = [saved] if converter is None else []
         root = f"{self.model.prefix}."
         if self.model.prefix and not any(name.startswith(root) for name in self.whole.values()):
@@ -110,15 +119,14 @@ class Names:
         return None
 
     def _read_as(self, name: str) -> str | None:
-        rules = Rules(self.model.rules)
-        found, converter, _ = rules.rename(name)
+        found, converter, _ = self._alone.rename_alone(name)
         found = self._rooted(found)
         if not self.model.has(found) and self.model.has(name):
             return self._rooted(name)
         return found if converter is None else None
 
     def _renamed(self, name: str) -> str:
-        found, converter, _ = Rules(self.model.rules).rename(name)
+        found, converter, _ = self._alone.rename_alone(name)
         return found if converter is None else name
 
     def _rooted(self, name: str) -> str:

@@ -34,6 +34,10 @@ class Renamer:
         scope = f"{rule.scope}." if rule.scope else ""
         self._prefixes = (root + scope, scope) if rule.scope is not None else ("",)
 
+    def begin(self) -> None:
+        """Another pass over names."""
+        self._begun = False
+
     def rename(self, name: str) -> tuple[str, int | None]:
         """The new name, and which of the sources matched (None: none did)."""
         prefix = next((prefix for prefix in self._prefixes if name.startswith(prefix)), None)
@@ -71,6 +75,7 @@ class Rules:
             self.all.reverse()
         self._renamings = [one for one in self.all if one.rule.kind != "WeightConverter"]
         self._converters = [one for one in self.all if one.rule.kind == "WeightConverter"]
+        self._groups = [one for one in self.all if one.rule.kind == "GroupWeightRename"]
         self._back = back
 
     def __bool__(self) -> bool:
@@ -86,6 +91,12 @@ class Rules:
             for renaming in self._renamings:
                 name, _ = renaming.rename(name)
         return name, converter, source
+
+    def rename_alone(self, name: str) -> tuple[str, Renamer | None, int]:
+        """The same for a name that is the only one of its pass."""
+        for one in self._groups:
+            one.begin()
+        return self.rename(name)
 
     def _convert(self, name: str) -> tuple[str, Renamer | None, int]:
         for converter in self._converters:
