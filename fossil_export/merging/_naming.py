@@ -9,7 +9,7 @@ from typing import Any
 from fossil_export import models
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import Checkpoint
-from fossil_export.models import Architecture, Names
+from fossil_export.models import Architecture, Names, Passes
 
 _AUTO = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -23,6 +23,10 @@ _AUTO = {
 
 _AROUND = ("model.language_model.", "language_model.model.", "language_model.")
 # What models of several parts call their text model, in transformers of today and before.
+
+
+_PASSES = "passes over the names"
+# Among what was found out about a base, while classes are tried one after another.
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,14 @@ def naming_of(adapter: Adapter, base: Checkpoint) -> Naming:
 
     Of classes that lack some, the one that has most.
     """
+    base.found[_PASSES] = Passes()
+    try:
+        return _likeliest(adapter, base)
+    finally:
+        base.found.pop(_PASSES).clear()
+
+
+def _likeliest(adapter: Adapter, base: Checkpoint) -> Naming:
     config = base.config or {}
     wanted = [*(one.parameter for one in adapter.trained.values()), *adapter.saved]
     best: tuple[int, Naming] | None = None
@@ -143,7 +155,8 @@ def names_in(name: str, base: Checkpoint, exact: bool) -> Names | None:
     key = f"names {name} {exact}"
     if key not in base.found:
         model = models.architecture(base.config or {}, name, exact=exact)
-        base.found[key] = Names(model, base.tensors) if model is not None else None
+        passes = base.found.get(_PASSES)
+        base.found[key] = Names(model, base.tensors, passes) if model is not None else None
     found: Names | None = base.found[key]
     return found
 
