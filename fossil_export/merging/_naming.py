@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fossil_export import models
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import Checkpoint
-from fossil_export.models import Architecture, Names
+from fossil_export.models import Architecture, Names, Passes
 
 _AUTO = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -23,6 +23,10 @@ _AUTO = {
 
 _AROUND = ("model.language_model.", "language_model.model.", "language_model.")
 # What models of several parts call their text model, in transformers of today and before.
+
+
+_PASSES = "passes over the names"
+# Among what was found out about a base, while classes are tried one after another.
 
 
 @dataclass(frozen=True)
@@ -70,18 +74,40 @@ def naming_of(adapter: Adapter, base: Checkpoint) -> Naming:
 
     Of classes that lack some, the one that has most.
     """
+    base.found[_PASSES] = Passes()
+    try:
+        return _likeliest(adapter, base)
+    finally:
+        base.found.pop(_PASSES).clear()
+
+
+def _likeliest(adapter: Adapter, base: Checkpoint) -> Naming:
     config = base.config or {}
     wanted = [*(one.parameter for one in adapter.trained.values()), *adapter.saved]
     best: tuple[int, Naming] | None = None
     for exact in (False, True):
         for name in dict.fromkeys(_candidates(adapter, config, exact)):
             for naming in _namings(name, config, base, exact):
-                missing = sum(naming.parameter(one) is None for one in wanted)
-                if best is None or missing < best[0]:
-                    best = missing, naming
+                if naming.around and not any(one.startswith(naming.around) for one in wanted):
+                    continue  # the same as the class alone
+                missing = _missing(naming, wanted, best[0] if best is not None else len(wanted) + 1)
+                if missing is None:
+                    continue
+                best = missing, naming
                 if not missing:
                     return _exactly(naming, base)
     return best[1] if best is not None else _unknown(base)
+
+
+def _missing(naming: Naming, wanted: Sequence[str], best: int) -> int | None:
+    """How many of `wanted` the class lacks; None if they are not fewer than the `best`."""
+    missing = 0
+    for one in wanted:
+        if naming.parameter(one) is None:
+            missing += 1
+            if missing >= best:
+                return None
+    return missing if missing < best else None
 
 
 def _exactly(naming: Naming, base: Checkpoint) -> Naming:
@@ -129,7 +155,8 @@ def names_in(name: str, base: Checkpoint, exact: bool) -> Names | None:
     key = f"names {name} {exact}"
     if key not in base.found:
         model = models.architecture(base.config or {}, name, exact=exact)
-        base.found[key] = Names(model, base.tensors) if model is not None else None
+        passes = base.found.get(_PASSES)
+        base.found[key] = Names(model, base.tensors, passes) if model is not None else None
     found: Names | None = base.found[key]
     return found
 

@@ -12,6 +12,7 @@ from fossil_export.models._architecture import Architecture, Operation, Rule, Ti
 from fossil_export.models._inventory import Conversion, Names
 from fossil_export.models._look import look
 from fossil_export.models._pieces import Pieces, Run, Unknown, pieces_of
+from fossil_export.models._rules import Passes
 
 
 def architecture(config: Mapping[str, Any], class_name: str, *, exact: bool = False) -> Architecture | None:
@@ -71,6 +72,7 @@ __all__ = [
     "Conversion",
     "Names",
     "Operation",
+    "Passes",
     "Pieces",
     "Rule",
     "Run",

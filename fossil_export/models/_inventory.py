@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from fossil_export.models._architecture import Architecture, Operation, Rule
-from fossil_export.models._rules import Rules, natural
+from fossil_export.models._rules import Passes, Rules
 
 
 @dataclass
@@ -42,36 +42,41 @@ class Names:
 
     `whole` is the stored name of each parameter that is one tensor, `converted` the conversion of each that is not;
     `strangers` are stored names that the class does not know, `twice` those of parameters that another one is already.
+    `passes` are those over these names by the rules of other classes.
     """
 
-    def __init__(self, model: Architecture, stored: Iterable[str]) -> None:
+    def __init__(self, model: Architecture, stored: Iterable[str], passes: Passes | None = None) -> None:
         self.model = model
         self.whole: dict[str, str] = {}
         self.converted: dict[str, Conversion] = {}
         self.strangers: list[str] = []
         self.twice: list[str] = []
-        rules = Rules(model.rules)
+        self._pass = (passes or Passes()).of(model.rules, stored)
         conversions: dict[str, Conversion] = {}
-        for name in sorted(stored, key=natural) if model.rules else stored:
-            parameter, converter, source = rules.rename(name)
-            parameter = self._rooted(parameter)
+        for name, renamed, rule, source in self._pass.renamed:
+            parameter = self._rooted(renamed)
             if not model.has(parameter) and model.has(name):
-                parameter, converter = self._rooted(name), None  # it should not have been renamed
-            if converter is None:
+                parameter, rule = self._rooted(name), None  # it should not have been renamed
+            if rule is None:
                 if model.has(parameter):
                     if self.whole.setdefault(parameter, name) != name:
                         self.twice.append(name)
                 else:
                     self.strangers.append(name)
             else:
-                made = conversions.setdefault(parameter, Conversion(converter.rule, parameter))
+                made = conversions.setdefault(parameter, Conversion(rule, parameter))
                 made.stored.setdefault(source, []).append(name)
         for made in conversions.values():
             if not any(model.has(parameter) for parameter in made.parameters):
                 self.strangers += [name for names in made.stored.values() for name in names]
             for parameter in made.parameters:
                 self.converted[parameter] = made
-        self._used = rules.used
+        if passes is None:
+            self._pass.clear()
+
+    @cached_property
+    def _back(self) -> Rules:
+        return Rules(self._pass.used, back=True)
 
     def __contains__(self, parameter: object) -> bool:
         return parameter in self.whole or parameter in self.converted
@@ -99,7 +104,7 @@ class Names:
     def spelling(self, parameter: str) -> str | None:
         """The name to store a parameter by that the checkpoint lacks: as transformers would save it there, if the class
         reads that back; None if it cannot be stored by a name of its own."""
-        saved, converter, _ = Rules(self._used, back=True).rename(parameter)
+        saved, converter, _ = self._back.rename_alone(parameter)
         candidates = [saved] if converter is None else []
         root = f"{self.model.prefix}."
         if self.model.prefix and not any(name.startswith(root) for name in self.whole.values()):
@@ -110,16 +115,15 @@ class Names:
         return None
 
     def _read_as(self, name: str) -> str | None:
-        rules = Rules(self.model.rules)
-        found, converter, _ = rules.rename(name)
+        found, converted = self._pass.alone(name)
         found = self._rooted(found)
         if not self.model.has(found) and self.model.has(name):
             return self._rooted(name)
-        return found if converter is None else None
+        return None if converted else found
 
     def _renamed(self, name: str) -> str:
-        found, converter, _ = Rules(self.model.rules).rename(name)
-        return found if converter is None else name
+        found, converted = self._pass.alone(name)
+        return name if converted else found
 
     def _rooted(self, name: str) -> str:
         """With or without the name of the base model, as the class has it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import InitVar, dataclass, field
 
 from fossil_export.models._architecture import Rule
 
@@ -34,11 +35,18 @@ class Renamer:
         scope = f"{rule.scope}." if rule.scope else ""
         self._prefixes = (root + scope, scope) if rule.scope is not None else ("",)
 
+    def begin(self) -> None:
+        """Another pass over names."""
+        self._begun = False
+
     def rename(self, name: str) -> tuple[str, int | None]:
         """The new name, and which of the sources matched (None: none did)."""
-        prefix = next((prefix for prefix in self._prefixes if name.startswith(prefix)), None)
-        if prefix is None:
-            return name, None
+        prefix = ""
+        if self.rule.scope is not None:
+            found = next((one for one in self._prefixes if name.startswith(one)), None)
+            if found is None:
+                return name, None
+            prefix = found
         rest = name[len(prefix) :]
         match = self._pattern.search(rest)
         if match is None:
@@ -71,6 +79,7 @@ class Rules:
             self.all.reverse()
         self._renamings = [one for one in self.all if one.rule.kind != "WeightConverter"]
         self._converters = [one for one in self.all if one.rule.kind == "WeightConverter"]
+        self._groups = [one for one in self.all if one.rule.kind == "GroupWeightRename"]
         self._back = back
 
     def __bool__(self) -> bool:
@@ -87,6 +96,12 @@ class Rules:
                 name, _ = renaming.rename(name)
         return name, converter, source
 
+    def rename_alone(self, name: str) -> tuple[str, Renamer | None, int]:
+        """The same for a name that is the only one of its pass."""
+        for one in self._groups:
+            one.begin()
+        return self.rename(name)
+
     def _convert(self, name: str) -> tuple[str, Renamer | None, int]:
         for converter in self._converters:
             renamed, source = converter.rename(name)
@@ -99,6 +114,59 @@ class Rules:
         """The rules that matched a name so far, in the order of the class."""
         found = [one.rule for one in self.all if one.used]
         return tuple(reversed(found)) if self._back else tuple(found)
+
+
+@dataclass
+class Pass:
+    """What rules make of the names `stored` of a file: `renamed` has for each its new name, the rule of the converter
+    that matched, and which source did; `used` are the rules that matched one."""
+
+    rules: tuple[Rule, ...]
+    stored: InitVar[Iterable[str]]
+    renamed: list[tuple[str, str, Rule | None, int]] = field(init=False)
+    used: tuple[Rule, ...] = field(init=False)
+
+    def __post_init__(self, stored: Iterable[str]) -> None:
+        rules = Rules(self.rules)
+        self.renamed = []
+        for name in sorted(stored, key=natural) if self.rules else stored:
+            parameter, converter, source = rules.rename(name)
+            # A name that stays is the same object, for the memory of it.
+            parameter = name if parameter == name else parameter
+            self.renamed.append((name, parameter, converter.rule if converter is not None else None, source))
+        self.used = rules.used
+        self._alone = rules
+        self._found: dict[str, tuple[str, bool]] = {}
+
+    def alone(self, name: str) -> tuple[str, bool]:
+        """A name by itself after the rules, and whether a converter is among them."""
+        if name not in self._found:
+            parameter, converter, _ = self._alone.rename_alone(name)
+            self._found[name] = parameter, converter is not None
+        return self._found[name]
+
+    def clear(self) -> None:
+        """Let go what only other classes would ask for."""
+        self.renamed, self._found = [], {}
+
+
+class Passes:
+    """Those over the names of one file by the rules of several classes, which mostly have the same."""
+
+    def __init__(self) -> None:
+        self._made: list[Pass] = []
+
+    def of(self, rules: tuple[Rule, ...], stored: Iterable[str]) -> Pass:
+        for one in self._made:
+            if one.rules == rules:
+                return one
+        self._made.append(Pass(rules, stored))
+        return self._made[-1]
+
+    def clear(self) -> None:
+        for one in self._made:
+            one.clear()
+        self._made = []
 
 
 def _renamer(rule: Rule, back: bool) -> Renamer:
