@@ -23,7 +23,9 @@ from transformers import (
 )
 
 from fossil_export import FossilExportError, merge, models, plan_merge
-from fossil_export.models import Names, Unknown, pieces_of
+from fossil_export.models import Names, Unknown, _rules, pieces_of
+from fossil_export.models._architecture import Rule
+from fossil_export.models._rules import Pass, Rules
 
 CONVERTED = [
     "NomicBertModel", "JinaEmbeddingsV3ForMaskedLM", "GteModel", "RadioModel", "Dinov2Model", "MixtralForCausalLM",
@@ -196,3 +198,26 @@ def test_an_unknown_model_takes_plain_names_and_refuses_what_needs_knowledge(tmp
         plan_merge(adapter)
     with safe_open(next((tmp_path / "base").glob("*.safetensors")), "pt") as file:
         assert "lm_head.weight" in file.keys()  # noqa: SIM118  # no dict
+
+
+def test_a_name_alone_is_renamed_as_in_a_pass_of_its_own() -> None:
+    """A group of renames begins with its first name, also if another one was asked for before."""
+    rules = (Rule("GroupWeightRename", (r"^a\.(\w+)$", r"^b\.(\w+)$"), (r"x.\1", r"y.\1"), ((), ())),)
+    once = Pass(rules, ["a.weight", "b.weight"])
+    assert [one[1] for one in once.renamed] == ["x.weight", "y.weight"]
+    for name in ("b.weight", "a.weight", "b.weight", "b.bias"):
+        found, converter, _ = Rules(rules).rename(name)
+        assert once.alone(name) == (found, converter is not None)
+    assert once.alone("b.bias")[0] == "b.bias"
+
+
+def test_classes_of_the_same_rules_take_one_pass(llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan of 90,000 tensors tries ten classes; each made the rules again for every name of the adapter."""
+    made, passed = [], []
+    renamer, alone = _rules._renamer, Pass.__post_init__
+    monkeypatch.setattr(_rules, "_renamer", lambda *one: made.append(one) or renamer(*one))
+    monkeypatch.setattr(Pass, "__post_init__", lambda self, names: passed.append(self.rules) or alone(self, names))
+    adapter, _ = trained(tmp_path, llava, {f"model.{LAYER}": 32, "lm_head": 60})
+    plan_merge(adapter)
+    assert all(rules not in passed[:at] for at, rules in enumerate(passed))
+    assert 0 < len(made) <= sum(len(rules) for rules in passed)
