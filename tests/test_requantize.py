@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import fossil_export
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints._opening import open_checkpoint
+from fossil_export.checkpoints._source import by_path
 from fossil_export.cli import main
 from fossil_export.errors import MergeError
 from fossil_export.merging import _requantize
@@ -215,7 +216,7 @@ def again(case: Case, weight: str, values: torch.Tensor) -> Tensors:
     """The stored tensors of a weight of these values, on the base's scales if these are kept."""
     base = open_checkpoint(case.quantized)
     coding: Any = base.tensors[weight].coding
-    with Files(list(base.files)) as files:
+    with Files(by_path((base.home, base.files))) as files:
         encoder = coding.encoder(files.codes) if hasattr(coding, "encoder") else coding
         found = encoder.encode(np.ascontiguousarray(values.float().numpy().reshape(-1, coding.width)))
     before = load_file(case.quantized / WEIGHTS)
@@ -372,7 +373,7 @@ def refused(adapter: Path, base: Path, match: str, tmp_path: Path, **options: An
 
 
 def test_what_cannot_be_quantized_again_is_refused(made: Any, tmp_path: Path) -> None:
-    case, _ = made("nested nf4")
+    case, _ = made("nf4")
     refused(case.adapter, case.dequantized, "is not quantized, so nothing can be quantized again", tmp_path)
     refused(case.adapter, case.quantized, "keeps the base's dtypes; leave out --dtype", tmp_path, dtype="float32")
     refused(case.adapter, case.quantized, "min_survival is 2, expected a share", tmp_path, min_survival=2)
@@ -383,7 +384,7 @@ def test_what_cannot_be_quantized_again_is_refused(made: Any, tmp_path: Path) ->
 
 
 def test_the_command_says_what_it_did(made: Any, tmp_path: Path) -> None:
-    case, _ = made("nested nf4")
+    case, _ = made("nf4")
     out = tmp_path / "out"
     options = [str(case.adapter), "--base", str(case.quantized), "-o", str(out), "--requantize"]
     planned = CliRunner().invoke(main, ["merge", *options, "--dry-run"])
