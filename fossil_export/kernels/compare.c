@@ -129,8 +129,8 @@ INLINE double in_steps(double difference, double exact, double got, Steps steps)
     return fabs(difference) * as_double(steps.top - (bits_of(at) & 0x7ff0000000000000));
 }
 
-/* No less than |difference| in steps of 16 bits, but for rounding, at anything that float32 takes for `exact`; NaN where
- * it cannot tell. `scale` is 2^(bits - 1). The steps are those of the smaller one of `got` and all that may be `exact`. */
+/* No less than |difference| in steps of 16 bits, but for rounding, at anything that float32 takes for `exact`: in
+ * those of the smaller one of it and `got`. NaN where it cannot tell. `scale` is 2^(bits - 1). */
 INLINE float about_in_steps(float difference, float exact, float got, int32_t least, float scale)
 {
     const int32_t infinite = 0x7f800000, highest = 254 << 23;
@@ -334,7 +334,8 @@ INLINE void multiplied(Rows stored, Rows got, const Product *product, size_t row
             /* Of a row of zeros nothing is lost. */
             const double missing = size == 0.0 ? 0.0 : lost;
             if (is_narrow && !is_sampled) {
-                const float length = (float)size * (1 + 0x1p-20f), far = size == 0.0 ? 0x1p-149f : (float)lost + 0x1p-126f;
+                const float length = (float)size * (1 + 0x1p-20f);
+                const float far = size == 0.0 ? 0x1p-149f : (float)lost + 0x1p-126f;
                 int32_t most = 0;
                 narrow(about, stored, row, column, count);
                 narrow(seen, got, row, column, count);

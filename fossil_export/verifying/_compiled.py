@@ -137,8 +137,9 @@ def lengths(rows: Array) -> Array:
     import numpy as np
 
     with np.errstate(over="ignore", invalid="ignore"):
-        found: Array = np.sqrt(np.einsum("...i,...i->...", rows, rows, dtype=np.float64)) * (1 + 2.0**-20)
-        return found.astype(np.float32) + (found != 0) * np.float32(2.0**-126)
+        found = np.sqrt(np.einsum("...i,...i->...", rows, rows, dtype=np.float64)) * (1 + 2.0**-20)
+        larger: Array = found.astype(np.float32) + (found != 0) * np.float32(2.0**-126)
+        return larger
 
 
 def multiplied(
