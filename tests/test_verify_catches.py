@@ -62,6 +62,21 @@ def test_weights_level_catches_and_names(name: str, bf16: Path) -> None:
     assert json.loads((bf16 / "fossil_parity.json").read_text())["reason"] == result.problems[0]
 
 
+@pytest.mark.parametrize(("before", "after"), [("float32", "float16"), ("float32", "bfloat16"), ("float16", "float32")])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_cast_power_of_two_one_step_towards_zero(sign: int, before: str, after: str, tmp_path: Path) -> None:
+    """Below a power of two the steps are half as long as above."""
+    base = make_base(tmp_path / "base", getattr(torch, before))
+    tamper(base, NORM, lambda old: old * sign)
+    make_adapter(tmp_path / "adapter", base)
+    merge(tmp_path / "adapter", tmp_path / "merged", dtype=after)
+    assert verify(tmp_path / "merged", level="weights").parity
+    bits = torch.int32 if after == "float32" else torch.int16
+    tamper(tmp_path / "merged", NORM, lambda old: (old.view(bits) - 1).view(old.dtype))
+    result = verify(tmp_path / "merged", level="weights")
+    assert not result.parity and result.problems[0].startswith(f"{NORM} 48 of 48 elements"), result.problems
+
+
 def test_extra_tensor(bf16: Path) -> None:
     path = next(bf16.glob("*-00001-*.safetensors"))
     save_file({**load_file(path), "extra.weight": torch.zeros(3)}, path, {"format": "pt"})

@@ -106,35 +106,36 @@ INLINE void narrowed(float *values, Rows rows, size_t row, size_t column, size_t
         memcpy(values, data + 4 * column, 4 * count);
 }
 
-/* Significant bits of a dtype, as what its steps are measured with: the exponent of its smallest normal number as
- * float64 has it, and what an exponent is taken from for one over the step. */
+/* What a dtype's steps are measured with: its smallest normal number, and what an exponent is taken from for one over
+ * the step. */
 typedef struct {
-    int64_t least, top;
+    double least;
+    int64_t top;
 } Steps;
 
 INLINE Steps steps_of(int64_t dtype)
 {
-    int64_t mantissa = dtype == BF16 ? 8 : dtype == F16 ? 11 : 24, smallest = dtype == F16 ? -14 : -126;
-    Steps found = {(smallest + 1023) << 52, (2046 + mantissa - 1) << 52};
+    int64_t mantissa = dtype == BF16 ? 8 : dtype == F16 ? 11 : 24;
+    Steps found = {dtype == F16 ? 0x1p-14 : 0x1p-126, (2046 + mantissa - 1) << 52};
     return found;
 }
 
-/* |difference| in steps at `exact`; NaN where that is not finite. The steps are powers of two: nothing is rounded. */
-INLINE double in_steps(double difference, double exact, Steps steps)
+/* |difference| in steps at `exact`, on the side of it where `got` lies: below a power of two they are half as long. The
+ * steps are powers of two: nothing is rounded. Not finite where one of the two is not. */
+INLINE double in_steps(double difference, double exact, double got, Steps steps)
 {
-    const int64_t infinite = 0x7ff0000000000000;
-    int64_t exponent = bits_of(exact) & infinite, used = exponent < steps.least ? steps.least : exponent;
-    double error = fabs(difference) * as_double(steps.top - used);
-    return exponent == infinite ? NAN : error;
+    double size = fabs(exact), other = fabs(got), smaller = other < size ? other : size, half = size * 0.5;
+    double least = half > steps.least ? half : steps.least, at = smaller > least ? smaller : least;
+    return fabs(difference) * as_double(steps.top - (bits_of(at) & 0x7ff0000000000000));
 }
 
-/* No less than |difference| in steps of 16 bits, but for rounding, at anything that float32 takes for `exact`; NaN where
- * it cannot tell. `scale` is 2^(bits - 1). */
-INLINE float about_in_steps(float difference, float exact, int32_t least, float scale)
+/* No less than |difference| in steps of 16 bits, but for rounding, at anything that float32 takes for `exact`: in
+ * those of the smaller one of it and `got`. NaN where it cannot tell. `scale` is 2^(bits - 1). */
+INLINE float about_in_steps(float difference, float exact, float got, int32_t least, float scale)
 {
     const int32_t infinite = 0x7f800000, highest = 254 << 23;
-    int32_t size = float_bits(exact) & 0x7fffffff, below = size > 0 ? size - 1 : 0;
-    int32_t exponent = below & infinite, used = exponent < least ? least : exponent;
+    int32_t size = float_bits(exact) & 0x7fffffff, other = float_bits(got) & 0x7fffffff;
+    int32_t smaller = size - 1 < other ? size - 1 : other, used = (smaller < least ? least : smaller) & infinite;
     float error = fabsf(difference) * scale * as_float((uint32_t)(highest - used));
     return size >= highest ? (float)NAN : error;
 }
@@ -216,7 +217,7 @@ INLINE void tiled(Rows stored, Rows got, const float *tile, size_t period, size_
                 narrow(seen, got, row, column, count);
                 for (size_t at = 0; at < count; at++) {
                     float sum = about[at] + added[at];
-                    most = larger_of(most, float_bits(about_in_steps(seen[at] - sum, sum, least, scale)));
+                    most = larger_of(most, float_bits(about_in_steps(seen[at] - sum, sum, seen[at], least, scale)));
                 }
                 if ((double)as_float((uint32_t)most) + rounding <= as_double(found->worst))
                     continue;
@@ -227,7 +228,7 @@ INLINE void tiled(Rows stored, Rows got, const float *tile, size_t period, size_
             for (size_t at = 0; at < count; at++)
                 exact[at] = weight[at] + added[at];
             for (size_t at = 0; at < count; at++)
-                worst = larger(worst, bits_of(in_steps(there[at] - exact[at], exact[at], steps)));
+                worst = larger(worst, bits_of(in_steps(there[at] - exact[at], exact[at], there[at], steps)));
             found->worst = larger(found->worst, worst);
             if (is_sampled)
                 sum_up(found, column, weight, there, exact, count);
@@ -249,13 +250,13 @@ INLINE void rebuilt(Rows stored, Rows got, const double *exact, const double *bo
             widen(there, got, row, column, count);
             if (bound)
                 for (size_t at = 0; at < count; at++) {
-                    double error = in_steps(there[at] - wanted[at], wanted[at], steps);
-                    double may = in_steps(bound[row * width + column + at], wanted[at], steps);
+                    double error = in_steps(there[at] - wanted[at], wanted[at], there[at], steps);
+                    double may = in_steps(bound[row * width + column + at], wanted[at], there[at], steps);
                     worst = larger(worst, bits_of(fabs(counted(error, may))));
                 }
             else
                 for (size_t at = 0; at < count; at++)
-                    worst = larger(worst, bits_of(in_steps(there[at] - wanted[at], wanted[at], steps)));
+                    worst = larger(worst, bits_of(in_steps(there[at] - wanted[at], wanted[at], there[at], steps)));
             found->worst = larger(found->worst, worst);
             if ((found->phase + row) % found->sampled == 0) {
                 widen(weight, stored, row, column, count);
@@ -330,8 +331,11 @@ INLINE void multiplied(Rows stored, Rows got, const Product *product, size_t row
             const float *sizes = product->right_sizes + inside;
             const double size = product->left_sizes[row * product->left_blocks + column / period] * unit;
             const float *near = product->near + row * width + column;
+            /* Of a row of zeros nothing is lost. */
+            const double missing = size == 0.0 ? 0.0 : lost;
             if (is_narrow && !is_sampled) {
-                const float length = (float)size * (1 + 0x1p-20f), far = (float)lost + 0x1p-126f;
+                const float length = (float)size * (1 + 0x1p-20f);
+                const float far = size == 0.0 ? 0x1p-149f : (float)lost + 0x1p-126f;
                 int32_t most = 0;
                 narrow(about, stored, row, column, count);
                 narrow(seen, got, row, column, count);
@@ -342,7 +346,8 @@ INLINE void multiplied(Rows stored, Rows got, const Product *product, size_t row
                     float terms = fabsf(about[at]) + fabsf(change) + fabsf(more) + fabsf(sum);
                     float bound = length * sizes[at] + terms * 0x1p-23f + far;
                     float least = as_float((uint32_t)larger_of(float_bits(fabsf(sum) - bound), 0));
-                    float error = about_in_steps(fabsf(seen[at] - sum) + bound, least, least_bits, narrow_scale);
+                    float off = fabsf(seen[at] - sum) + bound;
+                    float error = about_in_steps(off, least, seen[at], least_bits, narrow_scale);
                     most = larger_of(most, float_bits(sum - sum == 0 ? error : (float)NAN));
                 }
                 if ((double)as_float((uint32_t)most) * (1 + 0x1p-20) <= as_double(larger(found->worst, nothing))) {
@@ -365,10 +370,10 @@ INLINE void multiplied(Rows stored, Rows got, const Product *product, size_t row
                 for (size_t at = 0; at < count; at++)
                     exact[at] += plus[inside + at];
             for (size_t at = 0; at < count; at++) {
-                double bound = size * sizes[at] + lost + (fabs(exact[at]) + fabs(weight[at])) * 0x1p-50;
+                double bound = size * sizes[at] + missing + (fabs(exact[at]) + fabs(weight[at])) * 0x1p-50;
                 /* No more than 0 has no exponent. */
                 double least = as_double(larger(bits_of(fabs(exact[at]) - bound), 0));
-                upper[at] = bits_of(in_steps(fabs(there[at] - exact[at]) + bound, least, steps));
+                upper[at] = bits_of(in_steps(fabs(there[at] - exact[at]) + bound, least, there[at], steps));
                 most = larger(most, upper[at]);
             }
             if (most > larger(found->worst, nothing)) {
@@ -383,8 +388,8 @@ INLINE void multiplied(Rows stored, Rows got, const Product *product, size_t row
                     if (++found->asked > product->asks)
                         return;
                     double may, wanted = exactly(product, weight[at], row, column + at, &may);
-                    double error = in_steps(there[at] - wanted, wanted, steps);
-                    error = fabs(counted(error, in_steps(may, wanted, steps)));
+                    double error = in_steps(there[at] - wanted, wanted, there[at], steps);
+                    error = fabs(counted(error, in_steps(may, wanted, there[at], steps)));
                     found->worst = larger(found->worst, bits_of(error));
                 }
             }

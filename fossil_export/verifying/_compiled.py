@@ -133,12 +133,13 @@ class Factor:
 
 
 def lengths(rows: Array) -> Array:
-    """The lengths (…) of rows (…, r) of float32, in float32; too large rather than too small."""
+    """The lengths (…) of rows (…, r) of float32, in float32; too large rather than too small, and 0 of zeros alone."""
     import numpy as np
 
     with np.errstate(over="ignore", invalid="ignore"):
-        found: Array = np.sqrt(np.einsum("...i,...i->...", rows, rows, dtype=np.float64)) * (1 + 2.0**-20)
-        return found.astype(np.float32) + np.float32(2.0**-126)
+        found = np.sqrt(np.einsum("...i,...i->...", rows, rows, dtype=np.float64)) * (1 + 2.0**-20)
+        larger: Array = found.astype(np.float32) + (found != 0) * np.float32(2.0**-126)
+        return larger
 
 
 def multiplied(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fossil_export.verifying._job import Job, Sums
 from fossil_export.verifying._rebuilding import Addend, rebuild
-from fossil_export.verifying.reference._ulp import ulp
+from fossil_export.verifying.reference._ulp import step
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,13 +50,13 @@ def compare_values(
         bound = rebuild(addends, weight, exact, job.part.dtype == "F64")
     else:
         np.copyto(exact, weight)
-    ulp(exact, job.found.dtype, steps)
     if addends:
         kept, update = survival(start, weight, got, exact)
     else:
         # A base may hold infinities (masks), whose cast is compared as it is.
         alike = ~np.isfinite(exact) & ((got == exact) | np.isnan(got) & np.isnan(exact))
         got[alike] = exact[alike] = 0.0
+    step(exact, got, job.found.dtype, steps, weight)
     with np.errstate(invalid="ignore", over="ignore"):
         error = np.subtract(got, exact, out=got)
         np.abs(error, out=error)

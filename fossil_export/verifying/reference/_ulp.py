@@ -25,3 +25,16 @@ def ulp(values: Array, dtype: str, out: Array) -> Array:
     np.maximum(out, 2.0 ** SMALLEST[dtype], out=out)
     out *= 2.0 ** (1 - MANTISSA[dtype])
     return out
+
+
+def step(exact: Array, got: Array, dtype: str, out: Array, space: Array) -> Array:
+    """The ulp at each of `exact` (float64) on the side where `got` lies, written to `out`; `space` is overwritten.
+
+    Just below a power of two the neighbours lie half as far apart as at it and above.
+    """
+    import numpy as np
+
+    np.abs(exact, out=out)
+    np.minimum(np.abs(got, out=space), out, out=space)
+    out *= 0.5
+    return ulp(np.maximum(space, out, out=out), dtype, out)
