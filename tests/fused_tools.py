@@ -66,7 +66,7 @@ def put(
 
 def in_slabs(patch: pytest.MonkeyPatch, nbytes: int) -> None:
     """Cut the work of merge and verify into small pieces."""
-    for name in ("merging._slabs.SLAB", "verifying._comparison.SLAB", "verifying._comparison.BLOCK"):
+    for name in ("merging._slabs.SLAB", "verifying._job.SLAB", "verifying._job.BLOCK"):
         patch.setattr(f"fossil_export.{name}", nbytes)
 
 

@@ -15,8 +15,8 @@ import pytest
 import sparse
 
 from fossil_export.merging import _memory
+from fossil_export.merging._infinite import became_infinite
 from fossil_export.merging._kept import Kept
-from fossil_export.merging._worker import _became_infinite
 
 LIMIT = 250e6
 
@@ -108,9 +108,9 @@ def test_infinities_of_a_base_are_looked_at_a_few_at_a_time() -> None:
     out = data.astype(ml_dtypes.bfloat16)
     tracemalloc.start()
     try:
-        assert not _became_infinite(data, out)
+        assert not became_infinite(data, out)
         assert tracemalloc.get_traced_memory()[1] < 2 << 20
     finally:
         tracemalloc.stop()
     data[-1, -1] = 3.4e38  # the last one, which bfloat16 has no number for
-    assert _became_infinite(data, out)
+    assert became_infinite(data, out)

@@ -29,7 +29,7 @@ from fossil_export.checkpoints._source import by_path
 from fossil_export.cli import main
 from fossil_export.errors import MergeError
 from fossil_export.merging import _requantize
-from fossil_export.verifying._comparison import Files
+from fossil_export.verifying._files import Files
 
 WEIGHTS = "model.safetensors"
 

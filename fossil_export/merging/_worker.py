@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import mmap
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,8 +19,10 @@ from fossil_export.checkpoints._source import Source, Viewed, by_path, open_sour
 from fossil_export.checkpoints._stamp import changed
 from fossil_export.checkpoints.layouts import Rows, Stored
 from fossil_export.errors import MergeError
+from fossil_export.merging._buffers import Buffers
 from fossil_export.merging._change import Part
 from fossil_export.merging._engine import Engine, NumpyEngine, Update, cast, compute_dtype, is_finite, merge_slab
+from fossil_export.merging._infinite import became_infinite, damaged, diverged, overflow
 from fossil_export.merging._kept import SMALL, Kept, Large
 from fossil_export.merging._layout import TensorPlan, is_decoded
 from fossil_export.merging._plan import MergePlan
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
 
 TINY = 64 << 10
 """Bytes of a trained tensor that is read with its neighbours for each of several small weights."""
-
-_LOOKED_AT = 1 << 16
-# Elements that are widened to see which are infinite.
 
 WHOLE = 2
 """Weights, or rows of them that are quantized together, that are in memory at a time."""
@@ -65,6 +62,7 @@ class Worker:
         self._sums: dict[str, dict[int, dict[int, Survival]]] = {}
         self._lock = threading.Lock()
         self._local = threading.local()
+        self._buffer = Buffers()
         self._kept = Kept(room)
         self._encoded: dict[str, dict[int, Survival]] = {}
         self._whole = threading.Semaphore(WHOLE)
@@ -285,11 +283,11 @@ class Worker:
             source, owner = tensor.origin(part)
             if not is_finite(data):
                 if owner is not None:
-                    raise MergeError(_diverged(source))
+                    raise MergeError(diverged(source))
                 if is_decoded(source):
-                    raise MergeError(_damaged(source))
-            if _became_infinite(data, out):
-                raise MergeError(_overflow(tensor))
+                    raise MergeError(damaged(source))
+            if became_infinite(data, out):
+                raise MergeError(overflow(tensor))
 
     def _merge(self, slab: RowsSlab, stored: Rows, out: Array) -> None:
         """The rows of `slab` with what was trained added, rounded into `out`."""
@@ -321,13 +319,13 @@ class Worker:
         source, owner = tensor.origin(part)
         if not is_finite(data):
             if owner is not None:
-                return _diverged(source)
-            return _damaged(source)
+                return diverged(source)
+            return damaged(source)
         for change in tensor.changes:
             for info in change.trained.tensors.values():
                 if info.dtype in FLOATS and not is_finite(self._adapters[change.adapter].array(info)):
-                    return _diverged(info)
-        return _overflow(tensor)
+                    return diverged(info)
+        return overflow(tensor)
 
     def _trained(self, info: TensorInfo, adapter: int, dtype: str) -> Any:
         """The trained values: small ones in memory, as `dtype`; of large ones what is sliced is read."""
@@ -361,32 +359,6 @@ class Worker:
                 self._sources[path] = open_source(*self._files[path], self._moved.get(path))
             return self._sources[path]
 
-    def _buffer(self, use: str, nbytes: int, target: int = 0) -> Array:
-        """This thread's buffer for `use`, at an address that suits writing to offset `target` past the page cache."""
-        import numpy as np
-
-        room = nbytes + 2 * ALIGNMENT
-        whole: Array | None = getattr(self._local, use, None)
-        if whole is None or len(whole) < room:
-            whole = np.frombuffer(_memory(max(room, SLAB + 2 * ALIGNMENT)), np.uint8)
-            setattr(self._local, use, whole)
-        start = target % ALIGNMENT
-        return whole[start : start + nbytes]
-
-
-def _became_infinite(data: Array, out: Array) -> bool:
-    """Whether an element of `out` is infinite or NaN that is finite in `data`. A base may hold infinities of its own
-    (masks), which are looked at a few at a time."""
-    import numpy as np
-
-    before, after = data.reshape(-1), out.reshape(-1)
-    for start in range(0, len(after), _LOOKED_AT):
-        span = slice(start, start + _LOOKED_AT)
-        lost = ~np.isfinite(after[span].astype(np.float64))
-        if np.isfinite(before[span][lost].astype(np.float64)).any():
-            return True
-    return False
-
 
 def _by_rows(stored: StoredArray, dtype: np.dtype[Any]) -> Array:
     """All of a large tensor in another dtype, without all of it in its own."""
@@ -397,33 +369,3 @@ def _by_rows(stored: StoredArray, dtype: np.dtype[Any]) -> Array:
     for start in range(0, len(stored), step):
         found[start : start + step] = stored[start : start + step]
     return found
-
-
-def _memory(nbytes: int) -> mmap.mmap:
-    """Memory in large pages, if the system has such: the first touch and a write past the page cache take their time by
-    the page."""
-    found = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):
-            found.madvise(mmap.MADV_HUGEPAGE)
-    return found
-
-
-def _diverged(info: TensorInfo) -> str:
-    return f"{info.path}: {info.name} holds infinite or NaN values; training diverged, take an earlier adapter"
-
-
-def _damaged(info: TensorInfo) -> str:
-    return f"{info.path}: {info.name} holds infinite or NaN values; the base is damaged, fetch it again"
-
-
-def _overflow(tensor: TensorPlan) -> str:
-    if tensor.dtype in ("F16", "BF16"):
-        remedy = f"choose --dtype {'bfloat16 or float32' if tensor.dtype == 'F16' else 'float32'}"
-    elif any(change.weight != 1.0 for change in tensor.changes):
-        remedy = "give the adapters smaller weights"
-    elif tensor.dtype != tensor.source.dtype:
-        remedy = "leave out --dtype"
-    else:
-        remedy = "training diverged, take an earlier adapter"
-    return f"{tensor.name}: overflows {numpy_dtype(tensor.dtype).name}; {remedy}"

@@ -13,7 +13,8 @@ from fossil_export.checkpoints._source import by_path
 from fossil_export.merging._change import Part
 from fossil_export.merging._layout import TensorPlan
 from fossil_export.merging._plan import MergePlan
-from fossil_export.verifying._comparison import Files, addend
+from fossil_export.verifying._comparison import addend
+from fossil_export.verifying._files import Files
 from fossil_export.verifying._job import Job
 from fossil_export.verifying._rebuilding import rebuild
 

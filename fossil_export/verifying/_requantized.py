@@ -27,7 +27,8 @@ from fossil_export.checkpoints._source import by_path
 from fossil_export.merging._change import Part, parts_of
 from fossil_export.merging._placement import Places
 from fossil_export.merging._requantize import part_of, ranges
-from fossil_export.verifying._comparison import Files, addend
+from fossil_export.verifying._comparison import addend
+from fossil_export.verifying._files import Files
 from fossil_export.verifying._job import Job
 from fossil_export.verifying._nearby import Points, blocks, is_text, nearby, outside, reach_of, says, wide
 from fossil_export.verifying._rebuilding import rebuild

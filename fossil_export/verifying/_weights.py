@@ -25,8 +25,9 @@ from fossil_export.merging._placement import Places, together
 from fossil_export.merging._planning import stored_dtype
 from fossil_export.merging._replication import replicated
 from fossil_export.merging._ties import are_equal
-from fossil_export.verifying._comparison import FEW, Files, compare
+from fossil_export.verifying._comparison import compare
 from fossil_export.verifying._compiled import loops
+from fossil_export.verifying._files import FEW, Files
 from fossil_export.verifying._job import SLAB, Job, Piece, Sums
 from fossil_export.verifying._sum import Sum
 
