@@ -63,7 +63,8 @@ def child(case: dict[str, Any]) -> None:
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
     """What `child` prints. Raises SystemExit with its errors."""
-    done = subprocess.run([sys.executable, "-c", CHILD, json.dumps(case)], capture_output=True, text=True)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, "-c", CHILD, json.dumps(case)], capture_output=True, text=True, env=env)
     if done.returncode:
         raise SystemExit(f"{case}:\n{done.stderr}")
     found: dict[str, Any] = json.loads(done.stdout)

@@ -153,6 +153,7 @@ def command(scene: Scene, output: Path, *more: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # nohup and & ignore it
     )
 
 
@@ -266,7 +267,10 @@ def test_what_a_worker_refuses_is_one_line(joined: Scene, tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_a_worker_does_not_see_is_told(scene: Scene, tmp_path: Path) -> None:
+def test_a_folder_that_a_worker_does_not_see_is_told(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fossil_export.merging._memory.THREADS", 12)  # a worker has what it is given, for good
     asked = asked_for(scene.adapter, scene.base, None, {})
     digest = _worker.plan_digest(asked.plan()).digest
     order = _worker.Order(asked, str(tmp_path / "out"), digest, "cpu", False, 2)

@@ -17,7 +17,8 @@ from hub_tools import cli, content, record
 
 from fossil_export import convert, inspect, load_adapter, merge, plan_merge, verify
 from fossil_export.checkpoints._folder import LocalFolder
-from fossil_export.checkpoints._header import Header, header_length, parse_header, read_header
+from fossil_export.checkpoints._header import Header, header_length, parse_header
+from fossil_export.checkpoints._weights_file import header_of
 from fossil_export.errors import CheckpointError, FossilExportError
 from fossil_export.storage import STORAGES, ModelName, Origin, Storage, fetch, find_origin, parse_name, pinned
 
@@ -70,7 +71,7 @@ class MemoryFolder:
                 self.fetched.append(name)
 
     def check(self, headers: Iterable[Header]) -> None:
-        assert all(read_header(header.path).encoded == header.encoded for header in headers)
+        assert all(header_of(header.path).encoded == header.encoded for header in headers)
 
     def check_links(self, names: Iterable[str]) -> None:
         pass
