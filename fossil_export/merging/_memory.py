@@ -19,7 +19,7 @@ from fossil_export.merging._slabs import SLAB, slab_rows
 if TYPE_CHECKING:
     import numpy as np
 
-BUDGET = 120 << 20
+BUDGET = 112 << 20
 """Bytes that the threads of a merge and what they share may take, if no slab needs more by itself."""
 
 THREADS = 12
