@@ -20,6 +20,7 @@ from fossil_export.checkpoints._header import Header, header_length, parse_heade
 from fossil_export.checkpoints._source import Source
 from fossil_export.checkpoints._weights_file import header_of, is_pickle
 from fossil_export.errors import StorageError, listed, reason
+from fossil_export.storage._ranges import Ranges
 from fossil_export.storage.fsspec._errors import CutShortError, retried
 from fossil_export.storage.fsspec._source import RemoteFile
 from fossil_export.writing._single_file import staged_file
@@ -109,7 +110,8 @@ class RemoteFolder:
         if is_pickle(name):
             from fossil_export.checkpoints.pickled import parse_pickle_header
 
-            with io.BufferedReader(_Ranges(self, name, size), 1 << 16) as file:
+            far = Ranges(lambda start, stop: self.view(name, start, stop - start).data, size)
+            with io.BufferedReader(far, 1 << 16) as file:
                 return parse_pickle_header(path, file, size, far=True)
         prefix = self.view(name, 0, min(size, 8)).tobytes()
         length = header_length(path, prefix, size)
@@ -268,30 +270,3 @@ class _Staged:
         return StorageError(
             f"{self._path}: cannot be written: {reason(problem)}; make room, or move the cache with XDG_CACHE_HOME"
         )
-
-
-class _Ranges(io.RawIOBase):
-    """A file elsewhere, of which what is read comes as a range."""
-
-    def __init__(self, folder: RemoteFolder, name: str, size: int) -> None:
-        self._folder, self._name, self._size = folder, name, size
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = max(0, offset + (0, self._at, self._size)[whence])
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        found = self._folder.view(self._name, self._at, max(0, min(len(buffer), self._size - self._at)))
-        buffer[: len(found)] = found.data
-        self._at += len(found)
-        return len(found)

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from fossil_export.checkpoints._folder import LocalFolder, hub_blob
 from fossil_export.checkpoints._header import Header, header_length, parse_header
 from fossil_export.checkpoints._weights_file import header_of, is_pickle
 from fossil_export.errors import HubError, listed
+from fossil_export.storage._ranges import Ranges
 from fossil_export.storage.hub import _client as client
 from fossil_export.storage.hub._background import interruptible
 from fossil_export.storage.hub._errors import retried
@@ -83,7 +84,7 @@ class HubFolder:
         if is_pickle(name):
             from fossil_export.checkpoints.pickled import parse_pickle_header
 
-            with io.BufferedReader(_Ranges(self, name, size), 1 << 16) as file:
+            with io.BufferedReader(Ranges(partial(self._range, name), size), 1 << 16) as file:
                 return parse_pickle_header(path, file, size, far=True)
         # To the byte, in two requests: of a file that is copied on the Hub, no weight comes here.
         prefix = self._range(name, 0, min(size, 8))
@@ -205,34 +206,6 @@ class HubFolder:
             raise ConnectionError(f"{name} ends before byte {stop}")
 
         return retried(run, self.repository)
-
-
-class _Ranges(io.RawIOBase):
-    """A file on the Hub, of which what is read comes as a range."""
-
-    def __init__(self, folder: HubFolder, name: str, size: int) -> None:
-        self._folder, self._name, self._size = folder, name, size
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = max(0, offset + (0, self._at, self._size)[whence])
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        stop = min(self._at + len(buffer), self._size)
-        found = self._folder._range(self._name, self._at, stop) if stop > self._at else b""
-        buffer[: len(found)] = found
-        self._at += len(found)
-        return len(found)
 
 
 def storage_of(repository: str) -> Path:
