@@ -41,8 +41,8 @@ def check_publishing() -> None:
     """Raise HubError for a client that reads models, but cannot do all that publishing them takes."""
     if (_version() or (0, 0)) < WRITES:
         raise HubError(
-            f"huggingface_hub {version('huggingface_hub')} reads models, but is too old to publish them with; transformers "
-            f"before 5 wants such an old one, so publish from another environment: pip install '{PUBLISHES}'"
+            f"huggingface_hub {version('huggingface_hub')} reads models, but is too old to publish them with; "
+            f"transformers before 5 wants such an old one, so publish from another environment: pip install '{PUBLISHES}'"
         )
 
 
@@ -102,7 +102,7 @@ def is_offline() -> bool:
 
 
 def listing(repository: str, commit: str) -> list[Any] | None:
-    """The files of a model whose copy is in the cache; None if nothing there tells, as with every client before 1.23."""
+    """The files of a model whose copy is in the cache; None if nothing there tells (always so before 1.23)."""
     try:
         from huggingface_hub import get_cached_repo_tree
         from huggingface_hub.errors import CachedRepoTreeNotFoundError
@@ -129,9 +129,7 @@ def streamed(url: str, headers: Mapping[str, str], timeout: float) -> Iterator[t
             yield response, response.iter_content(1 << 16)
         return
     once: dict[str, Any] = {"retry_on_exceptions": (), "retry_on_status_codes": ()}
-    with http_stream_backoff(
-        "GET", url, headers=headers, follow_redirects=True, timeout=timeout, **once
-    ) as response:
+    with http_stream_backoff("GET", url, headers=headers, follow_redirects=True, timeout=timeout, **once) as response:
         hf_raise_for_status(response)
         yield response, response.iter_bytes()
 
