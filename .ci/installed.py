@@ -1,4 +1,4 @@
-"""What `make test-versions` asks of an environment that the wheel was installed into: the commands, as a user types them.
+"""What `make test-versions` asks of an environment that the wheel was installed into: the commands, as users type them.
 
     python -I .ci/installed.py [--torch]
 

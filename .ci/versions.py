@@ -23,7 +23,7 @@ def parts() -> dict[str, dict[str, str]]:
 
 
 def interpreter(wanted: str) -> str | None:
-    """Python `wanted` ("3.13"): $PYTHON_3_13, the one that runs this, on the PATH or of pyenv; None if there is none."""
+    """Python `wanted` ("3.13"): $PYTHON_3_13, the one that runs this, on the PATH or of pyenv; or None."""
     told = os.environ.get(f"PYTHON_{wanted.replace('.', '_')}")
     own = sys.executable if sys.version_info[:2] == tuple(map(int, wanted.split("."))) else None
     root = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser() / "versions"
@@ -97,8 +97,8 @@ def main() -> None:
         for name, part in known.items():
             print(name, "(.ci/run)" if part.get("cheap") else "")
         return
-    if asked == ["cheap"]:
-        asked = [name for name, part in known.items() if part.get("cheap")]
+    if "cheap" in asked:
+        asked = [*(name for name, part in known.items() if part.get("cheap")), *(n for n in asked if n != "cheap")]
     if unknown := [name for name in asked if name not in known] or not asked:
         raise SystemExit(f"{unknown if asked else 'PART is not given'}: no such part; make list-versions shows them")
     shutil.rmtree(PLACES / "dist", ignore_errors=True)

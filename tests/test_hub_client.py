@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import requests
 from conftest import ADA, make_adapter, make_base
-from hub_tools import CLIENT, cli
+from hub_tools import CLIENT, cli, content
 from huggingface_hub import CommitOperationAdd
 from loopback import Fault, LoopbackHub, point_client_at
 
@@ -225,9 +225,9 @@ def test_a_client_before_1_0_reads_models_by_requests(
     pinned = f"hf://ada/base@{hub.head('ada/base')}"
     for number, base in enumerate(("ada/base", pinned, f"{hub.endpoint}/ada/base")):
         cli("merge", tmp_path / "adapter", "--base", base, "-o", tmp_path / f"{number}")
-        weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("here", f"{number}")]
-        assert weights[0] == weights[1]
-    assert any("/resolve/" in seen.path and seen.status == 206 for seen in hub.log)
+        one, other = (content(tmp_path / name) for name in ("here", f"{number}"))
+        assert {n: b for n, b in one.items() if n.endswith("s")} == {n: b for n, b in other.items() if n.endswith("s")}
+    assert any(seen.status == 206 for seen in hub.log)  # headers came by ranges
     hub.fault(Fault("GET", "/resolve/", status=429, times=99))
     with pytest.raises(requests.HTTPError) as raised, client.streamed(f"{hub.endpoint}/ada/base/resolve/x", {}, 5):
         pass

@@ -42,7 +42,8 @@ def check_publishing() -> None:
     if (_version() or (0, 0)) < WRITES:
         raise HubError(
             f"huggingface_hub {version('huggingface_hub')} reads models, but is too old to publish them with; "
-            f"transformers before 5 wants such an old one, so publish from another environment: pip install '{PUBLISHES}'"
+            "transformers before 5 wants such an old one, so publish from another environment: "
+            f"pip install '{PUBLISHES}'"
         )
 
 
