@@ -1,14 +1,16 @@
 # make demo          train an adapter on a real model, merge it, compare the answers
 # make test          lint, types and the whole test suite
-# make test-floor    the tests of the Hub with the oldest client that is supported
-# make test-install  the wheel, installed beside a trainer that was there before
+# make test-versions PART=…  one part of the matrix of versions (.ci/versions.ini); several with spaces between
+# make list-versions the parts
+# make test-floor    the tests of the Hub with the oldest client that publishes: PART=hub-publishes
+# make test-install  the wheel, installed beside a trainer that was there before: PART=trainer-5.17
 # make architectures        write the table of architectures from the transformers in the environment
 # make architectures-check  say whether that transformers would make another table, and compare all classes
 # make torture       commands killed, starved and fed with damage; writes docs/reliability.md
 # make mutants       a sample of small changes of the code, each of which a test ought to notice (by hand: an hour)
 # make sweep         every model class of transformers, merged and compared; writes docs/support*.md
 #
-# The first three make the environment (.venv) first. PyTorch comes as version TORCH; where pip would take its CUDA
+# demo, test and the parts hub-… make the environment (.venv) first. PyTorch comes as version TORCH; where pip would take its CUDA
 # build and you want the CPU one, add pip's options: make demo TORCH_OPTIONS="--index-url …".
 
 PYTHON ?= python3
@@ -20,16 +22,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # A file of tests is run by one process, and each process takes some 800 MB.
 AT_ONCE = -n auto --maxprocesses 4 --dist loadfile
 
-# Packages in $(FLOOR) go before those of the environment.
-FLOOR = $(abspath $(VENV)-floor)
-HUB_TESTS = $(wildcard $(foreach what,card certify hub loopback push stream xet,tests/test_$(what)*.py))
-
-# The last transformers that wants the Hub's client below 2.0.
-TRAINER = transformers==5.17.0 peft==0.21.2
-FRESH = $(abspath $(VENV)-install)
-FRESH_PIP = $(FRESH)/bin/python -m pip --quiet --disable-pip-version-check
-
-.PHONY: demo test test-floor test-install lint types bench kernels sweep torture scale mutants formats llama-cpp architectures architectures-check clean
+.PHONY: demo test test-versions list-versions test-floor test-install lint types bench kernels sweep torture scale mutants formats llama-cpp architectures architectures-check clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python examples/demo.py
@@ -37,23 +30,18 @@ demo: $(VENV)/ready
 test: lint types
 	$(VENV)/bin/python -m pytest $(AT_ONCE) --cov=fossil_export --cov-fail-under=90
 
-test-floor: $(FLOOR)/ready
-	PYTHONPATH=$(FLOOR) $(VENV)/bin/python -c 'import huggingface_hub as it; assert "$(FLOOR)" in it.__file__'
-	PYTHONPATH=$(FLOOR) $(VENV)/bin/python -m pytest $(AT_ONCE) $(HUB_TESTS)
+# An interpreter that is neither on the PATH nor of pyenv: PYTHON_3_14=/path/to/python3.14
+test-versions: $(if $(filter hub-%,$(PART)),$(VENV)/ready)
+	VENV=$(VENV) AT_ONCE="$(AT_ONCE)" TORCH_OPTIONS="$(TORCH_OPTIONS)" $(PYTHON) .ci/versions.py $(PART)
 
-# Nothing that is there may move, least of all the Hub's client.
+list-versions:
+	@$(PYTHON) .ci/versions.py list
+
+test-floor:
+	$(MAKE) test-versions PART=hub-publishes
+
 test-install:
-	rm -rf $(FRESH) build
-	$(PYTHON) -m venv $(FRESH)
-	$(FRESH_PIP) install $(TORCH_OPTIONS) "$(TORCH)"
-	$(FRESH_PIP) install $(TRAINER)
-	$(FRESH_PIP) freeze >$(FRESH)/before
-	$(FRESH_PIP) wheel --no-deps --wheel-dir $(FRESH)/dist .
-	$(FRESH_PIP) install $(FRESH)/dist/*.whl
-	$(FRESH_PIP) freeze >$(FRESH)/after
-	! grep -vxFf $(FRESH)/after $(FRESH)/before
-	$(FRESH_PIP) check
-	cd $(FRESH) && bin/python -I $(CURDIR)/.ci/installed.py
+	$(MAKE) test-versions PART=trainer-5.17
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
@@ -112,10 +100,5 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt -e ".[test]"
 	touch $@
 
-$(FLOOR)/ready: constraints-floor.txt $(VENV)/ready
-	rm -rf $(FLOOR)
-	$(PIP) --no-deps --target $(FLOOR) -r constraints-floor.txt
-	touch $@
-
 clean:
-	rm -rf $(VENV) $(FLOOR) $(FRESH)
+	rm -rf $(VENV) .venv-versions

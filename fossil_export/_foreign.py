@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from fossil_export._libraries import tame_bitsandbytes, without_kernels
+from fossil_export._libraries import config_class, tame_bitsandbytes, without_kernels
 from fossil_export.adapters._peft import CONFIG
 from fossil_export.checkpoints._jsonfile import read_json
 from fossil_export.errors import CheckpointError
@@ -128,8 +128,6 @@ def _is(kind: Any, parent: Any) -> bool:
 
 def _disarm(config: Any) -> None:
     """Let neither a config nor its parts name Python files, or kernels of the Hub; transformers chooses for itself."""
-    import transformers
-
     if not is_trusted():
         vars(config).pop("auto_map", None)
     if getattr(config, "_attn_implementation", None) not in _ATTENTION:
@@ -137,5 +135,5 @@ def _disarm(config: Any) -> None:
     if getattr(config, "_experts_implementation", None) not in _EXPERTS:
         config._experts_implementation = None
     for part in list(vars(config).values()):
-        if isinstance(part, transformers.PreTrainedConfig):
+        if isinstance(part, config_class()):
             _disarm(part)

@@ -112,3 +112,10 @@ def without_panics() -> Iterator[None]:
             if type(problem).__name__ != "PanicException":
                 raise
             raise ValueError(str(problem)) from problem
+
+
+def config_class() -> Any:
+    """The class of all configs of transformers, which has another name before transformers 5."""
+    import transformers
+
+    return getattr(transformers, "PreTrainedConfig", None) or transformers.PretrainedConfig

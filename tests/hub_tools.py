@@ -17,7 +17,7 @@ from fossil_export.cli import main
 
 CLIENT = tuple(map(int, __version__.split(".")[:2]))
 """The version of the Hub's client."""
-HTTPX: Any = import_module("httpx" if CLIENT < (2,) else "httpx2")
+HTTPX: Any = import_module("requests" if CLIENT < (1,) else "httpx" if CLIENT < (2,) else "httpx2")
 """The library that it speaks HTTP with."""
 KEEPS_READ_TOKEN = CLIENT >= (1, 29)
 """Whether it asks for the token to a repository's Xet storage once, not for every file."""

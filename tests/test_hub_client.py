@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from importlib import import_module, util
 from pathlib import Path
@@ -12,15 +13,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import ADA
-from hub_tools import cli
+import requests
+from conftest import ADA, make_adapter, make_base
+from hub_tools import CLIENT, cli, content
 from huggingface_hub import CommitOperationAdd
-from loopback import LoopbackHub, point_client_at
+from loopback import Fault, LoopbackHub, point_client_at
 
 import fossil_export
 from fossil_export.errors import HubError
 from fossil_export.publishing._operations import uploaded
+from fossil_export.storage.hub import _address as address
 from fossil_export.storage.hub import _client as client
+from fossil_export.storage.hub._errors import explained
 
 PACKAGE = Path(fossil_export.__file__).parent
 PUBLIC = {"huggingface_hub"} | {f"huggingface_hub.{name}" for name in ("constants", "errors", "utils")}
@@ -160,13 +164,75 @@ def test_the_versions_are_those_that_are_tested() -> None:
     """Without tomllib, which Python 3.10 has not."""
     text = (PROJECT / "pyproject.toml").read_text()
     assert f'"{client.SUPPORTED}"' in text
-    floor, above = re.fullmatch(r"huggingface-hub>=([\d.]+),<(\d+)", client.SUPPORTED).groups()  # type: ignore[union-attr]
-    pins = {
-        name: re.search(r"^huggingface_hub==(.*)$", (PROJECT / name).read_text(), re.MULTILINE)[1]  # type: ignore[index]
-        for name in ("constraints.txt", "constraints-floor.txt")
-    }
-    assert pins["constraints-floor.txt"] in (floor, f"{floor}.0")
-    assert int(pins["constraints.txt"].split(".")[0]) == int(above) - 1
+    above = text[text.index("huggingface-hub>=") :].partition(",<")[2].partition('"')[0]
+    for name, first in (("constraints-floor.txt", client.WRITES), (".ci/versions.ini", client.FLOOR)):
+        assert f"huggingface_hub=={first[0]}.{first[1]}.0" in (PROJECT / name).read_text(), name
+    today = re.search(r"^huggingface_hub==(\d+)", (PROJECT / "constraints.txt").read_text(), re.MULTILINE)
+    assert today is not None and int(today[1]) == int(above) - 1 == client.ABOVE[0] - 1
+
+
+ADDRESSES = [
+    "hf://u/r", "hf://u/r/", "hf://u/r@main", "hf://u/r@refs/pr/3/sub/x", "hf://u/r@a%2Fb/x", "hf://u/r/a b", "hf://",
+    "hf://u/r/sub/f.safetensors", "hf://datasets/u/r", "hf://models/u/r@v", "hf://gpt2", "hf://u/r@", "hf://u/r//x",
+    "hf://u/r?x", "hf://u/r/a@b", "https://huggingface.co/u/r", "https://huggingface.co/u/r/tree/main/sub",
+    "https://huggingface.co/u/r/blob/refs%2Fpr%2F1/a/b.safetensors?x=1", "https://hf.co/datasets/u/r",
+    "https://huggingface.co/u/r/discussions", "https://huggingface.co/u", "https://example.com/u/r",
+    "http://127.0.0.1:1/hub/u/r/resolve/v1/a%20b.gguf", "http://127.0.0.1:1/u/r", "http://huggingface.co/u/r/tree/main/",
+]  # fmt: skip
+
+
+@pytest.mark.skipif(CLIENT < (1, 23), reason="the client reads no addresses")
+@pytest.mark.parametrize("text", ADDRESSES)
+def test_addresses_are_read_as_later_clients_do(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1/hub")
+
+    def read(parse: Any) -> Any:
+        try:
+            return parse(text, HubError)
+        except HubError as problem:
+            return str(problem).partition(":")[0]
+
+    if text != "http://127.0.0.1:1/u/r":  # the client takes what lies beside a Hub that is in a folder for its own
+        assert read(address._parsed) == read(address.parsed)
+    else:
+        assert read(address._parsed) == "http"
+
+
+class Older:
+    """A module of the client without what is younger than 1.0, and with its session of then."""
+
+    get_session = requests.Session
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("parse_hf_uri", "get_cached_repo_tree", "http_stream_backoff"):
+            raise AttributeError(name)
+        return getattr(self._module, name)
+
+
+def test_a_client_before_1_0_reads_models_by_requests(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as one client can pass for another; `make test-versions PART=hub-reads` has the real one."""
+    make_adapter(tmp_path / "adapter", make_base(tmp_path / "base"))
+    hub.create("ada/base")
+    hub.commit("ada/base", {path.name: path for path in (tmp_path / "base").iterdir()})
+    cli("merge", tmp_path / "adapter", "-o", tmp_path / "here")
+    for name in ("huggingface_hub", "huggingface_hub.utils"):
+        monkeypatch.setitem(sys.modules, name, Older(import_module(name)))  # type: ignore[arg-type]
+    pinned = f"hf://ada/base@{hub.head('ada/base')}"
+    for number, base in enumerate(("ada/base", pinned, f"{hub.endpoint}/ada/base")):
+        cli("merge", tmp_path / "adapter", "--base", base, "-o", tmp_path / f"{number}")
+        one, other = (content(tmp_path / name) for name in ("here", f"{number}"))
+        assert {n: b for n, b in one.items() if n.endswith("s")} == {n: b for n, b in other.items() if n.endswith("s")}
+    assert any(seen.status == 206 for seen in hub.log)  # headers came by ranges
+    hub.fault(Fault("GET", "/resolve/", status=429, times=99))
+    with pytest.raises(requests.HTTPError) as raised, client.streamed(f"{hub.endpoint}/ada/base/resolve/x", {}, 5):
+        pass
+    line = str(explained(raised.value, "ada/base"))
+    assert line == "ada/base: the Hub asks for fewer requests; wait a few minutes and run the same command again"
 
 
 @pytest.fixture
@@ -191,16 +257,26 @@ def test_a_client_of_another_kind_is_refused_before_anything_is_sent(
 
 
 @pytest.mark.parametrize("command", [("inspect", "ada/nothing"), ("push", ".", "ada/new")])
-@pytest.mark.parametrize("found", ["1.22.5", "3.0.0.dev0"])
+@pytest.mark.parametrize("found", ["0.33.5", "3.0.0.dev0"])
 def test_a_client_of_another_time_is_refused(
     found: str, command: tuple[str, ...], hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "version", lambda name: found)
     line = f"error: huggingface_hub {found} is not known here (too old or too new); install one that is tested: pip"
     assert cli(*command, code=1).stderr.startswith(line) and hub.log == []
-    for other in ("1.23.0", "2.99.0"):
+    for other in ("0.34.0", "1.23.0", "2.99.0"):
         monkeypatch.setattr(client, "version", lambda name, other=other: other)
         client.check_version()
+
+
+@pytest.mark.parametrize("found", ["0.34.0", "1.22.5"])
+def test_a_client_that_only_reads_is_told_so_before_anything_is_sent(
+    found: str, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "version", lambda name: found)
+    said = cli("push", ".", "ada/new", code=1).stderr
+    assert said.startswith(f"error: huggingface_hub {found} reads models, but is too old to publish them with; ")
+    assert said.endswith(f": pip install '{client.PUBLISHES}'\n") and said.count("\n") == 1 and hub.log == []
 
 
 def test_an_upload_in_another_way_is_no_small_file() -> None:

@@ -118,7 +118,8 @@ def _quantized(
     if found is None:
         raise MergeError(
             f"{base.location}: which of its weights were quantized in training cannot be told without transformers 5 "
-            f"that knows {model.name or 'its class'}: pip install 'fossil-export[peft]'; or say --into original"
+            f"that knows {model.name or 'its class'}: pip install 'fossil-export[peft]' 'transformers>=5'; or say "
+            "--into original"
         )
     return found, {known: shape for name, shape in found.shapes.items() if (known := naming.parameter(name))}
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
+from fossil_export._libraries import config_class
+
 TIE = "tie_word_embeddings"
 _SPELLINGS = ("tie_embedding",)
 
@@ -76,12 +78,10 @@ def make(content: Mapping[str, Any]) -> Any:
 
 def nested(config: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """A config and those inside it, with the path of keys of each, the outermost first."""
-    from transformers import PreTrainedConfig
-
     yield path, config
     if len(path) < _DEEPEST:
         for key, value in vars(config).items():
-            if isinstance(value, PreTrainedConfig):
+            if isinstance(value, config_class()):
                 yield from nested(value, (*path, key))
 
 

@@ -154,7 +154,6 @@ def _is_on_hub(entry: Mapping[str, Any], has_commit: bool) -> bool:
 def _card_of(what: str, name: Any, revision: str | None, on_hub: bool) -> tuple[dict[str, Any] | None, list[str]]:
     """The metadata of the card of base or adapter, from its folder here or from the Hub."""
     from huggingface_hub import hf_hub_download, metadata_load
-    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     if not isinstance(name, str) or not name:
         return None, []
@@ -164,8 +163,10 @@ def _card_of(what: str, name: Any, revision: str | None, on_hub: bool) -> tuple[
         def run() -> str | None:
             try:
                 return str(hf_hub_download(repository, CARD, revision=revision, library_name=client.LIBRARY))
-            except RemoteEntryNotFoundError:
-                return None
+            except Exception as problem:
+                if client.is_missing_file(problem):
+                    return None
+                raise
 
         try:
             fetched = retried(run, repository)

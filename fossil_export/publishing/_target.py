@@ -28,6 +28,7 @@ class Target:
 
     def __init__(self, repo_id: str, revision: str | None = None, create_pr: bool = False) -> None:
         check_client()
+        client.check_publishing()
         client.check_additions()
         from huggingface_hub import HfApi, get_session
         from huggingface_hub.utils import validate_repo_id

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,18 +28,19 @@ def environment(hub: LoopbackHub, home: Path, token: str | None = None) -> dict[
 
 def point_client_at(monkeypatch: pytest.MonkeyPatch, hub: LoopbackHub, home: Path, token: str | None = None) -> None:
     """Make the client of this process use the Hub, whatever it read from the environment when it was imported."""
-    from huggingface_hub import _tree_cache, close_session, constants, file_download, hf_api
-    from huggingface_hub.utils import _detect_agent, _http
+    from huggingface_hub import constants, file_download, hf_api
+    from huggingface_hub.utils import _http
 
     def put(module: Any, **values: Any) -> None:
         for name, value in values.items():
             monkeypatch.setattr(module, name, value, raising=False)
 
+    template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     put(
         constants,
         ENDPOINT=hub.endpoint,
-        HUGGINGFACE_CO_URL_TEMPLATE=hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-        HF_URL_HOSTS=constants.HF_URL_HOSTS | {"127.0.0.1"},
+        HUGGINGFACE_CO_URL_TEMPLATE=template,
+        HF_URL_HOSTS=getattr(constants, "HF_URL_HOSTS", frozenset()) | {"127.0.0.1"},
         HF_HUB_OFFLINE=False,
         HF_HUB_DISABLE_XET=True,
         HF_HUB_DISABLE_PROGRESS_BARS=True,
@@ -55,19 +57,22 @@ def point_client_at(monkeypatch: pytest.MonkeyPatch, hub: LoopbackHub, home: Pat
     )
     # The retries of the client sleep for seconds; `time` itself stays as it is for everybody else.
     quick = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: time.sleep(min(seconds, 0.01))})
+    close_session = getattr(_http, "close_session", None) or _http.reset_sessions  # before 1.0
     close_session()
     hub.when_stopped.append(close_session)
     put(_http, time=quick)
     if hasattr(_http, "_HUB_ORIGINS"):  # late clients know their Hub by it
         put(_http, _HUB_ORIGINS=_http._HUB_ORIGINS | {_http._url_origin(hub.endpoint)})
-    put(file_download, time=quick)
+    put(file_download, time=quick, HUGGINGFACE_CO_URL_TEMPLATE=template)  # which it holds by value before 1.0
     put(hf_api.api, endpoint=hub.endpoint)  # behind the module-level functions, made at import
     # Three modules hold settings by value.
     put(import_module("huggingface_hub.utils.tqdm"), HF_HUB_DISABLE_PROGRESS_BARS=True)
     put(import_module("huggingface_hub.utils._cache_manager"), HF_HUB_CACHE=str(home / "hub"))
     put(import_module("huggingface_hub.utils._cache_assets"), HF_ASSETS_CACHE=str(home / "assets"))
-    put(_tree_cache, _IN_MEMORY_TREE_CACHE={})
-    put(_detect_agent, _registry=_detect_agent._EMPTY_REGISTRY)
+    with suppress(ImportError):  # before 1.23
+        put(import_module("huggingface_hub._tree_cache"), _IN_MEMORY_TREE_CACHE={})
+        agents = import_module("huggingface_hub.utils._detect_agent")
+        put(agents, _registry=agents._EMPTY_REGISTRY)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
         monkeypatch.delenv(name, raising=False)
     if token is not None:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export._extras import needs_transformers_5
 from fossil_export.checkpoints._header import Header, TensorInfo
 from fossil_export.checkpoints._jsonfile import json_in
 from fossil_export.checkpoints._stamp import Stamp
@@ -108,6 +109,7 @@ def _made(file: GgufFile, beside: Mapping[str, Any] | None) -> Made:
         without.add("tokenizer.ggml.tokens")
         if f"{arch}.vocab_size" not in file.metadata:
             more[f"{arch}.vocab_size"] = tokens
+    needs_transformers_5(f"{file.path}: a GGUF file as a base")
     with _Head(file, file.without(without, more)) as (path, folder):
         try:
             return _gguf.make(path, folder, arch, beside)

@@ -70,8 +70,10 @@ def explained(problem: BaseException, name: str, doing: str = "") -> FossilExpor
         return problem
     what = f"{name}: {doing}: " if doing else f"{name}: "
     page = f"{endpoint()}/{name}"
-    remedies = (_remedy(cause, page) for cause in causes_of(problem))
-    kind = NotThereError if any(map(_is_not_there, causes_of(problem))) else HubError
+    causes = list(causes_of(problem))
+    # Behind each of the client's errors is the HTTP library's own, which knows no more than the status.
+    remedies = (_remedy(cause, page, bare) for bare in (False, True) for cause in causes)
+    kind = NotThereError if any(map(_is_not_there, causes)) else HubError
     otherwise = (
         f"{_line(problem)}; check HF_ENDPOINT, HF_TOKEN, HF_HOME and HTTPS_PROXY, and run the same command again"
     )
@@ -180,13 +182,9 @@ def errno_of(problem: BaseException | None) -> int | None:
 
 
 def _is_network(problem: BaseException) -> bool:
-    # The client's HTTP library (httpx, or its successor) is no dependency of ours.
-    names = {kind.__name__ for kind in type(problem).__mro__}
     if xet.is_xet(problem):
         return xet.is_unreachable(problem)
-    return bool(names & {"TransportError", "TimeoutException", "NetworkError"}) or (
-        isinstance(problem, ConnectionError) and not _is_offline(problem)
-    )
+    return not _is_offline(problem) and (client.is_network(problem) or isinstance(problem, ConnectionError))
 
 
 def _is_not_there(problem: BaseException) -> bool:
@@ -197,20 +195,20 @@ def _is_offline(problem: BaseException) -> bool:
     return type(problem).__name__ == "OfflineModeIsEnabled"
 
 
-def _remedy(problem: BaseException, page: str) -> str | None:
+def _remedy(problem: BaseException, page: str, bare: bool) -> str | None:
+    """What to do about one error, of the HTTP library only if `bare`; None if it tells nothing."""
     from huggingface_hub import constants, errors
 
     by_xet = xet.is_xet(problem)
     by_storage = by_xet and not xet.is_by_hub(problem)
-    # Behind each of the client's errors is the HTTP library's own, which knows no more than the status.
-    status = status_of(problem) if by_xet or isinstance(problem, errors.HfHubHTTPError) else 0
+    status = status_of(problem) if by_xet or bare or isinstance(problem, errors.HfHubHTTPError) else 0
     if status in (404, 405, 501) and re.search("/xet-(read|write)-token/", address_of(problem)):
         return f"the Hub shows no way to its Xet storage (status {status}); run the same command again{WITHOUT_XET}"
     if isinstance(problem, errors.GatedRepoError):
         return f"is gated; accept the licence at {page} and log in with `hf auth login`"
     if isinstance(problem, errors.RevisionNotFoundError):
         return f"has no such revision; see {page}/tree/main for its branches and tags"
-    if isinstance(problem, errors.RemoteEntryNotFoundError):
+    if client.is_missing_file(problem):
         return f"a file is missing there; see {page}/tree/main"
     if status == 401 and "Invalid credentials" in str(problem):
         return "the Hub does not know this token; log in again with `hf auth login`, or set HF_TOKEN"

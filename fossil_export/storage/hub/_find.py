@@ -6,7 +6,8 @@ from pathlib import Path
 
 from fossil_export.errors import FossilExportError, HubError
 from fossil_export.storage._origin import ModelName, Origin, Storage
-from fossil_export.storage.hub._errors import NotThereError, check_client, endpoint, redacted
+from fossil_export.storage.hub import _address as address
+from fossil_export.storage.hub._errors import NotThereError, check_client, endpoint
 from fossil_export.storage.hub._names import folder_of, is_hub_id, is_old_id, is_on_hub, repository_of
 
 
@@ -77,14 +78,7 @@ def _parsed(text: str, error: type[FossilExportError]) -> tuple[str, str | None,
     if not text.startswith(HubStorage.addresses):
         repository, _, revision = text.partition("@")
         return repository, revision or None, ""
-    from huggingface_hub import constants, parse_hf_uri
-
-    try:
-        uri = parse_hf_uri(text, endpoint=constants.ENDPOINT)
-    except ValueError as problem:
-        why = " ".join(str(getattr(problem, "msg", problem)).split()).rstrip(".")
-        shown = redacted(text)
-        raise error(f"{shown}: is no address of a model ({why}); write hf://user/repo[@revision][/folder]") from problem
-    if uri.type != "model":
-        raise error(f"{text}: is a {uri.type}, not a model; write hf://user/repo[@revision][/folder]")
-    return uri.id, uri.revision, uri.path_in_repo.strip("/")
+    kind, repository, told, inside = address.parsed(text, error)
+    if kind != "model":
+        raise error(f"{text}: is a {kind}, not a model; write hf://user/repo[@revision][/folder]")
+    return repository, told, inside

@@ -68,8 +68,8 @@ def notice() -> None:
     The client alone would wait for any time, in silence, five times. Requests of others are left as they are."""
     from huggingface_hub import get_session
 
-    hooks = get_session().event_hooks["response"]
-    if _end not in hooks:
+    hooks = getattr(get_session(), "event_hooks", {}).get("response")  # before 1.0 the client does not wait
+    if hooks is not None and _end not in hooks:
         hooks.append(_end)
 
 

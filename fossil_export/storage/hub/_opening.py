@@ -29,7 +29,7 @@ def open_repository(repository: str, revision: str | None) -> tuple[HubFolder | 
         cached = _cached(repository, revision)
     except ValueError as problem:
         raise explained(problem, repository) from problem
-    if constants.is_offline_mode():
+    if client.is_offline():
         if cached is None:
             raise NotThereError(f"{repository}: {NOT_CACHED}")
         folder, commit, notes = cached
@@ -69,9 +69,6 @@ def open_repository(repository: str, revision: str | None) -> tuple[HubFolder | 
 
 def _cached(repository: str, revision: str | None) -> tuple[HubFolder | LocalFolder, str, tuple[str, ...]] | None:
     """The copy in the cache, its commit, and what to tell of it; None where there is none."""
-    from huggingface_hub import get_cached_repo_tree
-    from huggingface_hub.errors import CachedRepoTreeNotFoundError
-
     storage = storage_of(repository)
     commit = revision or "main"
     if not _COMMIT.fullmatch(commit):
@@ -82,9 +79,8 @@ def _cached(repository: str, revision: str | None) -> tuple[HubFolder | LocalFol
     snapshot = storage / "snapshots" / commit
     if not snapshot.is_dir():
         return None
-    try:
-        listing = get_cached_repo_tree(repository, revision=commit)
-    except CachedRepoTreeNotFoundError:  # another program, or an older client, has fetched it
+    listing = client.listing(repository, commit)
+    if listing is None:
         note = f"{repository}: is taken as it lies in the Hub's cache, where nothing tells whether that is all of it"
         return LocalFolder(snapshot), commit, (note,)
     entries = {file.path: Entry(file.size, "") for file in listing}  # it has no hashes of large files

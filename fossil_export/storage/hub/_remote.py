@@ -182,7 +182,7 @@ class HubFolder:
         if stop <= start:
             return b""
         from huggingface_hub import constants, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+        from huggingface_hub.utils import build_hf_headers
 
         url = hf_hub_url(self.repository, self.prefix + name, revision=self.commit)
         headers = {
@@ -190,16 +190,12 @@ class HubFolder:
             "Range": f"bytes={start}-{stop - 1}",
             "Accept-Encoding": "identity",
         }
-        once: dict[str, Any] = {"retry_on_exceptions": (), "retry_on_status_codes": ()}
 
         def run() -> bytes:
-            with http_stream_backoff(
-                "GET", url, headers=headers, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, **once
-            ) as response:
-                hf_raise_for_status(response)
+            with client.streamed(url, headers, constants.HF_HUB_DOWNLOAD_TIMEOUT) as (response, chunks):
                 skip = start if response.status_code == 200 else 0
                 found = bytearray()
-                for chunk in response.iter_bytes():
+                for chunk in chunks:
                     found += chunk
                     if len(found) >= skip + stop - start:
                         return bytes(found[skip : skip + stop - start])
