@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import click
@@ -151,3 +151,16 @@ def status_line() -> Iterator[Callable[[str], None]]:
         yield show
     finally:
         show("")
+
+
+@contextmanager
+def bar_and_status(total: int, title: str) -> Iterator[tuple[Callable[[int], None], Callable[[str], None]]]:
+    """A bar of bytes, and a status line that takes its place when it is first told something."""
+    with ExitStack() as bar, status_line() as show:
+        progress = bar.enter_context(progress_bar(total, title))
+
+        def status(step: str) -> None:
+            bar.close()
+            show(step)
+
+        yield progress, status

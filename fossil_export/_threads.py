@@ -1,14 +1,74 @@
-"""Our threads: instead of the linear algebra library's, and with a bounded queue."""
+"""Threads: how many, how those of libraries wait, and ours instead of BLAS's, with a bounded queue."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
+from fossil_export._cores import cores
+
 T = TypeVar("T")
+
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
+"""How threads of OpenMP wait for each other: asleep; GCC's (PyTorch's on Linux) spin for some microseconds before.
+
+As they are, they spin for milliseconds at the end of each operation. If others work on the same cores, that is the time
+in which the thread that they wait for could have run. Figures: benchmarks/loaded.py.
+"""
+
+
+def threads() -> int:
+    """Threads for what computes: OMP_NUM_THREADS if the user set it, else the cores that may be used."""
+    given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(given) if given.isdecimal() and int(given) else cores()
+
+
+def wait_asleep() -> None:
+    """Have OpenMP's threads in this process, and in those that it starts, wait as `WAITING` says.
+
+    For a process of our own. What the user has set about it stays.
+    """
+    if not _is_waiting_set():
+        os.environ.update(WAITING)
+
+
+def import_torch() -> Any:
+    """PyTorch. If this is its first import, its threads wait as `WAITING` says; the environment is left as it was."""
+    if "torch" not in sys.modules and not _is_waiting_set():
+        os.environ.update(WAITING)
+        try:
+            import torch
+
+            torch.get_num_threads()  # some builds of OpenMP read the environment only when they are first used
+        finally:
+            for name in WAITING:
+                os.environ.pop(name, None)
+    import torch
+
+    return torch
+
+
+def _is_waiting_set() -> bool:
+    return any(name in os.environ for name in (*WAITING, "KMP_BLOCKTIME"))
+
+
+@contextmanager
+def bounded_torch() -> Iterator[None]:
+    """PyTorch takes no more threads than `threads()`; fewer, if it was told so."""
+    torch = import_torch()
+    before = torch.get_num_threads()
+    if before > threads():  # otherwise nothing is set: on some builds that alone changes how work is divided
+        torch.set_num_threads(threads())
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
 
 
 def one_blas_thread() -> AbstractContextManager[Any]:

@@ -7,8 +7,9 @@ import sys
 import click
 
 from fossil_export._answers import TRAINED_ON
-from fossil_export._console import echo, lines, print_json, print_warnings, progress_bar
+from fossil_export._console import bar_and_status, echo, lines, print_json, print_warnings
 from fossil_export._mapped import tell_of_cut_files
+from fossil_export._threads import wait_asleep
 from fossil_export.commands._merge import _settings
 from fossil_export.commands._shared import trust_option, weighted
 from fossil_export.tables import print_push, print_verification
@@ -87,7 +88,9 @@ def verify(
         from fossil_export.publishing._certify import publish_certificate, target_of
 
         target_of(artifact, create_pr)  # what will be refused is refused before hours of work
-    with progress_bar(_weights_size(artifact) if level != "forward" else 0, "comparing") as progress:
+    wait_asleep()
+    size = _weights_size(artifact) if level != "forward" else 0
+    with bar_and_status(size, "comparing") as (progress, status):
         result = check(
             artifact,
             base=base,
@@ -99,6 +102,7 @@ def verify(
             trained_on=seen,
             trust_remote_code=trust_remote_code,
             progress=progress,
+            status=status,
         )
     published = None
     if push_to_hub:

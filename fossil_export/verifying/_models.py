@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fossil_export._foreign import load_model, load_tokenizer, model_class, read_config
 from fossil_export._libraries import tame_bitsandbytes, without_panics
+from fossil_export._threads import import_torch
 from fossil_export.errors import FossilExportError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -152,10 +153,10 @@ def check_device(device: str) -> None:
 
 def libraries() -> None:
     """Raise MissingExtraError unless what the forward level needs is installed."""
-    tame_bitsandbytes()
     try:
+        import_torch()
+        tame_bitsandbytes()
         import peft  # noqa: F401
-        import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as problem:
         raise MissingExtraError(problem.name or "peft", "peft", "the forward level") from problem

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fossil_export._extras import required
+from fossil_export._threads import threads
 from fossil_export.checkpoints._jsonfile import read_json
 from fossil_export.errors import FossilExportError, OnnxError
 from fossil_export.onnx._adapter_file import ADAPTER
@@ -131,6 +133,8 @@ class OnnxRunner:
         settings = self._ort.SessionOptions()
         settings.log_severity_level = 3  # one warning for every optional input otherwise
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # other models run in turn
+        if threads() < (os.cpu_count() or 1):
+            settings.intra_op_num_threads = threads()
         return settings
 
     def _open(self, graph: Path) -> Any:

@@ -53,6 +53,7 @@ def verify(
     trained_on: Asked = "auto",
     trust_remote_code: bool = False,
     progress: Callable[[int], None] = lambda nbytes: None,
+    status: Callable[[str], None] = lambda line: None,
 ) -> Verification:
     """Is `artifact` (a folder that `merge`, `export_onnx` or `convert` wrote) what was trained?
 
@@ -64,7 +65,8 @@ def verify(
     artifact's record says, else as the adapter's files do). With `trust_remote_code` the forward level runs the Python
     code that the configs of base and artifact name in their `auto_map`, as transformers does of that name; without,
     such a model is refused. Writes `fossil_parity.json` beside the weights; for an artifact on the Hub
-    `publish_certificate` does. `progress` is called with the bytes compared.
+    `publish_certificate` does. `progress` is called with the bytes compared, `status`
+    with a line that names the model and the prompt that the forward level is at.
 
     Raises a FossilExportError when something cannot be read or run; a difference is no error but a verdict.
     """
@@ -72,7 +74,7 @@ def verify(
         raise FossilExportError(f"level is {level!r}, expected {', '.join(LEVELS)}")
     origin = find_origin(artifact, CheckpointError, "artifact")
     with origin.by_name(), trusting(trust_remote_code):
-        result, check = _verified(origin, base, adapter, level, device, prompts, report, trained_on, progress)
+        result, check = _verified(origin, base, adapter, level, device, prompts, report, trained_on, progress, status)
         if origin.is_path:
             try:
                 certificate = certificate_file(result)
@@ -99,6 +101,7 @@ def _verified(
     report: str | Path | None,
     trained_on: Asked,
     progress: Callable[[int], None],
+    status: Callable[[str], None],
 ) -> tuple[Verification, Callable[[], None]]:
     """The verdict, and what raises where a file that it was reached on is another one by now; nothing is written."""
     started = time.perf_counter()
@@ -164,7 +167,8 @@ def _verified(
                 subject = running.subject(plain, added, device)
                 # A GGUF file has no dtype of its own: the trainer has the result's.
                 dtype = running.dtype(getattr(running, "checkpoint", plain) if base_checkpoint.made_of else plain)
-                forward = check_forward(subject, plain.location, added, dtype, running.parameters(plain), texts, device)
+                parameters = running.parameters(plain)
+                forward = check_forward(subject, plain.location, added, dtype, parameters, texts, device, status)
                 problems += subject.problems
                 wrong, note = training.explained(forward.problem)
                 problems += [wrong] if wrong else []

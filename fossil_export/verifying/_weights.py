@@ -7,7 +7,6 @@ a sum, a proven bound for bat's products).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 
+from fossil_export._cores import cores
 from fossil_export._threads import in_order, one_blas_thread
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._dtypes import BY_TORCH_NAME, FLOATS, element_count
@@ -90,9 +90,7 @@ def check_tensors(
     """The same for what goes to these `places`; of some tensors the check is `known`."""
     adapters = ((one.home, one.headers) for one in added.adapters)
     headers = by_path((artifact.home, artifact.files), (base.home, base.files), *adapters)
-    threads = os.cpu_count() or 1
-    if loops() is None:
-        threads = min(threads, FEW)
+    threads = cores() if loops() is not None else min(cores(), FEW)
     checks: list[TensorCheck] = []
     with one_blas_thread(), Files(headers) as files, ThreadPoolExecutor(threads) as pool:
         found = (
