@@ -1,5 +1,8 @@
 # make demo          train an adapter on a real model, merge it, compare the answers
-# make test          lint, types and the whole test suite
+# make test          lint, types and the whole test suite (some ten minutes on two cores)
+# make test-fast     the tests that take no longer than a fifth of a second each (two minutes on two cores)
+# make coverage      what make test does, and which lines no test runs: under 90 % is a failure (half as long again)
+# make slow-tests    write the list of slow tests from the last whole run, on a quiet machine
 # make test-floor    the tests of the Hub with the oldest client that is supported
 # make test-install  the wheel, installed beside a trainer that was there before
 # make architectures        write the table of architectures from the transformers in the environment
@@ -18,7 +21,8 @@ VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 # A file of tests is run by one process, and each process takes some 800 MB.
-AT_ONCE = -n auto --maxprocesses 4 --dist loadfile
+AT_ONCE = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+MEASURED = build/tests.xml
 
 # Packages in $(FLOOR) go before those of the environment.
 FLOOR = $(abspath $(VENV)-floor)
@@ -29,13 +33,25 @@ TRAINER = transformers==5.17.0 peft==0.21.2
 FRESH = $(abspath $(VENV)-install)
 FRESH_PIP = $(FRESH)/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test test-floor test-install lint types bench kernels sweep torture scale mutants formats llama-cpp architectures architectures-check clean
+.PHONY: demo test test-fast coverage slow-tests test-floor test-install lint types bench kernels sweep torture scale mutants formats llama-cpp architectures architectures-check clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python examples/demo.py
 
 test: lint types
-	$(VENV)/bin/python -m pytest $(AT_ONCE) --cov=fossil_export --cov-fail-under=90
+	$(VENV)/bin/python -m pytest $(AT_ONCE) --durations=10 --junitxml=$(MEASURED)
+	$(VENV)/bin/python tests/slow_tests.py --check $(MEASURED)
+
+test-fast: $(VENV)/ready
+	$(VENV)/bin/python -m pytest $(AT_ONCE) --fast --durations=10
+
+# From Python 3.12 on, the interpreter itself tells which lines ran, at next to no cost.
+coverage: lint types
+	COVERAGE_CORE=$$($(VENV)/bin/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
+		$(VENV)/bin/python -m pytest $(AT_ONCE) --durations=10 --cov=fossil_export --cov-fail-under=90
+
+slow-tests: $(VENV)/ready
+	$(VENV)/bin/python tests/slow_tests.py $(MEASURED)
 
 test-floor: $(FLOOR)/ready
 	PYTHONPATH=$(FLOOR) $(VENV)/bin/python -c 'import huggingface_hub as it; assert "$(FLOOR)" in it.__file__'
