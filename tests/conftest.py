@@ -66,6 +66,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+# What ignores a signal hands that on to what it starts (`nohup make test &`), what handles it does not.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda number, frame: None)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
+
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 QV = ["q_proj", "v_proj"]
 Randomise = Callable[[torch.nn.Module], None]
@@ -82,16 +87,20 @@ def real_adapter() -> Path:
     return smollm2.adapter()
 
 
-@pytest.fixture(scope="session", params=["tile", "ragged", "mini", "bat"])
-def every_real_adapter(request: pytest.FixtureRequest) -> Path:
-    """One trained adapter of each variant; a rank of 50 divides none of the model's widths."""
+def real_variant(name: str) -> Path:
+    """A trained adapter of the real model; "tile" is `real_adapter`, and 50, the rank of "ragged", divides no width."""
     made: dict[str, tuple[str, int, int]] = {
         "tile": ("tile", 64, 20),
         "ragged": ("tile", 50, 4),
         "mini": ("mini", 64, 4),
         "bat": ("bat", 64, 4),
     }
-    return smollm2.adapter(*made[request.param])
+    return smollm2.adapter(*made[name])
+
+
+@pytest.fixture(scope="session", params=["tile", "ragged", "mini", "bat"])
+def every_real_adapter(request: pytest.FixtureRequest) -> Path:
+    return real_variant(request.param)
 
 
 def make_base(folder: Path, dtype: torch.dtype = torch.float32, tie: bool = False, shards: str = "40KB") -> Path:
