@@ -1,5 +1,8 @@
 # make demo          train an adapter on a real model, merge it, compare the answers
-# make test          lint, types and the whole test suite
+# make test          lint, types and the whole test suite (some ten minutes on two cores)
+# make test COVERAGE=90      the same, and a failure if fewer lines are run by tests (half as long again)
+# make test-fast     the tests that take no longer than a fifth of a second each (two minutes on two cores)
+# make slow-tests    write the list of slow tests from the last whole run, on a quiet machine
 # make test-versions PART=…  one part of the matrix of versions (.ci/versions.ini); several with spaces between
 # make list-versions the parts
 # make test-floor    the tests of the Hub with the oldest client that publishes: PART=hub-publishes
@@ -20,15 +23,26 @@ VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 # A file of tests is run by one process, and each process takes some 800 MB.
-AT_ONCE = -n auto --maxprocesses 4 --dist loadfile
+AT_ONCE = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+MEASURED = build/tests.xml
 
-.PHONY: demo test test-versions list-versions test-floor test-install lint types bench kernels sweep torture scale mutants formats llama-cpp architectures architectures-check clean
+.PHONY: demo test test-fast slow-tests test-versions list-versions test-floor test-install lint types bench kernels sweep torture scale mutants formats llama-cpp architectures architectures-check clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python examples/demo.py
 
+# From Python 3.12 on, the interpreter itself tells which lines ran, at next to no cost.
 test: lint types
-	$(VENV)/bin/python -m pytest $(AT_ONCE) --cov=fossil_export --cov-fail-under=90
+	COVERAGE_CORE=$$($(VENV)/bin/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
+		$(VENV)/bin/python -m pytest $(AT_ONCE) --durations=10 --junitxml=$(MEASURED) \
+		$(if $(COVERAGE),--cov=fossil_export --cov-fail-under=$(COVERAGE))
+	$(if $(COVERAGE),,$(VENV)/bin/python tests/slow_tests.py --check $(MEASURED))
+
+test-fast: $(VENV)/ready
+	$(VENV)/bin/python -m pytest $(AT_ONCE) --fast --durations=10
+
+slow-tests: $(VENV)/ready
+	$(VENV)/bin/python tests/slow_tests.py $(MEASURED)
 
 # An interpreter that is neither on the PATH nor of pyenv: PYTHON_3_14=/path/to/python3.14
 test-versions: $(if $(filter hub-%,$(PART)),$(VENV)/ready)

@@ -6,11 +6,15 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process a core: more threads only wait for each other
 
 import contextlib
+import gc
 import json
 import signal
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +25,7 @@ import torch
 from loopback import LoopbackHub, point_client_at
 from peft import MissConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from slow_tests import chosen, slow_tests
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 if TYPE_CHECKING:
@@ -28,6 +33,43 @@ if TYPE_CHECKING:
 
 # Their assertions are shown as those of tests are.
 pytest.register_assert_rewrite(*(path.stem for path in Path(__file__).parent.glob("*_tools.py")))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="without the tests in tests/slow.txt (some two minutes)")
+
+
+def _name(item: pytest.Item) -> tuple[str, str]:
+    return item.path.name, getattr(item, "originalname", item.name)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The files that take longest first, so that no process is left alone with one at the end."""
+    slow = slow_tests()
+    files: dict[str, float] = defaultdict(float)
+    for (file, _), seconds in slow.items():
+        files[file] += seconds
+    items.sort(key=lambda item: -files[item.path.name])
+    if config.getoption("--fast"):
+        fast = chosen(map(_name, items), slow)
+        config.hook.pytest_deselected(items=[item for item in items if _name(item) not in fast])
+        items[:] = [item for item in items if _name(item) in fast]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What is imported stays: the half million objects of the libraries are not looked through at each collection.
+
+    `verify` collects three times, after each of its models, which was half the time of its tests.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+# What ignores a signal hands that on to what it starts (`nohup make test &`), what handles it does not.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda number, frame: None)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 QV = ["q_proj", "v_proj"]
@@ -45,16 +87,20 @@ def real_adapter() -> Path:
     return smollm2.adapter()
 
 
-@pytest.fixture(scope="session", params=["tile", "ragged", "mini", "bat"])
-def every_real_adapter(request: pytest.FixtureRequest) -> Path:
-    """One trained adapter of each variant; a rank of 50 divides none of the model's widths."""
+def real_variant(name: str) -> Path:
+    """A trained adapter of the real model; "tile" is `real_adapter`, and 50, the rank of "ragged", divides no width."""
     made: dict[str, tuple[str, int, int]] = {
         "tile": ("tile", 64, 20),
         "ragged": ("tile", 50, 4),
         "mini": ("mini", 64, 4),
         "bat": ("bat", 64, 4),
     }
-    return smollm2.adapter(*made[request.param])
+    return smollm2.adapter(*made[name])
+
+
+@pytest.fixture(scope="session", params=["tile", "ragged", "mini", "bat"])
+def every_real_adapter(request: pytest.FixtureRequest) -> Path:
+    return real_variant(request.param)
 
 
 def make_base(folder: Path, dtype: torch.dtype = torch.float32, tie: bool = False, shards: str = "40KB") -> Path:

@@ -37,7 +37,7 @@ from fossil_export.errors import ClusterError, MergeError
 
 PACKAGE = Path(fossil_export.__file__).parent
 NODE = {"object_store_memory": 80 << 20, "num_cpus": 2}
-PATIENCE = 30.0
+PATIENCE = 120.0
 
 HOLD = """
 import time as _time

@@ -167,7 +167,7 @@ def test_a_command_that_is_told_to_end_keeps_what_is_finished_and_says_nothing_o
         )
     assert process.stdout is not None and process.stdout.readline() == "noted\n"
     process.send_signal(number)
-    _, words = process.communicate(timeout=20)
+    _, words = process.communicate(timeout=25)
     assert (process.returncode, words) == (128 + number, "Aborted!\n" if number == signal.SIGINT else "")
     assert len(kept(own)) == 1
     result = CliRunner().invoke(cli.main, [*command, "--json"])

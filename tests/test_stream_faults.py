@@ -92,13 +92,13 @@ def test_two_at_once(scene: LoopbackHub, tmp_path: Path) -> None:
 
     def hang() -> None:
         there.set()
-        assert go_on.wait(20)
+        assert go_on.wait(120)
 
     scene.fault(Fault("PUT", "/storage/", before=hang))
     results: list[StreamResult] = []
     first = threading.Thread(target=lambda: results.append(stream(tmp_path)))
     first.start()
-    assert there.wait(20)
+    assert there.wait(120)
     failing(tmp_path, "the same merge is running already; wait for it")
     assert stream(tmp_path, repo="ada/other").push.changed  # another one may run
     go_on.set()

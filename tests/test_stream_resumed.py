@@ -58,10 +58,10 @@ def test_killed(scene: LoopbackHub, tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    assert on_the_way.wait(30)
+    assert on_the_way.wait(120)
     time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
-    assert process.wait(10) == -signal.SIGKILL and process.stdout is not None and process.stdout.read() == b""
+    assert process.wait(60) == -signal.SIGKILL and process.stdout is not None and process.stdout.read() == b""
     process.stdout.close()
     assert nothing(scene) and len(weights(tmp_path / "cache")) == 1
     scene.clear_faults()

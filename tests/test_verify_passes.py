@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import verify_tools
-from conftest import edit_json, make_adapter, make_base
+from conftest import edit_json, make_adapter, make_base, real_variant
 from transformers import BertConfig, BertModel, LlamaForSequenceClassification
 from verify_tools import Q1, as_bone, tamper
 
@@ -117,8 +117,9 @@ def test_does_not_cry_wolf_on_the_real_model(real_adapter: Path, tmp_path: Path)
     assert result.forward.trainer_dtype == "bfloat16" and result.forward.artifact.top1 > 0.9
 
 
-def test_other_variants_of_the_real_model(every_real_adapter: Path, tmp_path: Path) -> None:
-    merge(every_real_adapter, tmp_path / "merged")
+@pytest.mark.parametrize("variant", ["ragged", "mini", "bat"])
+def test_other_variants_of_the_real_model(variant: str, tmp_path: Path) -> None:
+    merge(real_variant(variant), tmp_path / "merged")
     (tmp_path / "prompts.txt").write_text("\n".join(FIFTY[::10]))
     result = verify(tmp_path / "merged", prompts=tmp_path / "prompts.txt")
     assert result.parity, result.problems
