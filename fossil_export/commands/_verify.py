@@ -8,9 +8,10 @@ import click
 
 from fossil_export._answers import TRAINED_ON
 from fossil_export._console import echo, lines, print_json, print_warnings, progress_bar
+from fossil_export._extras import FORWARD, of_base, of_names
 from fossil_export._mapped import tell_of_cut_files
 from fossil_export.commands._merge import _settings
-from fossil_export.commands._shared import trust_option, weighted
+from fossil_export.commands._shared import expect, trust_option, weighted
 from fossil_export.tables import print_push, print_verification
 from fossil_export.verifying._levels import LEVELS, Level
 
@@ -87,6 +88,7 @@ def verify(
         from fossil_export.publishing._certify import publish_certificate, target_of
 
         target_of(artifact, create_pr)  # what will be refused is refused before hours of work
+    expect(*(() if level == "weights" else (FORWARD,)), *of_names(artifact, *adapters), *of_base(base))
     with progress_bar(_weights_size(artifact) if level != "forward" else 0, "comparing") as progress:
         result = check(
             artifact,

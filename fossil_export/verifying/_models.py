@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fossil_export._extras import FORWARD, require, required
 from fossil_export._foreign import load_model, load_tokenizer, model_class, read_config
 from fossil_export._libraries import tame_bitsandbytes, without_panics
-from fossil_export.errors import FossilExportError, MissingExtraError
+from fossil_export.errors import FossilExportError
 
 if TYPE_CHECKING:
     import torch
@@ -152,13 +153,10 @@ def check_device(device: str) -> None:
 
 def libraries() -> None:
     """Raise MissingExtraError unless what the forward level needs is installed."""
+    require("the forward level", FORWARD)
     tame_bitsandbytes()
-    try:
-        import peft  # noqa: F401
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as problem:
-        raise MissingExtraError(problem.name or "peft", "peft", "the forward level") from problem
+    for package in FORWARD.modules:
+        required(package, "peft", "the forward level")
 
 
 def open_lora(folder: Path, base: Path, described_by: Path, dtype: str, device: str) -> TorchRunner:
