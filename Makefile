@@ -2,6 +2,7 @@
 # make test          lint, types and the whole test suite
 # make test-floor    the tests of the Hub with the oldest client that is supported
 # make test-install  the wheel, installed beside a trainer that was there before
+# make dist          wheel and sdist in build/dist, checked and used in environments that have nothing else
 # make architectures        write the table of architectures from the transformers in the environment
 # make architectures-check  say whether that transformers would make another table, and compare all classes
 # make torture       commands killed, starved and fed with damage; writes docs/reliability.md
@@ -29,7 +30,7 @@ TRAINER = transformers==5.17.0 peft==0.21.2
 FRESH = $(abspath $(VENV)-install)
 FRESH_PIP = $(FRESH)/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test test-floor test-install lint types bench kernels sweep torture scale mutants formats llama-cpp architectures architectures-check clean
+.PHONY: demo test test-floor test-install dist lint types bench kernels sweep torture scale mutants formats llama-cpp architectures architectures-check clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python examples/demo.py
@@ -54,6 +55,17 @@ test-install:
 	! grep -vxFf $(FRESH)/after $(FRESH)/before
 	$(FRESH_PIP) check
 	cd $(FRESH) && bin/python -I $(CURDIR)/.ci/installed.py
+
+# What is built, is built from a clean folder: setuptools takes what older builds left.
+DIST_TOOLS = build==1.6.1 check-wheel-contents==0.6.3 twine==7.0.0
+dist:
+	rm -rf $(VENV)-dist build/dist build/lib* build/bdist* build/temp*
+	$(PYTHON) -m venv $(VENV)-dist
+	$(VENV)-dist/bin/python -m pip install --quiet --disable-pip-version-check $(DIST_TOOLS)
+	$(VENV)-dist/bin/python -m build --outdir build/dist .
+	$(VENV)-dist/bin/python -m twine check --strict build/dist/*
+	$(VENV)-dist/bin/check-wheel-contents build/dist/*.whl
+	$(VENV)-dist/bin/python .ci/dist.py build/dist
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
@@ -118,4 +130,4 @@ $(FLOOR)/ready: constraints-floor.txt $(VENV)/ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(FLOOR) $(FRESH)
+	rm -rf $(VENV) $(VENV)-dist $(FLOOR) $(FRESH)
