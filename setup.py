@@ -1,7 +1,7 @@
 """The long description for the package index: README.md with addresses in the place of its relative links.
 
-README.md itself has relative links, which are right in a clone, on the forge and in the documentation. All else about the
-package stands in pyproject.toml.
+README.md itself has relative links, which are right in a clone, on the forge and in the documentation. All else
+about the package stands in pyproject.toml.
 """
 
 import re

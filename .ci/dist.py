@@ -1,5 +1,5 @@
-"""What `make dist` asks of the wheel and the sdist in a folder: what is in them, and that each merges in an environment that
-has nothing else.
+"""What `make dist` asks of the wheel and the sdist in a folder: what is in them, and that each merges in an
+environment that has nothing else.
 """
 
 import os
