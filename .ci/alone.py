@@ -1,6 +1,6 @@
-"""The main job in an environment that has the package and nothing else: no PyTorch, transformers, PEFT or safetensors.
+"""The main job in an environment that has the package and nothing else: no PyTorch, transformers or safetensors.
 
-A base and an adapter of FOSSIL are written by hand, merged by the command, checked by it, and compared with the formula.
+A base and an adapter of FOSSIL are written by hand, merged by the command, checked by it, and held against the formula.
 """
 
 import json
