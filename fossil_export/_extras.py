@@ -112,11 +112,11 @@ def require(purpose: str, *needs: Need) -> None:
 
 def missing(purpose: str, *needs: Need) -> MissingExtraError:
     """The error for `needs`, of which something is missing, and for what the command is known to need besides."""
-    lacking = [one for one in dict.fromkeys((*needs, *_wanted.get())) if one.missing]
-    names = sorted({name.replace("_", "-") for one in lacking for name in one.missing})
+    lacking = [one for one in dict.fromkeys((*needs, *_wanted.get())) if one.missing] or list(needs)
+    names = sorted({name.replace("_", "-") for one in lacking for name in one.missing or one.modules})
     extras = {one.extra for one in lacking if one.extra is not None}
     extras -= {one for one in extras for other in extras if set(EXTRAS[one]) < set(EXTRAS[other])}
-    packages = {name for one in lacking if one.extra is None for name in one.missing}
+    packages = {name for one in lacking if one.extra is None for name in one.missing or one.modules}
     what = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
     return MissingExtraError(what, ",".join(sorted(extras)), purpose, install(extras, packages))
 

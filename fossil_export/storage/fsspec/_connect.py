@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from fossil_export._extras import OF_SCHEMES, Need, install, missing, need, of_names
+from fossil_export._extras import OF_SCHEMES, Need, install, missing, needing, of_names, required
 from fossil_export.errors import FossilExportError
 from fossil_export.storage.fsspec._addresses import check_address, redacted, scheme_of
 from fossil_export.storage.fsspec._errors import explained
@@ -19,10 +19,8 @@ def connect(address: str, error: type[FossilExportError], purpose: str = "readin
     """
     check_address(address, error)
     scheme = scheme_of(address)
-    try:
-        core = import_module("fsspec.core")
-    except ImportError as problem:
-        raise missing(f"{purpose} {scheme}://", need("fsspec"), *of_names(address)) from problem
+    with needing(*of_names(address)):
+        core = required("fsspec.core", "fsspec", f"{purpose} {scheme}://")
     try:
         system, path = core.url_to_fs(address)
     except ImportError as problem:
