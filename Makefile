@@ -7,6 +7,7 @@
 # make list-versions the parts
 # make test-floor    the tests of the Hub with the oldest client that publishes: PART=hub-publishes
 # make test-install  the wheel, installed beside a trainer that was there before: PART=trainer-5.17
+# make dist          wheel and sdist in build/dist, checked and used in environments that have nothing else
 # make architectures        write the table of architectures from the transformers in the environment
 # make architectures-check  say whether that transformers would make another table, and compare all classes
 # make torture       commands killed, starved and fed with damage; writes docs/reliability.md
@@ -26,7 +27,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 AT_ONCE = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 MEASURED = build/tests.xml
 
-.PHONY: demo test test-fast slow-tests test-versions list-versions test-floor test-install lint types bench kernels sweep torture scale mutants formats llama-cpp architectures architectures-check clean
+.PHONY: demo test test-fast slow-tests test-versions list-versions test-floor test-install dist lint types bench kernels sweep torture scale mutants formats llama-cpp architectures architectures-check clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python examples/demo.py
@@ -56,6 +57,17 @@ test-floor:
 
 test-install:
 	$(MAKE) test-versions PART=trainer-5.17
+
+# What is built, is built from a clean folder: setuptools takes what older builds left.
+DIST_TOOLS = build==1.6.1 check-wheel-contents==0.6.3 twine==7.0.0
+dist:
+	rm -rf $(VENV)-dist build/dist build/lib* build/bdist* build/temp*
+	$(PYTHON) -m venv $(VENV)-dist
+	$(VENV)-dist/bin/python -m pip install --quiet --disable-pip-version-check $(DIST_TOOLS)
+	$(VENV)-dist/bin/python -m build --outdir build/dist .
+	$(VENV)-dist/bin/python -m twine check --strict build/dist/*
+	$(VENV)-dist/bin/check-wheel-contents build/dist/*.whl
+	$(VENV)-dist/bin/python .ci/dist.py build/dist
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
@@ -115,4 +127,4 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-versions
+	rm -rf $(VENV) $(VENV)-dist .venv-versions

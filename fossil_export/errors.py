@@ -53,8 +53,9 @@ class ClusterError(FossilExportError):
 class MissingExtraError(FossilExportError):
     """An optional package is needed for what was asked."""
 
-    def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs {package}: pip install 'fossil-export[{extra}]'")
+    def __init__(self, package: str, extra: str, purpose: str, install: str | None = None) -> None:
+        install = install or f"pip install 'fossil-export[{extra}]'"
+        super().__init__(f"{purpose} needs {package}: {install}")
 
 
 _REMEDIES = {

@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM
 from fossil_export import convert, inspect, load_adapter, merge, plan_merge, verify
 from fossil_export.errors import AdapterError, CheckpointError, MissingExtraError
 from fossil_export.storage import ModelName, fetch, find_origin, parse_name, pinned
-from fossil_export.storage.fsspec import _connect as connecting
 
 
 @pytest.fixture(scope="module")
@@ -207,25 +206,23 @@ def test_names() -> None:
         ("s3://AKIAKEYKEYKEY:hidden@models/base", "s3://…@models/base: has a password in it"),
         ("s3://models/base?X-Amz-Signature=hidden", "s3://models/base?…: has a query"),
         ("simplecache::s3://models/base", "has a query or is a chain of addresses"),
-        ("gs://models/base", "gs://models/base: fsspec needs gcsfs for gs://: pip install gcsfs"),
-        ("az://models/base", "fsspec needs adlfs for az://: pip install adlfs"),
+        ("gs://models/base", "reading gs:// needs gcsfs: "),
+        ("az://models/base", "reading az:// needs adlfs: "),
         ("nowhere://models/base", "nowhere://models/base: no such file or folder"),
         ("file:///nowhere/at/all", "file:///nowhere/at/all: no such file or folder"),
     ],
 )
 def test_addresses_that_name_nothing(given: str, said: str, store: S3Server) -> None:
-    with pytest.raises(AdapterError) as found:
+    with pytest.raises((AdapterError, MissingExtraError)) as found:
         load_adapter(given)
     assert str(found.value).startswith(said) or said in str(found.value)
     assert "hidden" not in str(found.value) and "\n" not in str(found.value)
 
 
 def test_without_fsspec(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> Any:
-        raise ImportError(name)
-
-    monkeypatch.setattr(connecting, "import_module", missing)
-    with pytest.raises(MissingExtraError, match=r"^reading s3:// needs fsspec: pip install 'fossil-export\[fsspec\]'$"):
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    monkeypatch.setitem(sys.modules, "fsspec.core", None)
+    with pytest.raises(MissingExtraError, match=r"^reading s3:// needs fsspec: .*install 'fossil-export\[fsspec\]'$"):
         load_adapter("s3://models/adapter")
 
 

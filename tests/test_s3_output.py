@@ -183,7 +183,7 @@ def test_an_object_that_changed_is_made_again(s3: S3Server, parts: Path, merged:
     ("to", "says"),
     [
         ("s3://nowhere/merged", r"^s3://nowhere/merged\S*: there is no such bucket.*; check the address$"),
-        ("gs://models/merged", "fsspec needs gcsfs for gs://: pip install gcsfs$"),
+        ("gs://models/merged", "^writing to gs:// needs gcsfs: .*install gcsfs$"),
         ("s4://models/merged", "^s4://models/merged: "),
         ("hf://ada/merged", "^hf://ada/merged: is no place for --output; publish with --push-to-hub$"),
         ("sftp://ada:hunter2@host/merged", "has a password in it"),

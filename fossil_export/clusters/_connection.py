@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fossil_export._extras import required
-from fossil_export.errors import ClusterError, MissingExtraError
+from fossil_export._extras import need, require, required
+from fossil_export.errors import ClusterError
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -67,8 +66,7 @@ class Connection:
 
 def check_ray() -> None:
     """Raise MissingExtraError if Ray is not installed. It is not imported."""
-    if find_spec("ray") is None:
-        raise MissingExtraError("ray", "ray", PURPOSE)
+    require(PURPOSE, need("ray"))
 
 
 @contextmanager

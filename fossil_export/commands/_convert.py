@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from fossil_export._console import print_json, print_warnings
-from fossil_export.commands._shared import BASE_HELP
+from fossil_export._extras import of_base, of_names
+from fossil_export.commands._shared import BASE_HELP, expect
 from fossil_export.converting._converters import CONVERTERS, OUTTYPES, Format, Outtype, takers
 from fossil_export.tables import print_conversion
 
@@ -52,6 +53,7 @@ def convert(
     """Write ADAPTER, a path or an id on the Hub, in another format. The model itself is not loaded."""
     from fossil_export.converting._conversion import convert as run_conversion
 
+    expect(*CONVERTERS[to].needs, *of_names(adapter, output), *of_base(base))
     result = run_conversion(
         adapter,
         output,

@@ -7,7 +7,8 @@ import sys
 import click
 
 from fossil_export._console import print_json, print_warnings
-from fossil_export.commands._shared import BASE_HELP
+from fossil_export._extras import of_base, of_names
+from fossil_export.commands._shared import BASE_HELP, expect
 from fossil_export.tables import print_inspection
 
 
@@ -23,6 +24,7 @@ def inspect(adapter: str, base: str | None, every: bool, as_json: bool) -> None:
     """
     from fossil_export._inspection import inspect as look
 
+    expect(*of_names(adapter), *of_base(base))
     found = look(adapter, base)
     if as_json:
         print_json(found.to_dict())

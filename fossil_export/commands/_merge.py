@@ -9,8 +9,9 @@ import click
 
 from fossil_export._answers import BLOCK_SIZES, INTO, TRAINED_ON
 from fossil_export._console import lines, print_warnings, progress_bar, tell
+from fossil_export._extras import need, of_base, of_device, of_names, require
 from fossil_export.checkpoints._dtypes import BY_TORCH_NAME
-from fossil_export.commands._shared import BASE_HELP, numbered, publishing, show, weighted
+from fossil_export.commands._shared import BASE_HELP, expect, numbered, publishing, show, weighted
 from fossil_export.storage.fsspec._addresses import is_object_address
 from fossil_export.tables import (
     print_moves,
@@ -210,6 +211,12 @@ def merge(
         if wrong:
             raise click.UsageError(why)
     adapters = [weighted(given) for given in (adapter, *more)]
+    expect(
+        *of_device(device),
+        *([need("ray")] if ray is not None else []),
+        *of_names(adapter, *more, output),
+        *of_base(base),
+    )
     wanted = None if part is None else numbered(part)
     seen = _settings(trained_on, double_quant, compute_dtype, block_size, skip_modules)
     if push_to_hub is not None:
@@ -235,6 +242,7 @@ def merge(
             show(moves.to_dict() if as_json else None, print_moves, moves)
             print_warnings(moves.merge.warnings)
             return
+        require(f"--device {device}", *of_device(device))
         with lines() as report:
             streamed = run_stream(
                 moves, push_to_hub, device=device, hash=with_hash, cache_dir=cache_dir, progress=report, **target
@@ -267,6 +275,7 @@ def merge(
             show(plan.to_dict() if as_json else None, partial(print_plan, every=every), plan)
         print_warnings(plan.warnings)
         return
+    require(f"--device {device}", *(of_device(device) if ray is None else ()))
     if push_to_hub is not None:
         foresee_merged(plan, place, exists)
     options: dict[str, Any] = {"device": device, "overwrite": overwrite, "hash": with_hash}

@@ -7,9 +7,10 @@ from typing import Any
 import click
 
 from fossil_export._console import print_warnings, status_line
+from fossil_export._extras import of_base, of_names
 from fossil_export._mapped import tell_of_cut_files
-from fossil_export.commands._shared import BASE_HELP, show, trust_option
-from fossil_export.onnx.builders import BUILDERS, PRECISIONS
+from fossil_export.commands._shared import BASE_HELP, expect, show, trust_option
+from fossil_export.onnx.builders import BUILDERS, MAKING, PRECISIONS
 from fossil_export.onnx.modes import MODES
 from fossil_export.tables import print_export, print_onnx_plan
 
@@ -68,7 +69,7 @@ def onnx(
     if output is None and not dry_run:
         raise click.UsageError("Missing option '--output' (or ask for the plan alone with '--dry-run').")
     from fossil_export.onnx._export import export_onnx
-    from fossil_export.onnx._plan import plan_onnx
+    from fossil_export.onnx._plan import of_graph, plan_onnx
 
     tell_of_cut_files()
     wanted: dict[str, Any] = {
@@ -81,6 +82,10 @@ def onnx(
         "device": device,
         "trust_remote_code": trust_remote_code,
     }
+    making = BUILDERS[runtime].needs if runtime is not None else MAKING
+    # A plan alone reads no more than a graph that is there.
+    of_graphs = () if dry_run and graph is None else (making if graph is None else of_graph(mode),)
+    expect(*of_graphs, *of_names(adapter), *of_base(base))
     if dry_run or output is None:
         with status_line() as progress:
             plan = plan_onnx(adapter, **wanted, progress=progress)

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from fossil_export._console import print_json
+from fossil_export._extras import Need, needing
 
 BASE_HELP = "Base model: a folder, a weights file or an id on the Hub.  [default: the one the adapter names]"
 
@@ -18,6 +19,11 @@ trust_option = click.option(
     is_flag=True,
     help="Run the Python code that came with the base, if its config names some (auto_map). Read that code first.",
 )
+
+
+def expect(*needs: Need) -> None:
+    """Until the command ends, a package that is missing is named together with those of `needs` that are missing."""
+    click.get_current_context().with_resource(needing(*needs))
 
 
 def weighted(given: str) -> str | tuple[str, float]:

@@ -8,10 +8,11 @@ import click
 
 from fossil_export._answers import TRAINED_ON
 from fossil_export._console import bar_and_status, echo, lines, print_json, print_warnings
+from fossil_export._extras import FORWARD, of_base, of_names
 from fossil_export._mapped import tell_of_cut_files
 from fossil_export._threads import wait_asleep
 from fossil_export.commands._merge import _settings
-from fossil_export.commands._shared import trust_option, weighted
+from fossil_export.commands._shared import expect, trust_option, weighted
 from fossil_export.tables import print_push, print_verification
 from fossil_export.verifying._levels import LEVELS, Level
 
@@ -89,6 +90,7 @@ def verify(
 
         target_of(artifact, create_pr)  # what will be refused is refused before hours of work
     wait_asleep()
+    expect(*(() if level == "weights" else (FORWARD,)), *of_names(artifact, *adapters), *of_base(base))
     size = _weights_size(artifact) if level != "forward" else 0
     with bar_and_status(size, "comparing") as (progress, status):
         result = check(

@@ -8,6 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fossil_export._extras import Need, need
+
 if TYPE_CHECKING:
     from fossil_export.adapters import Adapter
     from fossil_export.converting._options import Options
@@ -44,7 +46,7 @@ def _in(module: str) -> Write:
 class Converter:
     """A format: `write(adapter, path, options)` fills the folder or writes the file at `path`, and returns what there
     is to say of it ("warnings" among it are printed as such). `what` is for `--help`, `takes` are names of `OPTIONS`,
-    `magic` is how its files begin (or go on after four bytes)."""
+    `magic` is how its files begin (or go on after four bytes); `needs` are the packages that it takes."""
 
     name: Format
     what: str
@@ -53,18 +55,23 @@ class Converter:
     takes: tuple[str, ...] = ()
     reads_base: bool = True
     magic: bytes = b""
+    needs: tuple[Need, ...] = ()
 
 
 _LORA, _MISS = "a PEFT LoRA folder, for PEFT, vLLM, SGLang", "today's PEFT MISS folder, from Bone and RWKV files"
 _GGUF, _ONNX = "a GGUF LoRA file, for llama.cpp and Ollama", "an adapter file for a swappable ONNX graph"
 
+_OF_GGUF, _OF_ONNX = (need("gguf"),), (need("onnx"),)
+
 CONVERTERS: dict[str, Converter] = {
     converter.name: converter
     for converter in (
         Converter("lora", _LORA, _in("lora"), folder=True, takes=("base_config", "rank", "energy")),
-        Converter("gguf-lora", _GGUF, _in("gguf_lora"), folder=False, takes=("base_config", "outtype"), magic=b"GGUF"),
+        Converter(
+            "gguf-lora", _GGUF, _in("gguf_lora"), False, ("base_config", "outtype"), magic=b"GGUF", needs=_OF_GGUF
+        ),
         Converter("miss", _MISS, _in("miss"), folder=True, reads_base=False),
-        Converter("onnx-adapter", _ONNX, _in("onnx_adapter"), folder=False, takes=("graph",), magic=b"TORT"),
+        Converter("onnx-adapter", _ONNX, _in("onnx_adapter"), False, ("graph",), magic=b"TORT", needs=_OF_ONNX),
     )
 }
 """What an adapter can be turned into. A new format is one file beside this one and one line here."""

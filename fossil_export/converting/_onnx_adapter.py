@@ -12,7 +12,7 @@ from fossil_export.errors import OnnxError
 
 def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
     """Write what `adapter` trained under the names of the graph's inputs. Raises OnnxError and OSError."""
-    from fossil_export._extras import required
+    from fossil_export._extras import need, require
     from fossil_export.merging._planning import plan_merge, settled
     from fossil_export.onnx._adapter_file import adapter_arrays, check_base, write_adapter
     from fossil_export.onnx._refusals import check_mode
@@ -21,7 +21,7 @@ def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
 
     if options.graph is None:
         raise OnnxError("an adapter file is made for a graph; name the folder of a swappable export with --for")
-    required("onnxruntime")
+    require("working on ONNX graphs", need("onnx"))
     check_mode(adapter, "swappable")
     graph = find_graph(options.graph)
     signature = read_signature(graph)

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fossil_export._extras import required
 from fossil_export.checkpoints._coding import CodedRows
 from fossil_export.checkpoints._dtypes import numpy_dtype
 from fossil_export.checkpoints._rounding import rounded, widened
-from fossil_export.errors import MergeError, MissingExtraError
+from fossil_export.errors import MergeError
 from fossil_export.kernels import library
 from fossil_export.kernels._rows import merge_rows
 from fossil_export.merging._survival import Survival, group_rows, measure, sample_starts
@@ -119,10 +120,7 @@ class TorchEngine:
     one_pass = False
 
     def __init__(self, device: str) -> None:
-        try:
-            import torch
-        except ImportError as problem:
-            raise MissingExtraError("torch", "torch", f"--device {device}") from problem
+        torch = required("torch", "torch", f"--device {device}")
         try:
             self._device = torch.device(device)
             torch.zeros(1, device=self._device).cpu()

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from fossil_export._extras import install, need, require
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._coding import Coding
@@ -116,10 +117,12 @@ def _quantized(
         config = config.get("text_config") or config
     found = linears(config, model.name, skip) if naming.known else None
     if found is None:
+        what = f"{base.location}: telling which of its weights were quantized in training"
+        require(what, need("peft", "torch", "transformers"))
+        newer = install(["peft"], ["'transformers>=5'"])
         raise MergeError(
             f"{base.location}: which of its weights were quantized in training cannot be told without transformers 5 "
-            f"that knows {model.name or 'its class'}: pip install 'fossil-export[peft]' 'transformers>=5'; or say "
-            "--into original"
+            f"that knows {model.name or 'its class'}: {newer}; or say --into original"
         )
     return found, {known: shape for name, shape in found.shapes.items() if (known := naming.parameter(name))}
 

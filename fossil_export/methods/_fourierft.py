@@ -11,9 +11,9 @@ peft/tuners/fourierft/layer.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Any
 
+from fossil_export._extras import need, require
 from fossil_export.errors import AdapterError
 from fossil_export.methods._arrays import is_torch, scattered, widest
 from fossil_export.methods._base import WHOLE, Base
@@ -42,8 +42,7 @@ class Fourierft(Base):
         said = of_pattern(config.get("n_frequency_pattern"), module, config["n_frequency"], shapes["c"][0])
         if said != shapes["c"][0]:
             raise AdapterError(f"{where} has {shapes['c'][0]} values, but the config says n_frequency={said}")
-        if find_spec("torch") is None:
-            raise AdapterError(f"{where}: PyTorch draws which frequencies these are; pip install torch")
+        require(f"{where}: drawing its frequencies", need("torch"))
         return {"seed": config.get("random_loc_seed", 777), "scale": config.get("scaling", 150.0)}
 
     def block_rows(self, shapes: Shapes) -> int:

@@ -21,7 +21,7 @@ from fossil_export.merging._finish import write_model
 from fossil_export.merging._planning import settled, with_dtype
 from fossil_export.merging._provenance import provenance
 from fossil_export.onnx._places import OpenGraph, open_graph
-from fossil_export.onnx._plan import OnnxPlan, decide, open_planned
+from fossil_export.onnx._plan import OnnxPlan, check_packages, decide, open_planned
 from fossil_export.onnx._trained import without_updates
 from fossil_export.onnx.builders import BUILDERS, PRECISIONS, PrecisionName, RuntimeName
 from fossil_export.onnx.builders._existing import companions, share_data
@@ -115,6 +115,7 @@ def run_onnx(
     """Carry out a plan; arguments as for `export_onnx`. `started` is when the clock began."""
     started = time.perf_counter() if started is None else started
     merge = plan.merge
+    check_packages(plan)
     plan.check()  # first, since an input that is gone has no place to hold the output against
     fetch(merge.adapter.needed)
     target = expanded(output, OutputError).absolute()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fossil_export._extras import required
+from fossil_export._extras import Need, need, require
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.checkpoints._dtypes import element_count
 from fossil_export.checkpoints._stamp import Stamp, check_stamp, stamps_of
@@ -118,6 +118,19 @@ def plan_onnx(
     return replace(plan, places=graph.places, nbytes=_size_with(graph.path, graph.adapter, shared))
 
 
+def of_graph(mode: str) -> Need:
+    """What working on a graph that is there needs."""
+    return need("onnx", "onnx", "onnx_ir", *(["onnxruntime"] if MODES[mode].swaps else []))
+
+
+def check_packages(plan: OnnxPlan) -> None:
+    """Raise MissingExtraError, which names all that is missing, unless what running the plan takes is installed."""
+    if plan.graph is None:
+        require(f"--runtime {plan.runtime}", BUILDERS[plan.runtime].needs)
+    else:
+        require("working on ONNX graphs", of_graph(plan.mode))
+
+
 def decide(
     adapter: Adapter | str | Path,
     base: str | Path | None,
@@ -142,8 +155,7 @@ def decide(
         raise OnnxError("--onnx takes the graph as it is; leave --runtime and --precision out")
     if onnx is not None:
         check_products(adapter)
-    for package in ("onnx", "onnx_ir"):
-        required(package)
+        require("working on ONNX graphs", of_graph(mode))
     merge = plan_merge(adapter, base, dtype="auto", into="original")
     stamps: dict[Path, Stamp] = {}
     if onnx is not None:

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fossil_export._extras import FORWARD, require, required
 from fossil_export._foreign import load_model, load_tokenizer, model_class, read_config
 from fossil_export._libraries import tame_bitsandbytes, without_panics
 from fossil_export._threads import import_torch
-from fossil_export.errors import FossilExportError, MissingExtraError
+from fossil_export.errors import FossilExportError
 
 if TYPE_CHECKING:
     import torch
@@ -153,13 +154,11 @@ def check_device(device: str) -> None:
 
 def libraries() -> None:
     """Raise MissingExtraError unless what the forward level needs is installed."""
-    try:
-        import_torch()
-        tame_bitsandbytes()
-        import peft  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as problem:
-        raise MissingExtraError(problem.name or "peft", "peft", "the forward level") from problem
+    require("the forward level", FORWARD)
+    import_torch()
+    tame_bitsandbytes()
+    for package in FORWARD.modules:
+        required(package, "peft", "the forward level")
 
 
 def open_lora(folder: Path, base: Path, described_by: Path, dtype: str, device: str) -> TorchRunner:

@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export._extras import FORWARD, Need, need, of_base, require
 from fossil_export._foreign import trusting
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.artifacts._kinds import kind_of_file
 from fossil_export.checkpoints._checkpoint import Checkpoint
+from fossil_export.checkpoints._choice import choose
 from fossil_export.checkpoints._companions import CERTIFICATE, PROVENANCE, is_weights
 from fossil_export.checkpoints._dtypes import BY_TORCH_NAME
 from fossil_export.checkpoints._jsonfile import read_json
@@ -26,6 +28,7 @@ from fossil_export.storage import Needed, Origin, fetch, find_origin, pinned
 from fossil_export.verifying._forward import check_forward
 from fossil_export.verifying._levels import LEVELS, Level
 from fossil_export.verifying._models import check_device, tokenize
+from fossil_export.verifying._onnx_folder import OnnxFolder
 from fossil_export.verifying._opening import open_any
 from fossil_export.verifying._prompts import PROMPTS, read_prompts
 from fossil_export.verifying._seen import plain_base
@@ -105,6 +108,9 @@ def _verified(
 ) -> tuple[Verification, Callable[[], None]]:
     """The verdict, and what raises where a file that it was reached on is another one by now; nothing is written."""
     started = time.perf_counter()
+    if not origin.folder.is_here:  # before what may be many GB
+        graphs = any(name.endswith(".onnx") for name in origin.folder.names())
+        _check_packages(level, graphs, of_base(base))
     in_place = _fetch_artifact(origin, level)
     folder = origin.path
     seen = _stamps(folder)
@@ -117,10 +123,12 @@ def _verified(
     record = _read_record(folder)
     found = open_any(folder, origin.folder if in_place else None)
     added = _added(adapter, record, folder)
-    fetch(*(one.needed for one in added.adapters))
     found_base = find_origin(
         _named(base, (record or {}).get("base", {}), "base", folder), CheckpointError, "base model"
     )
+    of_weights = of_base(found_base.file or choose(found_base.folder)[1])
+    _check_packages(level, isinstance(found, OnnxFolder), of_weights)
+    fetch(*(one.needed for one in added.adapters))
     base_checkpoint = _whole(found_base, added, level)
     named = base is None or found_base.name in {one.base_model for one in added.adapters}
     with found_base.by_name():
@@ -288,6 +296,15 @@ def _parts(names: list[str]) -> list[str]:
     if any(name.endswith(".onnx") for name in names):
         return names
     return [name for name in names if not is_weights(name) or ".safetensors" in name]
+
+
+def _check_packages(level: Level, graph: bool, of_weights: tuple[Need, ...]) -> None:
+    """Raise MissingExtraError, which names all that is missing, unless what verify takes is installed: for its level, a
+    graph, and the base's weights."""
+    forward = (FORWARD,) if level != "weights" else ()
+    of_graph = (need("onnx"),) if graph else ()
+    purpose = "the forward level" if forward else "working on ONNX graphs" if graph else "reading GGUF files"
+    require(purpose, *forward, *of_graph, *of_weights)
 
 
 def _fetch_artifact(origin: Origin, level: Level) -> bool:

@@ -12,8 +12,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
+from fossil_export._extras import Need, need
+
 RuntimeName = Literal["genai", "torch"]
 PrecisionName = Literal["fp32", "fp16", "bf16", "int4"]
+
+
+MAKING = need("genai", "onnx", "onnx_ir", "onnxruntime", "torch", "transformers")
+"""What making a graph takes, whoever makes it."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +45,14 @@ class Builder:
     """Who makes graphs; `name` is that of its file (`_name.py`), `help` a word for users.
 
     The default for a model is the first whose `takes` says yes to its architectures; `models` names these for users,
-    empty for all the rest.
+    empty for all the rest. `needs` are the packages that it takes.
     """
 
     name: str
     help: str
     models: str
     takes: Callable[[Sequence[str]], bool]
+    needs: Need = MAKING
 
     def build(self, model: Path, output: Path, precision: str, device: str) -> Path:
         """Make the graph of the checkpoint folder `model` in the folder `output` and return its path.
@@ -60,11 +67,14 @@ def _generative(architectures: Sequence[str]) -> bool:
     return any(name.endswith("ForCausalLM") for name in architectures)
 
 
+_CACHED = "ONNX Runtime GenAI's builder, with key-value cache"
+_GENAI, _TORCH = need("genai", *MAKING.modules, "onnxruntime_genai"), need("genai", *MAKING.modules, "onnxscript")
+
 BUILDERS = {
     builder.name: builder
     for builder in (
-        Builder("genai", "ONNX Runtime GenAI's builder, with key-value cache", "generative models", _generative),
-        Builder("torch", "PyTorch's exporter", "", lambda architectures: True),
+        Builder("genai", _CACHED, "generative models", _generative, _GENAI),
+        Builder("torch", "PyTorch's exporter", "", lambda architectures: True, _TORCH),
     )
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from fossil_export._foreign import is_trusted, needs_code, refuse_adapter
 from fossil_export._isolation import child_environment, child_flags
-from fossil_export.errors import MissingExtraError, OnnxError
+from fossil_export.errors import OnnxError
 from fossil_export.onnx.builders import _run_genai as run_genai
 from fossil_export.onnx.graph._file import load_graph
 from fossil_export.writing._scratch import scratch_folder
@@ -26,9 +25,6 @@ def build(model: Path, output: Path, precision: str, device: str) -> Path:
     folder as code nor, unless it is trusted, code in the model's folder. Raises OnnxError with its last words when it
     fails.
     """
-    for package in ("onnxruntime_genai", "torch", "transformers", "onnx_ir"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtraError(package.replace("_", "-"), "genai", "the GenAI model builder")
     refuse_adapter(model)
     output.mkdir(parents=True, exist_ok=True)
     # Inside of the output, which goes with a process that is killed.

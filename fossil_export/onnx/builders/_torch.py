@@ -30,8 +30,6 @@ def build(model: Path, output: Path, precision: str, device: str) -> Path:
     Raises OnnxError when the exporter fails.
     """
     torch = required("torch", "genai", "exporting with PyTorch")
-    required("onnxscript", "genai", "exporting with PyTorch")
-    required("transformers", "genai", "exporting with PyTorch")
     output.mkdir(parents=True, exist_ok=True)
     graph = output / "model.onnx"
     network, arguments, axes = _model_and_inputs(model, precision)

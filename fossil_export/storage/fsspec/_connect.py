@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from fossil_export.errors import FossilExportError, MissingExtraError
+from fossil_export._extras import OF_SCHEMES, Need, install, missing, needing, of_names, required
+from fossil_export.errors import FossilExportError
 from fossil_export.storage.fsspec._addresses import check_address, redacted, scheme_of
 from fossil_export.storage.fsspec._errors import explained
 
@@ -18,15 +19,16 @@ def connect(address: str, error: type[FossilExportError], purpose: str = "readin
     """
     check_address(address, error)
     scheme = scheme_of(address)
-    try:
-        core = import_module("fsspec.core")
-    except ImportError as problem:
-        raise MissingExtraError("fsspec", "fsspec", f"{purpose} {scheme}://") from problem
+    with needing(*of_names(address)):
+        core = required("fsspec.core", "fsspec", f"{purpose} {scheme}://")
     try:
         system, path = core.url_to_fs(address)
     except ImportError as problem:
         package = _package(str(scheme))
-        raise error(f"{redacted(address)}: fsspec needs {package} for {scheme}://: pip install {package}") from problem
+        if OF_SCHEMES.get(str(scheme)) == package:
+            raise missing(f"{purpose} {scheme}://", Need(None, (package,))) from problem
+        how = install((), [package])
+        raise error(f"{redacted(address)}: fsspec needs {package} for {scheme}://: {how}") from problem
     except Exception as problem:
         raise explained(problem, address, "cannot be opened") from problem
     return system, str(path).rstrip("/")

@@ -1,0 +1,122 @@
+"""What the package index, an installer and a citation read of the package."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+from fossil_export._extras import EXTRAS
+from fossil_export.version import __version__
+
+ROOT = Path(__file__).parents[1]
+RELATIVE = re.compile(r'\]\((?!https?://)|\b(?:src|href|srcset)="(?!https?://)')
+MODULES = {
+    "onnxruntime-gpu": "onnxruntime", "onnxruntime-genai-cuda": "onnxruntime_genai", "onnx-ir": "onnx_ir",
+    "onnxruntime-genai": "onnxruntime_genai",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def project() -> Any:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def described(text: str) -> str:
+    found = runpy.run_path(str(ROOT / "setup.py"))["absolute"](text, "1.2.3")
+    assert isinstance(found, str)
+    return found
+
+
+def test_the_description_on_the_package_index_has_no_relative_link() -> None:
+    text = described((ROOT / "README.md").read_text())
+    assert not RELATIVE.findall(re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+
+
+def test_each_file_that_the_description_links_is_there() -> None:
+    own = re.findall(
+        r"fossil-export/fossil-export/(?:(?:blob|tree)/)?v1\.2\.3/([^)\s\"#]+)",
+        described((ROOT / "README.md").read_text()),
+    )
+    assert own and all((ROOT / target).exists() for target in own)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("[a](docs/hub.md#b)", "[a](https://github.com/fossil-export/fossil-export/blob/v1.2.3/docs/hub.md#b)"),
+        ("[a](examples/)", "[a](https://github.com/fossil-export/fossil-export/tree/v1.2.3/examples)"),
+        ("![a](docs/a.png)", "![a](https://raw.githubusercontent.com/fossil-export/fossil-export/v1.2.3/docs/a.png)"),
+        ("[a](#b)", "[a](https://github.com/fossil-export/fossil-export/blob/v1.2.3/README.md#b)"),
+        ("[a](https://x.y/z)", "[a](https://x.y/z)"),
+        ('<img src="a.svg">', '<img src="https://raw.githubusercontent.com/fossil-export/fossil-export/v1.2.3/a.svg">'),
+        ("```\n[a](b.md)\n```", "```\n[a](b.md)\n```"),
+    ],
+)
+def test_a_link_becomes_the_address_of_the_release(given: str, expected: str) -> None:
+    assert described(given) == expected
+
+
+def test_the_messages_know_what_each_extra_brings(project: Any) -> None:
+    extras = {name: lines for name, lines in project["optional-dependencies"].items() if name not in ("all", "test")}
+
+    def modules(extra: str) -> set[str]:
+        found: set[str] = set()
+        for line in extras[extra]:
+            name, more = re.match(r"([\w-]+)(?:\[(.*)\])?", line).groups()  # type: ignore[union-attr]
+            if name == "fossil-export":
+                found.update(*(modules(one) for one in more.split(",")))
+            else:
+                found.add(MODULES.get(name, name))
+        return found
+
+    assert {name: modules(name) for name in extras} == {name: set(brought) for name, brought in EXTRAS.items()}
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {__version__} – " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def release(tmp_path: Path, changelog: str, version: str = "1.2.3") -> str:
+    (tmp_path / "fossil_export").mkdir(exist_ok=True)
+    (tmp_path / "fossil_export" / "version.py").write_text(f'__version__ = "{version}"\n')
+    (tmp_path / "CITATION.cff").write_text(f"version: {version}\n")
+    (tmp_path / "CHANGELOG.md").write_text(changelog)
+    found = runpy.run_path(str(ROOT / ".ci" / "release.py"))["notes"]("v1.2.3", tmp_path)
+    assert isinstance(found, str)
+    return found
+
+
+def test_the_notes_of_a_release_are_its_section(tmp_path: Path) -> None:
+    changelog = "## Unreleased\n\n## 1.2.3 – 2026-12-01\n\n### Added\n\n- this\n\n## 1.2.2 – 2026-11-01\n\n- that\n"
+    assert release(tmp_path, changelog) == "### Added\n\n- this\n"
+
+
+@pytest.mark.parametrize(
+    ("changelog", "version", "why"),
+    [
+        ("## Unreleased\n\n- left\n\n## 1.2.3 – 2026-12-01\n\n- this\n", "1.2.3", "lines under Unreleased"),
+        ("## Unreleased\n\n## 1.2.3\n\n- this\n", "1.2.3", "has no date"),
+        ("## Unreleased\n\n## 1.2.2 – 2026-12-01\n\n- this\n", "1.2.3", "has no section 1.2.3"),
+        ("## 1.2.3 – 2026-12-01\n\n- this\n", "1.2.4", "make them the same"),
+    ],
+)
+def test_a_release_that_is_not_ready_is_refused(changelog: str, version: str, why: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=why):
+        release(tmp_path, changelog, version)
+
+
+def test_the_sections_of_the_changelog_are_newest_first() -> None:
+    found = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    numbers = [tuple(map(int, name.split("."))) for name in found[1:]]
+    assert found[0] == "Unreleased" and numbers == sorted(numbers, reverse=True)
