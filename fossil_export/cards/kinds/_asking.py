@@ -28,11 +28,11 @@ TOKENIZER = ("tokenizer_config.json", "tokenizer.json")
 @dataclass(frozen=True)
 class Asked:
     """`model` and `reader` are classes of transformers: what opens the weights, and what makes the input. `lines` ask
-    `model` by way of `tokenizer`, or `processor` if the reader is none; `imports` stand before transformers."""
+    `model` by way of `tokenizer`, or `processor` if the reader is no tokenizer; `imports` are those of the lines."""
 
     model: str
     lines: Callable[[Facts], list[str]]
-    reader: str = "AutoTokenizer"
+    reader: str | None = "AutoTokenizer"
     imports: tuple[str, ...] = ()
 
     @property
@@ -43,13 +43,15 @@ class Asked:
 
 def asked(kind: str | None) -> Asked:
     """Of a task; of one that is not known, only how the model is opened."""
-    return ASKED.get(kind) or Asked("AutoModel", _opened, "AutoProcessor")
+    return ASKED.get(kind) or Asked("AutoModel", lambda facts: ["print(model)"], None)
 
 
 def chats(facts: Facts) -> bool | None:
-    """Whether a chat template goes along; None if that is not known from the names of files alone."""
+    """Whether a chat template goes along; None if that is not known."""
     if any(name in facts.files for name in ("chat_template.jinja", "chat_template.json")):
         return True
+    if facts.chats is not None:
+        return facts.chats
     # An older tokenizer keeps its template in tokenizer_config.json. Without a tokenizer, the base's counts.
     return None if TOKENIZER[0] in facts.files or TOKENIZER[1] not in facts.files else False
 
@@ -184,10 +186,6 @@ def _sound(*lines: str, reader: str = "processor.feature_extractor") -> Callable
 def _audio_classification(facts: Facts) -> list[str]:
     lines = ("logits = model(**inputs).logits", *label(facts, "logits", _LABELS))
     return _sound(*lines, reader="processor")(facts)
-
-
-def _opened(facts: Facts) -> list[str]:
-    return ["print(processor.model_input_names)  # what it takes"]
 
 
 _LABELS = "model.config.id2label"

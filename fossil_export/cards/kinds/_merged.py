@@ -42,10 +42,9 @@ def _usage(facts: Facts) -> Iterator[str]:
         yield fenced("python", "\n".join([*lines, "print(model.similarity(vectors, vectors))"]))
         return
     found = asked(kind)
-    lines = [
-        f"model = {found.model}.from_pretrained({string(facts.repo_id)}{trust})",
-        f"{found.reads} = {found.reader}.from_pretrained({string(reader_of(facts, found))}{trust})",
-    ]
+    lines = [f"model = {found.model}.from_pretrained({string(facts.repo_id)}{trust})"]
+    if found.reader:
+        lines += [f"{found.reads} = {found.reader}.from_pretrained({string(reader_of(facts, found))}{trust})"]
     yield imported(found, facts, [], lines)
 
 

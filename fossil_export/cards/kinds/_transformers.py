@@ -18,7 +18,7 @@ _PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 def imported(found: Asked, facts: Facts, first: list[str], lines: list[str]) -> str:
     """The block of the lines that load a model and those that ask it, after the imports they need."""
     rest = found.lines(facts)
-    names = ", ".join(sorted({found.model, found.reader}))
+    names = ", ".join(sorted({found.model, found.reader or found.model}))
     # What a chat template reads by itself needs no import.
     used = [line for line in found.imports if any(f"{line.rpartition(' ')[2]}" in one for one in rest)]
     before = [line for line in used if "transformers" not in line]
@@ -59,10 +59,8 @@ def with_peft(facts: Facts) -> Iterator[str]:
         ]
     reads = reader_of(facts, found)
     where = string(reads) + (f", {folder}" if folder and reads == facts.base else "")
-    lines += [
-        f"model = PeftModel.from_pretrained(base, {string(facts.repo_id)})",
-        f"{found.reads} = {found.reader}.from_pretrained({where})",
-    ]
+    lines += [f"model = PeftModel.from_pretrained(base, {string(facts.repo_id)})"]
+    lines += [f"{found.reads} = {found.reader}.from_pretrained({where})"] if found.reader else []
     yield imported(found, facts, ["from peft import PeftModel"], lines)
     if facts.base is None:
         yield f"The base is not on the Hub: put its folder in the place of `{BASE}`."
