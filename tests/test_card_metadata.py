@@ -97,7 +97,7 @@ CAUSAL, SEQUENCE = {"architectures": ["LlamaForCausalLM"]}, {"architectures": ["
         ("merged", {"architectures": ["T5ForConditionalGeneration"]}, None, "text-generation"),
         ("merged", {"architectures": ["T5ForConditionalGeneration"]}, "translation", "translation"),
         ("merged", {"architectures": ["T5ForConditionalGeneration"]}, "text2text-generation", "text-generation"),
-        ("merged", {"architectures": ["WhisperForConditionalGeneration"], "num_mel_bins": 80}, None, None),
+        ("merged", {"architectures": ["WhisperForConditionalGeneration"]}, None, "automatic-speech-recognition"),
         ("merged", {"architectures": ["BertModel"]}, "sentence-similarity", "sentence-similarity"),
         ("merged", {"architectures": ["BertModel"]}, None, None),
         ("merged", None, None, None),

@@ -87,7 +87,7 @@ def test_in_a_browser(tmp_path: Path) -> None:
         assert not re.search(r":CONSOLE|Uncaught|Refused|ERR_FILE", logs)
         pictures[name] = rows
     shown = {name: colours(rows) for name, rows in pictures.items()}
-    good, bad, artifact, trainer = (bytes.fromhex(code) for code in ("17713f", "b02318", "1c57a0", "e08a1e"))
+    good, bad, artifact, trainer = (bytes.fromhex(code) for code in ("17713f", "b02318", "1c57a0", "bd660a"))
     amber, blue = bytes.fromhex("f4aa30"), bytes.fromhex("1f4e82")
     assert good in colours(pictures["passing"][:300]) and bad not in shown["passing"]
     assert bad in colours(pictures["failing"][:300]) and good not in shown["failing"]

@@ -112,7 +112,7 @@ def _wanted(facts: Facts, data: Mapping[str, Any], template: bool) -> dict[str, 
     word of the user's."""
     base, card_of_kind = hub_id(facts.base), CARDS[facts.kind]
     wanted: dict[str, Any] = {"base_model": base, "base_model_relation": card_of_kind.relation(facts) if base else None}
-    wanted |= {"library_name": card_of_kind.library}
+    wanted |= {"library_name": card_of_kind.library(facts)}
     wanted |= {"pipeline_tag": pipeline_tag(facts)}
     card = facts.base_card or {}
     terms = {key: card.get(key) for key in ("license", "license_name", "license_link")}

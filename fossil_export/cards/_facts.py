@@ -16,7 +16,8 @@ class Facts:
     """What is known of an artifact. `base` and `adapter` are ids on the Hub, None for what is not there: the path
     of a folder is never published. If several adapters were added, `adapters` has that of each. `files` are the names
     of what is published; `config` is config.json or adapter_config.json, `base_card` the metadata of the base's
-    README.md, `base_folder` its folder in its repository, None for the root. `hub` is the Hub's address, for links."""
+    README.md, `base_folder` its folder in its repository, None for the root. `hub` is the Hub's address, for links.
+    `chats`: whether tokenizer_config.json holds a chat template, None if it was not read."""
 
     repo_id: str
     kind: str
@@ -32,6 +33,7 @@ class Facts:
     base_folder: str | None = None
     hub: str = "https://huggingface.co"
     adapters: tuple[str | None, ...] = ()
+    chats: bool | None = None
 
 
 def hub_id(name: Any) -> str | None:

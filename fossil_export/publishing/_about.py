@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export.artifacts._kinds import kind_named
+from fossil_export.artifacts._parts import Parts
 from fossil_export.cards import Facts, model_card, warnings
 from fossil_export.cards._facts import adapters_of, part
 from fossil_export.cards._frontmatter import MARKED, is_template, read_card
 from fossil_export.checkpoints._companions import CARD
-from fossil_export.errors import FossilExportError, HubError
+from fossil_export.checkpoints._jsonfile import read_json
+from fossil_export.errors import CheckpointError, FossilExportError, HubError
 from fossil_export.publishing._target import Target
 from fossil_export.storage.hub import _client as client
 from fossil_export.storage.hub._errors import endpoint, retried
 from fossil_export.storage.hub._names import folder_of, is_old_id, is_on_hub, names_hub, repository_of
 
+_TOKENIZER = "tokenizer_config.json"
 _MACHINES = {"base_model", "library_name", "tags"}
 """Metadata that trainers and `convert` write too."""
 
@@ -28,6 +31,7 @@ def facts_of(
     record: Mapping[str, Any] | None,
     certificate: Mapping[str, Any] | None,
     config: Mapping[str, Any] | None,
+    chats: bool | None = None,
 ) -> tuple[Facts, list[str]]:
     """What is known of an artifact that goes to `repo_id`, and what could not be found out."""
     base, entries = part(record, "base"), adapters_of(record)
@@ -62,8 +66,19 @@ def facts_of(
         base_folder=folder_of(base.get("name")) if on_hub else None,
         hub=endpoint(),
         adapters=adapters if len(adapters) > 1 else (),
+        chats=chats,
     )
     return facts, problems
+
+
+def holds_template(parts: Parts) -> bool | None:
+    """Whether the chat template is in tokenizer_config.json, as older ones have it; None if that cannot be told."""
+    if _TOKENIZER not in parts.names:
+        return None
+    try:
+        return bool(read_json(parts.path(_TOKENIZER), CheckpointError).get("chat_template"))
+    except CheckpointError:
+        return None
 
 
 def local_names(

@@ -10,7 +10,7 @@ from typing import Any
 from fossil_export.artifacts._parts import parts_of
 from fossil_export.checkpoints._companions import CARD, CERTIFICATE
 from fossil_export.errors import CheckpointError, HubError, listed
-from fossil_export.publishing._about import card_for, facts_of, local_names
+from fossil_export.publishing._about import card_for, facts_of, holds_template, local_names
 from fossil_export.publishing._paths import Paths
 from fossil_export.publishing._repository import Repository
 from fossil_export.publishing._result import Progress, PushResult
@@ -58,7 +58,9 @@ def publish_certificate(
     content = paths.published(CERTIFICATE, certificate_file(result))
     certificate = json.loads(content)
     names = tuple(sorted({*parts.names, *_OURS}))
-    facts, problems = facts_of(repository.repo_id, parts.kind, names, parts.record, certificate, parts.config)
+    facts, problems = facts_of(
+        repository.repo_id, parts.kind, names, parts.record, certificate, parts.config, holds_template(parts)
+    )
     notes: list[str] = []
     addition = CommitOperationAdd(CERTIFICATE, content)
 

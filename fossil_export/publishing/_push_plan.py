@@ -17,7 +17,7 @@ from fossil_export.cards._frontmatter import read_card
 from fossil_export.checkpoints._companions import CARD
 from fossil_export.checkpoints._stamp import Stamp, stamps_of
 from fossil_export.errors import CheckpointError
-from fossil_export.publishing._about import extended_card, facts_of, local_names
+from fossil_export.publishing._about import extended_card, facts_of, holds_template, local_names
 from fossil_export.publishing._looking import look
 from fossil_export.publishing._paths import Paths, is_path
 from fossil_export.publishing._stale import refuse_base, removal_warnings, stale
@@ -176,7 +176,8 @@ def facts_for(parts: Parts, repo_id: str) -> tuple[Facts, list[str]]:
     certificate = parts.certificate
     if certificate is not None:  # which the card quotes
         certificate = {**certificate, "reason": paths_for(parts).without(certificate).get("reason")}
-    return facts_of(repo_id, parts.kind, (*parts.names, CARD), parts.record, certificate, parts.config)
+    chats = holds_template(parts)
+    return facts_of(repo_id, parts.kind, (*parts.names, CARD), parts.record, certificate, parts.config, chats)
 
 
 def _size(content: Path | bytes) -> int:

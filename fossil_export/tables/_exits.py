@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fossil_export._console import echo, print_pairs, print_table, readable_bytes
+from fossil_export._console import echo, readable_bytes
 from fossil_export.errors import listed
+from fossil_export.tables._fitting import print_pairs, print_table
 from fossil_export.tables._shared import described, named_at, print_grouped
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fossil_export._console import echo, print_pairs, print_table
+from fossil_export._console import echo
+from fossil_export.tables._fitting import print_pairs, print_table
 from fossil_export.tables._merging import ratios_told
 from fossil_export.tables._shared import GROUPS, named_at
 
@@ -32,11 +33,17 @@ def print_inspection(found: Inspection, every: bool = False) -> None:
             place = _after(kind.tensor, kind.name)
             rows.append((kind.name, how, kind.shapes, place, _ratios(kind.sizes), str(len(kind.members))))
     head = ("module", "trained", "shapes", "base tensor", "‖ΔW‖/‖W‖", "×")
-    print_table(head[:-1] if every else head, [row[:-1] if every else row for row in rows])
+    shown = [place for place, name in enumerate(head) if _tells(name, [row[place] for row in rows])]
+    print_table([head[one] for one in shown], [[row[one] for one in shown] for row in rows], less=("shapes",))
     if not every and len(kinds) > GROUPS:
         echo(f"and {len(kinds) - GROUPS} more kinds; --all shows every module")
     echo()
     _print_adapter(found)
+
+
+def _tells(column: str, cells: Sequence[str]) -> bool:
+    """Whether a column says more than what a reader expects."""
+    return column != "×" or any(cells) if column != "base tensor" else set(cells) != {".weight"}
 
 
 def _how(kind: Kind) -> str:
@@ -58,7 +65,9 @@ def _span(norms: Sequence[float | None]) -> str:
     known = [norm for norm in norms if norm is not None]
     if not known:
         return "-"
-    least, most = f"{min(known):.3g}", f"{max(known):.3g}"
+    if min(known) == max(known):
+        return f"{known[0]:.3g}"
+    least, most = f"{min(known):.2g}", f"{max(known):.2g}"
     return least if least == most else f"{least}–{most}"
 
 

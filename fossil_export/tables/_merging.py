@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from fossil_export._console import echo, print_pairs, print_table, readable_bytes
+from fossil_export._console import echo, readable_bytes
 from fossil_export.errors import listed
 from fossil_export.tables._exits import push_pairs
+from fossil_export.tables._fitting import print_pairs, print_table
 from fossil_export.tables._shared import described, named_at, print_grouped
 
 if TYPE_CHECKING:
     from fossil_export.merging import MergePlan, MergeResult, PartResult
     from fossil_export.merging._change import Change
+    from fossil_export.merging._layout import TensorPlan
     from fossil_export.merging._parts import PartPlan
     from fossil_export.merging._quantization_error import Ratio
     from fossil_export.publishing import StreamPlan, StreamResult
@@ -21,30 +23,31 @@ if TYPE_CHECKING:
 def print_plan(plan: MergePlan, every: bool = False) -> None:
     """What is done to the tensors that are not simply copied, by kind of tensor or for `every` one, and the summary."""
     rows = [
-        (
-            tensor.action,
-            tensor.name,
-            tensor.dtype,
-            "x".join(map(str, tensor.shape)),
-            " + ".join(_told(change) for change in tensor.weight.changes)
-            or " + ".join(info.name for info in tensor.brought)
-            or tensor.source.name,
-        )
+        (tensor.name, tensor.dtype, "x".join(map(str, tensor.shape)), _change(tensor))
         for tensor in plan.tensors
         if tensor.action in ("merge", "replace", "add", "requantize") and tensor.leads
     ]
-    print_grouped(("action", "tensor", "dtype", "shape", "from"), rows, every)
+    print_grouped(("tensor", "dtype", "shape", "change"), rows, every)
     echo()
     print_plan_summary(plan)
 
 
-def _told(change: Change) -> str:
-    """What is added: the name of a tensor if that is all of it, at weight 1."""
+def _change(tensor: TensorPlan) -> str:
+    """What a tensor gets: "tile r=64", "0.5 × lora r=8 of lm_head", "replace: lm_head.weight"."""
+    told = " + ".join(_told(change, tensor.name) for change in tensor.weight.changes)
+    if tensor.action == "merge" and told:
+        return told
+    of = told or " + ".join(info.name for info in tensor.brought) or tensor.source.name
+    return f"{tensor.action}: {of}"
+
+
+def _told(change: Change, tensor: str) -> str:
+    """What is added: the method, its rank, and the module if the tensor's name does not say it already."""
     trained = change.trained
-    if len(trained.tensors) == 1 and change.weight == 1.0:
-        return trained.label
     times = f"{change.weight:g} × " if change.weight != 1.0 else ""
-    return f"{times}{trained.method}{f' r={trained.rank}' if trained.rank else ''} of {trained.module}"
+    rank = f" r={trained.rank}" if trained.rank else ""
+    module = "" if tensor.removesuffix(".weight") == trained.module else f" of {trained.module}"
+    return f"{times}{trained.method}{rank}{module}"
 
 
 def print_plan_summary(plan: MergePlan) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fossil_export._console import echo, print_table
+from fossil_export._console import echo
 from fossil_export._grouping import grouped
+from fossil_export.tables._fitting import print_table
 
 if TYPE_CHECKING:
     from fossil_export.adapters import Adapter

@@ -170,8 +170,9 @@ def _cell(checks: Sequence[TensorCheck], place: str) -> str:
 def _svg(name: str, width: float, height: float, label: str, shapes: Iterable[str]) -> str:
     """At most its own size; on a narrow screen it is scrolled rather than shrunk beyond reading."""
     return (
-        f'<div class="scroll" tabindex="0"><svg id="{name}" role="img" aria-label="{label}" '
-        f'viewBox="0 0 {width:.0f} {height:.0f}" style="max-width: {width:.0f}px; min-width: {min(width, 620):.0f}px">'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">'
+        f'<svg id="{name}" role="img" aria-label="{label}" '
+        f'viewBox="0 0 {width:.0f} {height:.0f}" style="max-width: {width:.0f}px; min-width: {min(width, 760):.0f}px">'
         f"{''.join(shapes)}</svg></div>"
     )
 

@@ -24,9 +24,10 @@ REASONS, WRONG = 20, 50
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fbfaf8; --ink: #1c2127; --quiet: #5c646d; --rule: #dedad3;
-  --soft: #f1efea; --good: #17713f; --bad: #b02318; --artifact: #1c57a0; --trainer: #e08a1e; --band: #1c57a01c; }
-@media (prefers-color-scheme: dark) { :root { --page: #15181c; --ink: #e2e5e9; --quiet: #9aa3ad; --rule: #30363d;
-  --soft: #1e2227; --good: #62cb90; --bad: #ff8d80; --artifact: #8cc3fa; --trainer: #c9781a; --band: #8cc3fa26; } }
+  --soft: #f1efea; --good: #17713f; --bad: #b02318; --artifact: #1c57a0; --trainer: #bd660a; --band: #1c57a01c; }
+@media screen and (prefers-color-scheme: dark) { :root { --page: #15181c; --ink: #e2e5e9; --quiet: #9aa3ad;
+  --rule: #30363d; --soft: #1e2227; --good: #62cb90; --bad: #ff8d80; --artifact: #8cc3fa;
+  --trainer: #c9781a; --band: #8cc3fa26; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.55 system-ui, "Segoe UI", Roboto, sans-serif;
   font-variant-numeric: tabular-nums; }
@@ -44,7 +45,12 @@ code { font: 0.92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; ov
 .tiles div { background: var(--soft); border-radius: 6px; padding: 10px 14px; }
 .tiles dt { font-size: 13px; } .tiles dd { margin: 0; font-size: 23px; line-height: 1.3; }
 dd small { display: block; font-size: 13px; color: var(--quiet); }
-figure { margin: 10px 0 0; } .scroll { overflow-x: auto; }
+figure { margin: 10px 0 0; }
+.scroll { overflow-x: auto; background: linear-gradient(90deg, var(--page) 30%, transparent) 0 0 / 40px 100% local,
+  linear-gradient(270deg, var(--page) 30%, transparent) 100% 0 / 40px 100% local,
+  linear-gradient(90deg, var(--rule), transparent) 0 0 / 14px 100% scroll,
+  linear-gradient(270deg, var(--rule), transparent) 100% 0 / 14px 100% scroll; background-repeat: no-repeat; }
+.scroll:focus-visible, summary:focus-visible { outline: 2px solid var(--artifact); outline-offset: 2px; }
 svg { display: block; width: 100%; height: auto; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 svg text { fill: var(--quiet); font-size: 12px; font-family: inherit; }
 .grid { stroke: var(--rule); } .band { fill: var(--band); }
@@ -72,7 +78,7 @@ footer dd { margin: 0; overflow-wrap: anywhere; }
   th, td { padding-right: 12px; } table { font-size: 13px; } .verdict { padding-left: 14px; } }
 @media print { :root { --page: #fff; }
   main { padding: 0; max-width: none; } figure, tr, .tiles div { break-inside: avoid; }
-  h2 { break-after: avoid; } .scroll { overflow: visible; } svg { min-width: 0 !important; } }
+  h2 { break-after: avoid; } .scroll { overflow: visible; background: none; } svg { min-width: 0 !important; } }
 """
 
 
@@ -202,7 +208,8 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequenc
     """`rows` are HTML already; the columns `numbers` are set to the right."""
 
     def line(tag: str, cells: Sequence[str]) -> str:
-        kinds = (' class="number"' if index in numbers else "" for index in range(len(cells)))
+        scope = ' scope="col"' if tag == "th" else ""
+        kinds = (scope + (' class="number"' if index in numbers else "") for index in range(len(cells)))
         return f"<tr>{''.join(f'<{tag}{kind}>{cell}</{tag}>' for kind, cell in zip(kinds, cells, strict=True))}</tr>"
 
     body = "".join(line("td", row) for row in rows)

@@ -24,7 +24,7 @@ def _usage(facts: Facts) -> Iterator[str]:
 CARD = KindCard(
     summary=miss.CARD.summary,
     usage=_usage,
-    library="peft",
+    library=lambda facts: "peft",
     relation=lambda facts: "adapter",
     is_the_adapter=True,
 )

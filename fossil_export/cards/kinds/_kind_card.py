@@ -27,7 +27,7 @@ class KindCard:
     summary: Callable[[Facts, Sources], str]
     usage: Callable[[Facts], Iterator[str]]
     made: Callable[[Facts], Iterable[tuple[str, Any]]] = lambda facts: ()
-    library: str | None = None
+    library: Callable[[Facts], str | None] = lambda facts: None
     relation: Callable[[Facts], str] = lambda facts: "finetune"
     tags: Callable[[Facts], list[str]] = lambda facts: []
     is_the_adapter: bool = False

@@ -40,7 +40,7 @@ CARD = KindCard(
     summary=_summary,
     usage=_usage,
     made=made,
-    library="peft",
+    library=lambda facts: "peft",
     relation=lambda facts: "adapter",
     tags=lambda facts: ["lora"],
 )

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from fossil_export.cards._facts import Facts, part
-from fossil_export.cards._markdown import plain, string
+from fossil_export.cards._markdown import fenced, plain, string
+from fossil_export.cards.kinds._asking import SENTENCE, asked
 from fossil_export.cards.kinds._kind_card import KindCard, Sources
-from fossil_export.cards.kinds._transformers import auto, imported, reader, run, task_or_pipeline, tokenizer_of
+from fossil_export.cards.kinds._transformers import imported, reader_of, task_or_pipeline
 
 
 def _summary(facts: Facts, told: Sources) -> str:
@@ -34,11 +35,22 @@ def _made(facts: Facts) -> Iterator[tuple[str, Any]]:
 def _usage(facts: Facts) -> Iterator[str]:
     kind = task_or_pipeline(facts)
     trust = ", trust_remote_code=True" if (facts.config or {}).get("auto_map") else ""
-    lines = [
-        f"model = {auto(kind)}.from_pretrained({string(facts.repo_id)}{trust})",
-        f"{reader(kind)[1]} = {reader(kind)[0]}.from_pretrained({string(tokenizer_of(facts, kind))}{trust})",
-    ]
-    yield imported(kind, [], [*lines, "", *run(facts, kind)])
+    if "modules.json" in facts.files and kind in (None, "feature-extraction", "sentence-similarity"):
+        lines = ["from sentence_transformers import SentenceTransformer", ""]
+        lines += [f"model = SentenceTransformer({string(facts.repo_id)}{trust})"]
+        lines += [f"vectors = model.encode([{string(SENTENCE)}, {string('The sun is shining today.')}])"]
+        yield fenced("python", "\n".join([*lines, "print(model.similarity(vectors, vectors))"]))
+        return
+    found = asked(kind)
+    lines = [f"model = {found.model}.from_pretrained({string(facts.repo_id)}{trust})"]
+    if found.reader:
+        lines += [f"{found.reads} = {found.reader}.from_pretrained({string(reader_of(facts, found))}{trust})"]
+    yield imported(found, facts, [], lines)
 
 
-CARD = KindCard(summary=_summary, usage=_usage, made=_made, library="transformers")
+def _library(facts: Facts) -> str:
+    """A model of sentence-transformers keeps what says so; the Hub shows how it is loaded by this word."""
+    return "sentence-transformers" if "modules.json" in facts.files else "transformers"
+
+
+CARD = KindCard(summary=_summary, usage=_usage, made=_made, library=_library)

@@ -14,7 +14,7 @@ def _summary(facts: Facts, told: Sources) -> str:
 CARD = KindCard(
     summary=_summary,
     usage=with_peft,
-    library="peft",
+    library=lambda facts: "peft",
     relation=lambda facts: "adapter",
     is_the_adapter=True,
 )
