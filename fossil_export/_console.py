@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from fossil_export._terminal import colours, erasing, live, padded, watched, width
 from fossil_export.storage.hub import _limits
 from fossil_export.storage.hub._client import LOGGERS
 
@@ -25,7 +26,7 @@ def echo(text: str = "", *, label: str = "", err: bool = False, **style: Any) ->
     """
     text = printable(text)
     shown = click.style(label, **style) + text if label else click.style(text, **style) if style else text
-    click.echo(shown, err=err)
+    click.echo(shown, err=err, color=colours())
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -57,22 +58,19 @@ def any_encoding() -> None:
 
 def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     """Lines of name and value, aligned."""
-    width = max(len(name) for name, _ in pairs)
+    columns = max(width(name) for name, _ in pairs)
     for name, value in pairs:
-        echo(f"{name:<{width}}  {value}")
+        echo(f"{padded(name, columns)}  {value}")
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns as wide as their widest cell; those that hold only numbers go to the right."""
     rows = [[printable(cell) for cell in row] for row in rows]
     columns = list(zip(header, *rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
+    widths = [max(map(width, column)) for column in columns]
     right = [all(cell[:1].isdigit() or cell in ("", "-") for cell in column[1:]) for column in columns]
     for index, row in enumerate([header, *rows]):
-        cells = (
-            f"{cell:>{width}}" if side else f"{cell:<{width}}"
-            for cell, width, side in zip(row, widths, right, strict=True)
-        )
+        cells = (padded(cell, wide, side) for cell, wide, side in zip(row, widths, right, strict=True))
         echo("  ".join(cells).rstrip(), bold=index == 0)
 
 
@@ -94,7 +92,7 @@ def readable_bytes(count: int) -> str:
 @contextmanager
 def progress_bar(total: int, title: str) -> Iterator[Callable[[int], None]]:
     """A bar of bytes on stderr, nothing where stderr is no terminal. The callback may be called from any thread."""
-    if not sys.stderr.isatty():
+    if not live():
         yield lambda nbytes: None
         return
     from tqdm import tqdm
@@ -109,7 +107,7 @@ def lines() -> Iterator[Callable[[str], None]]:
     terminal."""
 
     def show(step: str) -> None:
-        if sys.stderr.isatty():
+        if watched():
             echo(step, err=True)
 
     yield show
@@ -119,7 +117,7 @@ def quiet_hub() -> None:
     """Keep the Hub's client from writing bars and retries into pipes, and from logging signed addresses; and have it
     said on a terminal when the Hub makes us wait."""
     _limits.announce = tell
-    if not sys.stderr.isatty():
+    if not live():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     for name in LOGGERS:
@@ -128,8 +126,8 @@ def quiet_hub() -> None:
 
 def tell(line: str) -> None:
     """A line above a bar or a status line, for who looks at a terminal."""
-    if sys.stderr.isatty():
-        sys.stderr.write("\r\x1b[K")  # in place of a status line
+    if watched():
+        sys.stderr.write(erasing())  # in place of a status line
         echo(line, err=True)
 
 
@@ -143,8 +141,8 @@ def status_line() -> Iterator[Callable[[str], None]]:
     """A line on stderr that names the step at hand, for work without a measure; silent when that is no terminal."""
 
     def show(step: str) -> None:
-        if sys.stderr.isatty():
-            sys.stderr.write(f"\r\x1b[K{printable(step)} …" if step else "\r\x1b[K")
+        if live():
+            sys.stderr.write(erasing() + (f"{printable(step)} …" if step else ""))
             sys.stderr.flush()
 
     try:
