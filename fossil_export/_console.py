@@ -8,12 +8,14 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import click
 
+from fossil_export._log import log
 from fossil_export._terminal import colours, erasing, live, padded, watched, width
 from fossil_export.storage.hub import _limits
 from fossil_export.storage.hub._client import LOGGERS
@@ -129,6 +131,28 @@ def tell(line: str) -> None:
     if watched():
         sys.stderr.write(erasing())  # in place of a status line
         echo(line, err=True)
+
+
+class _ToStderr(logging.Handler):
+    """Lines of --verbose, with the seconds since the start."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if live():
+            sys.stderr.write(erasing())  # in place of a bar or a status line
+        echo(record.getMessage(), label=f"[{time.perf_counter() - _BEGAN:7.2f} s] ", dim=True, err=True)
+
+
+_BEGAN = time.perf_counter()
+
+
+def log_to_stderr(wanted: bool = True) -> None:
+    """Have what the package logs shown on stderr, or no longer."""
+    for handler in [one for one in log.handlers if isinstance(one, _ToStderr)]:
+        log.removeHandler(handler)
+        log.setLevel(logging.NOTSET)
+    if wanted:
+        log.addHandler(_ToStderr())
+        log.setLevel(logging.INFO)
 
 
 def _without_queries(record: logging.LogRecord) -> bool:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from decimal import Decimal
-from numbers import Integral
 from typing import TypeVar
 
 from fossil_export.errors import FossilExportError
@@ -64,13 +62,15 @@ def _plain(given: object) -> str:
 def parse_size(given: object, what: str = "max_shard_size", error: type[FossilExportError] = FossilExportError) -> int:
     """Bytes: of a number these, of a string one with a unit, like "5GB" (10**9 each, as the Hub counts) or "500 MiB"
     (1024**2 each). Raises `error` for anything else; a bare "5" leaves open what of."""
-    if isinstance(given, (Integral, float)) and not isinstance(given, bool):
-        number = float(given)
+    if isinstance(given, float) or (hasattr(given, "__index__") and not isinstance(given, bool)):
+        number = float(given)  # type: ignore[arg-type]
         if math.isfinite(number) and number.is_integer() and number > 0:
-            return int(given)
+            return int(given)  # type: ignore[call-overload, no-any-return]
         raise error(f"{what} is {given!r}, expected a whole number of bytes, more than 0, or a size like 5GB")
     text = str(given).strip()
     if match := _SIZE.fullmatch(text):
+        from decimal import Decimal  # commands must start fast
+
         step = 1024 if match[3] or match[5] else 1000
         size = int(Decimal(match[1]) * step ** " KMGTP".index((match[2] or match[4] or " ").upper()))
         if size > 0:

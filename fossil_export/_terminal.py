@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import unicodedata
 
 quiet = False
 """Set by --quiet: nothing but errors and warnings on stderr, and no tables on stdout."""
+
+verbose = False
+"""Set by --verbose: lines on stderr of what is done."""
 
 
 def watched() -> bool:
@@ -45,6 +47,8 @@ def width(text: str) -> int:
     """Columns that `text` takes on a terminal: two for wide characters, none for combining ones."""
     if text.isascii():
         return len(text)
+    import unicodedata  # commands must start fast
+
     return sum(
         0 if unicodedata.category(one) in ("Mn", "Me", "Cf") else 2 if unicodedata.east_asian_width(one) in "WF" else 1
         for one in text
