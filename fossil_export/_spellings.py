@@ -63,9 +63,9 @@ def parse_size(given: object, what: str = "max_shard_size", error: type[FossilEx
     """Bytes: of a number these, of a string one with a unit, like "5GB" (10**9 each, as the Hub counts) or "500 MiB"
     (1024**2 each). Raises `error` for anything else; a bare "5" leaves open what of."""
     if isinstance(given, float) or (hasattr(given, "__index__") and not isinstance(given, bool)):
-        number = float(given)  # type: ignore[arg-type]
+        number = float(given)
         if math.isfinite(number) and number.is_integer() and number > 0:
-            return int(given)  # type: ignore[call-overload, no-any-return]
+            return int(given)
         raise error(f"{what} is {given!r}, expected a whole number of bytes, more than 0, or a size like 5GB")
     text = str(given).strip()
     if match := _SIZE.fullmatch(text):
