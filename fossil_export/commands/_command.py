@@ -108,8 +108,10 @@ def _verbose(ctx: click.Context, parameter: click.Parameter, given: bool) -> Non
             raise click.UsageError("--quiet and --verbose exclude each other; leave one out.")
         _terminal.verbose = True
         from fossil_export._console import log_to_stderr
+        from fossil_export._log import log_surroundings
 
         log_to_stderr()
+        log_surroundings()
 
 
 def _debug(ctx: click.Context, parameter: click.Parameter, given: bool) -> None:

@@ -44,7 +44,7 @@ class Size(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic
         try:
             parse_size(value, "it")
         except FossilExportError as problem:
-            self.fail(f"{str(problem)[:1].upper()}{str(problem)[1:]}.", param, ctx)
+            self.fail(f"{value!r} is no size: {str(problem).partition(', ')[2]}.", param, ctx)
         return str(value)
 
 

@@ -25,7 +25,8 @@ from fossil_export.errors import (
 )
 from fossil_export.merging._planning import find_base
 from fossil_export.methods import ROWS
-from fossil_export.storage import expanded, fetch, is_path
+from fossil_export.storage import fetch, is_path
+from fossil_export.writing._place import local_output
 from fossil_export.writing._single_file import staged_file
 from fossil_export.writing._staging import check_destination, staged_folder
 
@@ -158,7 +159,7 @@ def convert(
         for file, stamp in beside.items():
             check_stamp(file, stamp, AdapterError)
 
-    path = expanded(output, OutputError).absolute()
+    path = local_output(output)
     if converter.folder:
         # A state dict may lie anywhere; PEFT's folder is only read.
         _refuse_inputs(path, adapter, options)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export._log import timed
 from fossil_export._spellings import chosen, expected, parse_size
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import Checkpoint
@@ -116,7 +117,8 @@ def plan_merge(
         seen=seen,
         into=into,
     )
-    return planned(asked, dtype, [None] * len(adapters))
+    with timed("planned %d tensors of %d files", len(asked.base.tensors), len(asked.base.files)):
+        return planned(asked, dtype, [None] * len(adapters))
 
 
 def _doubts(adapters: Sequence[Adapter], weights: Sequence[float], bases: list[str]) -> tuple[str, ...]:

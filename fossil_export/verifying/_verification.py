@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export._foreign import trusting
+from fossil_export._log import log
 from fossil_export._spellings import device_named
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.artifacts._kinds import kind_of_file
@@ -155,6 +156,7 @@ def _verified(
             with by_address(base_checkpoint.home):
                 tensors, problems = found.weights(changed, added, record, progress)
                 problems = [shown(problem, base_checkpoint.home) for problem in problems]
+            log.info("compared the weights: %.2f s after the start", time.perf_counter() - started)
         except MergeError as problem:  # adapter and base do not go together: nothing made of them can be right
             problems.append(str(problem))
             together = False
@@ -167,6 +169,7 @@ def _verified(
                 # A GGUF file has no dtype of its own: the trainer has the result's.
                 dtype = running.dtype(getattr(running, "checkpoint", plain) if base_checkpoint.made_of else plain)
                 forward = check_forward(subject, plain.location, added, dtype, running.parameters(plain), texts, device)
+                log.info("ran the models on %s: %.2f s after the start", device, time.perf_counter() - started)
                 problems += subject.problems
                 wrong, note = training.explained(forward.problem)
                 problems += [wrong] if wrong else []
