@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +20,7 @@ import click
 
 from fossil_export import _terminal
 from fossil_export._console import any_encoding, echo, log_to_stderr, printable, quiet_hub
-from fossil_export.commands._command import DEBUG, EXIT_CODES, messages
+from fossil_export.commands._command import DEBUG, EXIT_CODES, messages, write_epilog
 from fossil_export.commands._convert import convert
 from fossil_export.commands._inspect import inspect
 from fossil_export.commands._merge import merge
@@ -54,6 +55,9 @@ class _Group(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order in which they are used."""
         return list(self.commands)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        write_epilog(self.epilog, formatter)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -134,7 +138,16 @@ def _shown(problem: click.ClickException) -> click.ClickException:
     if type(problem).__name__ == "NoArgsIsHelpError":  # from click 8.2 on
         return problem
     vars(problem)["message"] = printable(problem.message)
+    if isinstance(problem, click.UsageError):
+        vars(problem)["show"] = partial(_show_usage, problem)
     return problem
+
+
+def _show_usage(problem: click.UsageError, file: object = None) -> None:
+    """What click prints of a wrong command line, with the label of all errors."""
+    echo(problem.format_message(), label="error: ", fg="red", err=True)
+    if problem.ctx is not None:
+        echo(f"Try '{problem.ctx.command_path} {problem.ctx.help_option_names[-1]}' for help.", err=True)
 
 
 def _show(problem: BaseException) -> None:

@@ -60,9 +60,14 @@ class Command(click.Command):
                 formatter.write_dl([(f"{names:<{column}}", text) for names, text in records], col_max=column)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        if self.epilog:
-            formatter.write_paragraph()
-            formatter.write_text(self.epilog)
+        write_epilog(self.epilog, formatter)
+
+
+def write_epilog(text: str | None, formatter: click.HelpFormatter) -> None:
+    """Below the options, under headings of its own."""
+    if text:
+        formatter.write_paragraph()
+        formatter.write_text(text)
 
 
 def messages() -> list[click.Option]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fossil_export._console import echo, print_pairs, print_table, readable_bytes
+from fossil_export.checkpoints._dtypes import TORCH_NAME
 from fossil_export.errors import listed
 from fossil_export.tables._exits import push_pairs
 from fossil_export.tables._shared import described, named_at, print_grouped
@@ -24,7 +25,7 @@ def print_plan(plan: MergePlan, every: bool = False) -> None:
         (
             tensor.action,
             tensor.name,
-            tensor.dtype,
+            TORCH_NAME.get(tensor.dtype, tensor.dtype),
             "x".join(map(str, tensor.shape)),
             " + ".join(_told(change) for change in tensor.weight.changes)
             or " + ".join(info.name for info in tensor.brought)
