@@ -77,7 +77,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     right = [all(cell[:1].isdigit() or cell in ("", "-") for cell in column[1:]) for column in columns]
     for index, row in enumerate([header, *rows]):
         cells = (padded(cell, wide, side) for cell, wide, side in zip(row, widths, right, strict=True))
-        echo("  ".join(cells).rstrip(), bold=index == 0)
+        style: dict[str, Any] = {"bold": True} if index == 0 else {}
+        echo("  ".join(cells).rstrip(), **style)
 
 
 def print_warnings(warnings: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fossil_export.errors import FossilExportError
 
@@ -87,6 +87,18 @@ def device_named(given: object, error: type[FossilExportError] = FossilExportErr
     if match is None or (match[1] == "cpu" and match[2]):
         raise error(f"device is {str(given)!r}, expected cpu, cuda or cuda:N (gpu means cuda); use --device cpu")
     return "cpu" if match[1] == "cpu" else f"cuda:{int(match[2])}" if match[2] else "cuda"
+
+
+def cuda_missing(device: str, torch: Any) -> str | None:
+    """The line for a GPU that PyTorch, the module, does not find here; None for a device that it does."""
+    if not device.startswith("cuda"):
+        return None
+    if not torch.cuda.is_available():
+        return device_missing(device, "PyTorch finds no CUDA GPU")
+    count = torch.cuda.device_count()
+    if int(device.partition(":")[2] or 0) < count:
+        return None
+    return device_missing(device, f"PyTorch finds {count} CUDA GPU{'s' if count > 1 else ''}")
 
 
 def device_missing(device: str, why: str) -> str:

@@ -40,7 +40,6 @@ class _Group(click.Group):
         _buffer_output()
         any_encoding()
         _terminal.quiet = _terminal.verbose = False  # of an earlier command in this process
-        log_to_stderr(False)
         try:
             return super().main(*arguments, **options)
         except OSError as problem:  # of printing; a broken pipe ends in click
@@ -51,6 +50,8 @@ class _Group(click.Group):
                 sys.stderr.flush()
                 os._exit(end.code if isinstance(end.code, int) else 1)
             raise
+        finally:
+            log_to_stderr(False)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order in which they are used."""

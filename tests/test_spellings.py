@@ -22,19 +22,48 @@ from fossil_export.checkpoints.quantized._format import float_dtype
 from fossil_export.converting._converters import OUTTYPES
 from fossil_export.onnx.builders import PRECISIONS
 
-BFLOAT16 = [
+BFLOAT16: list[Any] = [
     "bf16", "BF16", "bfloat16", " Bfloat16 ", "torch.bfloat16", "ml_dtypes.bfloat16", torch.bfloat16,
     ml_dtypes.bfloat16, np.dtype(ml_dtypes.bfloat16),
 ]  # fmt: skip
-FLOAT32 = ["f32", "fp32", "F32", "float", "torch.float", "np.float32", torch.float32, np.float32, np.dtype("f4")]
-NONE = ["", "bf61", "int8", "torch", "float8", float, int, None, 16, torch.int8, np.int64, "torch.torch.bfloat16"]
+FLOAT32: list[Any] = [
+    "f32",
+    "fp32",
+    "F32",
+    "float",
+    "torch.float",
+    "np.float32",
+    torch.float32,
+    np.float32,
+    np.dtype("f4"),
+]
+NONE: list[Any] = [
+    "",
+    "bf61",
+    "int8",
+    "torch",
+    "float8",
+    float,
+    int,
+    None,
+    16,
+    torch.int8,
+    np.int64,
+    "torch.torch.bfloat16",
+]
+SPELLINGS: dict[str | None, list[Any]] = {
+    "bfloat16": BFLOAT16,
+    "float32": FLOAT32,
+    "float16": ["half", torch.half, np.float16],
+    "float64": ["double", np.float64],
+    None: NONE,
+}
 
 
 @pytest.mark.parametrize(
     ("given", "name"),
-    [*((one, "bfloat16") for one in BFLOAT16), *((one, "float32") for one in FLOAT32), *((one, None) for one in NONE),
-     ("half", "float16"), (torch.half, "float16"), (np.float16, "float16"), ("double", "float64"), (np.float64, "float64")],
-)  # fmt: skip
+    [(one, name) for name, spellings in SPELLINGS.items() for one in spellings],
+)
 def test_a_dtype_has_one_name_however_it_is_written(given: object, name: str | None) -> None:
     assert dtype_named(given) == name
     assert float_dtype({"torch_dtype": given}, "I8") == {"bfloat16": "BF16", "float32": "F32", "float16": "F16",
@@ -45,7 +74,8 @@ def test_a_dtype_has_one_name_however_it_is_written(given: object, name: str | N
 
 def test_words_of_each_table_are_found_by_any_spelling_of_theirs() -> None:
     for given, outtype, precision in (
-        ("torch.float16", "f16", "fp16"), ("fp32", "f32", "fp32"), (torch.bfloat16, None, "bf16"), ("Q8_0", "q8_0", None),
+        ("torch.float16", "f16", "fp16"), ("fp32", "f32", "fp32"), (torch.bfloat16, None, "bf16"),
+        ("Q8_0", "q8_0", None),
         ("INT4", None, "int4"), ("q4_0", None, None),
     ):  # fmt: skip
         assert (chosen(given, OUTTYPES), chosen(given, PRECISIONS)) == (outtype, precision)
@@ -60,7 +90,7 @@ def test_all_spellings_make_the_same_plan_and_one_name_of_it(adapter: Path) -> N
         assert json.loads(done.stdout)["dtype"] == "bfloat16", done.output
     shown = run("merge", adapter, "--dry-run", "--dtype", "bf16").stdout
     assert "bfloat16" in shown and "BF16" not in shown
-    with pytest.raises(FossilExportError, match="dtype is 'bf61', expected auto, .*; bf16 and torch.bfloat16 mean"):
+    with pytest.raises(FossilExportError, match=r"dtype is 'bf61', expected auto, .*; bf16 and torch.bfloat16 mean"):
         plan_merge(adapter, dtype="bf61")
     done = run("merge", adapter, "--dry-run", "--dtype", "bf61")
     assert done.exit_code == 2 and "'auto', 'float32', 'float16', 'bfloat16'" in done.stderr
@@ -94,17 +124,20 @@ def test_spellings_import_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     ("given", "size"),
-    [("5GB", 5 * 10**9), ("5gb", 5 * 10**9), ("5G", 5 * 10**9), ("5GiB", 5 << 30), ("5Gi", 5 << 30), ("500 MB", 5 * 10**8),
-     ("0.5TB", 5 * 10**11), ("1.5kib", 1536), ("7B", 7), (7, 7), (5e9, 5 * 10**9), (np.int64(7), 7)],
+    [("5GB", 5 * 10**9), ("5gb", 5 * 10**9), ("5G", 5 * 10**9), ("5GiB", 5 << 30), ("5Gi", 5 << 30),
+     ("500 MB", 5 * 10**8), ("0.5TB", 5 * 10**11), ("1.5kib", 1536), ("7B", 7), (7, 7),
+     (5e9, 5 * 10**9), (np.int64(7), 7)],
 )  # fmt: skip
 def test_sizes_are_bytes(given: Any, size: int) -> None:
     assert parse_size(given) == size and type(parse_size(given)) is int
 
 
-@pytest.mark.parametrize("given", ["5", "5.5", "1e9", "5 bytes", "GB", "-1GB", "0GB", "0.1B", "५GB", "", 0, -5, 1.5, True,
-                                   float("nan"), float("inf"), None])  # fmt: skip
+NO_SIZES = ["5", "5.5", "1e9", "5 bytes", "GB", "-1GB", "0GB", "0.1B", "५GB", "", 0, -5, 1.5, True, None]
+
+
+@pytest.mark.parametrize("given", [*NO_SIZES, float("nan"), float("inf")])
 def test_a_size_without_a_unit_is_refused_and_so_is_what_is_none(given: Any) -> None:
-    with pytest.raises(FossilExportError, match="max_shard_size is .*5GB"):
+    with pytest.raises(FossilExportError, match=r"max_shard_size is .*5GB"):
         parse_size(given)
 
 

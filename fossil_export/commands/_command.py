@@ -105,6 +105,9 @@ def _quiet(ctx: click.Context, parameter: click.Parameter, given: bool) -> None:
         if _terminal.verbose:
             raise click.UsageError("--quiet and --verbose exclude each other; leave one out.")
         _terminal.quiet = True
+        from fossil_export._console import quiet_hub
+
+        quiet_hub()  # again: bars of the Hub's client, too
 
 
 def _verbose(ctx: click.Context, parameter: click.Parameter, given: bool) -> None:

@@ -22,8 +22,8 @@ GRAPH = "Graph"
 
 EXAMPLES = (
     "fossil-export onnx my-adapter --output my-chat",
-    "fossil-export onnx my-adapter --output my-chat --mode swappable --precision int4",
-    "fossil-export onnx my-adapter --output my-graph --onnx base/model.onnx --mode tiled",
+    "fossil-export onnx my-adapter -o my-chat --mode swappable --precision int4",
+    "fossil-export onnx my-adapter -o my-graph --onnx model.onnx --mode tiled",
 )
 
 

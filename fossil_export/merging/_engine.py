@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fossil_export._spellings import device_missing, device_named
+from fossil_export._spellings import cuda_missing, device_missing, device_named
 from fossil_export.checkpoints._coding import CodedRows
 from fossil_export.checkpoints._dtypes import numpy_dtype
 from fossil_export.checkpoints._rounding import rounded, widened
@@ -124,6 +124,8 @@ class TorchEngine:
             import torch
         except ImportError as problem:
             raise MissingExtraError("torch", "torch", f"--device {device}") from problem
+        if line := cuda_missing(device, torch):
+            raise MergeError(line)
         try:
             self._device = torch.device(device)
             torch.zeros(1, device=self._device).cpu()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fossil_export._foreign import load_model, load_tokenizer, model_class, read_config
 from fossil_export._libraries import tame_bitsandbytes, without_panics
-from fossil_export._spellings import device_missing
+from fossil_export._spellings import cuda_missing
 from fossil_export.errors import FossilExportError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -147,11 +147,8 @@ def check_device(device: str) -> None:
     libraries()
     import torch
 
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise FossilExportError(device_missing(device, "PyTorch finds no CUDA GPU"))
-    number = int(device.partition(":")[2] or 0)
-    if device.startswith("cuda") and number >= torch.cuda.device_count():
-        raise FossilExportError(device_missing(device, f"PyTorch finds {torch.cuda.device_count()} CUDA GPUs"))
+    if line := cuda_missing(device, torch):
+        raise FossilExportError(line)
 
 
 def libraries() -> None:
