@@ -72,8 +72,10 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     columns = list(zip(header, *rows, strict=True))
     widths = [max(map(width, column)) for column in columns]
     if (columns_of := terminal_width()) is not None:
-        widths = narrowed(widths, columns_of)
-        rows = [[shortened(cell, wide) for cell, wide in zip(row, widths, strict=True)] for row in rows]
+        narrow = narrowed(widths, columns_of)
+        short = [[shortened(cell, wide) for cell, wide in zip(row, narrow, strict=True)] for row in rows]
+        if len({*map(tuple, short)}) == len({*map(tuple, rows)}):  # rows can still be told apart
+            widths, rows = narrow, short
     right = [all(cell[:1].isdigit() or cell in ("", "-") for cell in column[1:]) for column in columns]
     for index, row in enumerate([header, *rows]):
         cells = (padded(cell, wide, side) for cell, wide, side in zip(row, widths, right, strict=True))

@@ -71,11 +71,13 @@ def narrowed(widths: Sequence[int], columns: int, least: int = 12) -> list[int]:
 
 
 def shortened(text: str, columns: int) -> str:
-    """`text` without its middle, if it is wider than that; names differ at both ends."""
+    """`text` without what is before its end, if it is wider than that: names of tensors differ there."""
+    if width(text) <= columns:
+        return text
     left, right = len(text) // 2, len(text) - len(text) // 2
-    while width(text) > columns and left + right > 1 and width(text[:left]) + 1 + width(text[-right:]) > columns:
-        left, right = (left - 1, right) if left >= right else (left, right - 1)
-    return text if width(text) <= columns else f"{text[:left]}…{text[-right:]}"
+    while right > 1 and width(text[:left]) + 1 + width(text[-right:]) > columns:
+        left, right = (left - 1, right) if left > right // 2 else (left, right - 1)
+    return f"{text[:left]}…{text[-right:]}"
 
 
 def padded(text: str, columns: int, right: bool = False) -> str:

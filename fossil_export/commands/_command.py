@@ -66,8 +66,7 @@ class Command(click.Command):
 def write_epilog(text: str | None, formatter: click.HelpFormatter) -> None:
     """Below the options, under headings of its own."""
     if text:
-        formatter.write_paragraph()
-        formatter.write_text(text)
+        formatter.write("\n" + text.replace("\b\n", "").rstrip() + "\n")  # click's mark of lines that are not wrapped
 
 
 def messages() -> list[click.Option]:
