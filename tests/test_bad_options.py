@@ -53,8 +53,10 @@ def test_device_that_is_not_here(adapter: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "merged").exists()
 
 
-def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    result = run("--debug", "merge", tmp_path / "nothing", "--output", tmp_path / "merged")
+@pytest.mark.parametrize("options", [(["--debug"], []), ([], ["--debug"])])
+def test_debug_shows_the_traceback(options: tuple[list[str], list[str]], tmp_path: Path) -> None:
+    before, after = options
+    result = run(*before, "merge", tmp_path / "nothing", "--output", tmp_path / "merged", *after)
     *told, last = result.stderr.splitlines()
     assert result.exit_code == 1 and told[0].startswith("Traceback") and "AdapterError" in result.stderr
     assert last.startswith("error: ")
