@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from fossil_export._log import log
-from fossil_export._terminal import colours, erasing, live, narrowed, padded, shortened, terminal_width, watched, width
+from fossil_export._terminal import colours, erasing, live, padded, watched, width
 from fossil_export.storage.hub import _limits
 from fossil_export.storage.hub._client import LOGGERS
 
@@ -66,16 +66,10 @@ def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as their widest cell; those that hold only numbers go to the right. On a terminal the widest
-    cells lose their middle if the lines would break."""
+    """Columns as wide as their widest cell; those that hold only numbers go to the right."""
     rows = [[printable(cell) for cell in row] for row in rows]
     columns = list(zip(header, *rows, strict=True))
     widths = [max(map(width, column)) for column in columns]
-    if (columns_of := terminal_width()) is not None:
-        narrow = narrowed(widths, columns_of)
-        short = [[shortened(cell, wide) for cell, wide in zip(row, narrow, strict=True)] for row in rows]
-        if len({*map(tuple, short)}) == len({*map(tuple, rows)}):  # rows can still be told apart
-            widths, rows = narrow, short
     right = [all(cell[:1].isdigit() or cell in ("", "-") for cell in column[1:]) for column in columns]
     for index, row in enumerate([header, *rows]):
         cells = (padded(cell, wide, side) for cell, wide, side in zip(row, widths, right, strict=True))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
 
 quiet = False
 """Set by --quiet: nothing but errors and warnings on stderr, and no tables on stdout."""
@@ -54,30 +53,6 @@ def width(text: str) -> int:
         0 if unicodedata.category(one) in ("Mn", "Me", "Cf") else 2 if unicodedata.east_asian_width(one) in "WF" else 1
         for one in text
     )
-
-
-def terminal_width() -> int | None:
-    """Columns of the terminal that stdout is; None if it is none."""
-    return shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else None
-
-
-def narrowed(widths: Sequence[int], columns: int, least: int = 12) -> list[int]:
-    """The widths of a table, with two columns between each two, that fit into `columns`: the widest ones give way, down
-    to `least`."""
-    found = list(widths)
-    while sum(found) + 2 * (len(found) - 1) > columns and max(found) > least:
-        found[found.index(max(found))] -= 1
-    return found
-
-
-def shortened(text: str, columns: int) -> str:
-    """`text` without what is before its end, if it is wider than that: names of tensors differ there."""
-    if width(text) <= columns:
-        return text
-    left, right = len(text) // 2, len(text) - len(text) // 2
-    while right > 1 and width(text[:left]) + 1 + width(text[-right:]) > columns:
-        left, right = (left - 1, right) if left > right // 2 else (left, right - 1)
-    return f"{text[:left]}…{text[-right:]}"
 
 
 def padded(text: str, columns: int, right: bool = False) -> str:

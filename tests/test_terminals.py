@@ -93,24 +93,6 @@ def test_wide_and_combining_characters_align(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == "模   a\ntwo  b\n"
 
 
-def test_a_table_fits_a_terminal_and_is_whole_in_a_pipe(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-    print_table(["name", "from"], [[name, name]])
-    assert name in capsys.readouterr().out
-    monkeypatch.setattr("fossil_export._console.terminal_width", lambda: 60)
-    print_table(["name", "from"], [[name, name]])
-    row = capsys.readouterr().out.splitlines()[1]
-    assert (
-        55 <= len(row) <= 60 and row.count("…") == 2 and row.startswith("base_mode…") and row.endswith("lora_A.weight")
-    )
-    rows = [[name.replace("layers.0", f"layers.{number}"), name] for number in (0, 1)]
-    print_table(["name", "from"], rows)  # too much would be lost
-    assert [line.split() for line in capsys.readouterr().out.splitlines()[1:]] == rows
-    assert _terminal.narrowed([30, 5], 80) == [30, 5] and _terminal.narrowed([50, 50], 5) == [12, 12]
-
-
 @pytest.mark.parametrize("place", ["before", "after"])
 def test_quiet_leaves_warnings_errors_and_json(place: str, adapter: Path, tmp_path: Path) -> None:
     def quietly(command: str, *more: str | Path) -> Result:

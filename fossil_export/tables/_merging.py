@@ -27,7 +27,7 @@ def print_plan(plan: MergePlan, every: bool = False) -> None:
             tensor.name,
             TORCH_NAME.get(tensor.dtype, tensor.dtype),
             "x".join(map(str, tensor.shape)),
-            " + ".join(_told(change, tensor.name) for change in tensor.weight.changes)
+            " + ".join(_told(change) for change in tensor.weight.changes)
             or " + ".join(info.name for info in tensor.brought)
             or tensor.source.name,
         )
@@ -39,13 +39,11 @@ def print_plan(plan: MergePlan, every: bool = False) -> None:
     print_plan_summary(plan)
 
 
-def _told(change: Change, into: str) -> str:
-    """What is added: the name of a tensor if that is all of it, at weight 1; only its end if it begins as `into`."""
+def _told(change: Change) -> str:
+    """What is added: the name of a tensor if that is all of it, at weight 1."""
     trained = change.trained
     if len(trained.tensors) == 1 and change.weight == 1.0:
-        module = into.rpartition(".")[0]
-        beginning, found, ending = trained.label.partition(f"{module}.") if module else ("", "", "")
-        return f"….{ending}" if found and beginning in ("", "base_model.model.") else trained.label
+        return trained.label
     times = f"{change.weight:g} × " if change.weight != 1.0 else ""
     return f"{times}{trained.method}{f' r={trained.rank}' if trained.rank else ''} of {trained.module}"
 
