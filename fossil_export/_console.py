@@ -8,12 +8,15 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import click
 
+from fossil_export._log import log
+from fossil_export._terminal import colours, erasing, live, padded, watched, width
 from fossil_export.storage.hub import _limits
 from fossil_export.storage.hub._client import LOGGERS
 
@@ -25,7 +28,7 @@ def echo(text: str = "", *, label: str = "", err: bool = False, **style: Any) ->
     """
     text = printable(text)
     shown = click.style(label, **style) + text if label else click.style(text, **style) if style else text
-    click.echo(shown, err=err)
+    click.echo(shown, err=err, color=colours())
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -57,23 +60,21 @@ def any_encoding() -> None:
 
 def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     """Lines of name and value, aligned."""
-    width = max(len(name) for name, _ in pairs)
+    columns = max(width(name) for name, _ in pairs)
     for name, value in pairs:
-        echo(f"{name:<{width}}  {value}")
+        echo(f"{padded(name, columns)}  {value}")
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns as wide as their widest cell; those that hold only numbers go to the right."""
     rows = [[printable(cell) for cell in row] for row in rows]
     columns = list(zip(header, *rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
+    widths = [max(map(width, column)) for column in columns]
     right = [all(cell[:1].isdigit() or cell in ("", "-") for cell in column[1:]) for column in columns]
     for index, row in enumerate([header, *rows]):
-        cells = (
-            f"{cell:>{width}}" if side else f"{cell:<{width}}"
-            for cell, width, side in zip(row, widths, right, strict=True)
-        )
-        echo("  ".join(cells).rstrip(), bold=index == 0)
+        cells = (padded(cell, wide, side) for cell, wide, side in zip(row, widths, right, strict=True))
+        style: dict[str, Any] = {"bold": True} if index == 0 else {}
+        echo("  ".join(cells).rstrip(), **style)
 
 
 def print_warnings(warnings: Sequence[str]) -> None:
@@ -94,7 +95,7 @@ def readable_bytes(count: int) -> str:
 @contextmanager
 def progress_bar(total: int, title: str) -> Iterator[Callable[[int], None]]:
     """A bar of bytes on stderr, nothing where stderr is no terminal. The callback may be called from any thread."""
-    if not sys.stderr.isatty():
+    if not live():
         yield lambda nbytes: None
         return
     from tqdm import tqdm
@@ -109,7 +110,7 @@ def lines() -> Iterator[Callable[[str], None]]:
     terminal."""
 
     def show(step: str) -> None:
-        if sys.stderr.isatty():
+        if watched():
             echo(step, err=True)
 
     yield show
@@ -119,7 +120,7 @@ def quiet_hub() -> None:
     """Keep the Hub's client from writing bars and retries into pipes, and from logging signed addresses; and have it
     said on a terminal when the Hub makes us wait."""
     _limits.announce = tell
-    if not sys.stderr.isatty():
+    if not live():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     for name in LOGGERS:
@@ -128,9 +129,31 @@ def quiet_hub() -> None:
 
 def tell(line: str) -> None:
     """A line above a bar or a status line, for who looks at a terminal."""
-    if sys.stderr.isatty():
-        sys.stderr.write("\r\x1b[K")  # in place of a status line
+    if watched():
+        sys.stderr.write(erasing())  # in place of a status line
         echo(line, err=True)
+
+
+class _ToStderr(logging.Handler):
+    """Lines of --verbose, with the seconds since the start."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if live():
+            sys.stderr.write(erasing())  # in place of a bar or a status line
+        echo(record.getMessage(), label=f"[{time.perf_counter() - _BEGAN:7.2f} s] ", dim=True, err=True)
+
+
+_BEGAN = time.perf_counter()
+
+
+def log_to_stderr(wanted: bool = True) -> None:
+    """Have what the package logs shown on stderr, or no longer."""
+    for handler in [one for one in log.handlers if isinstance(one, _ToStderr)]:
+        log.removeHandler(handler)
+        log.setLevel(logging.NOTSET)
+    if wanted:
+        log.addHandler(_ToStderr())
+        log.setLevel(logging.INFO)
 
 
 def _without_queries(record: logging.LogRecord) -> bool:
@@ -143,8 +166,8 @@ def status_line() -> Iterator[Callable[[str], None]]:
     """A line on stderr that names the step at hand, for work without a measure; silent when that is no terminal."""
 
     def show(step: str) -> None:
-        if sys.stderr.isatty():
-            sys.stderr.write(f"\r\x1b[K{printable(step)} …" if step else "\r\x1b[K")
+        if live():
+            sys.stderr.write(erasing() + (f"{printable(step)} …" if step else ""))
             sys.stderr.flush()
 
     try:

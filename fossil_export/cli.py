@@ -12,12 +12,15 @@ import os
 import sys
 import traceback
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
-from fossil_export._console import any_encoding, echo, printable, quiet_hub
+from fossil_export import _terminal
+from fossil_export._console import any_encoding, echo, log_to_stderr, printable, quiet_hub
+from fossil_export.commands._command import DEBUG, EXIT_CODES, messages, write_epilog
 from fossil_export.commands._convert import convert
 from fossil_export.commands._inspect import inspect
 from fossil_export.commands._merge import merge
@@ -36,6 +39,7 @@ class _Group(click.Group):
     def main(self, *arguments: Any, **options: Any) -> Any:
         _buffer_output()
         any_encoding()
+        _terminal.quiet = _terminal.verbose = False  # of an earlier command in this process
         try:
             return super().main(*arguments, **options)
         except OSError as problem:  # of printing; a broken pipe ends in click
@@ -46,6 +50,30 @@ class _Group(click.Group):
                 sys.stderr.flush()
                 os._exit(end.code if isinstance(end.code, int) else 1)
             raise
+        finally:
+            log_to_stderr(False)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order in which they are used."""
+        return list(self.commands)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        write_epilog(self.epilog, formatter)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0] if args else ""
+        if name and not name.startswith("-") and self.get_command(ctx, name) is None and not ctx.resilient_parsing:
+            ctx.fail(self.unknown(name))
+        return super().resolve_command(ctx, args)
+
+    def unknown(self, name: str | None) -> str:
+        """The line for a command that is none, with the one that may have been meant."""
+        from difflib import get_close_matches  # commands must start fast
+
+        near = get_close_matches(str(name), [one for one in self.commands if one != "help"], 1)
+        return f"No such command {name!r}." + (f" Did you mean {near[0]!r}?" if near else "")
 
     def make_context(self, *arguments: Any, **options: Any) -> click.Context:
         try:
@@ -59,7 +87,7 @@ class _Group(click.Group):
         except click.ClickException as problem:
             raise _shown(problem) from None
         except FossilExportError as problem:
-            if ctx.params.get("debug"):
+            if ctx.meta.get(DEBUG):
                 _show(problem)
             _fail(ctx, str(problem))
         except BrokenPipeError:  # whoever read our output has gone; click ends quietly
@@ -67,7 +95,7 @@ class _Group(click.Group):
         except OSError as problem:  # what no part of the package expected of a file
             if _is_of_printing(problem):
                 raise
-            if ctx.params.get("debug"):
+            if ctx.meta.get(DEBUG):
                 _show(problem)
             if problem.filename is None and not _is_anywhere():
                 _fail(ctx, "the current folder is gone; change to one that is there (cd)")
@@ -107,9 +135,20 @@ def _fail_to_print(problem: OSError) -> NoReturn:
 
 
 def _shown(problem: click.ClickException) -> click.ClickException:
-    """What click says of an option quotes what was typed."""
+    """What click says of an option quotes what was typed. Without a command it is the whole help."""
+    if type(problem).__name__ == "NoArgsIsHelpError":  # from click 8.2 on
+        return problem
     vars(problem)["message"] = printable(problem.message)
+    if isinstance(problem, click.UsageError):
+        vars(problem)["show"] = partial(_show_usage, problem)
     return problem
+
+
+def _show_usage(problem: click.UsageError, file: object = None) -> None:
+    """What click prints of a wrong command line, with the label of all errors."""
+    echo(problem.format_message(), label="error: ", fg="red", err=True)
+    if problem.ctx is not None:
+        echo(f"Try '{problem.ctx.command_path} {problem.ctx.help_option_names[-1]}' for help.", err=True)
 
 
 def _show(problem: BaseException) -> None:
@@ -123,13 +162,45 @@ def _fail(ctx: click.Context, message: str) -> None:
     ctx.exit(1)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+_CODES = "\n".join(f"  {code:<5}{meaning}" for code, meaning in EXIT_CODES)
+_EPILOG = f"""\b
+Exit codes:
+{_CODES}
+
+\b
+Examples:
+  fossil-export inspect my-adapter
+  fossil-export merge my-adapter --output my-model
+  fossil-export verify my-model
+  fossil-export COMMAND --help
+"""
+
+
+@click.group(
+    cls=_Group,
+    epilog=_EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(__version__, prog_name="fossil-export")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def main(debug: bool) -> None:
-    """Take a model fine-tuned with FOSSIL (Bone, DiSHA, MiSS), LoRA or its family to where it is used."""
+def main() -> None:
+    """Merge, export and publish adapters trained with PEFT: MiSS (FOSSIL, Bone), LoRA, DoRA and their family."""
     quiet_hub()
 
 
-for command in (merge, inspect, verify, onnx, convert, push):
+main.params += messages()
+for command in (inspect, merge, verify, onnx, convert, push):
     main.add_command(command)
+
+
+@main.command(name="help", hidden=True)
+@click.argument("name", metavar="[COMMAND]", required=False)
+@click.pass_context
+def help_(ctx: click.Context, name: str | None) -> None:
+    """Show the help of COMMAND, as `fossil-export COMMAND --help` does."""
+    assert ctx.parent is not None
+    found = main if name is None else main.get_command(ctx, name)
+    if found is None:
+        raise click.UsageError(main.unknown(name), ctx.parent)
+    its = ctx.parent if found is main else found.context_class(found, ctx.parent, name)
+    for line in found.get_help(its).splitlines():
+        echo(line)

@@ -46,14 +46,17 @@ def test_a_base_that_is_only_named_need_not_be_a_path(name: str, adapter: Path, 
 
 
 def test_device_that_is_not_here(adapter: Path, tmp_path: Path) -> None:
-    for device in ("cuda:7", "toaster", "meta"):
+    refused(run("merge", adapter, "--output", tmp_path / "merged", "--device", "cuda:7"), "'cuda:7'", "--device cpu")
+    for device in ("toaster", "meta", "mps", "xpu:0", "cpu:1", "cuda:", "0", ""):
         result = run("merge", adapter, "--output", tmp_path / "merged", "--device", device)
-        refused(result, device, "--device cpu")
-        assert not (tmp_path / "merged").exists()
+        assert result.exit_code == 2 and f"device is {device!r}, expected cpu, cuda or cuda:N" in result.stderr
+    assert not (tmp_path / "merged").exists()
 
 
-def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    result = run("--debug", "merge", tmp_path / "nothing", "--output", tmp_path / "merged")
+@pytest.mark.parametrize("options", [(["--debug"], []), ([], ["--debug"])])
+def test_debug_shows_the_traceback(options: tuple[list[str], list[str]], tmp_path: Path) -> None:
+    before, after = options
+    result = run(*before, "merge", tmp_path / "nothing", "--output", tmp_path / "merged", *after)
     *told, last = result.stderr.splitlines()
     assert result.exit_code == 1 and told[0].startswith("Traceback") and "AdapterError" in result.stderr
     assert last.startswith("error: ")

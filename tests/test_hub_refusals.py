@@ -19,6 +19,7 @@ from huggingface_hub import constants
 from loopback import Fault, Handler, LoopbackHub, environment
 
 Setup = Callable[[LoopbackHub, pytest.MonkeyPatch, Path], Any]
+HERE = "no such file or folder here, and "
 LOGIN = "no such model on the Hub, or it is private; check the name, or log in with `hf auth login`"
 TROUBLE = "the Hub has trouble of its own (status 500); run the same command again later"
 FEWER = "the Hub asks for fewer requests; wait a few minutes and run the same command again"
@@ -80,20 +81,19 @@ WEIGHTS_ONLY_BIN = changed(
     {}, *(f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)), "model.safetensors.index.json"
 )
 REFUSALS: list[tuple[Setup, list[str], str]] = [
-    (anonymous, ["bob/secret"], f"bob/secret: {LOGIN} (there is no such file or folder here)"),
+    (anonymous, ["bob/secret"], f"bob/secret: {HERE}{LOGIN}"),
     (anonymous, ["hf://bob/secret"], f"bob/secret: {LOGIN}"),
-    (private, ["bob/secret"], f"bob/secret: {LOGIN} (there is no such file or folder here)"),
+    (private, ["bob/secret"], f"bob/secret: {HERE}{LOGIN}"),
     (private, ["ada/adapter", "--base", "bob/secret"],
-     f"bob/secret: {LOGIN}, or name another base with --base (there is no such file or folder here)"),
+     f"bob/secret: {HERE}{LOGIN}, or name another base with --base"),
     (bad_token, ["ada/adapter"],
      "ada/adapter: the Hub does not know this token; log in again with `hf auth login`, or set HF_TOKEN"),
     (gated, ["bob/gated"], "bob/gated: is gated; accept the licence at HUB/bob/gated and log in with `hf auth login`"),
     (anonymous, ["ada/adapter", "--base", "bob/gated"],
      "bob/gated: is gated; accept the licence at HUB/bob/gated and log in with `hf auth login`"),
-    (nothing, ["ada/none"], f"ada/none: {LOGIN} (there is no such file or folder here)"),
+    (nothing, ["ada/none"], f"ada/none: {HERE}{LOGIN}"),
     (nothing, ["a--b/c"],
-     "a--b/c: is no name of a model on the Hub (Cannot have -- or .. in repo_id: 'a--b/c'); write user/repo "
-     "(there is no such file or folder here)"),
+     f"a--b/c: {HERE}it is no name of a model on the Hub (Cannot have -- or .. in repo_id: 'a--b/c'); write user/repo"),
     (nothing, ["ada/adapter@none"],
      "ada/adapter: has no such revision; see HUB/ada/adapter/tree/main for its branches and tags"),
     (nothing, ["ada/adapter@" + "0" * 40],
@@ -120,10 +120,10 @@ REFUSALS: list[tuple[Setup, list[str], str]] = [
     (always(500, "ada/base/resolve/"), ["ada/adapter"], f"ada/base: {TROUBLE}"),
     (always(500, "/cdn/"), ["ada/adapter"], f"ada/adapter: {TROUBLE}"),
     (nobody_there, ["ada/adapter"],
-     "ada/adapter: HUB cannot be reached ([Errno 111] Connection refused); check the network, HTTPS_PROXY and "
+     f"ada/adapter: {HERE}HUB cannot be reached ([Errno 111] Connection refused); check the network, HTTPS_PROXY and "
      "HF_ENDPOINT, and run the same command again"),
     (portal, ["ada/adapter"], "ada/adapter: HUB answers, but not as the Hub does; check HTTPS_PROXY and HF_ENDPOINT"),
-    (offline, ["ada/adapter"], f"ada/adapter: {OFFLINE} (there is no such file or folder here)"),
+    (offline, ["ada/adapter"], f"ada/adapter: {HERE}it {OFFLINE}"),
     (WEIGHTS_ONLY_BIN, ["ada/adapter"],
      "ada/base/pytorch_model.bin: is no file of PyTorch's; fetch it again, or name the weights"),
     (changed({}, PART), ["ada/adapter"],
@@ -222,8 +222,8 @@ def test_every_command_refuses_alike(hosted: LoopbackHub, tmp_path: Path) -> Non
         "artifact": ["verify", "ada/none"],
     }.items():
         told = cli(*command, code=1)
-        assert told.stderr == f"error: ada/none: {LOGIN} (there is no such file or folder here)\n", what
+        assert told.stderr == f"error: ada/none: {HERE}{LOGIN}\n", what
         assert told.stdout == ""
     command = ["convert", "ada/adapter", "--base", "ada/none", "--to", "lora", "-o", str(tmp_path / "lora")]
-    assert cli(*command, code=1).stderr.startswith(f"error: ada/none: {LOGIN}, or name another base with --base")
+    assert cli(*command, code=1).stderr.startswith(f"error: ada/none: {HERE}{LOGIN}, or name another base with --base")
     assert {path.name for path in tmp_path.iterdir()} == {"storage", "home"}

@@ -255,7 +255,7 @@ def test_options_that_contradict(case: Case, graph: Path, tmp_path: Path) -> Non
     refused("int4 weights are codes", case, tmp_path, mode="tiled", precision="int4")
     refused("mode is 'melted', expected merged, tiled", case, tmp_path, mode="melted")
     refused("precision is 'fp8', expected", case, tmp_path, precision="fp8")
-    refused("device is 'CUDA', expected cpu, cuda", case, tmp_path, device="CUDA")
+    refused("device is 'mps', expected cpu, cuda", case, tmp_path, device="mps")
 
 
 def test_diverged_shards(case: Case, graph: Path, tmp_path: Path) -> None:

@@ -11,13 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fossil_export._console import print_table, readable_bytes
+from fossil_export._spellings import parse_size
 from fossil_export.merging._config import edited_config
-from fossil_export.merging._layout import parse_size
 from fossil_export.merging._survival import SAMPLE_ROWS, Survival, group_rows, measure, sample_starts, sampled_share
 
 
 @pytest.mark.parametrize(
-    "text, size", [("5GB", 5 * 10**9), ("1.5MB", 1_500_000), ("2GiB", 2 * 2**30), ("100", 100), (7, 7), ("3kb", 3000)]
+    "text, size",
+    [
+        ("5GB", 5 * 10**9),
+        ("1.5MB", 1_500_000),
+        ("2GiB", 2 * 2**30),
+        ("100B", 100),
+        (7, 7),
+        ("3kb", 3000),
+        ("0.5 TB", 5 * 10**11),
+    ],
 )
 def test_sizes(text: Any, size: int) -> None:
     assert parse_size(text) == size

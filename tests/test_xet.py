@@ -237,7 +237,7 @@ def test_no_more_on_the_disk_than_planned(hub: LoopbackHub, command: Command, tm
 
     hub.fault(Fault(before=look, times=None))
     planned = command.stream("ada/streamed", "--dry-run")["stream"]["disk"]
-    command.stream("ada/streamed", "--max-disk", str(planned))
+    command.stream("ada/streamed", "--max-disk", f"{planned}B")
     largest = max(size for size, _ in hub.files("ada/base").values())
     assert largest < peak <= planned < largest + 25_000  # an adapter, small files, an index
 

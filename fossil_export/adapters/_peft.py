@@ -37,6 +37,7 @@ from fossil_export.adapters._trained import (
     trained_in,
 )
 from fossil_export.adapters._unmergeable import UNMERGEABLE
+from fossil_export.checkpoints._companions import PROVENANCE
 from fossil_export.checkpoints._dtypes import FLOATS, WHOLE
 from fossil_export.checkpoints._folder import Folder
 from fossil_export.checkpoints._header import TensorInfo
@@ -46,6 +47,8 @@ from fossil_export.errors import AdapterError, CheckpointError, listed
 from fossil_export.storage import find_origin
 
 CONFIG = "adapter_config.json"
+_ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".json", ".npz")
+# Of files that may be an adapter's, or lead to it.
 
 # Fields that say how any adapter was trained or stored; none of them changes what the tensors mean.
 _NEUTRAL_FIELDS = {
@@ -84,6 +87,8 @@ def load_adapter(path: str | Path) -> Adapter:
         _refuse_link(found.folder, inside)
         found = found.within(inside, f"{found.name}: the adapter in its folder {inside} is taken, the only one in it")
     given, home = found.path, found.folder
+    if found.is_path and found.file is not None and given.suffix not in _ENDINGS:
+        raise AdapterError(f"{found.name}: is a file that holds no adapter; name the folder that the training saved")
     weights = given if given.is_file() and given.name != CONFIG else None
     if not found.is_path:
         root = home.root_names()
@@ -277,6 +282,8 @@ def _hint(where: str, home: Folder) -> str:
     root = home.root_names()
     if found := why_folder(root) or elsewhere(where, home):
         return found
+    if PROVENANCE in root:
+        return "; it is a result of fossil-export, and the adapter is the folder that the training saved"
     if "config.json" in root:
         return "; it looks like a model, and the adapter is the folder that PEFT saved"
     return "; name the folder that the training saved"

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export._answers import FOUR_BITS
+from fossil_export._spellings import dtype_named
 from fossil_export.adapters._adapter import Adapter
 from fossil_export.checkpoints._companions import CARD
 from fossil_export.checkpoints._jsonfile import read_json
@@ -274,7 +275,7 @@ def _boolean(value: Any) -> bool | None:
 
 
 def _dtype(value: Any) -> str | None:
-    name = str(value).strip().removeprefix("torch.")
+    name = dtype_named(value)
     return name if name in ("float32", "float16", "bfloat16") else None
 
 

@@ -50,11 +50,6 @@ INTEGERS = {"int64": "I64", "int32": "I32"}
 """By PyTorch's names, of tensors that count rows or columns."""
 
 
-def torch_name(dtype: object) -> str:
-    """The name of a dtype of PyTorch's: "bfloat16" for itself and for torch.bfloat16 (not imported here)."""
-    return str(dtype).removeprefix("torch.")
-
-
 @cache
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """NumPy's dtype for one of `FLOATS` or `WHOLE`."""

@@ -64,6 +64,8 @@ def open_checkpoint(where: Path | Folder, file: str | None = None) -> Checkpoint
         index_name, weights = None, file
     else:
         raise CheckpointError(f"{home.path / file}: not a weights file; {RESAVE}")
+    if file is None and weights is not None and weights.startswith("adapter_model.") and "adapter_config.json" in root:
+        raise CheckpointError(f"{home.path}: is an adapter, and no base model; name the base with --base")
     if weights is not None and weights.endswith(GGUF):
         return _of_gguf(home, weights)
 

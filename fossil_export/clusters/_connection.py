@@ -133,7 +133,7 @@ def _answers(address: str) -> bool:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise ClusterError(
-            f"{address}: is no address of a Ray cluster; write auto, local, HOST:PORT or ray://HOST:PORT"
+            f"{address!r}: is no address of a Ray cluster; write auto, local, HOST:PORT or ray://HOST:PORT"
         )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export._spellings import device_named
 from fossil_export.clusters._asked import Asked, asked_for
 from fossil_export.clusters._connection import Connection, connected
 from fossil_export.clusters._tasks import Tasks
@@ -111,6 +112,7 @@ def run_on_ray(
 ) -> tuple[MergeResult, Cluster]:
     """Carry out the `plan` of what was `asked`; arguments as for `merge_on_ray`."""
     started = time.perf_counter() if started is None else started
+    device = device_named(device, ClusterError)
     if device not in ("cpu", "cuda"):
         raise ClusterError(f"{device}: Ray gives each task a GPU itself; say --device cuda")
     ready = prepare(plan, output, device, overwrite, whole=False)  # the base's weights are the workers' to fetch

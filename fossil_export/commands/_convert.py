@@ -4,39 +4,66 @@ from __future__ import annotations
 
 import click
 
-from fossil_export._console import print_json, print_warnings
+from fossil_export._console import print_warnings
 from fossil_export._extras import of_base, of_names
-from fossil_export.commands._shared import BASE_HELP, expect
+from fossil_export.commands._command import Command, option
+from fossil_export.commands._shared import adapter_argument, base_option, expect, json_option, show
+from fossil_export.commands._types import FILE, FOLDER, Spelled
 from fossil_export.converting._converters import CONVERTERS, OUTTYPES, Format, Outtype, takers
 from fossil_export.tables import print_conversion
 
+NEAREST = "Options of one format"
 
-@click.command()
-@click.argument("adapter")
-@click.option(
+EXAMPLES = (
+    "fossil-export convert my-adapter --to lora --output my-lora",
+    "fossil-export convert my-adapter --to gguf-lora --output my-lora.gguf",
+    "fossil-export convert old-bone-adapter --to miss --output my-miss",
+)
+
+
+@click.command(cls=Command, short_help="Write an adapter as a LoRA, for llama.cpp, and others.", examples=EXAMPLES)
+@adapter_argument
+@option(
     "--to",
     required=True,
     type=click.Choice(list(CONVERTERS)),
+    metavar="FORMAT",
     help="; ".join(f"{name}: {converter.what}" for name, converter in CONVERTERS.items()) + ".",
 )
-@click.option("-o", "--output", required=True, metavar="PATH", help="Folder or file to write; must not exist yet.")
-@click.option("--base", metavar="BASE", help=BASE_HELP)
-@click.option(
+@option(
+    "-o", "--output", required=True, metavar="PATH", type=FILE, help="The folder or file to write; must not exist yet."
+)
+@option("--overwrite", is_flag=True, help="Replace what an earlier conversion wrote.")
+@base_option()
+@option(
     "--base-config",
     metavar="FILE",
-    help=f"{takers('base_config')}: the base's config.json, if the model itself is not here.",
+    type=FILE,
+    help=f"For {takers('base_config')}: the base's config.json, if the base is not here.",
 )
-@click.option("--for", "graph", metavar="DIR", help=f"{takers('graph')}: the swappable ONNX folder it is for.")
-@click.option("--rank", type=int, metavar="N", help=f"{takers('rank')}: the nearest LoRA of this rank.")
-@click.option(
+@option(
+    "--for",
+    "graph",
+    group=NEAREST,
+    metavar="DIR",
+    type=FOLDER,
+    help=f"For {takers('graph')}: the swappable ONNX folder it is made for.",
+)
+@option("--rank", group=NEAREST, type=int, metavar="N", help=f"For {takers('rank')}: the nearest LoRA of this rank.")
+@option(
     "--energy",
+    group=NEAREST,
     type=float,
     metavar="SHARE",
-    help=f"{takers('energy')}: the nearest LoRA of the rank that keeps this share.",
+    help=f"For {takers('energy')}: the nearest LoRA that keeps this share of the update, e.g. 0.99.",
 )
-@click.option("--outtype", type=click.Choice(list(OUTTYPES)), help=f"{takers('outtype')}: of numbers.  [default: f32]")
-@click.option("--overwrite", is_flag=True, help="Replace what an earlier conversion wrote.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@option(
+    "--outtype",
+    group=NEAREST,
+    type=Spelled(list(OUTTYPES)),
+    help=f"For {takers('outtype')}: how numbers are stored.  [default: f32]",
+)
+@json_option
 def convert(
     adapter: str,
     to: Format,
@@ -50,7 +77,10 @@ def convert(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Write ADAPTER, a path or an id on the Hub, in another format. The model itself is not loaded."""
+    """Write ADAPTER in another format: a LoRA for PEFT, vLLM and llama.cpp, and others.
+
+    ADAPTER is a folder, an id on the Hub or an address. The base is not loaded: only its headers are read.
+    """
     from fossil_export.converting._conversion import convert as run_conversion
 
     expect(*CONVERTERS[to].needs, *of_names(adapter, output), *of_base(base))
@@ -66,8 +96,5 @@ def convert(
         outtype=outtype,
         overwrite=overwrite,
     )
-    if as_json:
-        print_json(result.to_dict())
-    else:
-        print_conversion(result)
+    show(result.to_dict() if as_json else None, print_conversion, result)
     print_warnings(result.warnings)

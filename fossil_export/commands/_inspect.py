@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import click
 
-from fossil_export._console import print_json, print_warnings
+from fossil_export._console import print_warnings
 from fossil_export._extras import of_base, of_names
-from fossil_export.commands._shared import BASE_HELP, expect
+from fossil_export.commands._command import Command, option
+from fossil_export.commands._shared import adapter_argument, base_option, expect, json_option, show
 from fossil_export.tables import print_inspection
 
+EXAMPLES = (
+    "fossil-export inspect my-adapter",
+    "fossil-export inspect user/my-adapter --base my-base --all",
+)
 
-@click.command()
-@click.argument("adapter")
-@click.option("--base", metavar="BASE", help=BASE_HELP)
-@click.option("--all", "every", is_flag=True, help="A row for every module, not for every kind of module.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+@click.command(cls=Command, short_help="Show what an adapter is, and what would stop a merge.", examples=EXAMPLES)
+@adapter_argument
+@base_option()
+@option("--all", "every", is_flag=True, help="A row for every module, not for every kind of module.")
+@json_option
 def inspect(adapter: str, base: str | None, every: bool, as_json: bool) -> None:
-    """Show what ADAPTER holds, which base tensors it touches and what would stop a merge.
+    """Show what ADAPTER is, which tensors of its base it changes, and what would stop a merge.
 
-    ADAPTER is a path or an id on the Hub. Exits with 1 when something would.
+    ADAPTER is a folder, an id on the Hub or an address. Exits with 1 if a merge would be refused.
     """
     from fossil_export._inspection import inspect as look
 
     expect(*of_names(adapter), *of_base(base))
     found = look(adapter, base)
-    if as_json:
-        print_json(found.to_dict())
-    else:
-        print_inspection(found, every)
+    show(found.to_dict() if as_json else None, partial(print_inspection, every=every), found)
     print_warnings(found.warnings)
     if found.problems:
         sys.exit(1)

@@ -9,7 +9,9 @@ import click
 from fossil_export._console import print_warnings, status_line
 from fossil_export._extras import of_base, of_names
 from fossil_export._mapped import tell_of_cut_files
-from fossil_export.commands._shared import BASE_HELP, expect, show, trust_option
+from fossil_export.commands._command import Command, option
+from fossil_export.commands._shared import adapter_argument, base_option, expect, json_option, show, trust_option
+from fossil_export.commands._types import DEVICE, FILE, FOLDER, Spelled
 from fossil_export.onnx.builders import BUILDERS, MAKING, PRECISIONS
 from fossil_export.onnx.modes import MODES
 from fossil_export.tables import print_export, print_onnx_plan
@@ -17,33 +19,60 @@ from fossil_export.tables import print_export, print_onnx_plan
 _DEFAULTS = [f"{name} for {builder.models}" if builder.models else name for name, builder in BUILDERS.items()]
 
 
-@click.command()
-@click.argument("adapter")
-@click.option("-o", "--output", metavar="DIR", help="Folder of the ONNX model; must not exist yet.")
-@click.option("--base", metavar="BASE", help=BASE_HELP)
-@click.option(
+GRAPH = "Graph"
+
+EXAMPLES = (
+    "fossil-export onnx my-adapter --output my-chat",
+    "fossil-export onnx my-adapter -o my-chat --mode swappable --precision int4",
+    "fossil-export onnx my-adapter -o my-graph --onnx model.onnx --mode tiled",
+)
+
+
+@click.command(cls=Command, short_help="Write adapter and base as an ONNX folder.", examples=EXAMPLES)
+@adapter_argument
+@option("-o", "--output", metavar="DIR", type=FOLDER, help="The folder of the ONNX model; must not exist yet.")
+@base_option()
+@option("--overwrite", is_flag=True, help="Replace a folder that an earlier export wrote.")
+@option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@option("--all", "every", is_flag=True, help="With --dry-run: a row for every weight, not for every kind.")
+@option(
     "--mode",
+    group=GRAPH,
     type=click.Choice(list(MODES)),
+    metavar="MODE",
     default="merged",
     show_default=True,
     help="; ".join(f"{mode.name}: {mode.help}" for mode in MODES.values()) + ".",
 )
-@click.option(
+@option(
+    "--precision",
+    group=GRAPH,
+    type=Spelled(list(PRECISIONS)),
+    help="Of the weights.  [default: fp32]",
+)
+@option(
     "--runtime",
+    group=GRAPH,
     type=click.Choice(list(BUILDERS)),
-    help="Who makes the graph; "
+    help="Who makes the graph. "
     + "; ".join(f"{builder.name}: {builder.help}" for builder in BUILDERS.values())
     + f".  [default: {', else '.join(_DEFAULTS)}]",
 )
-@click.option("--precision", type=click.Choice(list(PRECISIONS)), help="Of the graph's weights.  [default: fp32]")
-@click.option("--onnx", "graph", metavar="FILE.onnx", help="Use this graph of the base instead of making one.")
-@click.option("--copy-data", is_flag=True, help="With --onnx: copy the weights' file instead of sharing it.")
-@click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="What the graph is made for.")
+@option("--onnx", "graph", group=GRAPH, metavar="FILE.onnx", type=FILE, help="Use this graph of the base; make none.")
+@option(
+    "--copy-data", group=GRAPH, is_flag=True, help="With --onnx: copy the file of the weights instead of sharing it."
+)
+@option(
+    "--device",
+    group=GRAPH,
+    default="cpu",
+    show_default=True,
+    metavar="DEVICE",
+    type=DEVICE,
+    help="What the graph is made for: cpu or cuda (or gpu).",
+)
 @trust_option
-@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
-@click.option("--all", "every", is_flag=True, help="With --dry-run: a row for every weight, not for every kind.")
-@click.option("--overwrite", is_flag=True, help="Replace a folder that an earlier export wrote.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def onnx(
     adapter: str,
     output: str | None,
@@ -62,12 +91,14 @@ def onnx(
 ) -> None:
     """Write ADAPTER and its base as an ONNX folder that ONNX Runtime or GenAI runs.
 
-    ADAPTER is a path or an id on the Hub. The graph is made from the base, or is one you have (--onnx). More
-    adapters for a swappable folder are made by `convert --to onnx-adapter`; `verify` runs the folder against the
-    trained model.
+    ADAPTER is a folder, an id on the Hub or an address. The graph is made from the base, or is one you have (--onnx).
+    More adapters for a swappable folder are made by `convert --to onnx-adapter`; `verify` runs the folder against
+    the trained model.
     """
     if output is None and not dry_run:
         raise click.UsageError("Missing option '--output' (or ask for the plan alone with '--dry-run').")
+    if every and not dry_run:
+        raise click.UsageError("--all wants --dry-run, whose rows it lists one by one.")
     from fossil_export.onnx._export import export_onnx
     from fossil_export.onnx._plan import of_graph, plan_onnx
 

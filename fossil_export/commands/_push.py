@@ -7,16 +7,23 @@ from typing import Any
 import click
 
 from fossil_export._console import lines, print_warnings
-from fossil_export.commands._shared import publishing, show
+from fossil_export.commands._command import Command, option
+from fossil_export.commands._shared import json_option, publishing, show
+from fossil_export.commands._types import FILE
 from fossil_export.tables import print_push, print_push_plan
 
+EXAMPLES = (
+    "fossil-export push my-model user/my-model --dry-run",
+    "fossil-export push my-model user/my-model --private",
+)
 
-@click.command()
-@click.argument("directory", metavar="DIR")
+
+@click.command(cls=Command, short_help="Publish a result on the Hub, with a model card.", examples=EXAMPLES)
+@click.argument("directory", metavar="DIR", type=FILE)
 @click.argument("repo_id")
-@publishing
-@click.option("--dry-run", is_flag=True, help="Print what would go and what stays; make nothing and send nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@publishing()
+@option("--dry-run", is_flag=True, help="Print what would go and what stays; make and send nothing.")
+@json_option
 def push(
     directory: str,
     repo_id: str,

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from fossil_export import _terminal
 from fossil_export._console import print_json
 from fossil_export._extras import Need, needing
+from fossil_export.commands._command import GENERAL, option
+from fossil_export.commands._types import FILE
 
-BASE_HELP = "Base model: a folder, a weights file or an id on the Hub.  [default: the one the adapter names]"
+adapter_argument = click.argument("adapter", type=FILE)
 
-trust_option = click.option(
+trust_option = option(
     "--trust-remote-code",
     is_flag=True,
     help="Run the Python code that came with the base, if its config names some (auto_map). Read that code first.",
 )
+
+json_option = option("--json", "as_json", group=GENERAL, is_flag=True, help="Print one JSON object on stdout.")
+
+
+def base_option(group: str = "Options", of: str = "the adapter names") -> Callable[[Any], Any]:
+    """--base, under a heading."""
+    said = f"A folder, a weights file, an id on the Hub or an address.  [default: the one that {of}]"
+    return option("--base", group=group, metavar="BASE", type=FILE, help=said)
 
 
 def expect(*needs: Need) -> None:
@@ -61,21 +73,26 @@ def _is_there(path: str) -> bool:
         return False
 
 
-def publishing(command: Any) -> Any:
+def publishing(group: str = "Options") -> Callable[[Any], Any]:
     """The options of commands that write to the Hub, named as `hf upload` names them."""
-    for option in (
-        click.option("--commit-message", metavar="TEXT", help="Title of the commit."),
-        click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing."),
-        click.option("--revision", metavar="BRANCH", help="Branch to commit to; made if it is not there."),
-        click.option("--private", is_flag=True, help="Make a new repository private."),
-    ):
-        command = option(command)
-    return command
+    options = (
+        option("--commit-message", group=group, metavar="TEXT", help="Title of the commit."),
+        option("--create-pr", group=group, is_flag=True, help="Open a pull request instead of committing."),
+        option("--revision", group=group, metavar="BRANCH", help="Branch to commit to; made if it is not there."),
+        option("--private", group=group, is_flag=True, help="Make a new repository private."),
+    )
+
+    def decorated(command: Any) -> Any:
+        for one in options:
+            command = one(command)
+        return command
+
+    return decorated
 
 
 def show(as_json: dict[str, Any] | None, table: Any, result: Any) -> None:
-    """One JSON object where it was asked for, the table otherwise."""
+    """One JSON object if it was asked for, else the table, unless all is to be quiet."""
     if as_json is not None:
         print_json(as_json)
-    else:
+    elif not _terminal.quiet:
         table(result)

@@ -6,58 +6,65 @@ import sys
 
 import click
 
-from fossil_export._answers import TRAINED_ON
-from fossil_export._console import bar_and_status, echo, lines, print_json, print_warnings
+from fossil_export._console import bar_and_status, echo, lines, print_warnings
 from fossil_export._extras import FORWARD, of_base, of_names
 from fossil_export._mapped import tell_of_cut_files
 from fossil_export._threads import wait_asleep
-from fossil_export.commands._merge import _settings
-from fossil_export.commands._shared import expect, trust_option, weighted
+from fossil_export.commands import _training as training
+from fossil_export.commands._command import Command, option
+from fossil_export.commands._shared import base_option, expect, json_option, show, trust_option, weighted
+from fossil_export.commands._types import DEVICE, FILE, FOLDER
 from fossil_export.tables import print_push, print_verification
 from fossil_export.verifying._levels import LEVELS, Level
 
+HUB = "Publishing"
 
-@click.command()
-@click.argument("artifact")
-@click.option("--base", metavar="BASE", help="Base model.  [default: the one the artifact's record names]")
-@click.option(
-    "--adapter",
-    "adapters",
-    multiple=True,
-    metavar="ADAPTER[=WEIGHT]",
-    help="Adapter; of several name all, in their order.  [default: those the artifact's record names]",
+EXAMPLES = (
+    "fossil-export verify my-model",
+    "fossil-export verify my-model --level weights",
+    "fossil-export verify my-model --report parity.html",
 )
-@click.option(
+
+
+@click.command(cls=Command, short_help="Check that a result is the model that was trained.", examples=EXAMPLES)
+@click.argument("artifact", type=FILE)
+@option(
     "--level",
     type=click.Choice(LEVELS),
     default="all",
     show_default=True,
-    help="weights: every tensor (what was trained, of a graph with branches); forward: logits against the trainer's.",
+    help="weights: compare every tensor; forward: run both models and compare their answers.",
 )
-@click.option(
-    "--device", default="cpu", show_default=True, metavar="DEVICE", help="Where to run models: cpu, cuda, cuda:1."
+@base_option(of="the record of ARTIFACT names")
+@option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="ADAPTER[=WEIGHT]",
+    type=FOLDER,
+    help="What was merged; of several name all, in their order.  [default: those that the record names]",
 )
-@click.option(
-    "--trained-on",
-    type=click.Choice(TRAINED_ON),
-    default="auto",
+@option(
+    "--device",
+    default="cpu",
     show_default=True,
-    help="What the base was quantized to while the adapter was trained; auto: what the record or its files say.",
+    metavar="DEVICE",
+    type=DEVICE,
+    help="Where to run models: cpu, cuda (or gpu), cuda:1.",
 )
-@click.option(
-    "--bnb-4bit-use-double-quant/--no-bnb-4bit-use-double-quant",
-    "double_quant",
-    default=None,
-    help="With --trained-on nf4 or fp4: were the scales quantized, too?  [default: what the adapter's files say]",
-)
+@option("--prompts", metavar="FILE", type=FILE, help="Your own prompts, one a line.  [default: built-in ones]")
+@option("--report", metavar="FILE.html", type=FILE, help="Write a page with plots that opens offline.")
 @trust_option
-@click.option("--prompts", metavar="FILE", help="Prompts, one a line.  [default: built-in ones]")
-@click.option("--report", metavar="FILE.html", help="Write a page with plots that opens offline.")
-@click.option(
-    "--push-to-hub", is_flag=True, help="Of an ARTIFACT on the Hub: commit the certificate, and quote it in the card."
+@training.trained_on
+@training.double_quant
+@option(
+    "--push-to-hub",
+    group=HUB,
+    is_flag=True,
+    help="Of an ARTIFACT on the Hub: commit the certificate, and quote it in the card.",
 )
-@click.option("--create-pr", is_flag=True, help="With --push-to-hub: open a pull request instead of committing.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@option("--create-pr", group=HUB, is_flag=True, help="With --push-to-hub: open a pull request instead of committing.")
+@json_option
 def verify(
     artifact: str,
     base: str | None,
@@ -73,18 +80,18 @@ def verify(
     create_pr: bool,
     as_json: bool,
 ) -> None:
-    """Is ARTIFACT what was trained?
+    """Check that ARTIFACT is the model that was trained.
 
     ARTIFACT is a folder that `merge`, `onnx` or `convert --to lora` wrote, or its id on the Hub. Exits with 0 for
-    parity and with 1 otherwise, with the first reason on one line. Writes fossil_parity.json into the folder; on the
-    Hub, with --push-to-hub.
+    parity, else with 1 and the first reason on one line. Writes fossil_parity.json into the folder, or with
+    --push-to-hub on the Hub.
     """
     from fossil_export.verifying._verification import verify as check
 
     tell_of_cut_files()
     if create_pr and not push_to_hub:
         raise click.UsageError("--create-pr wants --push-to-hub.")
-    seen = _settings(trained_on, double_quant, None, None, None)
+    seen = training.settings(trained_on, double_quant)
     if push_to_hub:
         from fossil_export.publishing._certify import publish_certificate, target_of
 
@@ -110,16 +117,14 @@ def verify(
     if push_to_hub:
         with lines() as say:
             published = publish_certificate(result, create_pr=create_pr, progress=say)
-    if as_json:
-        print_json(result.to_dict() | ({"push": published.to_dict()} if published is not None else {}))
-    else:
-        print_verification(result)
-        if published is not None:
-            print_push(published)
+    more = {"push": published.to_dict()} if published is not None else {}
+    show(result.to_dict() | more if as_json else None, print_verification, result)
+    if published is not None and not as_json:
+        show(None, print_push, published)
     print_warnings(result.warnings + (published.warnings if published is not None else ()))
     if result.problems:
-        more = f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""
-        echo(result.problems[0] + more, label="not the trained model: ", fg="red", err=True)
+        others = f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""
+        echo(result.problems[0] + others, label="not the trained model: ", fg="red", err=True)
         sys.exit(1)
 
 

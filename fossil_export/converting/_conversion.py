@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fossil_export._spellings import chosen, expected
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.checkpoints._stamp import check_stamp, stamps_of
-from fossil_export.converting._converters import CONVERTERS, OPTIONS, Converter, Format, Outtype, takers
+from fossil_export.converting._converters import CONVERTERS, OPTIONS, OUTTYPES, Converter, Format, Outtype, takers
 from fossil_export.converting._options import Options
 from fossil_export.errors import (
     AdapterError,
@@ -24,7 +25,8 @@ from fossil_export.errors import (
 )
 from fossil_export.merging._planning import find_base
 from fossil_export.methods import ROWS
-from fossil_export.storage import expanded, fetch, is_path
+from fossil_export.storage import fetch, is_path
+from fossil_export.writing._place import local_output
 from fossil_export.writing._single_file import staged_file
 from fossil_export.writing._staging import check_destination, staged_folder
 
@@ -136,6 +138,10 @@ def convert(
     converter = CONVERTERS[to]
     special = {"base_config": base_config, "graph": graph, "rank": rank, "energy": energy, "outtype": outtype}
     _refuse_options(converter, special)
+    if outtype is not None:
+        if (meant := chosen(outtype, OUTTYPES)) is None:
+            raise FossilExportError(f"outtype is {str(outtype)!r}, {expected(OUTTYPES)}")
+        outtype = meant  # type: ignore[assignment]  # one of the table
     if not isinstance(adapter, Adapter):
         adapter = load_adapter(adapter)
     if placed := [one for one in adapter.trained.values() if one.method in ("lora_parameter", *ROWS)]:
@@ -153,7 +159,7 @@ def convert(
         for file, stamp in beside.items():
             check_stamp(file, stamp, AdapterError)
 
-    path = expanded(output, OutputError).absolute()
+    path = local_output(output)
     if converter.folder:
         # A state dict may lie anywhere; PEFT's folder is only read.
         _refuse_inputs(path, adapter, options)

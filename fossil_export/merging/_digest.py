@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fossil_export._spellings import device_named
 from fossil_export.checkpoints._checkpoint import Checkpoint, identity, sha256
 from fossil_export.checkpoints._companions import QUANTIZATION_FILES
 from fossil_export.checkpoints._folder import Folder
@@ -77,7 +78,7 @@ def _options(plan: MergePlan, device: str) -> list[str]:
         *([f"--requantize --min-survival {plan.min_survival:g}"] if plan.min_survival is not None else []),
         *([f"--trained-on {json.dumps(seen['trained_on'], sort_keys=True)}"] if seen else []),
         f"--into {plan.into}",
-        f"--device {device.partition(':')[0]}",
+        f"--device {device_named(device).partition(':')[0]}",
     ]
 
 

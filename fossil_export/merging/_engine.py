@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fossil_export._extras import required
+from fossil_export._spellings import cuda_missing, device_missing, device_named
 from fossil_export.checkpoints._coding import CodedRows
 from fossil_export.checkpoints._dtypes import numpy_dtype
 from fossil_export.checkpoints._rounding import rounded, widened
@@ -121,13 +122,13 @@ class TorchEngine:
 
     def __init__(self, device: str) -> None:
         torch = required("torch", "torch", f"--device {device}")
+        if line := cuda_missing(device, torch):
+            raise MergeError(line)
         try:
             self._device = torch.device(device)
             torch.zeros(1, device=self._device).cpu()
         except (RuntimeError, AssertionError, NotImplementedError) as problem:
-            raise MergeError(
-                f"device {device!r} is not available here ({str(problem).splitlines()[0]}); use --device cpu"
-            ) from problem
+            raise MergeError(device_missing(device, str(problem).splitlines()[0])) from problem
         self._torch = torch
         # The merge brings its own threads; PyTorch's on top of them would take turns on the same cores.
         self._threads = torch.get_num_threads()
@@ -183,6 +184,7 @@ class TorchEngine:
 
 def choose_engine(device: str) -> Engine:
     """The engine for `device` ("cpu", "cuda", "cuda:1", …). Raises MergeError where it is not available."""
+    device = device_named(device, MergeError)
     return NumpyEngine() if device == "cpu" else TorchEngine(device)
 
 

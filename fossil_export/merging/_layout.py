@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from decimal import Decimal
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from fossil_export.checkpoints._dtypes import BITS, TORCH_NAME, byte_count, elem
 from fossil_export.checkpoints._header import Header, TensorInfo, encode_header
 from fossil_export.checkpoints._jsonfile import write_json
 from fossil_export.checkpoints.quantized._trained_on import AS_TRAINED
-from fossil_export.errors import MergeError
 from fossil_export.merging._change import Change, Part, Piece, parts_of
 
 
@@ -160,15 +157,6 @@ def lay_out(
     if (len(files) == 1 and base.index is None) or (len(files) == 1 and max_shard_size is not None):
         return files, None
     return files, _index(base, files)
-
-
-def parse_size(size: int | str, what: str = "max_shard_size") -> int:
-    """Bytes from a number or a string like "5GB" or "500MiB", as huggingface_hub reads it (GB is 10**9)."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", str(size).strip().upper())
-    if match is None or Decimal(match[1]) <= 0:
-        raise MergeError(f"{what} is {size!r}, expected bytes or a size like 5GB")
-    step = 1024 if match[3] else 1000
-    return int(Decimal(match[1]) * step ** " KMGT".index(match[2] or " "))
 
 
 def _cut(tensors: list[TensorPlan], limit: int) -> dict[str, list[TensorPlan]]:

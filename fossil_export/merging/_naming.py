@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fossil_export import models
+from fossil_export._log import log
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.models import Architecture, Names, Passes
@@ -76,7 +77,12 @@ def naming_of(adapter: Adapter, base: Checkpoint) -> Naming:
     """
     base.found[_PASSES] = Passes()
     try:
-        return _likeliest(adapter, base)
+        found = _likeliest(adapter, base)
+        if (told := f"told {adapter.name}") not in base.found:  # once
+            base.found[told] = True
+            rules = f"those of {found.model.name} in transformers" if found.known else "as the base's files name them"
+            log.info("%s: names of modules are %s", adapter.name, rules)
+        return found
     finally:
         base.found.pop(_PASSES).clear()
 

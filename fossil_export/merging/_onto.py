@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fossil_export._spellings import parse_size
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import Checkpoint
-from fossil_export.merging._layout import parse_size
 from fossil_export.merging._plan import MergePlan
 from fossil_export.merging._planning import planned
 

@@ -7,17 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export._log import timed
+from fossil_export._spellings import chosen, expected, parse_size
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._companions import QUANTIZATION_FILES, TOKENIZER_FILES, companions
-from fossil_export.checkpoints._dtypes import BY_TORCH_NAME, FLOATS, torch_name
+from fossil_export.checkpoints._dtypes import BY_TORCH_NAME, FLOATS
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints._jsonfile import write_json
 from fossil_export.checkpoints._stamp import Stamp, stamps_of
 from fossil_export.errors import CheckpointError, MergeError, listed
 from fossil_export.merging._config import difference, edited_config
 from fossil_export.merging._given import AnyGiven, loaded
-from fossil_export.merging._layout import TensorPlan, lay_out, parse_size
+from fossil_export.merging._layout import TensorPlan, lay_out
 from fossil_export.merging._look import look
 from fossil_export.merging._place import place
 from fossil_export.merging._placement import Places, together
@@ -64,13 +66,14 @@ def plan_merge(
     Raises AdapterError, CheckpointError, HubError or MergeError.
     """
     adapters, found_weights = loaded(adapter, weights)
-    dtype = torch_name(dtype)
+    wanted = chosen(dtype, ("auto", *BY_TORCH_NAME))
+    if wanted is None:
+        raise MergeError(f"dtype is {str(dtype)!r}, {expected(('auto', *BY_TORCH_NAME))}")
+    dtype = wanted
     if not 0 <= min_survival <= 1:
         raise MergeError(f"min_survival is {min_survival!r}, expected a share from 0 to 1")
     if requantize and dtype != "auto":
         raise MergeError("--requantize keeps the base's dtypes; leave out --dtype")
-    if dtype != "auto" and dtype not in BY_TORCH_NAME:
-        raise MergeError(f"dtype is {dtype!r}, expected auto, {', '.join(BY_TORCH_NAME)}")
     bases = list(dict.fromkeys(one.base_model for one in adapters if one.base_model))
     if base is None and len(bases) > 1:
         raise MergeError(f"the adapters name different bases ({listed(bases)}); name the one to merge into with --base")
@@ -95,7 +98,7 @@ def plan_merge(
         base_revision=found.revision or (first.base_revision if base is None else None),
         base_branch=found.branch,
         dtype=dtype,
-        max_shard_size=parse_size(max_shard_size) if max_shard_size is not None else None,
+        max_shard_size=parse_size(max_shard_size, "max_shard_size", MergeError) if max_shard_size is not None else None,
         files=(),
         index=None,
         config=None,
@@ -114,7 +117,8 @@ def plan_merge(
         seen=seen,
         into=into,
     )
-    return planned(asked, dtype, [None] * len(adapters))
+    with timed("planned %d tensors of %d files", len(asked.base.tensors), len(asked.base.files)):
+        return planned(asked, dtype, [None] * len(adapters))
 
 
 def _doubts(adapters: Sequence[Adapter], weights: Sequence[float], bases: list[str]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export._log import log, timed
 from fossil_export._threads import in_order, one_blas_thread
 from fossil_export.checkpoints._header import Header
 from fossil_export.checkpoints._source import by_address
@@ -109,7 +110,7 @@ class Writer:
         plan.check_settled()
         self._plan = plan
         self._progress = progress
-        self._engine = choose_engine(device)
+        self._engine, self._device = choose_engine(device), device
 
     def __enter__(self) -> Writer:
         return self
@@ -125,7 +126,8 @@ class Writer:
         hash: bool = False,  # noqa: A002
     ) -> FileResult:
         """Write `file` to `sink`. `moved` says where files lie that the plan has elsewhere."""
-        survival = self._work(file, sink.create(file.name, file.size, hash), slabs(file), moved or {})
+        with timed("wrote %s, %d bytes", file.name, file.size):
+            survival = self._work(file, sink.create(file.name, file.size, hash), slabs(file), moved or {})
         return FileResult(file.name, file.size, survival, sink.sha256(file.name) if hash else None)
 
     def change(self, file: FilePlan, path: Path, base: Path) -> FileResult:
@@ -144,6 +146,7 @@ class Writer:
     ) -> dict[str, Survival]:
         bounds = bounds_of(file, self._engine.block)
         worker = Worker(self._plan, self._engine, moved, bounds.room)
+        log.info("%s: merging on %s, %d threads", file.name, self._device, bounds.threads)
         try:
             # More threads than there are cores, since one waits while its slab is written.
             with by_address(self._plan.base.home), one_blas_thread(), ThreadPoolExecutor(bounds.threads) as pool:

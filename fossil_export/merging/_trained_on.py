@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fossil_export._answers import BLOCK_SIZES, FOUR_BITS, INTO, KINDS, TRAINED_ON, UNQUANTIZED
+from fossil_export._spellings import expected
 from fossil_export.adapters import Adapter
 from fossil_export.adapters._quantized import Sign, agreed, of_settings, settings_at, signs
 from fossil_export.checkpoints._checkpoint import Checkpoint
-from fossil_export.checkpoints._dtypes import BY_TORCH_NAME, FLOATS, TORCH_NAME, torch_name
+from fossil_export.checkpoints._dtypes import BY_TORCH_NAME, FLOATS, TORCH_NAME
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints.quantized._format import float_dtype
 from fossil_export.checkpoints.quantized._trained_on import TrainedOn
@@ -139,6 +140,9 @@ def _answer(asked: str | Mapping[str, Any] | TrainedOn) -> Sign:
     sign = of_settings(asked, "as was said")
     if sign is None or sign.kind is None:
         raise MergeError(f"trained_on is {dict(asked)!r}, which does not say how the base was quantized")
+    given = asked.get("bnb_4bit_compute_dtype")
+    if given is not None and sign.compute_dtype is None:
+        raise MergeError(f"bnb_4bit_compute_dtype is {str(given)!r}, {expected(('float32', 'float16', 'bfloat16'))}")
     return sign
 
 
@@ -214,7 +218,7 @@ def _how(sign: Sign, base: Checkpoint, asked: Any) -> TrainedOn:
     """A model is loaded in the dtype that is computed in, if that has 16 bits, else in its own (`dtype="auto"`)."""
     dtype = float_dtype(base.config or {}, _commonest(base))
     if sign.compute_dtype in ("bfloat16", "float16"):
-        dtype = BY_TORCH_NAME[torch_name(sign.compute_dtype)]
+        dtype = BY_TORCH_NAME[sign.compute_dtype]
     block = asked.get("bnb_4bit_blocksize", 64) if isinstance(asked, Mapping) else 64
     if str(block) not in BLOCK_SIZES:
         raise MergeError(f"trained_on has blocks of {block!r}, expected {', '.join(BLOCK_SIZES)}")

@@ -27,7 +27,8 @@ from fossil_export.onnx.builders import BUILDERS, PRECISIONS, PrecisionName, Run
 from fossil_export.onnx.builders._existing import companions, share_data
 from fossil_export.onnx.graph._check import check
 from fossil_export.onnx.modes import MODES, ModeName
-from fossil_export.storage import expanded, fetch
+from fossil_export.storage import fetch
+from fossil_export.writing._place import local_output
 from fossil_export.writing._sink import FolderSink
 from fossil_export.writing._staging import check_destination, staged_folder
 
@@ -118,7 +119,7 @@ def run_onnx(
     check_packages(plan)
     plan.check()  # first, since an input that is gone has no place to hold the output against
     fetch(merge.adapter.needed)
-    target = expanded(output, OutputError).absolute()
+    target = local_output(output)
     if plan.graph is not None and Path(os.path.realpath(target)) in plan.graph.resolve().parents:
         raise OutputError(f"{output}: holds {plan.graph}, which would be replaced; choose another --output")
     check_destination(target, [merge.base.location, merge.adapter.path], overwrite)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export._extras import Need, need, require
+from fossil_export._spellings import chosen, device_named, expected
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.checkpoints._dtypes import element_count
 from fossil_export.checkpoints._stamp import Stamp, check_stamp, stamps_of
@@ -145,12 +145,14 @@ def decide(
     """The plan as far as it is known without the base's weights: without `places`."""
     if not isinstance(adapter, Adapter):
         adapter = load_adapter(adapter)
+    if precision is not None:
+        if (found := chosen(precision, PRECISIONS)) is None:
+            raise OnnxError(f"precision is {str(precision)!r}, {expected(PRECISIONS)}")
+        precision = found
     check_mode(adapter, mode, precision)
-    for what, value, known in (("runtime", runtime, BUILDERS), ("precision", precision, PRECISIONS)):
-        if value is not None and value not in known:
-            raise OnnxError(f"{what} is {value!r}, expected {', '.join(known)}")
-    if re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:  # a builder would quietly make a graph for the CPU
-        raise OnnxError(f"device is {device!r}, expected cpu, cuda")
+    if runtime is not None and runtime not in BUILDERS:
+        raise OnnxError(f"runtime is {runtime!r}, expected {', '.join(BUILDERS)}")
+    device = device_named(device, OnnxError)  # of another one a builder would quietly make a graph for the CPU
     if onnx is not None and (runtime or precision):
         raise OnnxError("--onnx takes the graph as it is; leave --runtime and --precision out")
     if onnx is not None:

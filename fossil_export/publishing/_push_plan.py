@@ -23,6 +23,7 @@ from fossil_export.publishing._paths import Paths, is_path
 from fossil_export.publishing._stale import refuse_base, removal_warnings, stale
 from fossil_export.publishing._target import Target
 from fossil_export.storage import expanded, resolve
+from fossil_export.storage._paths import near_to
 
 if TYPE_CHECKING:
     pass
@@ -191,5 +192,7 @@ def _found(folder: str | Path) -> Path:
     except (OSError, ValueError):
         there = True  # what is wrong with it is said below
     if not there:
-        raise CheckpointError(f"{folder}: no such file or folder; name one that `merge`, `convert` or `onnx` wrote")
+        near = near_to(str(folder))
+        meant = f"did you mean {near}?" if near else "name one that `merge`, `convert` or `onnx` wrote"
+        raise CheckpointError(f"{folder}: no such file or folder; {meant}")
     return resolve(folder, CheckpointError, "artifact")

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export._spellings import parse_size
 from fossil_export.artifacts._kinds import KINDS
 from fossil_export.cards import Facts
 from fossil_export.checkpoints._companions import CARD
-from fossil_export.errors import FossilExportError, longer
+from fossil_export.errors import FossilExportError, OutputError, longer
 from fossil_export.merging._finish import Finished, finish
 from fossil_export.merging._given import AnyGiven
-from fossil_export.merging._layout import parse_size
 from fossil_export.merging._merge import survival_warnings
 from fossil_export.merging._planning import plan_merge, settled
 from fossil_export.merging._provenance import provenance, survival_record
@@ -144,7 +144,7 @@ def plan_stream(
         trained_on=trained_on,
         into=into,
     )
-    return plan_moves(merge, None if max_disk is None else parse_size(max_disk, "max_disk"))
+    return plan_moves(merge, None if max_disk is None else parse_size(max_disk, "max_disk", OutputError))
 
 
 def run_stream(

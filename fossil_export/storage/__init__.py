@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
+from fossil_export._log import log
 from fossil_export.errors import FossilExportError
 from fossil_export.storage._local import LocalStorage
 from fossil_export.storage._needed import Needed, fetch
@@ -27,6 +29,9 @@ def find_origin(given: str | Path, error: type[FossilExportError], what: str) ->
     of_address = [storage for storage in STORAGES.values() if str(given).startswith(storage.addresses)]
     for storage in of_address or STORAGES.values():
         if (found := storage.find(given, error, what)) is not None:
+            if log.isEnabledFor(logging.INFO):  # the current folder may be gone
+                commit = f", commit {found.revision}" if found.revision else ""
+                log.info("%s %s: %s%s", what, given, found.path.absolute(), commit)
             return found
     raise error(nothing_there(given, what))
 

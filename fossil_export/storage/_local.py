@@ -22,7 +22,8 @@ class LocalStorage(Storage):
             return None
         is_id = is_hub_id(text)
         note = f"{text}: the {what} in this folder is taken, not the Hub's; write hf://{text} for that one"
-        notes = (note,) if is_id and isinstance(given, str) and path.is_dir() else ()
+        is_clear = what == "adapter" and (path / "adapter_config.json").is_file()
+        notes = (note,) if is_id and isinstance(given, str) and path.is_dir() and not is_clear else ()
         name = f"./{text}" if is_id else text
         folder, file = (path, None) if path.is_dir() else (path.parent, path.name)
         return Origin(name, LocalFolder(folder), file, hub_revision(path), notes=notes, is_path=True)

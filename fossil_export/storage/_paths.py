@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
+from itertools import islice
 from pathlib import Path
 
 from fossil_export.errors import FossilExportError, unreadable
+
+_WORD = re.compile(r"[\w-][\w.-]*")
+_ONE_SLASH = re.compile(r"(s3a?|gc?s|az|abfss?|hf|https?|hdfs|sftp|oss):/(?!/)")
+_MOST = 5000
+"""Names in a folder that are looked at for one like a name that is not there."""
 
 
 def resolve(given: str | Path, error: type[FossilExportError], what: str) -> Path:
@@ -38,7 +45,34 @@ def is_path(name: str) -> bool:
 def nothing_there(given: str | Path, what: str) -> str:
     """The message for a name that nothing was found by."""
     option = " with --base" if what == "base model" else ""
-    return f"{given}: no such file or folder; download the {what} and name its folder{option}"
+    text = str(given)
+    if near := near_to(text):
+        return f"{text}: no such file or folder{_here(text)}; did you mean {near}?"
+    if _WORD.fullmatch(text) and isinstance(given, str):
+        return f"{text}: no such file or folder here; name the folder{option}, or a model on the Hub as user/{text}"
+    if match := _ONE_SLASH.match(text):
+        return f"{text}: no such file or folder here; an address has two slashes: {match[1]}://{text[match.end() :]}"
+    return f"{text}: no such file or folder; download the {what} and name its folder{option}"
+
+
+def near_to(given: str) -> str | None:
+    """What is here and has nearly the name `given`, as it may be typed; None if nothing has."""
+    from difflib import get_close_matches
+
+    try:
+        path = Path(given).expanduser()
+        missing = next(one for one in (*reversed(path.parents), path) if not one.exists())
+        names = [one.name for one in islice(missing.parent.iterdir(), _MOST) if not one.name.startswith(".")]
+        (name,) = get_close_matches(missing.name, names, 1, 0.75)
+        found = missing.with_name(name)
+        whole = found / path.relative_to(missing)
+        return str(whole if whole.exists() else found)
+    except (OSError, RuntimeError, StopIteration, ValueError):
+        return None
+
+
+def _here(text: str) -> str:
+    return "" if text.startswith(("/", "~")) else " here"
 
 
 def exists(path: Path, given: str | Path, error: type[FossilExportError]) -> bool:

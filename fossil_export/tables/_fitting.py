@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from fossil_export import _console
+from fossil_export._terminal import width
 
 GAP = 2
 NARROWEST = 12
@@ -49,13 +50,13 @@ def fitted(header: Row, rows: Sequence[Row], most: int | None, less: Sequence[st
     for worded in (True, False):
         places = [one for one in range(len(header)) if worded == any(" " in row[one] for row in found)]
         while places and _total(widths) > most:
-            place = max(places, key=lambda one: widths[one] - len(header[one]))
-            if widths[place] <= max(NARROWEST, len(header[place])):
+            place = max(places, key=lambda one: widths[one] - width(header[one]))
+            if widths[place] <= max(NARROWEST, width(header[place])):
                 break
             widths[place] -= 1
     lines: list[Row] = []
     for row in found:
-        cells = [_folded(cell, width) for cell, width in zip(row, widths, strict=True)]
+        cells = [_folded(cell, wide) for cell, wide in zip(row, widths, strict=True)]
         depth = max(map(len, cells))
         lines += [tuple(cell[level] if level < len(cell) else "" for cell in cells) for level in range(depth)]
     return header, lines
@@ -68,7 +69,7 @@ def hanging(pairs: Sequence[tuple[str, str]], most: int | None) -> list[tuple[st
     >>> hanging([("reason", "it is much too long"), ("time", "2 s")], 20)
     [('reason', 'it is much'), ('', 'too long'), ('time', '2 s')]
     """
-    wide = max((len(name) for name, _ in pairs), default=0) + GAP
+    wide = max((width(name) for name, _ in pairs), default=0) + GAP
     if most is None or most - wide < NARROWEST:
         return list(pairs)
     found = []
@@ -78,17 +79,17 @@ def hanging(pairs: Sequence[tuple[str, str]], most: int | None) -> list[tuple[st
     return found
 
 
-def _folded(cell: str, width: int) -> list[str]:
+def _folded(cell: str, most: int) -> list[str]:
     """Broken after dots, slashes, commas and spaces, the following lines two to the right."""
-    if len(cell) <= width:
+    if width(cell) <= most:
         return [cell]
-    return _packed(re.findall(r"[^./, _]*[./, _]+|[^./, _]+", cell), width, "  ")
+    return _packed(re.findall(r"[^./, _]*[./, _]+|[^./, _]+", cell), most, "  ")
 
 
-def _packed(pieces: Sequence[str], width: int, indent: str) -> list[str]:
+def _packed(pieces: Sequence[str], most: int, indent: str) -> list[str]:
     lines, current = [], ""
     for piece in pieces:
-        if current.strip() and len((current + piece).rstrip()) > width:
+        if current.strip() and width((current + piece).rstrip()) > most:
             lines.append(current.rstrip())
             current = indent + piece.lstrip()
         else:
@@ -97,7 +98,7 @@ def _packed(pieces: Sequence[str], width: int, indent: str) -> list[str]:
 
 
 def _widths(header: Row, rows: Sequence[Row]) -> list[int]:
-    return [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return [max(map(width, column)) for column in zip(header, *rows, strict=True)]
 
 
 def _total(widths: Sequence[int]) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fossil_export._console import echo, readable_bytes
+from fossil_export.checkpoints._dtypes import TORCH_NAME
 from fossil_export.errors import listed
 from fossil_export.tables._exits import push_pairs
 from fossil_export.tables._fitting import print_pairs, print_table
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 def print_plan(plan: MergePlan, every: bool = False) -> None:
     """What is done to the tensors that are not simply copied, by kind of tensor or for `every` one, and the summary."""
     rows = [
-        (tensor.name, tensor.dtype, "x".join(map(str, tensor.shape)), _change(tensor))
+        (tensor.name, TORCH_NAME.get(tensor.dtype, tensor.dtype), "x".join(map(str, tensor.shape)), _change(tensor))
         for tensor in plan.tensors
         if tensor.action in ("merge", "replace", "add", "requantize") and tensor.leads
     ]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fossil_export._extras import FORWARD, require, required
 from fossil_export._foreign import load_model, load_tokenizer, model_class, read_config
 from fossil_export._libraries import tame_bitsandbytes, without_panics
+from fossil_export._spellings import cuda_missing
 from fossil_export._threads import import_torch
 from fossil_export.errors import FossilExportError
 
@@ -148,8 +149,8 @@ def check_device(device: str) -> None:
     libraries()
     import torch
 
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise FossilExportError(f"device {device!r} is not available here (no CUDA GPU); use --device cpu")
+    if line := cuda_missing(device, torch):
+        raise FossilExportError(line)
 
 
 def libraries() -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fossil_export._extras import required
+from fossil_export._spellings import device_missing
 from fossil_export._threads import threads
 from fossil_export.checkpoints._jsonfile import read_json
 from fossil_export.errors import FossilExportError, OnnxError
@@ -161,8 +162,10 @@ def providers(device: str) -> list[str]:
         return ["CPUExecutionProvider"]
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         raise FossilExportError(
-            f"device {device!r} is not available: this onnxruntime has no CUDA provider (onnxruntime-gpu has; a plain "
-            "onnxruntime installed beside it hides it); use --device cpu"
+            device_missing(
+                device,
+                "this onnxruntime has no CUDA provider: it is not onnxruntime-gpu, or a plain onnxruntime hides that",
+            )
         )
     return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from fossil_export._extras import FORWARD, Need, need, of_base, require
 from fossil_export._foreign import trusting
+from fossil_export._log import log
+from fossil_export._spellings import device_named
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.artifacts._kinds import kind_of_file
 from fossil_export.checkpoints._checkpoint import Checkpoint
@@ -144,6 +146,7 @@ def _verified(
 
     base_name = str(base_checkpoint.location) if found_base.is_path else pinned(found_base.name, found_base.revision)
     texts = read_prompts(prompts) if prompts is not None else PROMPTS
+    device = device_named(device)
     if level != "weights":
         check_device(device)
     else:
@@ -164,6 +167,7 @@ def _verified(
             with by_address(base_checkpoint.home):
                 tensors, problems = found.weights(changed, added, record, progress)
                 problems = [shown(problem, base_checkpoint.home) for problem in problems]
+            log.info("compared the weights: %.2f s after the start", time.perf_counter() - started)
         except MergeError as problem:  # adapter and base do not go together: nothing made of them can be right
             problems.append(str(problem))
             together = False
@@ -177,6 +181,7 @@ def _verified(
                 dtype = running.dtype(getattr(running, "checkpoint", plain) if base_checkpoint.made_of else plain)
                 parameters = running.parameters(plain)
                 forward = check_forward(subject, plain.location, added, dtype, parameters, texts, device, status)
+                log.info("ran the models on %s: %.2f s after the start", device, time.perf_counter() - started)
                 problems += subject.problems
                 wrong, note = training.explained(forward.problem)
                 problems += [wrong] if wrong else []

@@ -83,12 +83,31 @@ class Place(Protocol):
         """
 
 
+def check_local(given: str | Path) -> None:
+    """Raise OutputError for a path that is an address with one slash: it would become a folder of that name here."""
+    text = str(given)  # pathlib makes one slash of two
+    if (match := re.match(r"([a-z][a-z0-9]+):/(?!/)", text)) is not None:
+        address = f"{match[1]}://{text[match.end() :]}"
+        raise OutputError(f"{text}: an address has two slashes, '{address}'; for a folder here write './{text}'")
+
+
+def local_output(given: str | Path) -> Path:
+    """The path of a result that can only be made on this machine. Raises OutputError for an address, and for a path
+    that cannot be written down."""
+    check_local(given)
+    scheme = scheme_of(str(given))
+    if scheme is not None and scheme not in LOCAL:
+        raise OutputError(f"{given}: this is written on this machine only; name a folder here, and copy it there")
+    return expanded(given if scheme is None else str(given).partition("://")[2], OutputError).absolute()
+
+
 def find_place(given: str | Path) -> Place:
     """The place of what the user typed as --output. Raises OutputError, MissingExtraError, and StorageError for what an
     object store refuses."""
     scheme = scheme_of(str(given))
     if scheme is not None or _CHAIN.match(str(given)):
         check_address(str(given), OutputError)
+    check_local(given)
     if scheme in OTHERS:
         raise OutputError(f"{given}: is no place for --output; publish with --push-to-hub")
     if scheme is not None and scheme not in LOCAL:

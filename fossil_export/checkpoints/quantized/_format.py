@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fossil_export._spellings import dtype_named
 from fossil_export.checkpoints._coding import Coding
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.errors import CheckpointError
@@ -119,10 +120,10 @@ def coded(name: str, dtype: str, shape: tuple[int, ...], coding: Coding) -> Tens
 
 def float_dtype(config: Mapping[str, Any], otherwise: str = "BF16") -> str:
     """The dtype that a config names for the model ("BF16"), `otherwise` if it names none."""
-    from fossil_export.checkpoints._dtypes import BY_TORCH_NAME, torch_name
+    from fossil_export.checkpoints._dtypes import BY_TORCH_NAME
 
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in ("dtype", "torch_dtype"):
-            if (found := BY_TORCH_NAME.get(torch_name(part.get(key)))) is not None:
-                return found
+            if (found := dtype_named(part.get(key))) is not None:
+                return BY_TORCH_NAME[found]
     return otherwise

@@ -85,6 +85,11 @@ def is_unreachable(problem: BaseException) -> bool:
     return any(status_of(cause) >= 500 or _is_network(cause) or _is_offline(cause) for cause in causes_of(problem))
 
 
+def is_cut_off(problem: BaseException) -> bool:
+    """Whether there was nobody to ask."""
+    return any(map(_is_network, causes_of(problem)))
+
+
 def is_conflict(problem: BaseException) -> bool:
     """Whether the branch has moved since its head was looked at."""
     return any(status_of(cause) in (409, 412) for cause in causes_of(problem))

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from fossil_export.errors import FossilExportError, HubError
 from fossil_export.storage._origin import ModelName, Origin, Storage
+from fossil_export.storage._paths import near_to
 from fossil_export.storage.hub import _address as address
-from fossil_export.storage.hub._errors import NotThereError, check_client, endpoint
+from fossil_export.storage.hub._errors import NotThereError, check_client, endpoint, is_cut_off
 from fossil_export.storage.hub._names import folder_of, is_hub_id, is_old_id, is_on_hub, repository_of
 
 
@@ -25,9 +26,10 @@ class HubStorage(Storage):
             return None
         try:
             return _open(text, error)
-        except NotThereError as problem:
-            hint = ", or name another base with --base" if what == "base model" else ""
-            raise HubError(f"{problem}{hint} (there is no such file or folder here)") from problem
+        except HubError as problem:
+            if not isinstance(problem, NotThereError) and not is_cut_off(problem):
+                raise
+            raise HubError(_nowhere(text, str(problem), what)) from problem
 
     def parse(self, name: str) -> ModelName | None:
         if not is_on_hub(name):
@@ -43,6 +45,17 @@ class HubStorage(Storage):
         repository = repository_of(name)
         inside = name.removeprefix(f"hf://{repository}")
         return name if inside.startswith("@") else f"hf://{repository}@{revision}{inside}"
+
+
+def _nowhere(text: str, told: str, what: str) -> str:
+    """The line for a name that is no path here, and that the Hub does not know or cannot be asked for: `told`."""
+    repository = text.partition("@")[0]
+    told = told.removeprefix(f"{repository}: ")
+    near = near_to(text)
+    meant = f" (did you mean {near}?)" if near else ""
+    hint = ", or name another base with --base" if what == "base model" else ""
+    it = "it " if told.startswith("is ") else ""
+    return f"{repository}: no such file or folder here{meant}, and {it}{told}{hint}"
 
 
 def _page(repository: str) -> str | None:

@@ -16,6 +16,7 @@ from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export._log import timed
 from fossil_export.checkpoints._folder import LocalFolder, hub_blob
 from fossil_export.checkpoints._header import Header, header_length, parse_header
 from fossil_export.checkpoints._weights_file import header_of, is_pickle
@@ -121,7 +122,8 @@ class HubFolder:
             return
         if unknown := [name for name in missing if name not in self.entries]:
             raise HubError(f"{self.repository}: has no {listed(unknown)} at {self.commit[:12]}")
-        self._check_room(sum(self.entries[name].size for name in missing))
+        size = sum(self.entries[name].size for name in missing)
+        self._check_room(size)
         wanted = [escape(self.prefix + name) for name in missing]
         small = all(self.entries[name].size < 1 << 20 for name in missing)
 
@@ -134,7 +136,8 @@ class HubFolder:
                 library_name=client.LIBRARY,
             )
 
-        retried(lambda: interruptible(run), self.repository)
+        with timed("fetched %s of %s, %d bytes", ", ".join(missing), self.repository, size):
+            retried(lambda: interruptible(run), self.repository)
         if absent := self.missing(missing):  # the client takes what is cached where the Hub has trouble
             raise HubError(f"{self.repository}: {listed(absent)} did not come; run the same command again")
         with ThreadPoolExecutor(2) as pool:
