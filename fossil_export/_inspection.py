@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export._grouping import grouped
+from fossil_export._progress import Shown, counted, reporting
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.checkpoints._dtypes import TORCH_NAME
 from fossil_export.errors import FossilExportError, HubError
@@ -93,7 +94,8 @@ class Inspection:
         }
 
 
-def inspect(adapter: Adapter | str | Path, base: str | Path | None = None) -> Inspection:
+@reporting
+def inspect(adapter: Adapter | str | Path, base: str | Path | None = None, *, progress: Shown = False) -> Inspection:
     """Look at `adapter`, and at `base` where there is one (default: the adapter's own, if it can be had); paths or ids
     on the Hub, of which only headers are read.
 
@@ -101,7 +103,8 @@ def inspect(adapter: Adapter | str | Path, base: str | Path | None = None) -> In
     """
     if not isinstance(adapter, Adapter):
         adapter = load_adapter(adapter)
-    norms = {module: _norm(adapter, module) for module in adapter.trained} if adapter.is_here else {}
+    modules = counted(adapter.trained, "reading the adapter", len(adapter.trained), "modules")
+    norms = {module: _norm(adapter, module) for module in modules} if adapter.is_here else {}
     problems = [
         f"{adapter.trained[module].label} holds infinite or NaN values"
         for module, norm in norms.items()

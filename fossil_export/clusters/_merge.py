@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export._progress import Shown, note, reporting
 from fossil_export.clusters._asked import Asked, asked_for
 from fossil_export.clusters._connection import Connection, connected
 from fossil_export.clusters._tasks import Tasks
 from fossil_export.clusters._worker import Order
 from fossil_export.errors import ClusterError
-from fossil_export.merging._assembling import beside, prepare, results_in, told_resumed
+from fossil_export.merging._assembling import beside, merging, prepare, results_in, told_resumed
 from fossil_export.merging._given import AnyGiven
 from fossil_export.merging._merge import MergeResult, conclude, result_of
 from fossil_export.merging._plan import MergePlan
@@ -43,6 +44,7 @@ class Cluster:
         return dict(vars(self))
 
 
+@reporting
 def merge_on_ray(
     adapter: AnyGiven,
     output: str | Path,
@@ -60,8 +62,7 @@ def merge_on_ray(
     hash: bool = False,  # noqa: A002  named as the command's option
     address: str = "auto",
     cpus: int = CPUS,
-    progress: Callable[[int], None] = lambda nbytes: None,
-    say: Callable[[str], None] = lambda line: None,
+    progress: Shown = False,
 ) -> MergeResult:
     """`merge`, with each weights file made by a task of a Ray cluster.
 
@@ -90,11 +91,12 @@ def merge_on_ray(
     asked = asked_for(adapter, base, weights, options)
     result, _ = run_on_ray(
         asked.plan(), asked, output, device=device, overwrite=overwrite, hash=hash, address=address, cpus=cpus,
-        progress=progress, say=say, started=started,
+        started=started,
     )  # fmt: skip
     return result
 
 
+@reporting
 def run_on_ray(
     plan: MergePlan,
     asked: Asked,
@@ -105,8 +107,7 @@ def run_on_ray(
     hash: bool = False,  # noqa: A002
     address: str = "auto",
     cpus: int = CPUS,
-    progress: Callable[[int], None] = lambda nbytes: None,
-    say: Callable[[str], None] = lambda line: None,
+    progress: Shown = False,
     started: float | None = None,
 ) -> tuple[MergeResult, Cluster]:
     """Carry out the `plan` of what was `asked`; arguments as for `merge_on_ray`."""
@@ -119,19 +120,19 @@ def run_on_ray(
         connected(address) as connection,
         place.assemble(digest.digest, digest.about, overwrite=overwrite, shared=True) as assembly,
     ):
-        say(str(connection))
         try:
             done = results_in(plan, assembly)
             left = [file for file in plan.files if file.name not in done]
             assembly.check_room(sum(file.size for file in left) + beside(plan))
-            progress(sum(result.size for result in done.values()))
+            step = merging(plan.files, done)
+            note(str(connection))
             order = Order(asked.pinned(plan), place.name, digest.digest, device, hash, _cpus(connection, cpus, device))
             cluster = Cluster(connection.address, len(connection.nodes()), order.cpus)
             results = dict(done)
             # Ray puts the current folder first where workers look for code; of our own workers it is taken away.
             forget = asked.here if connection.is_own else None
             if left:
-                with Tasks(connection, order, digest, progress, say, forget) as tasks:
+                with Tasks(connection, order, digest, step, forget) as tasks:
                     for made in tasks.run(left):
                         results[made.name] = made
                 cluster = replace(cluster, again=tasks.again)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from fossil_export._console import print_json, print_warnings
+from fossil_export._console import print_json, print_warnings, progress
 from fossil_export.commands._shared import BASE_HELP
 from fossil_export.converting._converters import CONVERTERS, OUTTYPES, Format, Outtype, takers
 from fossil_export.tables import print_conversion
@@ -63,6 +63,7 @@ def convert(
         energy=energy,
         outtype=outtype,
         overwrite=overwrite,
+        progress=progress(),
     )
     if as_json:
         print_json(result.to_dict())

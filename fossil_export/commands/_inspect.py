@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from fossil_export._console import print_json, print_warnings
+from fossil_export._console import print_json, print_warnings, progress
 from fossil_export.commands._shared import BASE_HELP
 from fossil_export.tables import print_inspection
 
@@ -23,7 +23,7 @@ def inspect(adapter: str, base: str | None, every: bool, as_json: bool) -> None:
     """
     from fossil_export._inspection import inspect as look
 
-    found = look(adapter, base)
+    found = look(adapter, base, progress=progress())
     if as_json:
         print_json(found.to_dict())
     else:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from fossil_export._answers import BLOCK_SIZES, INTO, TRAINED_ON
-from fossil_export._console import lines, print_warnings, progress_bar, tell
+from fossil_export._console import print_warnings, progress
 from fossil_export.checkpoints._dtypes import BY_TORCH_NAME
 from fossil_export.commands._shared import BASE_HELP, numbered, publishing, show, weighted
 from fossil_export.storage.fsspec._addresses import is_object_address
@@ -230,15 +230,15 @@ def merge(
             max_disk=max_disk,
             trained_on=seen,
             into=into,
+            progress=progress(),
         )
         if dry_run:
             show(moves.to_dict() if as_json else None, print_moves, moves)
             print_warnings(moves.merge.warnings)
             return
-        with lines() as report:
-            streamed = run_stream(
-                moves, push_to_hub, device=device, hash=with_hash, cache_dir=cache_dir, progress=report, **target
-            )
+        streamed = run_stream(
+            moves, push_to_hub, device=device, hash=with_hash, cache_dir=cache_dir, progress=progress(), **target
+        )
         show(streamed.to_dict() if as_json else None, print_streamed, streamed)
         print_warnings(streamed.push.warnings)
         return
@@ -258,7 +258,7 @@ def merge(
         from fossil_export.clusters._connection import check_ray
 
         check_ray()  # before a plan, which may take seconds
-    plan = plan_merge(adapters, base, **settings)
+    plan = plan_merge(adapters, base, **settings, progress=progress())
     if dry_run or output is None:
         if wanted is not None:
             chosen = plan_part(plan, wanted)
@@ -269,29 +269,26 @@ def merge(
         return
     if push_to_hub is not None:
         foresee_merged(plan, place, exists)
-    options: dict[str, Any] = {"device": device, "overwrite": overwrite, "hash": with_hash}
+    options: dict[str, Any] = {"device": device, "overwrite": overwrite, "hash": with_hash, "progress": progress()}
     if wanted is not None:
-        with progress_bar(plan_part(plan, wanted).nbytes, f"merging {part}") as progress:
-            done = merge_part(plan, output, wanted, progress=progress, **options)
+        done = merge_part(plan, output, wanted, **options)
         show(done.to_dict() if as_json else None, print_part, done)
         print_warnings(done.warnings)
         return
     cluster = None
-    with progress_bar(plan.nbytes, "finishing" if is_last else "merging") as progress:
-        if ray is None:
-            result = (finish_merge if is_last else run_merge)(plan, output, progress=progress, **options)
-        else:
-            from fossil_export.clusters._asked import asked_for
-            from fossil_export.clusters._merge import run_on_ray
+    if ray is None:
+        result = (finish_merge if is_last else run_merge)(plan, output, **options)
+    else:
+        from fossil_export.clusters._asked import asked_for
+        from fossil_export.clusters._merge import run_on_ray
 
-            asked = asked_for(adapters, base, None, settings)
-            result, cluster = run_on_ray(plan, asked, output, address=ray, progress=progress, say=tell, **options)
+        asked = asked_for(adapters, base, None, settings)
+        result, cluster = run_on_ray(plan, asked, output, address=ray, **options)
     published = None
     if push_to_hub is not None:
         from fossil_export.publishing._push import push_merged
 
-        with lines() as report:
-            published = push_merged(result, push_to_hub, progress=report, **target)
+        published = push_merged(result, push_to_hub, progress=progress(), **target)
     more_of_it = {"push": published.to_dict()} if published is not None else {}
     more_of_it |= {"ray": cluster.to_dict()} if cluster is not None else {}
     show(result.to_dict() | more_of_it if as_json else None, print_result, result)

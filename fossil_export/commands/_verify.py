@@ -7,7 +7,7 @@ import sys
 import click
 
 from fossil_export._answers import TRAINED_ON
-from fossil_export._console import echo, lines, print_json, print_warnings, progress_bar
+from fossil_export._console import echo, print_json, print_warnings, progress
 from fossil_export._mapped import tell_of_cut_files
 from fossil_export.commands._merge import _settings
 from fossil_export.commands._shared import trust_option, weighted
@@ -87,23 +87,21 @@ def verify(
         from fossil_export.publishing._certify import publish_certificate, target_of
 
         target_of(artifact, create_pr)  # what will be refused is refused before hours of work
-    with progress_bar(_weights_size(artifact) if level != "forward" else 0, "comparing") as progress:
-        result = check(
-            artifact,
-            base=base,
-            adapter=[weighted(given) for given in adapters] or None,
-            level=level,
-            device=device,
-            prompts=prompts,
-            report=report,
-            trained_on=seen,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
+    result = check(
+        artifact,
+        base=base,
+        adapter=[weighted(given) for given in adapters] or None,
+        level=level,
+        device=device,
+        prompts=prompts,
+        report=report,
+        trained_on=seen,
+        trust_remote_code=trust_remote_code,
+        progress=progress(),
+    )
     published = None
     if push_to_hub:
-        with lines() as say:
-            published = publish_certificate(result, create_pr=create_pr, progress=say)
+        published = publish_certificate(result, create_pr=create_pr, progress=progress())
     if as_json:
         print_json(result.to_dict() | ({"push": published.to_dict()} if published is not None else {}))
     else:
@@ -115,9 +113,3 @@ def verify(
         more = f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""
         echo(result.problems[0] + more, label="not the trained model: ", fg="red", err=True)
         sys.exit(1)
-
-
-def _weights_size(artifact: str) -> int:
-    from pathlib import Path
-
-    return sum(path.stat().st_size for path in Path(artifact).glob("*.safetensors") if path.is_file())

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fossil_export._progress import Shown, begin, reporting
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.checkpoints._stamp import check_stamp, stamps_of
 from fossil_export.converting._converters import CONVERTERS, OPTIONS, Converter, Format, Outtype, takers
@@ -108,6 +109,7 @@ def _base(adapter: Adapter, converter: Converter, base: str | Path | None, base_
     return Options(found, found.name, adapter.base_revision if found.is_path else found.revision)
 
 
+@reporting
 def convert(
     adapter: Adapter | str | Path,
     output: str | Path,
@@ -120,6 +122,7 @@ def convert(
     energy: float | None = None,
     outtype: Outtype | None = None,
     overwrite: bool = False,
+    progress: Shown = False,
 ) -> Conversion:
     """Write `adapter` as another format at `output`; `to` is one of `CONVERTERS`.
 
@@ -153,6 +156,7 @@ def convert(
         for file, stamp in beside.items():
             check_stamp(file, stamp, AdapterError)
 
+    begin(f"converting to {to}")
     path = expanded(output, OutputError).absolute()
     if converter.folder:
         # A state dict may lie anywhere; PEFT's folder is only read.

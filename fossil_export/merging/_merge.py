@@ -5,15 +5,17 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export._progress import Shown, reporting
 from fossil_export.errors import listed
 from fossil_export.merging._assembling import (
     Prepared,
     beside,
+    merging,
     prepare,
     results_in,
     told_replaced,
@@ -82,6 +84,7 @@ class MergeResult:
         }
 
 
+@reporting
 def merge(
     adapter: AnyGiven,
     output: str | Path,
@@ -97,7 +100,7 @@ def merge(
     device: str = "cpu",
     overwrite: bool = False,
     hash: bool = False,  # noqa: A002  named as the command's option
-    progress: Callable[[int], None] = lambda nbytes: None,
+    progress: Shown = False,
 ) -> MergeResult:
     """Merge `adapter` into its base and write a complete model folder at `output`.
 
@@ -126,9 +129,10 @@ def merge(
         trained_on=trained_on,
         into=into,
     )
-    return run_merge(plan, output, device=device, overwrite=overwrite, hash=hash, progress=progress, started=started)
+    return run_merge(plan, output, device=device, overwrite=overwrite, hash=hash, started=started)
 
 
+@reporting
 def run_merge(
     plan: MergePlan,
     output: str | Path,
@@ -136,7 +140,7 @@ def run_merge(
     device: str = "cpu",
     overwrite: bool = False,
     hash: bool = False,  # noqa: A002
-    progress: Callable[[int], None] = lambda nbytes: None,
+    progress: Shown = False,
     started: float | None = None,
 ) -> MergeResult:
     """Carry out a plan that `plan_merge` made; arguments as for `merge`. `started` is when the clock began."""
@@ -148,9 +152,8 @@ def run_merge(
             done = results_in(plan, assembly)
             left = [file for file in plan.files if file.name not in done]
             assembly.check_room(sum(file.size for file in left) + beside(plan))
-            if done:
-                progress(sum(result.size for result in done.values()))
-            results = done | write_files(plan, left, assembly, device=device, hash=hash, progress=progress)
+            step = merging(plan.files, done)
+            results = done | write_files(plan, left, assembly, device=device, hash=hash, progress=step)
             notes = [*told_resumed(place, plan, len(done)), *told_replaced(place, assembly)]
             finished = conclude(plan, results.values(), assembly, hash)
         except OSError as problem:

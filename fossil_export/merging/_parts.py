@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fossil_export._progress import Shown, begin, reporting
 from fossil_export.errors import MergeError, listed
-from fossil_export.merging._assembling import beside, by_name, prepare, results_in, write_files
+from fossil_export.merging._assembling import beside, by_name, merging, prepare, results_in, write_files
 from fossil_export.merging._layout import FilePlan
 from fossil_export.merging._merge import MergeResult, conclude, peak_memory, result_of
 from fossil_export.merging._plan import MergePlan
@@ -101,6 +102,7 @@ def division(plan: MergePlan, count: int) -> list[list[FilePlan]]:
     return [sorted(files, key=lambda file: order[file.name]) for files in found]
 
 
+@reporting
 def merge_part(
     plan: MergePlan,
     output: str | Path,
@@ -109,7 +111,7 @@ def merge_part(
     device: str = "cpu",
     overwrite: bool = False,
     hash: bool = False,  # noqa: A002  named as the command's option
-    progress: Callable[[int], None] = lambda nbytes: None,
+    progress: Shown = False,
 ) -> PartResult:
     """Write a part of a merge: (3, 16) is the third of sixteen parts of about the same size; or files of the plan by
     name. Other arguments are those of `run_merge`; all parts must have the same.
@@ -131,8 +133,8 @@ def merge_part(
             done = results_in(plan, assembly)
             left = [file for file in files if file.name not in done]
             assembly.check_room(sum(file.size for file in left))
-            progress(sum(file.size for file in files if file.name in done))
-            write_files(plan, left, assembly, device=device, hash=hash, progress=progress, part=chosen.part)
+            step = merging(files, done, f"merging part {chosen.part}")
+            write_files(plan, left, assembly, device=device, hash=hash, progress=step, part=chosen.part)
             done = results_in(plan, assembly)
         except OSError as problem:
             plan.check()
@@ -150,6 +152,7 @@ def merge_part(
     )
 
 
+@reporting
 def finish_merge(
     plan: MergePlan,
     output: str | Path,
@@ -157,7 +160,7 @@ def finish_merge(
     device: str = "cpu",
     overwrite: bool = False,
     hash: bool = False,  # noqa: A002
-    progress: Callable[[int], None] = lambda nbytes: None,
+    progress: Shown = False,
 ) -> MergeResult:
     """Write what goes beside the files of all parts, and publish the folder; arguments as for the parts.
 
@@ -172,7 +175,7 @@ def finish_merge(
             done = results_in(plan, assembly)
             if len(done) < len(plan.files):
                 raise MergeError(f"{place.name}: {_missing(plan, done, assembly.notes())}")
-            progress(plan.nbytes)
+            begin("finishing")
             assembly.check_room(beside(plan))
             finished = conclude(plan, done.values(), assembly, hash)
         except OSError as problem:

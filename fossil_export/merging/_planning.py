@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export._progress import Shown, begin, counted, reporting
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._companions import QUANTIZATION_FILES, TOKENIZER_FILES, companions
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from fossil_export.checkpoints.quantized._trained_on import TrainedOn
 
 
+@reporting
 def plan_merge(
     adapter: AnyGiven,
     base: str | Path | Origin | None = None,
@@ -48,6 +50,7 @@ def plan_merge(
     min_survival: float = LEAST,
     trained_on: str | Mapping[str, Any] | TrainedOn = "auto",
     into: str = "trained",
+    progress: Shown = False,
 ) -> MergePlan:
     """Decide how `adapter` is merged into `base`, reading only headers and configs.
 
@@ -63,6 +66,7 @@ def plan_merge(
     are then added `into` the base as it was "trained" on, quantized and dequantized, or into the "original" weights.
     Raises AdapterError, CheckpointError, HubError or MergeError.
     """
+    begin("planning")
     adapters, found_weights = loaded(adapter, weights)
     dtype = torch_name(dtype)
     if not 0 <= min_survival <= 1:
@@ -133,7 +137,8 @@ def _doubts(adapters: Sequence[Adapter], weights: Sequence[float], bases: list[s
     return tuple(found)
 
 
-def settled(plan: MergePlan) -> MergePlan:
+@reporting
+def settled(plan: MergePlan, *, progress: Shown = False) -> MergePlan:
     """The plan with nothing undecided, as `merge_file` and `finish` want it: heads that are still the embedding stay
     tied to it, and are no tensors of the result. Most plans are settled, and are returned as they are.
 
@@ -143,6 +148,7 @@ def settled(plan: MergePlan) -> MergePlan:
     if not any(plan.undecided):
         return plan
     fetch(*(adapter.needed for adapter in plan.adapters))
+    begin("comparing heads with embeddings")
     base = replicated(plan.adapters, plan.base)
     tied = [are_equal(adapter, base, place(adapter, base)) for adapter in plan.adapters]
     return planned(plan, plan.dtype, tied)
@@ -159,7 +165,8 @@ def planned(asked: MergePlan, dtype: str, tied: Sequence[bool | None]) -> MergeP
     refuse_casting(base, dtype)
     placements = [place(adapter, base, equal) for adapter, equal in zip(adapters, tied, strict=True)]
     places = together(adapters, placements, asked.weights)
-    plans = {name: _tensor_plan(name, info, places, dtype) for name, info in base.tensors.items()}
+    every = counted(base.tensors.items(), "planning", len(base.tensors), "tensors")
+    plans = {name: _tensor_plan(name, info, places, dtype) for name, info in every}
     stored = base if asked.min_survival is None else as_stored(base, asked.base)
     if stored is base:
         by_file = {one.output_name: [plans[info.name] for info in one.tensors] for one in base.files}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fossil_export._foreign import trusting
+from fossil_export._progress import Shown, begin, reporting
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._companions import PROVENANCE
 from fossil_export.checkpoints._dtypes import element_count
@@ -30,8 +30,6 @@ from fossil_export.onnx.modes import MODES, ModeName
 from fossil_export.storage import expanded, fetch
 from fossil_export.writing._sink import FolderSink
 from fossil_export.writing._staging import check_destination, staged_folder
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,7 @@ class OnnxResult:
         }
 
 
+@reporting
 def export_onnx(
     adapter: Adapter | str | Path,
     output: str | Path,
@@ -84,7 +83,7 @@ def export_onnx(
     device: str = "cpu",
     trust_remote_code: bool = False,
     overwrite: bool = False,
-    progress: Progress = lambda step: None,
+    progress: Shown = False,
 ) -> OnnxResult:
     """Write the trained model as an ONNX folder at `output`.
 
@@ -101,15 +100,16 @@ def export_onnx(
     """
     started = time.perf_counter()
     plan = decide(adapter, base, mode, runtime, precision, onnx, copy_data, device, trust_remote_code)
-    return run_onnx(plan, output, overwrite=overwrite, progress=progress, started=started)
+    return run_onnx(plan, output, overwrite=overwrite, started=started)
 
 
+@reporting
 def run_onnx(
     plan: OnnxPlan,
     output: str | Path,
     *,
     overwrite: bool = False,
-    progress: Progress = lambda step: None,
+    progress: Shown = False,
     started: float | None = None,
 ) -> OnnxResult:
     """Carry out a plan; arguments as for `export_onnx`. `started` is when the clock began."""
@@ -121,17 +121,16 @@ def run_onnx(
     if plan.graph is not None and Path(os.path.realpath(target)) in plan.graph.resolve().parents:
         raise OutputError(f"{output}: holds {plan.graph}, which would be replaced; choose another --output")
     check_destination(target, [merge.base.location, merge.adapter.path], overwrite)
-    progress("fetching the base")
     fetch(*merge.needed, whole=True)
     merge = settled(merge)
     plan = replace(plan, merge=merge)
     with staged_folder(target, _room(plan), overwrite) as folder:
         try:
-            graph, opened, linked = (_build if plan.graph is None else _take)(plan, folder, progress)
+            graph, opened, linked = (_build if plan.graph is None else _take)(plan, folder)
             if opened is not None:
                 _rewrite(opened, graph)
             file = _write_adapter(merge.adapter, folder, graph) if MODES[plan.mode].swaps else None
-            progress("checking the graph")
+            begin("checking the graph")
             check(graph)
             _record(plan, folder, graph.name)
             plan.check()
@@ -167,13 +166,13 @@ _Unfinished = tuple[Path, OpenGraph | None, list[str]]
 """A graph in the output's folder, the same opened if it must still be rewritten, its data files that are hard links."""
 
 
-def _build(plan: OnnxPlan, folder: Path, progress: Progress) -> _Unfinished:
+def _build(plan: OnnxPlan, folder: Path) -> _Unfinished:
     """Have the graph made in `folder`."""
     assert plan.precision is not None
     mode, work = MODES[plan.mode], folder / ".model"
     try:
-        source = _model_folder(plan, work, progress)
-        progress(f"building the graph ({plan.runtime}, {plan.precision})")
+        source = _model_folder(plan, work)
+        begin(f"building the graph ({plan.runtime}, {plan.precision})")
         with trusting(plan.trust_remote_code):
             graph = BUILDERS[plan.runtime].build(source, folder, plan.precision, plan.device)
         for name in plan.companions:
@@ -189,11 +188,11 @@ def _build(plan: OnnxPlan, folder: Path, progress: Progress) -> _Unfinished:
         shutil.rmtree(work, ignore_errors=True)
     if mode.merges:
         return graph, None, []
-    progress("placing the shards")
+    begin("placing the shards")
     return graph, open_graph(plan.merge, mode, graph), []
 
 
-def _model_folder(plan: OnnxPlan, work: Path, progress: Progress) -> Path:
+def _model_folder(plan: OnnxPlan, work: Path) -> Path:
     """The checkpoint the graph is made from: merged, or the base with whatever the adapter brought but updates."""
     assert plan.precision is not None
     merges = MODES[plan.mode].merges
@@ -207,7 +206,7 @@ def _model_folder(plan: OnnxPlan, work: Path, progress: Progress) -> Path:
         if own and merge.config is None and all(tensor.action == "copy" for tensor in merge.tensors):
             assert merge.base.folder is not None
             return merge.base.folder
-    progress("merging the weights" if merges else "writing the trained modules")
+    begin("merging the weights" if merges else "writing the trained modules")
     work.mkdir()
     write_model(merge, FolderSink(work))
     if merge.config is None and merge.base.folder is not None:
@@ -215,10 +214,10 @@ def _model_folder(plan: OnnxPlan, work: Path, progress: Progress) -> Path:
     return work
 
 
-def _take(plan: OnnxPlan, folder: Path, progress: Progress) -> _Unfinished:
+def _take(plan: OnnxPlan, folder: Path) -> _Unfinished:
     """Open the graph that is there, and bring its companions and, unless its weights are made anew, its data."""
     assert plan.graph is not None
-    progress("placing the shards")
+    begin("placing the shards")
     opened = open_planned(plan)
     for name, content in companions(plan.merge, plan.graph).items():
         if isinstance(content, bytes):

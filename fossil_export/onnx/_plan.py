@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export._extras import required
+from fossil_export._progress import Shown, begin, reporting
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.checkpoints._dtypes import element_count
 from fossil_export.checkpoints._stamp import Stamp, check_stamp, stamps_of
@@ -90,6 +91,7 @@ class OnnxPlan:
         }
 
 
+@reporting
 def plan_onnx(
     adapter: Adapter | str | Path,
     base: str | Path | None = None,
@@ -101,7 +103,7 @@ def plan_onnx(
     copy_data: bool = False,
     device: str = "cpu",
     trust_remote_code: bool = False,
-    progress: Callable[[str], None] = lambda step: None,
+    progress: Shown = False,
 ) -> OnnxPlan:
     """Decide how the model that `adapter` was trained for becomes an ONNX folder; arguments are `export_onnx`'s.
 
@@ -112,7 +114,7 @@ def plan_onnx(
     plan = decide(adapter, base, mode, runtime, precision, onnx, copy_data, device, trust_remote_code)
     if plan.graph is None or not _is_here(plan.merge):
         return plan
-    progress("placing the shards")
+    begin("placing the shards")
     graph = open_planned(replace(plan, merge=settled(plan.merge)))
     shared = not copy_data and not graph.mode.makes_weights(graph)
     return replace(plan, places=graph.places, nbytes=_size_with(graph.path, graph.adapter, shared))

@@ -7,13 +7,14 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from fossil_export._progress import Shown, begin, reporting
 from fossil_export.artifacts._parts import parts_of
 from fossil_export.checkpoints._companions import CARD, CERTIFICATE
 from fossil_export.errors import CheckpointError, HubError, listed
 from fossil_export.publishing._about import card_for, facts_of, local_names
 from fossil_export.publishing._paths import Paths
 from fossil_export.publishing._repository import Repository
-from fossil_export.publishing._result import Progress, PushResult
+from fossil_export.publishing._result import PushResult
 from fossil_export.storage import Origin, find_origin
 from fossil_export.storage.hub._remote import HubFolder
 from fossil_export.verifying._verdict import Verification, certificate_file
@@ -37,12 +38,13 @@ def target_of(artifact: str | Origin, create_pr: bool = False) -> tuple[Reposito
     return repository, source
 
 
+@reporting
 def publish_certificate(
     result: Verification,
     *,
     create_pr: bool = False,
     commit_message: str | None = None,
-    progress: Progress = lambda step: None,
+    progress: Shown = False,
 ) -> PushResult:
     """Commit the certificate of an artifact that `verify` was given by its id, and the model card that quotes it.
 
@@ -74,6 +76,6 @@ def publish_certificate(
         repository.upload(addition, card)
         return [addition, card]
 
-    progress(f"publishing the certificate at {repository.repo_id}")
+    begin(f"publishing the certificate at {repository.repo_id}")
     commit = repository.commit(build, commit_message or "Add what fossil-export verify found")
     return PushResult.of(repository, commit, started, _OURS, len(content), (*repository.notes, *problems, *notes))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fossil_export._progress import Shown, begin, reporting
 from fossil_export.checkpoints._companions import CARD
 from fossil_export.errors import FossilExportError, longer
 from fossil_export.merging._merge import MergeResult
@@ -15,13 +16,14 @@ from fossil_export.publishing._closing import Closing, closing
 from fossil_export.publishing._operations import Operation
 from fossil_export.publishing._push_plan import PushPlan, contents_of, facts_for, plan_files
 from fossil_export.publishing._repository import Repository
-from fossil_export.publishing._result import Progress, PushResult
+from fossil_export.publishing._result import PushResult
 from fossil_export.publishing._stale import refuse_base, stale
 
 LARGE = 1 << 20
 """Bytes from which a file is uploaded by itself, and named while it is."""
 
 
+@reporting
 def push(
     folder: str | Path,
     repo_id: str,
@@ -30,7 +32,7 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
-    progress: Progress = lambda step: None,
+    progress: Shown = False,
 ) -> PushResult:
     """Publish `folder` (a merged model, a LoRA, MISS or ONNX folder, or a GGUF file) as `repo_id`.
 
@@ -41,10 +43,11 @@ def push(
     """
     started = time.perf_counter()
     plan = plan_files(folder, repo_id, private, revision, create_pr, commit_message)
-    return run_push(plan, progress=progress, started=started)
+    return run_push(plan, started=started)
 
 
-def run_push(plan: PushPlan, *, progress: Progress = lambda step: None, started: float | None = None) -> PushResult:
+@reporting
+def run_push(plan: PushPlan, *, progress: Shown = False, started: float | None = None) -> PushResult:
     """Carry out a plan that `plan_push` made; `started` is when the clock began. Raises CheckpointError if a file has
     changed by now, and otherwise as `push` does."""
     started = time.perf_counter() if started is None else started
@@ -53,7 +56,7 @@ def run_push(plan: PushPlan, *, progress: Progress = lambda step: None, started:
     from huggingface_hub import CommitOperationAdd
 
     parts = plan.parts
-    progress(f"opening {plan.repo_id}")
+    begin(f"opening {plan.repo_id}")
     repository.prepare(plan.private)
     facts, problems = facts_for(parts, repository.repo_id)
     head = repository.head()
@@ -66,7 +69,7 @@ def run_push(plan: PushPlan, *, progress: Progress = lambda step: None, started:
     plan.check()  # what was hashed is what was planned
     large = [addition for addition in additions if addition.upload_info.size >= LARGE]
     for addition in sorted(large, key=lambda one: -one.upload_info.size):
-        progress(f"uploading {addition.path_in_repo}")
+        begin(f"uploading {addition.path_in_repo}")
         repository.upload(addition)
     repository.upload(*(addition for addition in additions if addition not in large))
     ends: list[Closing] = []
@@ -75,13 +78,14 @@ def run_push(plan: PushPlan, *, progress: Progress = lambda step: None, started:
         ends[:] = [closing(repository, facts, parts.card, additions, head, there)]
         return ends[0].operations
 
-    progress("committing")
+    begin("committing")
     commit = repository.commit(build, plan.title)
     names, removed = (*parts.names, CARD), ends[0].removed
     told = [*repository.notes, *plan.told(problems, ends[0].notes)]
     return PushResult.of(repository, commit, started, names, plan.nbytes, told, removed, parts.left_behind)
 
 
+@reporting
 def push_merged(
     result: MergeResult,
     repo_id: str,
@@ -90,7 +94,7 @@ def push_merged(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
-    progress: Progress = lambda step: None,
+    progress: Shown = False,
 ) -> PushResult:
     """`push` of a model that was just merged: an error says where it lies, and how to go on without merging again."""
     try:
@@ -101,7 +105,6 @@ def push_merged(
             revision=revision,
             create_pr=create_pr,
             commit_message=commit_message,
-            progress=progress,
         )
     except FossilExportError as problem:
         rest = ["fossil-export push", shlex.quote(str(result.output)), repo_id]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export._progress import Shown, begin, reporting
 from fossil_export.artifacts._kind import ADAPTER_CONFIG
 from fossil_export.artifacts._kinds import KINDS
 from fossil_export.artifacts._parts import Parts, parts_of
@@ -101,6 +102,7 @@ class PushPlan:
         }
 
 
+@reporting
 def plan_push(
     folder: str | Path,
     repo_id: str,
@@ -109,6 +111,7 @@ def plan_push(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    progress: Shown = False,
 ) -> PushPlan:
     """What `push` with the same arguments would do. Nothing is made or sent, and nobody need be logged in: what the
     Hub does not tell is `unchecked`. It is not asked what it has against the card's metadata.
@@ -116,6 +119,7 @@ def plan_push(
     Raises a FossilExportError as `push` does for what is no artifact and for what the repository must not take.
     """
     plan = plan_files(folder, repo_id, private, revision, create_pr, commit_message)
+    begin("asking the Hub")
     target = Target(repo_id, revision, create_pr)
     found = look(target, private)
     facts, problems = facts_for(plan.parts, target.repo_id)
@@ -139,6 +143,7 @@ def plan_files(
 ) -> PushPlan:
     """The plan as far as the folder tells it; the Hub is not asked."""
     Target(repo_id, revision, create_pr)  # a wrong name shows first
+    begin("looking at the files")
     parts = parts_of(_found(folder))
     parts = replace(parts, folder=parts.folder.absolute())  # the plan may be run from another folder
     return PushPlan(

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from fossil_export.publishing._repository import Commit, Repository
-
-Progress = Callable[[str], None]
-"""Called with the name of each step."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export._progress import Shown, begin, reporting
 from fossil_export.artifacts._kinds import KINDS
 from fossil_export.cards import Facts
 from fossil_export.checkpoints._companions import CARD
@@ -34,7 +35,7 @@ from fossil_export.publishing._moves import StreamPlan, plan_moves
 from fossil_export.publishing._operations import Operation
 from fossil_export.publishing._paths import Paths
 from fossil_export.publishing._repository import Commit, CopyRefusedError, Repository
-from fossil_export.publishing._result import Progress, PushResult
+from fossil_export.publishing._result import PushResult
 from fossil_export.publishing._stale import refuse_base, stale
 from fossil_export.publishing._workplace import workplace
 from fossil_export.storage import fetch
@@ -73,6 +74,7 @@ class StreamResult:
         }
 
 
+@reporting
 def merge_to_hub(
     adapter: AnyGiven,
     repo_id: str,
@@ -91,7 +93,7 @@ def merge_to_hub(
     commit_message: str | None = None,
     max_disk: int | str | None = None,
     cache_dir: str | Path | None = None,
-    progress: Progress = lambda step: None,
+    progress: Shown = False,
 ) -> StreamResult:
     """Merge `adapter` into `base` and publish the model as `repo_id`, with about one file on the disk at a time.
 
@@ -119,10 +121,10 @@ def merge_to_hub(
         create_pr=create_pr,
         commit_message=commit_message,
         cache_dir=cache_dir,
-        progress=progress,
     )
 
 
+@reporting
 def plan_stream(
     adapter: AnyGiven,
     base: str | Path | None = None,
@@ -133,6 +135,7 @@ def plan_stream(
     max_disk: int | str | None = None,
     trained_on: str | Mapping[str, Any] | TrainedOn = "auto",
     into: str = "trained",
+    progress: Shown = False,
 ) -> StreamPlan:
     """What `merge_to_hub` will do with each file, from headers alone."""
     merge = plan_merge(
@@ -147,6 +150,7 @@ def plan_stream(
     return plan_moves(merge, None if max_disk is None else parse_size(max_disk, "max_disk"))
 
 
+@reporting
 def run_stream(
     plan: StreamPlan,
     repo_id: str,
@@ -158,7 +162,7 @@ def run_stream(
     create_pr: bool = False,
     commit_message: str | None = None,
     cache_dir: str | Path | None = None,
-    progress: Progress = lambda step: None,
+    progress: Shown = False,
 ) -> StreamResult:
     """Carry out a plan that `plan_stream` made; arguments as for `merge_to_hub`."""
     started = time.perf_counter()
@@ -170,14 +174,14 @@ def run_stream(
         plan = plan_moves(settled(plan.merge), plan.max_disk)
     merge = plan.merge
     with Writer(merge, device) as writer, workplace(plan, repository, cache_dir) as folder:
-        progress(f"opening {repo_id}")
+        begin(f"opening {repo_id}")
         repository.prepare(private)
         _refuse_target(plan, repository)
-        carrier = Carrier(plan, repository, folder, progress)
+        carrier = Carrier(plan, repository, folder)
         try:
             carrier.take_up()
             carrier.carry(writer)
-            published = _publish(carrier, repository, hash, commit_message or KINDS["merged"].commit_title, progress)
+            published = _publish(carrier, repository, hash, commit_message or KINDS["merged"].commit_title)
         except FossilExportError as problem:
             if carrier.state:
                 raise longer(problem, f" ({carrier.state})") from problem
@@ -219,7 +223,7 @@ def _refuse_target(plan: StreamPlan, repository: Repository) -> None:
     repository.notes += repository.validate(card_for(repository, facts, None, head, there)[0])
 
 
-def _publish(carrier: Carrier, repository: Repository, with_hash: bool, title: str, progress: Progress) -> _Published:
+def _publish(carrier: Carrier, repository: Repository, with_hash: bool, title: str) -> _Published:
     """What goes beside the weights, and the commit."""
     plan = carrier.plan
     merge = plan.merge
@@ -237,7 +241,7 @@ def _publish(carrier: Carrier, repository: Repository, with_hash: bool, title: s
             ends[:] = [closing(repository, facts, None, done, head, there)]  # noqa: B023  used before the next round
             return ends[0].operations
 
-        progress("committing")
+        begin("committing")
         try:
             commit = repository.commit(build, title)
         except CopyRefusedError as problem:

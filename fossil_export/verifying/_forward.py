@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export._progress import begin, counted
 from fossil_export.verifying._models import Runner, Tokens, tokenize
 from fossil_export.verifying._sum import Sum
 from fossil_export.verifying._trainer import open_trainer
@@ -108,18 +109,23 @@ def check_forward(
     subject: Subject, base: Path, added: Sum, dtype: str, parameters: int, prompts: tuple[str, ...], device: str
 ) -> ForwardCheck:
     """Run truth, trainer (in `dtype`) and artifact on `prompts`, one model in memory at a time."""
+    begin("opening the model")
     tokens = tokenize(subject.described_by, prompts)
     truth_dtype = "float64" if parameters <= WIDE_LIMIT and not device.startswith("cuda") else "float32"
     model = (added, base, subject.described_by)
     runner: Runner = open_trainer(*model, truth_dtype, device, subject.change, subject.merged)
-    truth = [runner.logits(ids) for ids in tokens]
+    truth = [
+        runner.logits(ids) for ids in counted(tokens, f"the trained model in {truth_dtype}", len(tokens), "prompts")
+    ]
     true_modules = runner.modules(tokens[0]) or {}
     runner.close()
 
+    begin("opening the model again")
     runner = open_trainer(*model, dtype, device, subject.change, subject.merged)
-    trainer, trainer_modules, trained = _run(runner, tokens, truth, true_modules)
+    trainer, trainer_modules, trained = _run(runner, tokens, truth, true_modules, f"the trained model in {dtype}")
+    begin("opening the artifact")
     runner = subject.open()
-    found, artifact_modules, continued = _run(runner, tokens, truth, true_modules)
+    found, artifact_modules, continued = _run(runner, tokens, truth, true_modules, "the artifact")
 
     modules = tuple(
         ModuleError(name, trainer_modules[name], artifact_modules[name], subject.noise)
@@ -166,11 +172,16 @@ def _judge(
 
 
 def _run(
-    runner: Runner, tokens: list[Tokens], truth: list[torch.Tensor], true_modules: dict[str, torch.Tensor]
+    runner: Runner,
+    tokens: list[Tokens],
+    truth: list[torch.Tensor],
+    true_modules: dict[str, torch.Tensor],
+    name: str,
 ) -> tuple[Distance, dict[str, float], list[Tokens]]:
     """Distance, error by module and continuations of one model, which is closed afterwards."""
     try:
-        found = distance([runner.logits(ids) for ids in tokens], truth)
+        asked = counted(tokens, name, len(tokens), "prompts")
+        found = distance([runner.logits(ids) for ids in asked], truth)
         outputs = runner.modules(tokens[0]) or {}
         errors = {
             name: _relative(outputs[name], want)

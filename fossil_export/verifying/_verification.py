@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export._foreign import trusting
+from fossil_export._progress import Shown, reporting
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.artifacts._kinds import kind_of_file
 from fossil_export.checkpoints._checkpoint import Checkpoint
@@ -41,6 +42,7 @@ SWAPPED = 2
 """Prompts that are asked before, with and after an adapter that can be swapped."""
 
 
+@reporting
 def verify(
     artifact: str | Path,
     *,
@@ -52,7 +54,7 @@ def verify(
     report: str | Path | None = None,
     trained_on: Asked = "auto",
     trust_remote_code: bool = False,
-    progress: Callable[[int], None] = lambda nbytes: None,
+    progress: Shown = False,
 ) -> Verification:
     """Is `artifact` (a folder that `merge`, `export_onnx` or `convert` wrote) what was trained?
 
@@ -72,7 +74,7 @@ def verify(
         raise FossilExportError(f"level is {level!r}, expected {', '.join(LEVELS)}")
     origin = find_origin(artifact, CheckpointError, "artifact")
     with origin.by_name(), trusting(trust_remote_code):
-        result, check = _verified(origin, base, adapter, level, device, prompts, report, trained_on, progress)
+        result, check = _verified(origin, base, adapter, level, device, prompts, report, trained_on)
         if origin.is_path:
             try:
                 certificate = certificate_file(result)
@@ -98,7 +100,6 @@ def _verified(
     prompts: str | Path | None,
     report: str | Path | None,
     trained_on: Asked,
-    progress: Callable[[int], None],
 ) -> tuple[Verification, Callable[[], None]]:
     """The verdict, and what raises where a file that it was reached on is another one by now; nothing is written."""
     started = time.perf_counter()
@@ -151,7 +152,7 @@ def _verified(
         try:
             changed = base_checkpoint if training.into == "original" else trained
             with by_address(base_checkpoint.home):
-                tensors, problems = found.weights(changed, added, record, progress)
+                tensors, problems = found.weights(changed, added, record)
                 problems = [shown(problem, base_checkpoint.home) for problem in problems]
         except MergeError as problem:  # adapter and base do not go together: nothing made of them can be right
             problems.append(str(problem))
