@@ -11,6 +11,7 @@ from typing import Any
 
 from fossil_export._grouping import grouped
 from fossil_export._progress import Shown, counted, reporting
+from fossil_export._shown import line, table
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.checkpoints._dtypes import TORCH_NAME
 from fossil_export.errors import FossilExportError, HubError
@@ -41,7 +42,27 @@ class Inspection:
         return _kinds(self)
 
     def __repr__(self) -> str:
-        return f"<Inspection of {self.adapter!r}: {'; '.join(self.problems) or self.plan or 'base not looked at'}>"
+        if self.problems:
+            found = self.problems[0] + (f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else "")
+        else:
+            found = repr(self.plan) if self.plan is not None else "base not looked at"
+        return line("Inspection", f"of {self.adapter!r}: {found}")
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("method", self.adapter.variant),
+            ("rank", self.adapter.rank or None),
+            ("modules", len(self.adapter.trained)),
+            ("parameters", f"{self.adapter.parameters:,}"),
+            ("base", self.plan.base_name if self.plan is not None else self.adapter.base_model),
+            (
+                "a merge",
+                "would stop" if self.problems else "would go through" if self.plan is not None else "was not planned",
+            ),
+            ("of the model", f"{self.plan.merged} of {self.plan.parameters} tensors change" if self.plan else None),
+        ]
+        said = [*(f"would stop a merge: {one}" for one in self.problems), *self.warnings]
+        return table(f"Inspection of {self.adapter.name or self.adapter.path}", rows, said, "Notes")
 
     def to_dict(self) -> dict[str, Any]:
         """As `--json` prints it."""

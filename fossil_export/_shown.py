@@ -28,6 +28,12 @@ def short(value: object) -> str:
     return text if len(text) <= LONGEST else f"{text[:half]}…{text[-half + 1 :]}"
 
 
+def line(kind: str, text: str) -> str:
+    """What `repr` gives: one line, short however much there is."""
+    text = printable(text)
+    return f"<{kind} {text if len(text) <= 4 * LONGEST else text[: 4 * LONGEST] + '…'}>"
+
+
 def readable_bytes(count: int) -> str:
     """Decimal units, as disks and the Hub count them."""
     value = float(count)

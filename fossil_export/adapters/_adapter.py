@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export._shown import line, table
 from fossil_export.adapters._targets import Tails
 from fossil_export.adapters._trained import Trained
 from fossil_export.checkpoints._checkpoint import sha256
@@ -60,10 +61,22 @@ class Adapter:
     unfit: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
-        """One line, however many modules there are."""
         what = f"{self.peft_type} {self.variant} r={self.rank}, {len(self.trained)} modules"
         more = f", {len(self.saved)} whole tensors" if self.saved else ""
-        return f"<Adapter {self.name or self.path}: {what}{more}, base {self.base_model}>"
+        return line("Adapter", f"{self.name or self.path}: {what}{more}, base {self.base_model}")
+
+    def _repr_html_(self) -> str:
+        kept = sum(map(element_count, (info.shape for info in self.saved.values())))
+        rows = [
+            ("method", f"{self.variant} ({self.peft_type})" if self.trained else self.peft_type),
+            ("rank", self.rank or None),
+            ("modules", len(self.trained)),
+            ("parameters", f"{self.parameters:,}"),
+            ("whole tensors", f"{len(self.saved)} of {kept:,} values" if self.saved else None),
+            ("base", self.base_model),
+            ("revision", self.revision),
+        ]
+        return table(f"Adapter {self.name or self.path}", rows, self.notes, "Notes")
 
     @property
     def is_here(self) -> bool:
@@ -105,7 +118,7 @@ class Adapter:
     @cached_property
     def rank(self) -> int:
         """The largest of its modules' ranks."""
-        return max(one.rank for one in self.trained.values())
+        return max((one.rank for one in self.trained.values()), default=0)
 
     @cached_property
     def parameters(self) -> int:

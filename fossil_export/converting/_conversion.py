@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export._progress import Shown, begin, reporting
+from fossil_export._shown import line, readable_bytes, table
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.checkpoints._stamp import check_stamp, stamps_of
 from fossil_export.converting._converters import CONVERTERS, OPTIONS, Converter, Format, Outtype, takers
@@ -42,7 +43,16 @@ class Conversion:
     warnings: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        return f"<Conversion to {self.to}: {self.output}, {self.nbytes:,} bytes in {self.seconds:.1f} s>"
+        return line("Conversion", f"to {self.to}: {self.output}, {self.nbytes:,} bytes in {self.seconds:.1f} s")
+
+    def _repr_html_(self) -> str:
+        simple = [
+            (name.replace("_", " "), value)
+            for name, value in self.details.items()
+            if isinstance(value, (str, int, float))
+        ]
+        rows = [("written", self.output), ("format", self.to), ("size", readable_bytes(self.nbytes)), *simple]
+        return table("Converted", [*rows, ("time", f"{self.seconds:.1f} s")], self.warnings)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as `--json` prints it."""

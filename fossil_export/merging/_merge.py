@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export._progress import Shown, reporting
+from fossil_export._shown import line, readable_bytes, table
 from fossil_export.errors import listed
 from fossil_export.merging._assembling import (
     Prepared,
@@ -60,10 +61,25 @@ class MergeResult:
     def __repr__(self) -> str:
         kept = sum(self.survival.values(), Survival()).survived
         share = "" if kept is None else f", {kept:.1%} of the update kept"
-        return (
-            f"<MergeResult {self.output}: {len(self.survival)} of {self.plan.parameters} tensors merged{share}, "
-            f"{self.plan.nbytes:,} bytes in {self.seconds:.1f} s>"
+        return line(
+            "MergeResult",
+            f"{self.output}: {len(self.survival)} of {self.plan.parameters} tensors merged{share}, "
+            f"{self.plan.nbytes:,} bytes in {self.seconds:.1f} s",
         )
+
+    def _repr_html_(self) -> str:
+        kept = sum(self.survival.values(), Survival()).survived
+        rows = [
+            ("model", self.output),
+            ("tensors", f"{len(self.survival)} of {self.plan.parameters} merged"),
+            ("update kept", None if kept is None else f"{kept:.2%}"),
+            ("adapter", " + ".join(adapter.name for adapter in self.plan.adapters)),
+            ("base", self.plan.base_name),
+            ("written", f"{readable_bytes(self.plan.nbytes)} in {self.seconds:.1f} s"),
+            ("peak memory", readable_bytes(self.peak_memory)),
+            ("taken up", f"{self.resumed} files of an earlier run" if self.resumed else None),
+        ]
+        return table("Merged", rows, self.warnings)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as `--json` prints it."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export._progress import Shown, begin, reporting
+from fossil_export._shown import line, readable_bytes, table
 from fossil_export.errors import MergeError, listed
 from fossil_export.merging._assembling import beside, by_name, merging, prepare, results_in, write_files
 from fossil_export.merging._layout import FilePlan
@@ -36,10 +37,24 @@ class PartResult:
     warnings: tuple[str, ...]
 
     def __repr__(self) -> str:
-        return (
-            f"<PartResult {self.part} of {self.output}: {len(self.files)} files, {self.nbytes:,} bytes in "
-            f"{self.seconds:.1f} s; {len(self.missing)} files are missing>"
+        return line(
+            "PartResult",
+            f"{self.part} of {self.output}: {len(self.files)} files, {self.nbytes:,} bytes in "
+            f"{self.seconds:.1f} s; {len(self.missing)} files are missing",
         )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("part", self.part),
+            ("of", self.output),
+            ("files", f"{len(self.files)}, of which {self.resumed} were there already"),
+            ("written", f"{readable_bytes(self.nbytes)} in {self.seconds:.1f} s"),
+            (
+                "missing",
+                f"{len(self.missing)} files of other parts" if self.missing else "nothing; finish_merge publishes it",
+            ),
+        ]
+        return table("Part of a merge", rows, self.warnings)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as `--json` prints it."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export._answers import INTO
+from fossil_export._shown import line, readable_bytes, table
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._stamp import Stamp, check_stamp
@@ -65,11 +66,26 @@ class MergePlan:
     into: str = "trained"
 
     def __repr__(self) -> str:
-        done = ", ".join(f"{action} {count}" for action in ACTIONS if (count := self.count(action)))
-        return (
-            f"<MergePlan of {' + '.join(adapter.name for adapter in self.adapters)} into {self.base_name}: {done}; "
-            f"{len(self.files)} files of {self.nbytes:,} bytes, {len(self.companions)} others>"
+        return line(
+            "MergePlan",
+            f"of {' + '.join(adapter.name for adapter in self.adapters)} into {self.base_name}: {self._done()}; "
+            f"{len(self.files)} files of {self.nbytes:,} bytes, {len(self.companions)} others",
         )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("adapter", " + ".join(adapter.name for adapter in self.adapters)),
+            ("base", self.base_name),
+            ("tensors", self._done()),
+            ("dtype", self.dtype),
+            ("files", f"{len(self.files)} of weights, {readable_bytes(self.nbytes)}; {len(self.companions)} others"),
+            ("config", ", ".join(f"{key} = {value}" for key, value in self.config_edits.items())),
+            ("left behind", ", ".join(self.left_behind)),
+        ]
+        return table("Plan of a merge", rows, self.warnings)
+
+    def _done(self) -> str:
+        return ", ".join(f"{action} {count}" for action in ACTIONS if (count := self.count(action)))
 
     @property
     def adapter(self) -> Adapter:

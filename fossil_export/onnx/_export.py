@@ -11,6 +11,7 @@ from typing import Any
 
 from fossil_export._foreign import trusting
 from fossil_export._progress import Shown, begin, reporting
+from fossil_export._shown import line, readable_bytes, table
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._companions import PROVENANCE
 from fossil_export.checkpoints._dtypes import element_count
@@ -48,10 +49,22 @@ class OnnxResult:
     warnings: tuple[str, ...]
 
     def __repr__(self) -> str:
-        return (
-            f"<OnnxResult {self.graph}: {self.targets} weights {self.mode}, {self.nbytes:,} bytes "
-            f"in {self.seconds:.1f} s>"
+        return line(
+            "OnnxResult",
+            f"{self.graph}: {self.targets} weights {self.mode}, {self.nbytes:,} bytes in {self.seconds:.1f} s",
         )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("graph", self.graph),
+            ("mode", self.mode),
+            ("runtime", self.runtime),
+            ("precision", self.precision),
+            ("weights", f"{self.targets} with what was trained"),
+            ("adapter file", self.adapter_file),
+            ("written", f"{readable_bytes(self.nbytes)} in {self.seconds:.1f} s"),
+        ]
+        return table("Exported", rows, self.warnings)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as `--json` prints it."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fossil_export._extras import required
 from fossil_export._progress import Shown, begin, reporting
+from fossil_export._shown import line, readable_bytes, table
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.checkpoints._dtypes import element_count
 from fossil_export.checkpoints._stamp import Stamp, check_stamp, stamps_of
@@ -55,7 +56,21 @@ class OnnxPlan:
     def __repr__(self) -> str:
         where = f"in {self.graph}" if self.graph is not None else f"in a graph by {self.runtime}, {self.precision}"
         count = f"{len(self.places)} weights" if self.places is not None else f"{self.merge.count('merge')} modules"
-        return f"<OnnxPlan of {self.merge.adapter.name}: {count} {self.mode} {where}, about {self.nbytes:,} bytes>"
+        name = self.merge.adapter.name
+        return line("OnnxPlan", f"of {name}: {count} {self.mode} {where}, about {self.nbytes:,} bytes")
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("adapter", self.merge.adapter.name),
+            ("base", self.merge.base_name),
+            ("graph", self.graph or f"made by {self.runtime}, {self.precision}"),
+            ("mode", self.mode),
+            ("device", self.device),
+            ("weights", len(self.places) if self.places is not None else None),
+            ("modules", self.merge.count("merge")),
+            ("size", f"about {readable_bytes(self.nbytes)}"),
+        ]
+        return table("Plan of an ONNX export", rows, self.warnings)
 
     def check(self) -> None:
         """Raise CheckpointError or OnnxError where a file that the plan was made from is another one by now."""

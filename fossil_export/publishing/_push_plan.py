@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export._progress import Shown, begin, reporting
+from fossil_export._shown import line, readable_bytes, table
 from fossil_export.artifacts._kind import ADAPTER_CONFIG
 from fossil_export.artifacts._kinds import KINDS
 from fossil_export.artifacts._parts import Parts, parts_of
@@ -56,10 +57,24 @@ class PushPlan:
     unchecked: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        return (
-            f"<PushPlan of {self.folder} ({self.kind}) to {self.repo_id}: {len(self.files) + 1} files, "
-            f"{self.nbytes:,} bytes and the card; {len(self.left_behind)} left behind>"
+        return line(
+            "PushPlan",
+            f"of {self.folder} ({self.kind}) to {self.repo_id}: {len(self.files) + 1} files, "
+            f"{self.nbytes:,} bytes and the card; {len(self.left_behind)} left behind",
         )
+
+    def _repr_html_(self) -> str:
+        exists = {True: "is there", False: "would be made", None: None}[self.exists]
+        rows = [
+            ("folder", self.folder),
+            ("kind", self.kind),
+            ("repository", self.repo_id + (f" ({exists})" if exists else "")),
+            ("branch", self.revision),
+            ("files", f"{len(self.files) + 1}, {readable_bytes(self.nbytes)} and the card"),
+            ("left behind", ", ".join(self.left_behind)),
+            ("removed", ", ".join(self.removed)),
+        ]
+        return table("Plan of a push", rows, [*self.warnings, *self.unchecked])
 
     @property
     def nbytes(self) -> int:

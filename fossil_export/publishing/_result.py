@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from fossil_export._shown import line, readable_bytes, table
 from fossil_export.publishing._repository import Commit, Repository
 
 
@@ -29,7 +30,21 @@ class PushResult:
     warnings: tuple[str, ...]
 
     def __repr__(self) -> str:
-        return f"<PushResult {self.url}: {len(self.files)} files, {self.nbytes:,} bytes, commit {self.commit[:12]}>"
+        said = f"{self.url}: {len(self.files)} files, {self.nbytes:,} bytes, commit {self.commit[:12]}"
+        return line("PushResult", said)
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("repository", self.repo_id),
+            ("page", self.url),
+            ("revision", self.revision),
+            ("commit", self.commit[:12] + ("" if self.changed else " (nothing was to be changed)")),
+            ("files", f"{len(self.files)}, {readable_bytes(self.nbytes)}"),
+            ("removed", ", ".join(self.removed)),
+            ("left behind", ", ".join(self.left_behind)),
+            ("time", f"{self.seconds:.1f} s"),
+        ]
+        return table("Published", rows, self.warnings)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as `--json` prints it."""

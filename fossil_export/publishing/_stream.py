@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export._progress import Shown, begin, reporting
+from fossil_export._shown import line, table
 from fossil_export.artifacts._kinds import KINDS
 from fossil_export.cards import Facts
 from fossil_export.checkpoints._companions import CARD
@@ -58,7 +59,20 @@ class StreamResult:
     resumed: int
 
     def __repr__(self) -> str:
-        return f"<StreamResult: {len(self.survival)} tensors merged, {self.resumed} files taken up; {self.push!r}>"
+        return line(
+            "StreamResult", f"of {len(self.survival)} tensors merged, {self.resumed} files taken up; {self.push!r}"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("page", self.push.url),
+            ("commit", self.push.commit[:12]),
+            ("tensors", f"{len(self.survival)} of {self.plan.merge.parameters} merged"),
+            ("files", f"{len(self.push.files)}, of which the Hub copied {len(self.copied)}"),
+            ("taken up", f"{self.resumed} files of an earlier run" if self.resumed else None),
+            ("time", f"{self.push.seconds:.1f} s"),
+        ]
+        return table("Merged and published", rows, self.push.warnings)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as `--json` prints it."""

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from fossil_export._shown import line, table
 from fossil_export.checkpoints._checkpoint import Checkpoint, identity, sha256
 from fossil_export.checkpoints._jsonfile import write_json
 from fossil_export.errors import listed
@@ -45,7 +46,29 @@ class Verification:
 
     def __repr__(self) -> str:
         found = "parity" if self.parity else f"{len(self.problems)} problems, the first: {self.problems[0]}"
-        return f"<Verification of {self.artifact}: {found}; compared with {self.compared_with}>"
+        return line("Verification", f"of {self.artifact}: {found}; compared with {self.compared_with}")
+
+    def _repr_html_(self) -> str:
+        forward = self.forward
+        rows = [
+            ("artifact", self.origin.name),
+            ("verdict", self.verdict),
+            ("compared with", self.compared_with),
+            ("base", self.base_name),
+            ("tensors", None if self.tensors is None else f"{len(self.tensors)} compared"),
+            ("update kept", None if self.survived is None else f"{self.survived:.2%}"),
+            ("prompts", None if forward is None else forward.prompts),
+            ("error, trainer", None if forward is None else f"{forward.trainer.relative_error:.2g}"),
+            ("error, artifact", None if forward is None else f"{forward.artifact.relative_error:.2g}"),
+            (
+                "continuations",
+                None if forward is None else f"{forward.same_continuations} of {forward.continuations} the same",
+            ),
+            ("device", self.device),
+            ("time", f"{self.seconds:.1f} s"),
+        ]
+        title = "Parity" if self.parity else "NOT the trained model"
+        return table(title, rows, [*(f"wrong: {one}" for one in self.problems), *self.warnings], "Notes")
 
     @property
     def quantized_training(self) -> str | None:
