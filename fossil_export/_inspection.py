@@ -117,10 +117,33 @@ class Inspection:
 
 @reporting
 def inspect(adapter: Adapter | str | Path, base: str | Path | None = None, *, progress: Shown = False) -> Inspection:
-    """Look at `adapter`, and at `base` where there is one (default: the adapter's own, if it can be had); paths or ids
-    on the Hub, of which only headers are read.
+    """Look at an adapter, and at what it would do to its base.
 
-    Raises AdapterError for an adapter that cannot be read; what would stop a merge is reported in `problems`.
+    What would stop a merge is no error, but among the `problems`. Nothing is written.
+
+    Args:
+        adapter: What was trained: an `Adapter`, a folder or file (str or path), or an id on the Hub ("user/repo",
+            "user/repo@revision", "hf://user/repo/folder").
+        base: The base model, of which headers are read: a folder, an address or an id on the Hub. Default: the one that
+            the adapter names, if it can be had.
+        progress: True shows a bar for each step: a widget in a notebook, else a line on stderr. A function is called
+            with a `Progress`, one call at a time, maybe from another thread; what it raises stops the work, leaves
+            nothing half-written, and comes out of this call as it is. False (default) is silent.
+
+    Returns:
+        Inspection: `adapter`, `plan` (None if a merge would stop), `problems` (what would stop it), `warnings`, `norms`
+            and `sizes` by module, `kinds` (modules by kind), and `to_dict()`.
+
+    Raises:
+        AdapterError: The adapter cannot be read.
+        HubError: The Hub refuses or cannot be reached.
+        TypeError: If `progress` is neither a bool nor a function.
+
+    Example:
+        >>> import fossil_export
+        >>> found = fossil_export.inspect("my-adapter")  # doctest: +SKIP
+        >>> found.problems  # doctest: +SKIP
+        ()
     """
     if not isinstance(adapter, Adapter):
         adapter = load_adapter(adapter)

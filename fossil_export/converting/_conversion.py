@@ -134,14 +134,39 @@ def convert(
     overwrite: bool = False,
     progress: Shown = False,
 ) -> Conversion:
-    """Write `adapter` as another format at `output`; `to` is one of `CONVERTERS`.
+    """Write an adapter in another format; the model itself is not loaded.
 
-    "lora" and "miss" make folders, "gguf-lora" and "onnx-adapter" files. `adapter` and `base` are paths or ids on the
-    Hub; `base` (by default the one the adapter names) tells the layers' sizes, by its headers; `base_config` is
-    enough where it tells them too. `graph` is the swappable ONNX folder that "onnx-adapter" is for. `rank` or
-    `energy` ask for the nearest LoRA, of an adapter that is none or is a larger one. `outtype` is "f32" (the
-    default), "f16" or "q8_0", for "gguf-lora". Raises a FossilExportError with one line that names the remedy, also
-    for an option that `to` does not take; nothing is half-written.
+    Args:
+        adapter: What was trained: an `Adapter`, a folder or file (str or path), or an id on the Hub ("user/repo",
+            "user/repo@revision", "hf://user/repo/folder").
+        output: Folder or file to write. It must not exist, unless `overwrite`.
+        to: "lora" (a LoRA folder of PEFT), "miss" (a folder), "gguf-lora" (a file for llama.cpp) or "onnx-adapter" (a
+            file for a swappable ONNX folder).
+        base: The base model, of which headers tell the layers' sizes: a folder, an address or an id on the Hub.
+            Default: the one that the adapter names.
+        base_config: For "lora" and "gguf-lora": the base's config.json, if the model itself is not here.
+        graph: For "onnx-adapter": the swappable ONNX folder that it is for.
+        rank: For "lora": the nearest LoRA of this rank, of an adapter that is none or is a larger one.
+        energy: The same, of the rank that keeps this share of the update, between 0 and 1; not with `rank`.
+        outtype: For "gguf-lora": "f32" (default), "f16" or "q8_0".
+        overwrite: True replaces what an earlier call wrote there; nothing else is ever replaced.
+        progress: True shows a bar for each step: a widget in a notebook, else a line on stderr. A function is called
+            with a `Progress`, one call at a time, maybe from another thread; what it raises stops the work, leaves
+            nothing half-written, and comes out of this call as it is. False (default) is silent.
+
+    Returns:
+        Conversion: `output`, `to`, `nbytes`, `seconds`, `details` (what the format has to say: ranks, errors),
+            `warnings`, and `to_dict()`.
+
+    Raises:
+        FossilExportError: In one line with the remedy, also for an option that `to` does not take; nothing is
+            half-written.
+        AdapterError: The adapter cannot be that.
+        OutputError: The output cannot be written there.
+
+    Example:
+        >>> import fossil_export
+        >>> fossil_export.convert("my-adapter", "my-lora", to="lora")  # doctest: +SKIP
     """
     started = time.perf_counter()
     if to not in CONVERTERS:

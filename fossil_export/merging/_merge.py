@@ -118,20 +118,57 @@ def merge(
     hash: bool = False,  # noqa: A002  named as the command's option
     progress: Shown = False,
 ) -> MergeResult:
-    """Merge `adapter` into its base and write a complete model folder at `output`.
+    """Merge an adapter into its base and write a complete model folder.
 
-    Arguments are those of `plan_merge`, and: `device` does the arithmetic ("cpu", "cuda", "cuda:1"; the
-    result is the same, for bat up to the order of sums); `overwrite` replaces a folder an earlier merge
-    wrote; `hash` records SHA-256 of every weights file, which reads them once more; `progress` is called
-    with the bytes just written, from several threads.
+    The base is streamed, never loaded. The folder appears only when it is complete and synced. If a merge is
+    interrupted, the files that it had finished are kept beside `output`, and the same call goes on from there; with
+    other inputs it begins anew.
 
-    The folder appears only when it is complete and synced. If a merge is interrupted, the files that it had finished
-    are kept beside `output`, and the same call goes on from there; with other inputs it begins anew. Raises a
-    FossilExportError with one line that names the file, the tensor and the remedy.
+    Args:
+        adapter: What was trained: an `Adapter`, a folder or file (str or path), or an id on the Hub ("user/repo",
+            "user/repo@revision", "hf://user/repo/folder"). A list adds the updates of several in their order; a pair
+            (adapter, 0.7) adds 0.7 times its update.
+        output: Folder to write, or its address in an object store ("s3://bucket/name"). It must not exist, unless
+            `overwrite`.
+        base: The base model: a folder, a weights file, an address or an id on the Hub. Default: the one that the
+            adapter names, at the revision it names.
+        weights: A finite number for each adapter, its update being multiplied by it. Default: 1 for each.
+        dtype: "auto" (each tensor keeps its own), or the dtype of all floating-point tensors: "float32", "bfloat16",
+            "float16" or one of torch's (`torch.bfloat16`).
+        max_shard_size: Cut the weights into new files of at most this size: bytes, or text such as "5GB". Default: the
+            base's files.
+        requantize: True keeps a quantized base's format; False (default) dequantizes it to full precision.
+        min_survival: With `requantize`: the share of the update, from 0 to 1, that must be left. Less is a MergeError.
+        trained_on: How the base was quantized while the adapter was trained (QLoRA): "nf4", "fp4", "int8", "fp8",
+            "unquantized", the settings of a BitsAndBytesConfig as a dict, or "auto" (default): what the adapter's files
+            say.
+        into: "trained" (default) adds the updates to the base as training saw it, "original" to its stored weights.
+        device: Where to compute: "cpu" (default), "cuda", "cuda:1". The result is the same.
+        overwrite: True replaces what an earlier call wrote there; nothing else is ever replaced.
+        hash: True records the SHA-256 of every weights file, which may read them once more.
+        progress: True shows a bar for each step: a widget in a notebook, else a line on stderr. A function is called
+            with a `Progress`, one call at a time, maybe from another thread; what it raises stops the work, leaves
+            nothing half-written, and comes out of this call as it is. False (default) is silent.
 
-    >>> result = merge("my-adapter", "my-model")            # doctest: +SKIP
-    >>> result.survival["model.layers.0.self_attn.q_proj.weight"].survived   # doctest: +SKIP
-    0.998
+    Returns:
+        MergeResult: `output` (path or address), `survival` (by tensor, how much of the update rounding left),
+            `seconds`, `peak_memory` (bytes), `resumed` (files taken up), `warnings` (lines to show), `plan`, and
+            `to_dict()`.
+
+    Raises:
+        FossilExportError: In one line that names the file, the tensor or field, and the remedy; all errors below are
+            its subclasses.
+        AdapterError: The adapter cannot be read, or contradicts itself.
+        CheckpointError: The base is missing, damaged or changes meanwhile.
+        MergeError: Adapter and base do not go together, an argument has no sound value, or the result is not finite.
+        HubError: The Hub refuses or cannot be reached.
+        OutputError: The output cannot be written there.
+
+    Example:
+        >>> import fossil_export
+        >>> result = fossil_export.merge("my-adapter", "my-model")  # doctest: +SKIP
+        >>> result.survival["model.layers.0.self_attn.q_proj.weight"].survived  # doctest: +SKIP
+        0.998
     """
     started = time.perf_counter()
     plan = plan_merge(
@@ -159,7 +196,41 @@ def run_merge(
     progress: Shown = False,
     started: float | None = None,
 ) -> MergeResult:
-    """Carry out a plan that `plan_merge` made; arguments as for `merge`. `started` is when the clock began."""
+    """Carry out a plan that `plan_merge` made.
+
+    The same as `merge`, once the plan has been looked at. Adapter and base must be what they were when it was made.
+
+    Args:
+        plan: What `plan_merge` returned.
+        output: Folder to write, or its address in an object store ("s3://bucket/name"). It must not exist, unless
+            `overwrite`.
+        device: Where to compute: "cpu" (default), "cuda", "cuda:1". The result is the same.
+        overwrite: True replaces what an earlier call wrote there; nothing else is ever replaced.
+        hash: True records the SHA-256 of every weights file, which may read them once more.
+        progress: True shows a bar for each step: a widget in a notebook, else a line on stderr. A function is called
+            with a `Progress`, one call at a time, maybe from another thread; what it raises stops the work, leaves
+            nothing half-written, and comes out of this call as it is. False (default) is silent.
+        started: When the clock of `seconds` began, by `time.perf_counter()`. Default: now.
+
+    Returns:
+        MergeResult: `output` (path or address), `survival` (by tensor, how much of the update rounding left),
+            `seconds`, `peak_memory` (bytes), `resumed` (files taken up), `warnings` (lines to show), `plan`, and
+            `to_dict()`.
+
+    Raises:
+        FossilExportError: In one line that names the file, the tensor or field, and the remedy; all errors below are
+            its subclasses.
+        AdapterError: The adapter cannot be read, or contradicts itself.
+        CheckpointError: The base is missing, damaged or changes meanwhile.
+        MergeError: Adapter and base do not go together, an argument has no sound value, or the result is not finite.
+        HubError: The Hub refuses or cannot be reached.
+        OutputError: The output cannot be written there.
+
+    Example:
+        >>> import fossil_export
+        >>> plan = fossil_export.plan_merge("my-adapter")  # doctest: +SKIP
+        >>> result = fossil_export.run_merge(plan, "my-model", progress=True)  # doctest: +SKIP
+    """
     started = time.perf_counter() if started is None else started
     ready = prepare(plan, output, device, overwrite)
     plan, place = ready.plan, ready.place

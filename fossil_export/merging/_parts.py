@@ -128,14 +128,41 @@ def merge_part(
     hash: bool = False,  # noqa: A002  named as the command's option
     progress: Shown = False,
 ) -> PartResult:
-    """Write a part of a merge: (3, 16) is the third of sixteen parts of about the same size; or files of the plan by
-    name. Other arguments are those of `run_merge`; all parts must have the same.
+    """Write one part of a merge that several processes or machines share.
 
     Parts may run in any order and at the same time, on machines that share the folder, and again: a file that is
-    finished is not written twice. Nothing is seen at `output` before `finish_merge`. Raises a FossilExportError; of
-    other inputs or another version than the parts that are there, OutputError says what differs.
+    finished is not written twice. All parts must have the same arguments. Nothing is seen at `output` before
+    `finish_merge`.
 
-    >>> merge_part(plan, "merged", (3, 16))           # doctest: +SKIP
+    Args:
+        plan: What `plan_merge` returned.
+        output: Folder to write, or its address in an object store ("s3://bucket/name"). It must not exist, unless
+            `overwrite`.
+        part: (3, 16) for the third of sixteen parts of about the same size, or names of files of the plan.
+        device: Where to compute: "cpu" (default), "cuda", "cuda:1". The result is the same.
+        overwrite: True replaces what an earlier call wrote there; nothing else is ever replaced.
+        hash: True records the SHA-256 of every weights file, which may read them once more.
+        progress: True shows a bar for each step: a widget in a notebook, else a line on stderr. A function is called
+            with a `Progress`, one call at a time, maybe from another thread; what it raises stops the work, leaves
+            nothing half-written, and comes out of this call as it is. False (default) is silent.
+
+    Returns:
+        PartResult: `files` of this part by name, `missing` (files of the plan that no part has finished), `nbytes`
+            written, `resumed`, `seconds`, `warnings`, and `to_dict()`.
+
+    Raises:
+        FossilExportError: In one line that names the file, the tensor or field, and the remedy; all errors below are
+            its subclasses.
+        AdapterError: The adapter cannot be read, or contradicts itself.
+        CheckpointError: The base is missing, damaged or changes meanwhile.
+        MergeError: Adapter and base do not go together, an argument has no sound value, or the result is not finite.
+        HubError: The Hub refuses or cannot be reached.
+        OutputError: The output cannot be written there.
+
+    Example:
+        >>> import fossil_export
+        >>> plan = fossil_export.plan_merge("my-adapter")  # doctest: +SKIP
+        >>> fossil_export.merge_part(plan, "/shared/merged", (3, 16))  # doctest: +SKIP
     """
     started = time.perf_counter()
     ready = prepare(plan, output, device, overwrite, whole=False)
@@ -177,10 +204,39 @@ def finish_merge(
     hash: bool = False,  # noqa: A002
     progress: Shown = False,
 ) -> MergeResult:
-    """Write what goes beside the files of all parts, and publish the folder; arguments as for the parts.
+    """Publish a merge of which all parts are written.
 
-    With `hash` files that have no SHA-256 by now are read for it. Raises OutputError as `merge_part` does, MergeError
-    that names what is missing.
+    Writes what goes beside the weights, and puts the folder in place. Arguments are as for the parts.
+
+    Args:
+        plan: What `plan_merge` returned.
+        output: Folder to write, or its address in an object store ("s3://bucket/name"). It must not exist, unless
+            `overwrite`.
+        device: Where to compute: "cpu" (default), "cuda", "cuda:1". The result is the same.
+        overwrite: True replaces what an earlier call wrote there; nothing else is ever replaced.
+        hash: True records the SHA-256 of every weights file, which may read them once more.
+        progress: True shows a bar for each step: a widget in a notebook, else a line on stderr. A function is called
+            with a `Progress`, one call at a time, maybe from another thread; what it raises stops the work, leaves
+            nothing half-written, and comes out of this call as it is. False (default) is silent.
+
+    Returns:
+        MergeResult: `output` (path or address), `survival` (by tensor, how much of the update rounding left),
+            `seconds`, `peak_memory` (bytes), `resumed` (files taken up), `warnings` (lines to show), `plan`, and
+            `to_dict()`.
+
+    Raises:
+        FossilExportError: In one line that names the file, the tensor or field, and the remedy; all errors below are
+            its subclasses.
+        AdapterError: The adapter cannot be read, or contradicts itself.
+        CheckpointError: The base is missing, damaged or changes meanwhile.
+        MergeError: Parts are missing; it names them.
+        HubError: The Hub refuses or cannot be reached.
+        OutputError: The parts that are there are of other inputs or another version.
+
+    Example:
+        >>> import fossil_export
+        >>> plan = fossil_export.plan_merge("my-adapter")  # doctest: +SKIP
+        >>> fossil_export.finish_merge(plan, "/shared/merged")  # doctest: +SKIP
     """
     started = time.perf_counter()
     ready = prepare(plan, output, device, overwrite, whole=False)

@@ -98,18 +98,50 @@ def export_onnx(
     overwrite: bool = False,
     progress: Shown = False,
 ) -> OnnxResult:
-    """Write the trained model as an ONNX folder at `output`.
+    """Write the trained model as an ONNX folder that ONNX Runtime or GenAI runs.
 
-    `mode` is "merged" (plain graph), "tiled" (the base's weights shared, the sum folded at load), "fused"
-    (branches with the shards inside) or "swappable" (shards as optional inputs, and an adapter file beside).
-    The graph is made from the base by `runtime` "genai" (generative models, with key-value cache) or "torch"
-    (everything else), by default the one that fits, in `precision` "fp32", "fp16", "bf16" or "int4"; or it is
-    `onnx`, a graph of the base that is there already, whose data file is shared unless `copy_data`. `device`
-    "cuda" makes GenAI build for a GPU. With `trust_remote_code` the builder runs the Python code that the model's
-    config names in its `auto_map`, as transformers does of that name; without, such a model is refused. `progress` is
-    called with the name of each step.
+    The folder appears only when it is complete.
 
-    The folder appears only when it is complete. Raises a FossilExportError with one line that names the remedy.
+    Args:
+        adapter: What was trained: an `Adapter`, a folder or file (str or path), or an id on the Hub ("user/repo",
+            "user/repo@revision", "hf://user/repo/folder").
+        output: Folder to write. It must not exist, unless `overwrite`.
+        base: The base model: a folder, a weights file, an address or an id on the Hub. Default: the one that the
+            adapter names, at the revision it names.
+        mode: "merged" (default, a plain graph), "tiled" (the base's weights shared, the sum folded at load), "fused"
+            (branches with the shards inside) or "swappable" (shards as optional inputs, and an adapter file beside).
+        runtime: Who makes the graph: "genai" (models that generate, with key-value cache) or "torch" (all others).
+            Default: the one that fits.
+        precision: "fp32" (default), "fp16", "bf16" or "int4".
+        onnx: A graph of the base that is there already, file or folder; then no `runtime` and `precision`. Default: one
+            is made.
+        copy_data: True copies the data file of `onnx`; False (default) shares it by a hard link.
+        device: What the graph is for: "cpu" (default) or "cuda".
+        trust_remote_code: True runs the Python code that a model's config names in its `auto_map`, as transformers does
+            of that name. False (default) refuses such a model.
+        overwrite: True replaces what an earlier call wrote there; nothing else is ever replaced.
+        progress: True shows a bar for each step: a widget in a notebook, else a line on stderr. A function is called
+            with a `Progress`, one call at a time, maybe from another thread; what it raises stops the work, leaves
+            nothing half-written, and comes out of this call as it is. False (default) is silent.
+
+    Returns:
+        OnnxResult: `output` (folder), `graph` (file), `adapter_file` (of a swappable folder, else None), `targets`
+            (weights with what was trained), `nbytes`, `seconds`, `warnings`, and `to_dict()`.
+
+    Raises:
+        FossilExportError: In one line that names the file, the tensor or field, and the remedy; all errors below are
+            its subclasses.
+        OnnxError: A graph cannot be read, is not the base's, or cannot take the adapter in this mode.
+        MissingExtraError: A package is missing; the extra is named.
+        AdapterError: The adapter cannot be read, or contradicts itself.
+        CheckpointError: The base is missing, damaged or changes meanwhile.
+        MergeError: Adapter and base do not go together, an argument has no sound value, or the result is not finite.
+        HubError: The Hub refuses or cannot be reached.
+        OutputError: The output cannot be written there.
+
+    Example:
+        >>> import fossil_export
+        >>> fossil_export.export_onnx("my-adapter", "my-onnx", mode="swappable")  # doctest: +SKIP
     """
     started = time.perf_counter()
     plan = decide(adapter, base, mode, runtime, precision, onnx, copy_data, device, trust_remote_code)
@@ -125,7 +157,35 @@ def run_onnx(
     progress: Shown = False,
     started: float | None = None,
 ) -> OnnxResult:
-    """Carry out a plan; arguments as for `export_onnx`. `started` is when the clock began."""
+    """Carry out a plan that `plan_onnx` made.
+
+    Args:
+        plan: What `plan_onnx` returned.
+        output: Folder to write. It must not exist, unless `overwrite`.
+        overwrite: True replaces what an earlier call wrote there; nothing else is ever replaced.
+        progress: True shows a bar for each step: a widget in a notebook, else a line on stderr. A function is called
+            with a `Progress`, one call at a time, maybe from another thread; what it raises stops the work, leaves
+            nothing half-written, and comes out of this call as it is. False (default) is silent.
+        started: When the clock of `seconds` began, by `time.perf_counter()`. Default: now.
+
+    Returns:
+        OnnxResult: As of `export_onnx`.
+
+    Raises:
+        FossilExportError: In one line that names the file, the tensor or field, and the remedy; all errors below are
+            its subclasses.
+        OnnxError: A graph cannot be read or made.
+        AdapterError: The adapter cannot be read, or contradicts itself.
+        CheckpointError: The base is missing, damaged or changes meanwhile.
+        MergeError: Adapter and base do not go together, an argument has no sound value, or the result is not finite.
+        HubError: The Hub refuses or cannot be reached.
+        OutputError: The output cannot be written there.
+
+    Example:
+        >>> import fossil_export
+        >>> plan = fossil_export.plan_onnx("my-adapter")  # doctest: +SKIP
+        >>> fossil_export.run_onnx(plan, "my-onnx", progress=True)  # doctest: +SKIP
+    """
     started = time.perf_counter() if started is None else started
     merge = plan.merge
     plan.check()  # first, since an input that is gone has no place to hold the output against

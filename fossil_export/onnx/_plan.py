@@ -120,11 +120,47 @@ def plan_onnx(
     trust_remote_code: bool = False,
     progress: Shown = False,
 ) -> OnnxPlan:
-    """Decide how the model that `adapter` was trained for becomes an ONNX folder; arguments are `export_onnx`'s.
+    """Decide how the trained model becomes an ONNX folder; nothing is written and no graph is made.
 
-    Nothing is written and no graph is made. Of adapter and base only headers and configs are read, but for the places
-    in `onnx`, a graph that is there already: they are found by the base's values, if it is on this machine. Raises a
-    FossilExportError for whatever stops the export as far as it can be seen from there.
+    Of adapter and base only headers and configs are read, but for the places in `onnx`, which are found by the base's
+    values, if it is on this machine.
+
+    Args:
+        adapter: What was trained: an `Adapter`, a folder or file (str or path), or an id on the Hub ("user/repo",
+            "user/repo@revision", "hf://user/repo/folder").
+        base: The base model: a folder, a weights file, an address or an id on the Hub. Default: the one that the
+            adapter names, at the revision it names.
+        mode: "merged" (default, a plain graph), "tiled" (the base's weights shared, the sum folded at load), "fused"
+            (branches with the shards inside) or "swappable" (shards as optional inputs, and an adapter file beside).
+        runtime: Who makes the graph: "genai" (models that generate, with key-value cache) or "torch" (all others).
+            Default: the one that fits.
+        precision: "fp32" (default), "fp16", "bf16" or "int4".
+        onnx: A graph of the base that is there already, file or folder; then no `runtime` and `precision`. Default: one
+            is made.
+        copy_data: True copies the data file of `onnx`; False (default) shares it by a hard link.
+        device: What the graph is for: "cpu" (default) or "cuda".
+        trust_remote_code: True runs the Python code that a model's config names in its `auto_map`, as transformers does
+            of that name. False (default) refuses such a model.
+        progress: True shows a bar for each step: a widget in a notebook, else a line on stderr. A function is called
+            with a `Progress`, one call at a time, maybe from another thread; what it raises stops the work, leaves
+            nothing half-written, and comes out of this call as it is. False (default) is silent.
+
+    Returns:
+        OnnxPlan: `mode`, `runtime`, `precision`, `graph` (None if one is made), `places` (the graph's weights that get
+            trained tensors, if they can be known), `nbytes` (about), `warnings`, and `to_dict()`.
+
+    Raises:
+        FossilExportError: In one line that names the file, the tensor or field, and the remedy; all errors below are
+            its subclasses.
+        OnnxError: What stops the export, as far as it can be seen from there.
+        AdapterError: The adapter cannot be read, or contradicts itself.
+        CheckpointError: The base is missing, damaged or changes meanwhile.
+        MergeError: Adapter and base do not go together, an argument has no sound value, or the result is not finite.
+        HubError: The Hub refuses or cannot be reached.
+
+    Example:
+        >>> import fossil_export
+        >>> fossil_export.plan_onnx("my-adapter", mode="fused")  # doctest: +SKIP
     """
     plan = decide(adapter, base, mode, runtime, precision, onnx, copy_data, device, trust_remote_code)
     if plan.graph is None or not _is_here(plan.merge):

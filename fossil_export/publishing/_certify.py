@@ -46,10 +46,30 @@ def publish_certificate(
     commit_message: str | None = None,
     progress: Shown = False,
 ) -> PushResult:
-    """Commit the certificate of an artifact that `verify` was given by its id, and the model card that quotes it.
+    """Commit the certificate of an artifact that was verified by its id on the Hub, and the model card that quotes it.
 
-    It goes to the branch that was verified (default: main), or into a pull request. Raises HubError where the files
-    there are no longer those that were verified.
+    It goes to the branch that was verified (default: main), or into a pull request.
+
+    Args:
+        result: What `verify` returned of an artifact on the Hub.
+        create_pr: True opens a pull request instead of committing.
+        commit_message: Title of the commit. Default: one that says what was published.
+        progress: True shows a bar for each step: a widget in a notebook, else a line on stderr. A function is called
+            with a `Progress`, one call at a time, maybe from another thread; what it raises stops the work, leaves
+            nothing half-written, and comes out of this call as it is. False (default) is silent.
+
+    Returns:
+        PushResult: `url` (the page), `repo_id`, `revision`, `commit`, `pr_url`, `changed` (False if all was there
+            already), `files`, `left_behind`, `removed`, `nbytes`, `seconds`, `warnings`, and `to_dict()`.
+
+    Raises:
+        FossilExportError: In one line with the remedy.
+        HubError: The artifact is no repository on the Hub, or the files there are no longer those that were verified.
+
+    Example:
+        >>> import fossil_export
+        >>> found = fossil_export.verify("user/my-model")  # doctest: +SKIP
+        >>> fossil_export.publish_certificate(found, create_pr=True)  # doctest: +SKIP
     """
     from huggingface_hub import CommitOperationAdd
 

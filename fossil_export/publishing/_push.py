@@ -34,12 +34,36 @@ def push(
     commit_message: str | None = None,
     progress: Shown = False,
 ) -> PushResult:
-    """Publish `folder` (a merged model, a LoRA, MISS or ONNX folder, or a GGUF file) as `repo_id`.
+    """Publish a finished artifact on the Hub, with a model card, in one commit.
 
-    A new repository is `private` if asked for; `revision` is the branch (made if it is not there), `create_pr` opens a
-    pull request instead of committing. Files that are no part of the model stay behind; the model card is written, or
-    the one that is there extended. Everything appears in one commit; interrupted, the same call goes on with what is
-    not uploaded yet. `progress` is called with the name of each step. Raises a FossilExportError in one line.
+    Files that are no part of the model stay behind; the model card is written, or the one that is there extended.
+    Interrupted, the same call goes on with what is not uploaded yet.
+
+    Args:
+        folder: What was written by `merge`, `convert` or `export_onnx`: a folder, or a GGUF file.
+        repo_id: The repository on the Hub, "user/name". It is made if it is not there.
+        private: True makes a new repository private. One that is there stays as it is.
+        revision: The branch to commit to, made if it is not there. Default: main.
+        create_pr: True opens a pull request instead of committing.
+        commit_message: Title of the commit. Default: one that says what was published.
+        progress: True shows a bar for each step: a widget in a notebook, else a line on stderr. A function is called
+            with a `Progress`, one call at a time, maybe from another thread; what it raises stops the work, leaves
+            nothing half-written, and comes out of this call as it is. False (default) is silent.
+
+    Returns:
+        PushResult: `url` (the page), `repo_id`, `revision`, `commit`, `pr_url`, `changed` (False if all was there
+            already), `files`, `left_behind`, `removed`, `nbytes`, `seconds`, `warnings`, and `to_dict()`.
+
+    Raises:
+        FossilExportError: In one line that names the file, the tensor or field, and the remedy; all errors below are
+            its subclasses.
+        CheckpointError: The folder is no artifact, or changes meanwhile.
+        HubError: The Hub refuses, cannot be reached, or the repository holds something else.
+
+    Example:
+        >>> import fossil_export
+        >>> fossil_export.push("merged", "user/my-model", private=True).url  # doctest: +SKIP
+        'https://huggingface.co/user/my-model'
     """
     started = time.perf_counter()
     plan = plan_files(folder, repo_id, private, revision, create_pr, commit_message)
@@ -48,8 +72,30 @@ def push(
 
 @reporting
 def run_push(plan: PushPlan, *, progress: Shown = False, started: float | None = None) -> PushResult:
-    """Carry out a plan that `plan_push` made; `started` is when the clock began. Raises CheckpointError if a file has
-    changed by now, and otherwise as `push` does."""
+    """Carry out a plan that `plan_push` made.
+
+    Args:
+        plan: What `plan_push` returned.
+        progress: True shows a bar for each step: a widget in a notebook, else a line on stderr. A function is called
+            with a `Progress`, one call at a time, maybe from another thread; what it raises stops the work, leaves
+            nothing half-written, and comes out of this call as it is. False (default) is silent.
+        started: When the clock of `seconds` began, by `time.perf_counter()`. Default: now.
+
+    Returns:
+        PushResult: `url` (the page), `repo_id`, `revision`, `commit`, `pr_url`, `changed` (False if all was there
+            already), `files`, `left_behind`, `removed`, `nbytes`, `seconds`, `warnings`, and `to_dict()`.
+
+    Raises:
+        FossilExportError: In one line that names the file, the tensor or field, and the remedy; all errors below are
+            its subclasses.
+        CheckpointError: A file has changed since the plan was made.
+        HubError: The Hub refuses, cannot be reached, or the repository holds something else.
+
+    Example:
+        >>> import fossil_export
+        >>> plan = fossil_export.plan_push("merged", "user/my-model")  # doctest: +SKIP
+        >>> fossil_export.run_push(plan, progress=True)  # doctest: +SKIP
+    """
     started = time.perf_counter() if started is None else started
     plan.check()
     repository = Repository(plan.repo_id, plan.revision, plan.create_pr)

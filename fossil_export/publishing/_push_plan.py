@@ -128,10 +128,37 @@ def plan_push(
     commit_message: str | None = None,
     progress: Shown = False,
 ) -> PushPlan:
-    """What `push` with the same arguments would do. Nothing is made or sent, and nobody need be logged in: what the
-    Hub does not tell is `unchecked`. It is not asked what it has against the card's metadata.
+    """What `push` with the same arguments would do; nothing is made or sent.
 
-    Raises a FossilExportError as `push` does for what is no artifact and for what the repository must not take.
+    Nobody need be logged in: what the Hub does not tell is `unchecked`. It is not asked what it has against the card's
+    metadata.
+
+    Args:
+        folder: What was written by `merge`, `convert` or `export_onnx`: a folder, or a GGUF file.
+        repo_id: The repository on the Hub, "user/name". It is made if it is not there.
+        private: True makes a new repository private. One that is there stays as it is.
+        revision: The branch to commit to, made if it is not there. Default: main.
+        create_pr: True opens a pull request instead of committing.
+        commit_message: Title of the commit. Default: one that says what was published.
+        progress: True shows a bar for each step: a widget in a notebook, else a line on stderr. A function is called
+            with a `Progress`, one call at a time, maybe from another thread; what it raises stops the work, leaves
+            nothing half-written, and comes out of this call as it is. False (default) is silent.
+
+    Returns:
+        PushPlan: `files` (bytes by name), `nbytes`, `left_behind`, `exists` (None if that is not known), `removed`,
+            `card` (its metadata), `warnings`, `unchecked` (what could not be asked), and `to_dict()`.
+
+    Raises:
+        FossilExportError: In one line that names the file, the tensor or field, and the remedy; all errors below are
+            its subclasses.
+        CheckpointError: The folder is no artifact, or changes meanwhile.
+        HubError: The Hub refuses, cannot be reached, or the repository holds something else.
+
+    Example:
+        >>> import fossil_export
+        >>> plan = fossil_export.plan_push("merged", "user/my-model")  # doctest: +SKIP
+        >>> list(plan.files)  # doctest: +SKIP
+        ['config.json', 'model.safetensors']
     """
     plan = plan_files(folder, repo_id, private, revision, create_pr, commit_message)
     begin("asking the Hub")

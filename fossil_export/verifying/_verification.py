@@ -56,19 +56,42 @@ def verify(
     trust_remote_code: bool = False,
     progress: Shown = False,
 ) -> Verification:
-    """Is `artifact` (a folder that `merge`, `export_onnx` or `convert` wrote) what was trained?
+    """Is an artifact what was trained? Compare its weights and its answers with the adapter on its base.
 
-    All three may be ids on the Hub. `base` and `adapter` default to those its `fossil_export.json` names; `adapter` may
-    be several, or pairs with weights, as for `merge`, and one without a weight has the recorded one. `level` is
-    "weights" (every tensor, streamed, no model class), "forward" (logits and continuations against the trainer, which
-    needs the extra [peft]) or "all". `prompts` is a text file, one a line; `report` an HTML file to write. The trainer
-    runs on the base as training saw it: `trained_on` says how that was quantized, as for `merge` (default: as the
-    artifact's record says, else as the adapter's files do). With `trust_remote_code` the forward level runs the Python
-    code that the configs of base and artifact name in their `auto_map`, as transformers does of that name; without,
-    such a model is refused. Writes `fossil_parity.json` beside the weights; for an artifact on the Hub
-    `publish_certificate` does. `progress` is called with the bytes compared.
+    Writes the certificate `fossil_parity.json` beside the weights; for an artifact on the Hub `publish_certificate`
+    does.
 
-    Raises a FossilExportError when something cannot be read or run; a difference is no error but a verdict.
+    Args:
+        artifact: A folder or file that `merge`, `export_onnx` or `convert` wrote, or its id on the Hub.
+        base: The base model: a folder, an address or an id on the Hub. Default: what the artifact's fossil_export.json
+            names.
+        adapter: As for `merge`: one, several, or pairs with weights. Default: what fossil_export.json names, at the
+            recorded weights.
+        level: "weights" (every tensor, streamed, no model is run), "forward" (logits and continuations against the
+            trainer, which needs the extra `peft`) or "all" (default).
+        device: Where the forward level runs models: "cpu" (default), "cuda", "cuda:1".
+        prompts: A text file of prompts, one a line. Default: 16 that are built in.
+        report: An HTML file to write. Default: none.
+        trained_on: As for `merge`. Default: as the artifact's record says, else as the adapter's files do.
+        trust_remote_code: True runs the Python code that a model's config names in its `auto_map`, as transformers does
+            of that name. False (default) refuses such a model.
+        progress: True shows a bar for each step: a widget in a notebook, else a line on stderr. A function is called
+            with a `Progress`, one call at a time, maybe from another thread; what it raises stops the work, leaves
+            nothing half-written, and comes out of this call as it is. False (default) is silent.
+
+    Returns:
+        Verification: `parity` (bool), `verdict` (words), `problems` (the reasons against parity, the first one first),
+            `warnings`, `survived` (share of the update in the weights), `tensors`, `forward`, and `to_dict()`.
+
+    Raises:
+        FossilExportError: If something cannot be read or run; a difference is no error but a verdict.
+        TypeError: If `progress` is neither a bool nor a function.
+
+    Example:
+        >>> import fossil_export
+        >>> found = fossil_export.verify("merged", level="weights")  # doctest: +SKIP
+        >>> found.parity  # doctest: +SKIP
+        True
     """
     if level not in LEVELS:
         raise FossilExportError(f"level is {level!r}, expected {', '.join(LEVELS)}")
