@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, Union
 
+from fossil_export._arguments import checked
 from fossil_export._shown import printable
 
 if TYPE_CHECKING:
@@ -184,12 +185,13 @@ class showing:
 
 
 def reporting(function: Callable[P, R]) -> Callable[P, R]:
-    """A function whose steps are shown as its `progress=` says."""
+    """A function with steps that are shown as its `progress=` says, and arguments that are looked at first."""
+    run = checked(function)
 
     @wraps(function)
     def told(*arguments: P.args, **options: P.kwargs) -> R:
         with showing(options.get("progress", False)):  # type: ignore[arg-type]
-            return function(*arguments, **options)
+            return run(*arguments, **options)
 
     return told
 

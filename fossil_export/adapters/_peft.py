@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fossil_export._arguments import checked
 from fossil_export.adapters import _mlx as mlx
 from fossil_export.adapters._adapter import Adapter
 from fossil_export.adapters._beside import elsewhere, only_one_in, refuse_lost
@@ -66,6 +67,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
+@checked
 def load_adapter(path: str | Path) -> Adapter:
     """Read an adapter: its config, and the headers of its files; values are read when they are asked for.
 
