@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import wraps
 from inspect import signature
 from numbers import Integral, Real
@@ -70,9 +70,9 @@ def _kind(check: Callable[[Any], Any], words: str, *names: str) -> dict[str, Cal
 _CHECKS: dict[str, Callable[[Any], Any]] = {
     **_kind(
         _path, "a path: str or os.PathLike",
-        "artifact", "base", "base_config", "cache_dir", "folder", "graph", "onnx", "output", "path", "prompts", "report",
+        "artifact", "base", "base_config", "cache_dir", "folder", "graph", "onnx", "output", "prompts", "report",
     ),
-    **_kind(_adapter, "an adapter, its path or its id", "adapter"),
+    **_kind(_adapter, "an adapter, its path or its id", "adapter", "path"),
     **_kind(
         _bool, "True or False",
         "copy_data", "create_pr", "hash", "overwrite", "private", "requantize", "trust_remote_code",
@@ -80,13 +80,14 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     **_kind(_device, "a str such as 'cpu' or 'cuda'", "device"),
     **_kind(
         _of(str), "a str",
-        "address", "commit_message", "into", "level", "mode", "outtype", "precision", "repo_id", "revision", "runtime", "to",
+        "address", "commit_message", "into", "level", "mode", "outtype", "precision", "repo_id", "revision", "runtime",
+        "to",
     ),
     **_kind(_of(Real), "a number", "energy", "min_survival"),
     **_kind(_of(Integral), "an int", "cpus", "rank"),
     **_kind(_of(Integral, str), "bytes as an int, or a str such as '5GB'", "max_disk", "max_shard_size"),
-    **_kind(_of(Iterable), "a list of numbers", "weights"),  # type: ignore[type-abstract]
-    **_kind(_of(tuple, list, set, frozenset, str), "two numbers such as (3, 16), or names of files", "part"),
+    **_kind(_of(Iterable), "a list of numbers", "weights"),
+    **_kind(_of(Collection), "two numbers such as (3, 16), or names of files", "part"),
 }  # fmt: skip
 
 
@@ -96,9 +97,7 @@ def _trained_on(value: Any) -> Any:
     raise TypeError
 
 
-_CHECKS |= _kind(
-    _trained_on, "a str such as 'nf4', or a dict of settings (of a BitsAndBytesConfig: to_dict())", "trained_on"
-)
+_CHECKS |= _kind(_trained_on, "a str such as 'nf4', or a dict of a BitsAndBytesConfig's settings", "trained_on")
 _MADE_BY = {
     "MergePlan": "plan_merge", "OnnxPlan": "plan_onnx", "PushPlan": "plan_push", "StreamPlan": "plan_stream",
     "Verification": "verify",

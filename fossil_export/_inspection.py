@@ -25,9 +25,16 @@ from fossil_export.merging._sizes import Size, sizes_of
 
 @dataclass(frozen=True)
 class Inspection:
-    """`norms` is the Frobenius norm of each module's trained tensors, empty while the adapter is on the Hub alone;
-    `plan` is None where the merge would stop, and `problems` then says why. Without a base at hand both stay empty.
-    `sizes` is how large each update, or whole tensor, is beside the weight that it changes (`_sizes`)."""
+    """What `inspect` found of an adapter.
+
+    Attributes:
+        adapter: The `Adapter`.
+        norms: By module, the Frobenius norm of what was trained; empty while the adapter is on the Hub alone.
+        plan: The `MergePlan`; None if the merge would stop, or without a base at hand.
+        problems: What would stop a merge, a line each.
+        warnings: Lines that the user should see.
+        sizes: By module, how large each update, or whole tensor, is beside the weight that it changes.
+    """
 
     adapter: Adapter
     norms: Mapping[str, float]

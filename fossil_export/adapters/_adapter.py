@@ -26,18 +26,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A trained adapter.
+    """A trained adapter, as `load_adapter` reads it.
 
-    `trained` is by module; `saved` holds whole tensors that were trained or stored beside it, by the base model's
-    parameter name (`lm_head.weight`, `model.layers.0.self_attn.q_proj.bias`); `below` is what some of these were
-    before training, in a resized vocabulary. Nothing is read into memory until `array` is called; arrays of pickled
-    adapters, which are no byte ranges, are in `pickled`.
-    `name` is what records call it (its id on the Hub, else the path as given) and `revision` its commit there.
-    `home` is the folder of its `files`, whose weights have these `headers`; of an adapter on the Hub those are here
-    once `needed` was fetched. `stamps` are those of the files that were read already.
-    `is_pefts` says whether PEFT loads it as it is.
-    With `keeps_ties` the trainer changed a tied tensor for all that share it (MLX; PEFT parts them). `unfit` says of
-    model types why the trainer began from other weights than a checkpoint of them has.
+    Nothing is read into memory until `array` or `arrays` is called.
+
+    Attributes:
+        path: Its folder or file.
+        peft_type: The method as its config calls it, "MISS" or "LORA".
+        base_model: The base that it names, None if it names none.
+        base_revision: The commit or branch of that.
+        config: Its adapter_config.json.
+        trained: By module: method, rank, scale and tensors.
+        saved: Whole tensors that were trained or stored beside it, by the base model's parameter name
+            (`lm_head.weight`).
+        files: Its files.
+        home: The folder of its `files`, which may be on the Hub; they are here once `needed` was fetched.
+        pickled: Arrays of pickled adapters, which are no byte ranges.
+        below: What some of `saved` were before training, in a resized vocabulary.
+        name: What records call it: its id on the Hub, else the path as given.
+        revision: Its commit on the Hub.
+        notes: Lines that the user should see.
+        headers: Of its weights files.
+        stamps: Of the files that were read already.
+        is_pefts: Whether PEFT loads it as it is.
+        keeps_ties: Whether the trainer changed a tied tensor for all that share it (MLX; PEFT parts them).
+        unfit: Says of model types why the trainer began from other weights than a checkpoint of them has.
     """
 
     path: Path

@@ -33,7 +33,16 @@ from fossil_export.writing._staging import check_destination, staged_folder
 
 @dataclass(frozen=True)
 class Conversion:
-    """A finished conversion; `details` are what the converter has to say of it."""
+    """A finished conversion, as `convert` returns it.
+
+    Attributes:
+        output: Folder or file that was written.
+        to: The format.
+        nbytes: Size in bytes of what was written.
+        seconds: Wall time.
+        details: What the format has to say: ranks, dtype, errors.
+        warnings: Lines that the user should see.
+    """
 
     output: Path
     to: str

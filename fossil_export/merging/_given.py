@@ -28,7 +28,7 @@ def listed_given(given: AnyGiven) -> list[Given | Weighted]:
     if isinstance(given, tuple) and _is_pair(given):
         return [(given[0], given[1])]
     if isinstance(given, Iterable) and not isinstance(given, (bytes, Mapping)):
-        return list(given)
+        return list(given)  # type: ignore[arg-type]
     return [given]  # whoever opens it says what is wrong
 
 

@@ -45,9 +45,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MergeResult:
-    """A finished merge. `seconds` is wall time, `peak_memory` the process's largest resident size in bytes;
-    `survival` is by tensor (see merging/_survival.py), `ratios` by kind of module, if training saw a quantized base
-    (see merging/_quantization_error.py); `resumed` counts the files that were finished before this call."""
+    """A finished merge.
+
+    Attributes:
+        output: The model's folder, or its address.
+        plan: What was done.
+        survival: By tensor: how much of the update rounding left (`.survived`, a share).
+        seconds: Wall time.
+        peak_memory: The process's largest resident size, in bytes.
+        warnings: Lines that the user should see.
+        ratios: By kind of module, how large the update is beside the quantization error, if training saw a quantized
+            base.
+        resumed: How many files were finished before this call.
+    """
 
     output: Path | str
     plan: MergePlan

@@ -23,8 +23,19 @@ Part = tuple[int, int]
 
 @dataclass(frozen=True)
 class PartResult:
-    """A finished part of a merge. `files` are its files by name, of which `resumed` counts those that were finished
-    before this call; `missing` are the plan's files that no part has finished yet; `nbytes` is what was written."""
+    """A finished part of a merge.
+
+    Attributes:
+        output: Where the merged model will be.
+        part: Which part it is: "3/16", or its files.
+        files: Its files by name.
+        resumed: How many of them were finished before this call.
+        missing: The plan's files that no part has finished yet.
+        nbytes: Size in bytes of what was written.
+        seconds: Wall time.
+        peak_memory: The process's largest resident size, in bytes.
+        warnings: Lines that the user should see.
+    """
 
     output: Path | str
     part: str
@@ -51,7 +62,7 @@ class PartResult:
             ("written", f"{readable_bytes(self.nbytes)} in {self.seconds:.1f} s"),
             (
                 "missing",
-                f"{len(self.missing)} files of other parts" if self.missing else "nothing; finish_merge publishes it",
+                f"{len(self.missing)} files of other parts" if self.missing else "nothing: finish_merge is next",
             ),
         ]
         return table("Part of a merge", rows, self.warnings)

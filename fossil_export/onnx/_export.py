@@ -35,7 +35,20 @@ from fossil_export.writing._staging import check_destination, staged_folder
 
 @dataclass(frozen=True)
 class OnnxResult:
-    """A finished export. `targets` counts the weights that got shards; `adapter_file` is None unless swappable."""
+    """A finished ONNX export.
+
+    Attributes:
+        output: The folder.
+        graph: The graph in it.
+        mode: "merged", "tiled", "fused" or "swappable".
+        runtime: Who made the graph.
+        precision: Of the graph, None for one that was there.
+        targets: How many weights got what was trained.
+        adapter_file: The adapter beside a swappable graph, else None.
+        nbytes: Size in bytes of what was written.
+        seconds: Wall time.
+        warnings: Lines that the user should see.
+    """
 
     output: Path
     graph: Path

@@ -30,14 +30,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OnnxPlan:
-    """What an export will do, in names and figures.
+    """What an ONNX export will do, as `plan_onnx` decides it.
 
-    `graph` is the graph that is used; it is None if `runtime` makes one, in `precision`, for `device`. For a graph
-    that is there already, `runtime` is "onnx" and `precision` None. `places` are the weights of the graph that get
-    trained tensors, None if there is no graph yet, or no base here to find them by. `companions` are the names of the
-    files that come along (a builder may write more), `nbytes` is about the size of what is written (shared data is
-    not). With `trust_remote_code` the builder may run the code in the model's folder. `stamps` are those of the graph
-    that is used and of what comes along with it.
+    Attributes:
+        mode: "merged", "tiled", "fused" or "swappable".
+        runtime: Who makes the graph; "onnx" for one that is there already.
+        precision: Of the graph that is made, None for one that is there.
+        device: What it is for.
+        graph: The graph that is used, None if one is made.
+        copy_data: Whether its data file is copied, not shared.
+        merge: The `MergePlan` behind it.
+        places: The weights of the graph that get trained tensors; None if there is no graph yet, or no base here to
+            find them by.
+        companions: Names of the files that come along; a builder may write more.
+        nbytes: About the size of what is written; shared data is not.
+        trust_remote_code: Whether the builder may run the code in the model's folder.
+        stamps: Of the graph that is used and of what comes along with it.
     """
 
     mode: str

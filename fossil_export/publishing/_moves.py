@@ -39,7 +39,13 @@ class Move:
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """A merge to the Hub, file by file, with no more than `max_disk` bytes on the disk at once."""
+    """A merge to the Hub, file by file, as `plan_stream` decides it.
+
+    Attributes:
+        merge: The `MergePlan` behind it.
+        moves: The weights files, and the way of each: "copy", "send", "change" or "write".
+        max_disk: The most bytes that may be on the disk at once, None for no limit.
+    """
 
     merge: MergePlan
     moves: tuple[Move, ...]

@@ -32,11 +32,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PushPlan:
-    """What a push will do. `files` are the names that go, but for the card, with their bytes; `left_behind` those in
-    the folder that are no part of the model.
+    """What a push will do, as `plan_push` decides it.
 
-    Of what the Hub was asked: `exists`, None if that is not known; `removed`, files of an earlier model that would go;
-    `card`, the metadata of the card; `warnings`; `unchecked`, a line for each thing that could not be asked.
+    Attributes:
+        folder: What is published.
+        kind: What it is: "merged", "onnx" and so on.
+        repo_id: The repository.
+        revision: The branch, None for main.
+        create_pr: Whether a pull request is opened.
+        private: Whether a new repository is private.
+        title: Of the commit.
+        files: By name, the bytes of what goes, but for the card.
+        left_behind: Names in the folder that are no part of the model.
+        parts: What was found in the folder.
+        stamps: Of the files that go.
+        exists: Whether the repository is there, None if that is not known.
+        removed: Files of an earlier model that would go.
+        card: The metadata of the model card.
+        warnings: Lines that the user should see.
+        unchecked: A line for each thing that the Hub could not be asked.
     """
 
     folder: str

@@ -13,8 +13,22 @@ from fossil_export.publishing._repository import Commit, Repository
 
 @dataclass(frozen=True)
 class PushResult:
-    """What is on the Hub now. `files` are the names published, `left_behind` those in the folder that are no part of
-    the model, `removed` weights of an earlier model that stood in the way; `pr_url` is None unless asked for."""
+    """What is on the Hub now.
+
+    Attributes:
+        repo_id: The repository.
+        revision: The branch, or the pull request's ref.
+        commit: Its commit.
+        url: The page for people.
+        pr_url: The pull request's page, None unless asked for.
+        changed: False if all of it was there already.
+        files: Names that were published.
+        removed: Weights of an earlier model that stood in the way.
+        left_behind: Names in the folder that are no part of the model.
+        nbytes: Size in bytes of what was published.
+        seconds: Wall time.
+        warnings: Lines that the user should see.
+    """
 
     repo_id: str
     revision: str

@@ -49,8 +49,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StreamResult:
-    """A merged model on the Hub. `resumed` counts the files that an earlier, interrupted call had done; `survival` is
-    by tensor; `copied` are the files that the Hub copied from the base's repository itself."""
+    """A merged model on the Hub.
+
+    Attributes:
+        push: The `PushResult`, with the page's `url`.
+        plan: What was done.
+        survival: By tensor: how much of the update rounding left.
+        copied: Files that the Hub copied from the base's repository itself.
+        resumed: How many files an earlier, interrupted call had done.
+    """
 
     push: PushResult
     plan: StreamPlan

@@ -24,10 +24,23 @@ from fossil_export.version import __version__
 
 @dataclass(frozen=True)
 class Verification:
-    """The verdict on one artifact, which came from `origin` and is now in the folder `artifact`. `problems` is empty
-    for parity, else the reasons, the first one first; `tensors` is None unless the weights level ran, `forward` unless
-    the forward level did. `base_name` is the base's id on the Hub with its commit, else its path; `added` are the
-    adapters and their weights, `training` the base that truth and trainer ran on."""
+    """The verdict on one artifact, as `verify` reaches it.
+
+    Attributes:
+        origin: What was verified, as it was named.
+        artifact: The folder or file where it lies now.
+        base: The base, opened.
+        base_name: The base's id on the Hub with its commit, else its path.
+        added: The adapters and their weights.
+        problems: Empty for parity, else the reasons, the first one first.
+        tensors: Every tensor as it was compared; None unless the weights level ran.
+        forward: Errors and continuations; None unless the forward level ran.
+        device: Where models ran.
+        seconds: Wall time.
+        warnings: Lines that the user should see.
+        training: The base that truth and trainer ran on.
+        requantized: The quantized format that the artifact was left in, None for plain floats.
+    """
 
     origin: Origin
     artifact: Path
