@@ -165,10 +165,11 @@ class showing:
         self._bar = Bar() if progress is True else progress if isinstance(progress, Bar) else None
         self._told = _Told(self._bar or progress) if callable(self._bar or progress) else None  # type: ignore[arg-type]
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> showing:
         if self._told is not None:
             self._token = _told.set(self._told)
             _all.append(self._told)
+        return self
 
     def __exit__(self, kind: object, problem: BaseException | None, traceback: object) -> None:
         if self._told is None:
@@ -206,6 +207,10 @@ class Bar:
         self._bar: Any = None
 
     def __call__(self, state: Progress) -> None:
+        if state.note:
+            _tqdm().write(printable(state.note), file=sys.stderr)
+        if not state.step:
+            return
         of = replace(state, done=0, note="")
         if self._bar is None or of != self._shown:
             self.close()
@@ -223,8 +228,6 @@ class Bar:
             )
         if state.done > self._bar.n:
             self._bar.update(state.done - self._bar.n)
-        if state.note:
-            self._bar.write(printable(state.note), file=sys.stderr)
 
     def close(self) -> None:
         """The step is over."""

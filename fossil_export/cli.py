@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 
 import click
 
-from fossil_export._console import any_encoding, echo, printable, quiet_hub
+from fossil_export._console import any_encoding, echo, printable, progress, quiet_hub
+from fossil_export._progress import showing
 from fossil_export.commands._convert import convert
 from fossil_export.commands._inspect import inspect
 from fossil_export.commands._merge import merge
@@ -129,6 +130,7 @@ def _fail(ctx: click.Context, message: str) -> None:
 def main(debug: bool) -> None:
     """Take a model fine-tuned with FOSSIL (Bone, DiSHA, MiSS), LoRA or its family to where it is used."""
     quiet_hub()
+    click.get_current_context().with_resource(showing(progress()))  # the commands' steps have bars of their own
 
 
 for command in (merge, inspect, verify, onnx, convert, push):

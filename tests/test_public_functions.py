@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import inspect as inspecting
 import io
+import json
 import re
 import sys
 import threading
@@ -14,7 +15,7 @@ from typing import Any, get_type_hints
 
 import progress_tools
 import pytest
-from conftest import edit_json, make_adapter, make_base, weights
+from conftest import LoopbackHub, edit_json, make_adapter, make_base, weights
 from safetensors.torch import save_file
 
 import fossil_export
@@ -339,6 +340,28 @@ def test_a_thread_that_is_waited_for_may_tell_what_happened() -> None:
         thread.join()
     assert told[-1] == Progress("fetching", 0, 10, "B", "the Hub asks for fewer requests")
     _progress.note("nobody is told")
+
+
+def test_a_fetch_from_the_hub_is_a_step(hosted: LoopbackHub, tmp_path: Path) -> None:
+    told = told_by(lambda progress: merge("ada/adapter", tmp_path / "out", progress=progress))
+    fetched = [one for one in told if one.step.startswith("fetching ") and one.unit == "B"]
+    assert any("model-0" in one.step for one in fetched)
+    for step in {one.step for one in fetched}:
+        last = [one for one in fetched if one.step == step][-1]
+        assert last.done == last.total, last
+    steps = progress_tools.steps_of(told)
+    assert steps.index("planning") < max(map(steps.index, {one.step for one in fetched})) < steps.index("merging")
+
+
+def test_the_notebook_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells one after the other, as a kernel runs them; it is stored without outputs."""
+    cells = json.loads((Path(__file__).parents[1] / "examples" / "notebook.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) > 4 and not any(cell["outputs"] or cell["execution_count"] for cell in code)
+    scope: dict[str, Any] = {}
+    for cell in code:
+        exec("".join(cell["source"]), scope)
+    assert scope["found"].parity and len(scope["result"].survival) == 4
 
 
 def test_edited_config_is_shown_in_the_plan(made: Path, tmp_path: Path) -> None:
