@@ -69,11 +69,7 @@ class Chat:
 def export(folder: Path) -> None:
     """The int4 base with places for adapters, and the first adapter beside it, in `folder`/model."""
     adapter, output = smollm2.adapter(), folder / "model"
-    export_onnx(adapter, output, mode="swappable", runtime="genai", precision="int4", progress=say)
-
-
-def say(step: str) -> None:
-    print(f"   {step} …", flush=True)
+    export_onnx(adapter, output, mode="swappable", runtime="genai", precision="int4", progress=True)
 
 
 def main(arguments: Sequence[str] = (), model: Path | None = None) -> list[str]:

@@ -47,7 +47,7 @@ def main(level: Literal["all", "weights"] = "all") -> dict[str, str]:
         print(f"   {answers['verdict']}", flush=True)
 
         print("4. an int4 ONNX graph that takes it as an input", flush=True)
-        export_onnx(lora, folder / "graph", mode="swappable", runtime="genai", precision="int4", progress=chat.say)
+        export_onnx(lora, folder / "graph", mode="swappable", runtime="genai", precision="int4", progress=True)
         session = chat.Chat(folder / "graph")
         session.load("lora", folder / "graph" / "adapter.onnx_adapter")
         for speaker in ("base", "lora"):

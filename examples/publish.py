@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> Published:
         print(f"   {push(trained_adapter(base, Path(temporary)), adapter, private=True).url}")
 
     print(f"3. adapter and base, merged file by file → {model}", flush=True)
-    result = merge_to_hub(adapter, model, private=True, progress=lambda step: print(f"   {step}", flush=True))
+    result = merge_to_hub(adapter, model, private=True, progress=True)
     print(f"   {result.push.url}: one commit, never more than {result.plan.disk / 1e6:.0f} MB on this disk")
 
     found = verify(model, level="weights")

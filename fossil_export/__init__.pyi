@@ -2,6 +2,7 @@
 
 from fossil_export._inspection import Inspection as Inspection
 from fossil_export._inspection import inspect as inspect
+from fossil_export._progress import Progress as Progress
 from fossil_export.adapters import Adapter as Adapter
 from fossil_export.adapters import load_adapter as load_adapter
 from fossil_export.clusters import merge_on_ray as merge_on_ray

@@ -9,15 +9,16 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
 from fossil_export._log import log
-from fossil_export._terminal import colours, erasing, live, padded, watched, width
-from fossil_export.storage.hub import _limits
+from fossil_export._progress import Bar, Shown
+from fossil_export._shown import printable as printable
+from fossil_export._shown import readable_bytes as readable_bytes
+from fossil_export._terminal import colours, erasing, live, padded, width
 from fossil_export.storage.hub._client import LOGGERS
 
 
@@ -41,14 +42,6 @@ def print_json(value: dict[str, Any]) -> None:
     if not text.isprintable():
         text = "".join(one if one.isprintable() else json.dumps(one)[1:-1] for one in text)
     click.echo(text)
-
-
-def printable(text: str) -> str:
-    """Names of files and tensors may hold anything; what a terminal would obey is shown as Python writes it, and so is
-    a new line."""
-    if text.isprintable():
-        return text
-    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
 
 
 def any_encoding() -> None:
@@ -82,56 +75,18 @@ def print_warnings(warnings: Sequence[str]) -> None:
         echo(warning, label="warning: ", fg="yellow", err=True)
 
 
-def readable_bytes(count: int) -> str:
-    """Decimal units, as disks and the Hub count them."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.2f} TB"
-
-
-@contextmanager
-def progress_bar(total: int, title: str) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes on stderr, nothing where stderr is no terminal. The callback may be called from any thread."""
-    if not live():
-        yield lambda nbytes: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=title, unit="B", unit_scale=True, leave=False) as bar:
-        yield lambda nbytes: bar.update(nbytes) and None
-
-
-@contextmanager
-def lines() -> Iterator[Callable[[str], None]]:
-    """A line on stderr for each step, where the steps have progress bars of their own; silent when that is no
-    terminal."""
-
-    def show(step: str) -> None:
-        if watched():
-            echo(step, err=True)
-
-    yield show
+def progress() -> Shown:
+    """How a command shows how far it is: bars on stderr that go when they are done, nothing if that is no terminal."""
+    return Bar(leave=False) if live() else False
 
 
 def quiet_hub() -> None:
-    """Keep the Hub's client from writing bars and retries into pipes, and from logging signed addresses; and have it
-    said on a terminal when the Hub makes us wait."""
-    _limits.announce = tell
+    """Keep the Hub's client from writing bars and retries into pipes, and from logging signed addresses."""
     if not live():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     for name in LOGGERS:
         logging.getLogger(name).addFilter(_without_queries)
-
-
-def tell(line: str) -> None:
-    """A line above a bar or a status line, for who looks at a terminal."""
-    if watched():
-        sys.stderr.write(erasing())  # in place of a status line
-        echo(line, err=True)
 
 
 class _ToStderr(logging.Handler):
@@ -159,31 +114,3 @@ def log_to_stderr(wanted: bool = True) -> None:
 def _without_queries(record: logging.LogRecord) -> bool:
     record.msg, record.args = re.sub(r"\?\S+", "", record.getMessage()), ()
     return True
-
-
-@contextmanager
-def status_line() -> Iterator[Callable[[str], None]]:
-    """A line on stderr that names the step at hand, for work without a measure; silent when that is no terminal."""
-
-    def show(step: str) -> None:
-        if live():
-            sys.stderr.write(erasing() + (f"{printable(step)} …" if step else ""))
-            sys.stderr.flush()
-
-    try:
-        yield show
-    finally:
-        show("")
-
-
-@contextmanager
-def bar_and_status(total: int, title: str) -> Iterator[tuple[Callable[[int], None], Callable[[str], None]]]:
-    """A bar of bytes, and a status line that takes its place when it is first told something."""
-    with ExitStack() as bar, status_line() as show:
-        progress = bar.enter_context(progress_bar(total, title))
-
-        def status(step: str) -> None:
-            bar.close()
-            show(step)
-
-        yield progress, status

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export._grouping import grouped
+from fossil_export._progress import Shown, counted, reporting
+from fossil_export._shown import line, table
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.checkpoints._dtypes import TORCH_NAME
 from fossil_export.errors import FossilExportError, HubError
@@ -23,9 +25,16 @@ from fossil_export.merging._sizes import Size, sizes_of
 
 @dataclass(frozen=True)
 class Inspection:
-    """`norms` is the Frobenius norm of each module's trained tensors, empty while the adapter is on the Hub alone;
-    `plan` is None where the merge would stop, and `problems` then says why. Without a base at hand both stay empty.
-    `sizes` is how large each update, or whole tensor, is beside the weight that it changes (`_sizes`)."""
+    """What `inspect` found of an adapter.
+
+    Attributes:
+        adapter: The `Adapter`.
+        norms: By module, the Frobenius norm of what was trained; empty while the adapter is on the Hub alone.
+        plan: The `MergePlan`; None if the merge would stop, or without a base at hand.
+        problems: What would stop a merge, a line each.
+        warnings: Lines that the user should see.
+        sizes: By module, how large each update, or whole tensor, is beside the weight that it changes.
+    """
 
     adapter: Adapter
     norms: Mapping[str, float]
@@ -40,7 +49,27 @@ class Inspection:
         return _kinds(self)
 
     def __repr__(self) -> str:
-        return f"<Inspection of {self.adapter!r}: {'; '.join(self.problems) or self.plan or 'base not looked at'}>"
+        if self.problems:
+            found = self.problems[0] + (f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else "")
+        else:
+            found = repr(self.plan) if self.plan is not None else "base not looked at"
+        return line("Inspection", f"of {self.adapter!r}: {found}")
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("method", self.adapter.variant),
+            ("rank", self.adapter.rank or None),
+            ("modules", len(self.adapter.trained)),
+            ("parameters", f"{self.adapter.parameters:,}"),
+            ("base", self.plan.base_name if self.plan is not None else self.adapter.base_model),
+            (
+                "a merge",
+                "would stop" if self.problems else "would go through" if self.plan is not None else "was not planned",
+            ),
+            ("of the model", f"{self.plan.merged} of {self.plan.parameters} tensors change" if self.plan else None),
+        ]
+        said = [*(f"would stop a merge: {one}" for one in self.problems), *self.warnings]
+        return table(f"Inspection of {self.adapter.name or self.adapter.path}", rows, said, "Notes")
 
     def to_dict(self) -> dict[str, Any]:
         """As `--json` prints it."""
@@ -93,15 +122,40 @@ class Inspection:
         }
 
 
-def inspect(adapter: Adapter | str | Path, base: str | Path | None = None) -> Inspection:
-    """Look at `adapter`, and at `base` where there is one (default: the adapter's own, if it can be had); paths or ids
-    on the Hub, of which only headers are read.
+@reporting
+def inspect(adapter: Adapter | str | Path, base: str | Path | None = None, *, progress: Shown = False) -> Inspection:
+    """Look at an adapter, and at what it would do to its base.
 
-    Raises AdapterError for an adapter that cannot be read; what would stop a merge is reported in `problems`.
+    What would stop a merge is no error, but among the `problems`. Nothing is written.
+
+    Args:
+        adapter: What was trained: an `Adapter`, a folder or file (str or path), or an id on the Hub ("user/repo",
+            "user/repo@revision", "hf://user/repo/folder").
+        base: The base model, of which headers are read: a folder, an address or an id on the Hub. Default: the one that
+            the adapter names, if it can be had.
+        progress: True shows a bar for each step: a widget in a notebook, else a line on stderr. A function is called
+            with a `Progress`, one call at a time, maybe from another thread; what it raises stops the work, leaves
+            nothing half-written, and comes out of this call as it is. False (default) is silent.
+
+    Returns:
+        Inspection: `adapter`, `plan` (None if a merge would stop), `problems` (what would stop it), `warnings`, `norms`
+            and `sizes` by module, `kinds` (modules by kind), and `to_dict()`.
+
+    Raises:
+        AdapterError: The adapter cannot be read.
+        HubError: The Hub refuses or cannot be reached.
+        TypeError: If `progress` is neither a bool nor a function.
+
+    Example:
+        >>> import fossil_export
+        >>> found = fossil_export.inspect("my-adapter")  # doctest: +SKIP
+        >>> found.problems  # doctest: +SKIP
+        ()
     """
     if not isinstance(adapter, Adapter):
         adapter = load_adapter(adapter)
-    norms = {module: _norm(adapter, module) for module in adapter.trained} if adapter.is_here else {}
+    modules = counted(adapter.trained, "reading the adapter", len(adapter.trained), "modules")
+    norms = {module: _norm(adapter, module) for module in modules} if adapter.is_here else {}
     problems = [
         f"{adapter.trained[module].label} holds infinite or NaN values"
         for module, norm in norms.items()

@@ -13,9 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import progress_tools
 import pytest
 import torch
 from graphs import make_case, make_graph
+from progress_tools import in_the_middle
 from safetensors.torch import load_file, save_file
 
 from fossil_export import convert, load_adapter, merge, plan_merge, plan_onnx, run_onnx, verify
@@ -24,6 +26,8 @@ from fossil_export.checkpoints._header import read_header
 from fossil_export.checkpoints._input import InputFile
 from fossil_export.errors import AdapterError, CheckpointError, OnnxError
 from fossil_export.merging._merge import run_merge
+
+every_slab = progress_tools.every_slab
 
 
 def _replace(path: Path) -> None:
@@ -53,11 +57,11 @@ def _grow(path: Path) -> None:
 CHANGES = {"replaced": _replace, "cut": _cut, "written into": _write_into, "grown": _grow, "removed": Path.unlink}
 
 
-def once_only(change: Callable[[], object]) -> Callable[[int], None]:
+def once_only(change: Callable[[], object]) -> Callable[[], None]:
     """A callback for progress, which several threads call, that makes the change the first time."""
     turns = itertools.count()
 
-    def once(nbytes: int) -> None:
+    def once() -> None:
         if next(turns) == 0:
             change()
 
@@ -85,13 +89,14 @@ def test_a_file_that_changes_after_the_plan_stops_the_merge(
 
 
 @pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.usefixtures("every_slab")
 def test_a_base_that_changes_during_the_merge_stops_it(change: str, base: Path, adapter: Path, tmp_path: Path) -> None:
     """The last file of the base, while the first is merged; and each of them, after its first slab."""
     for path in sorted(base.glob("*.safetensors")):
         kept = path.read_bytes()
         once = once_only(partial(CHANGES[change], path))
         with pytest.raises(CheckpointError, match=f"{path.name}: (changed while|cannot be read)"):
-            merge(adapter, tmp_path / "merged", progress=once)
+            merge(adapter, tmp_path / "merged", progress=in_the_middle(once))
         assert not (tmp_path / "merged").exists()
         path.write_bytes(kept)
 
@@ -141,11 +146,12 @@ def test_a_file_cut_while_it_is_copied_is_the_same_error(base: Path, adapter: Pa
 
 
 @pytest.mark.parametrize("change", ["replaced", "written into"])
+@pytest.mark.usefixtures("every_slab")
 def test_verify_does_not_judge_a_base_that_changes(change: str, base: Path, adapter: Path, tmp_path: Path) -> None:
     merge(adapter, tmp_path / "merged")
     once = once_only(partial(CHANGES[change], sorted(base.glob("*.safetensors"))[0]))
     with pytest.raises(CheckpointError, match="changed while"):
-        verify(tmp_path / "merged", level="weights", progress=once)
+        verify(tmp_path / "merged", level="weights", progress=in_the_middle(once))
 
 
 def _cut_on_first_view(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:

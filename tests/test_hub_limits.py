@@ -51,7 +51,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
     monkeypatch.setattr(limits, "time", SimpleNamespace(sleep=found.sleep))
-    monkeypatch.setattr("fossil_export._console.tell", found.lines.append)
+    monkeypatch.setattr("fossil_export.cli.progress", lambda: lambda now: now.note and found.lines.append(now.note))
     return found
 
 

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from graphs import Case, make_case, make_graph
 from safetensors.torch import load_file, save_file
 
-from fossil_export import FossilExportError, convert, export_onnx
+from fossil_export import FossilExportError, Progress, convert, export_onnx
 from fossil_export.cli import main
 
 
@@ -225,8 +225,8 @@ def test_links_out_of_the_graphs_folder(name: str, case: Case, graph: Path, tmp_
 
 
 def test_a_base_that_changes_while_the_graph_is_made(case: Case, graph: Path, tmp_path: Path) -> None:
-    def change(step: str) -> None:
-        if step == "checking the graph":
+    def change(now: Progress) -> None:
+        if now.step == "checking the graph":
             content = bytearray((case.base / "model.safetensors").read_bytes())
             content[-1] ^= 1
             (tmp_path / "incoming").write_bytes(content)

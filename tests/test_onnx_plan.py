@@ -20,9 +20,20 @@ from conftest import make_adapter, make_base
 from graphs import answers, make_case, make_graph, run
 from loopback import LoopbackHub
 from peft import PeftModel
+from progress_tools import steps_of
 from transformers import AutoModelForCausalLM
 
-from fossil_export import FossilExportError, OnnxPlan, convert, export_onnx, load_adapter, merge, plan_onnx, run_onnx
+from fossil_export import (
+    FossilExportError,
+    OnnxPlan,
+    Progress,
+    convert,
+    export_onnx,
+    load_adapter,
+    merge,
+    plan_onnx,
+    run_onnx,
+)
 from fossil_export.cli import main
 from fossil_export.merging._planning import with_dtype
 from fossil_export.onnx.builders import BUILDERS, PRECISIONS, Builder, PrecisionName, RuntimeName, default_builder
@@ -150,10 +161,10 @@ def test_a_plan_that_is_run_writes_what_the_export_writes(mode: ModeName, tmp_pa
     graph = make_graph(case, tmp_path / "plain" / "model.onnx", "packed")
     plan = plan_onnx(case.adapter, case.base, mode=mode, onnx=graph)
     assert isinstance(plan, OnnxPlan) and plan.places is not None and len(plan.places) == 2
-    steps: list[str] = []
-    planned = run_onnx(plan, tmp_path / "planned", progress=steps.append)
+    told: list[Progress] = []
+    planned = run_onnx(plan, tmp_path / "planned", progress=told.append)
     exported = export_onnx(case.adapter, tmp_path / "exported", base=case.base, mode=mode, onnx=graph)
-    assert planned.targets == exported.targets == len(plan.places) and "placing the shards" in steps
+    assert planned.targets == exported.targets == len(plan.places) and "placing the shards" in steps_of(told)
     names = sorted(path.name for path in planned.output.iterdir())
     assert names == sorted(path.name for path in exported.output.iterdir())
     assert all((planned.output / name).read_bytes() == (exported.output / name).read_bytes() for name in names)

@@ -14,9 +14,10 @@ from huggingface_hub import snapshot_download
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loopback import LoopbackHub
+from progress_tools import steps_of
 from push_tools import HIDDEN, WORDS, card_of, graph, litter, made, published
 
-from fossil_export import FossilExportError, merge, merge_to_hub, push
+from fossil_export import FossilExportError, Progress, merge, merge_to_hub, push
 from fossil_export.artifacts._parts import parts_of
 from fossil_export.errors import CheckpointError
 
@@ -77,11 +78,11 @@ def test_uploads_in_parts_and_odd_names(
     hosted.multipart_above = hosted.part_size = 30_000
     monkeypatch.setattr(sys.modules["fossil_export.publishing._push"], "LARGE", 50_000)  # such a file by itself
     folder = merge("ada/adapter", tmp_path / "merged").output
-    steps: list[str] = []
-    push(folder, "ada/new", progress=steps.append)
+    told: list[Progress] = []
+    push(folder, "ada/new", progress=told.append)
     weights = sorted((path for path in folder.glob("*.safetensors")), key=lambda path: -path.stat().st_size)
     large = [f"uploading {path.name}" for path in weights if path.stat().st_size >= 50_000]
-    assert steps == ["opening ada/new", *large, "committing"] and large
+    assert steps_of(told) == ["looking at the files", "opening ada/new", *large, "committing"] and large
     assert hosted.read("ada/new", odd) == b"odd" and content(folder).items() < published(hosted).items()
     assert sum("complete_multipart" in seen.path for seen in hosted.log) == 3
     fetched = Path(snapshot_download("ada/new"))

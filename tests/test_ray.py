@@ -27,10 +27,10 @@ from ray.cluster_utils import Cluster
 from safetensors.torch import load_file, save_file
 
 import fossil_export
-from fossil_export import merge, merge_on_ray, plan_merge
+from fossil_export import Progress, merge, merge_on_ray, plan_merge
 from fossil_export.clusters import _tasks, _worker
 from fossil_export.clusters._asked import asked_for
-from fossil_export.clusters._board import Progress
+from fossil_export.clusters._board import Reached
 from fossil_export.clusters._connection import connected
 from fossil_export.clusters._merge import run_on_ray
 from fossil_export.errors import ClusterError, MergeError
@@ -187,8 +187,7 @@ def test_a_worker_that_is_killed_in_the_middle_does_not_show(scene: Scene, tmp_p
 def test_a_node_that_goes_away_in_the_middle_does_not_show(joined: Scene, tmp_path: Path) -> None:
     node = joined.cluster.add_node(node_ip_address="127.0.0.3", **NODE)
     raylet = node.all_processes["raylet"][0].process.pid
-    said: list[str] = []
-    written: list[int] = []
+    told: list[Progress] = []
 
     def remove() -> None:
         worker = joined.at_work(raylet)
@@ -198,11 +197,13 @@ def test_a_node_that_goes_away_in_the_middle_does_not_show(joined: Scene, tmp_pa
 
     joined.hold()
     thread = meanwhile(remove)
-    result = merge_on_ray(joined.adapter, tmp_path / "out", base=joined.base, progress=written.append, say=said.append)
+    result = merge_on_ray(joined.adapter, tmp_path / "out", base=joined.base, progress=told.append)
     thread.join()
     assert content(tmp_path / "out") == content(joined.local)
+    said = [one.note for one in told if one.note]
     assert said[0].startswith("Ray cluster at 127.0.0.1:") and any("made again" in line for line in said)
-    assert sum(written) == result.plan.nbytes and min(written) >= 0
+    merged = [one.done for one in told if one.step == "merging"]
+    assert merged == sorted(merged) and merged[-1] == told[-1].total == sum(one.nbytes for one in result.plan.tensors)
 
 
 def test_ctrl_c_ends_all_tasks_and_leaves_what_the_next_run_takes_up(joined: Scene, tmp_path: Path) -> None:
@@ -244,11 +245,11 @@ def test_a_worker_that_sees_another_base_is_refused(joined: Scene, tmp_path: Pat
 
 def test_a_file_is_made_where_there_is_room(joined: Scene, tmp_path: Path) -> None:
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    said: list[str] = []
+    told: list[Progress] = []
     (joined.held / "full").write_text(nodes[0])
-    merge_on_ray(joined.adapter, tmp_path / "out", base=joined.base, say=said.append)
+    merge_on_ray(joined.adapter, tmp_path / "out", base=joined.base, progress=told.append)
     assert content(tmp_path / "out") == content(joined.local)
-    assert any("has no room for it; made elsewhere" in line for line in said)
+    assert any("has no room for it; made elsewhere" in one.note for one in told)
     (joined.held / "full").write_text(" ".join(nodes))
     line = "no worker has room for the 5,000 bytes of the base that it is made of; the most is 1,000 free in /disk on"
     with pytest.raises(ClusterError, match=line):
@@ -289,8 +290,8 @@ def test_a_cluster_of_its_own_runs_no_code_of_the_current_folder(scene: Scene, t
     for name in ("fossil_export", "numpy", "ml_dtypes", "yaml", "tqdm", "threadpoolctl", "huggingface_hub", "ctypes"):
         (here / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})\nraise SystemExit(3)\n")
     code = (
-        "import sys; from fossil_export import merge_on_ray; "
-        f"merge_on_ray({str(scene.adapter)!r}, 'out', base={str(scene.base)!r}, say=lambda line: print(line))"
+        "import sys; from fossil_export import merge_on_ray; tell = lambda now: now.note and print(now.note); "
+        f"merge_on_ray({str(scene.adapter)!r}, 'out', base={str(scene.base)!r}, progress=tell)"
     )
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "PYTHONSAFEPATH": "1", "HOME": str(tmp_path)}
     environment |= {"RAY_ADDRESS": "", "RAY_AUTH_MODE": "disabled"}
@@ -362,7 +363,7 @@ def test_this_process_keeps_its_signals_and_its_environment(scene: Scene, monkey
 
 def test_a_bar_never_goes_back() -> None:
     written: list[int] = []
-    progress = Progress(written.append)
+    progress = Reached(written.append)
     reports: list[dict[str, Any]] = [{"a": (1, "n", 50)}, {"a": (2, "m", 0)}, {"a": (2, "m", 30)}, {"a": (2, "m", 70)}]
     for report in reports:
         progress.seen(report)

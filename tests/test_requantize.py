@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import fossil_export
+from fossil_export import Progress
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints._opening import open_checkpoint
 from fossil_export.checkpoints._source import by_path
@@ -272,9 +273,11 @@ def test_experts_are_quantized_one_by_one(made: Any, monkeypatch: pytest.MonkeyP
 def test_progress_tells_of_all_bytes(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case, _ = made("mxfp4")
     monkeypatch.setattr(_requantize, "AT_ONCE", 1)
-    told: list[int] = []
+    told: list[Progress] = []
     result = merge(case, tmp_path / "out", progress=told.append)
-    assert sum(told) == sum(one.nbytes for one in result.plan.tensors)
+    last = told[-1]
+    assert (last.step, last.unit) == ("merging", "B")
+    assert last.done == last.total == sum(one.nbytes for one in result.plan.tensors)
 
 
 def test_a_merge_in_which_too_little_is_left_is_refused(made: Any, tmp_path: Path) -> None:

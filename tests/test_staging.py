@@ -15,8 +15,10 @@ from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
+import progress_tools
 import pytest
 from conftest import interruptible, make_adapter, weights
+from progress_tools import in_the_middle
 
 from fossil_export import FossilExportError, merge
 from fossil_export.writing import _output as output_module
@@ -24,10 +26,16 @@ from fossil_export.writing import _staging as staging
 from fossil_export.writing._output import OutputFile
 
 # A merge that stops in the middle until it is killed. Its threads report at once, so a line has to be one write.
+every_slab = progress_tools.every_slab
 STUCK = """
 import os, sys, time
-from fossil_export import merge
-merge(sys.argv[1], sys.argv[2], progress=lambda nbytes: (os.write(1, b"writing\\n"), time.sleep(600)))
+from fossil_export import _progress, merge
+_progress.EVERY = 0.0
+def stick(now):
+    if now.done and now.unit == "B":
+        os.write(1, b"writing\\n")
+        time.sleep(600)
+merge(sys.argv[1], sys.argv[2], progress=stick)
 """
 
 
@@ -80,12 +88,13 @@ def test_interrupted_command_cleans_up_itself(number: int, real_adapter: Path, t
     assert left(tmp_path) == []
 
 
+@pytest.mark.usefixtures("every_slab")
 def test_failure_in_the_middle_removes_all(adapter: Path, tmp_path: Path) -> None:
-    def fail(nbytes: int) -> None:
+    def fail() -> None:
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        merge(adapter, tmp_path / "new" / "deep" / "merged", progress=fail)
+        merge(adapter, tmp_path / "new" / "deep" / "merged", progress=in_the_middle(fail))
     assert left(tmp_path) == []
 
 
@@ -140,14 +149,15 @@ def test_overwrite_replaces_the_folder_whole(
     assert bool((weights(tmp_path / "merged")[name] != old[name]).any())
 
 
+@pytest.mark.usefixtures("every_slab")
 def test_folder_that_appears_meanwhile_is_not_replaced(adapter: Path, tmp_path: Path) -> None:
-    def someone_else(nbytes: int) -> None:
+    def someone_else() -> None:
         (tmp_path / "merged").mkdir(exist_ok=True)
         (tmp_path / "merged" / "thesis.tex").write_text("years of work")
 
     for overwrite in (False, True):
         with pytest.raises(FossilExportError, match="cannot be put in place"):
-            merge(adapter, tmp_path / "merged", progress=someone_else, overwrite=overwrite)
+            merge(adapter, tmp_path / "merged", progress=in_the_middle(someone_else), overwrite=overwrite)
         assert (tmp_path / "merged" / "thesis.tex").read_text() == "years of work"
         assert left(tmp_path) == ["merged"]
         shutil.rmtree(tmp_path / "merged")

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export._shown import line, table
 from fossil_export.adapters._targets import Tails
 from fossil_export.adapters._trained import Trained
 from fossil_export.checkpoints._checkpoint import sha256
@@ -25,18 +26,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A trained adapter.
+    """A trained adapter, as `load_adapter` reads it.
 
-    `trained` is by module; `saved` holds whole tensors that were trained or stored beside it, by the base model's
-    parameter name (`lm_head.weight`, `model.layers.0.self_attn.q_proj.bias`); `below` is what some of these were
-    before training, in a resized vocabulary. Nothing is read into memory until `array` is called; arrays of pickled
-    adapters, which are no byte ranges, are in `pickled`.
-    `name` is what records call it (its id on the Hub, else the path as given) and `revision` its commit there.
-    `home` is the folder of its `files`, whose weights have these `headers`; of an adapter on the Hub those are here
-    once `needed` was fetched. `stamps` are those of the files that were read already.
-    `is_pefts` says whether PEFT loads it as it is.
-    With `keeps_ties` the trainer changed a tied tensor for all that share it (MLX; PEFT parts them). `unfit` says of
-    model types why the trainer began from other weights than a checkpoint of them has.
+    Nothing is read into memory until `array` or `arrays` is called.
+
+    Attributes:
+        path: Its folder or file.
+        peft_type: The method as its config calls it, "MISS" or "LORA".
+        base_model: The base that it names, None if it names none.
+        base_revision: The commit or branch of that.
+        config: Its adapter_config.json.
+        trained: By module: method, rank, scale and tensors.
+        saved: Whole tensors that were trained or stored beside it, by the base model's parameter name
+            (`lm_head.weight`).
+        files: Its files.
+        home: The folder of its `files`, which may be on the Hub; they are here once `needed` was fetched.
+        pickled: Arrays of pickled adapters, which are no byte ranges.
+        below: What some of `saved` were before training, in a resized vocabulary.
+        name: What records call it: its id on the Hub, else the path as given.
+        revision: Its commit on the Hub.
+        notes: Lines that the user should see.
+        headers: Of its weights files.
+        stamps: Of the files that were read already.
+        is_pefts: Whether PEFT loads it as it is.
+        keeps_ties: Whether the trainer changed a tied tensor for all that share it (MLX; PEFT parts them).
+        unfit: Says of model types why the trainer began from other weights than a checkpoint of them has.
     """
 
     path: Path
@@ -60,10 +74,22 @@ class Adapter:
     unfit: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
-        """One line, however many modules there are."""
         what = f"{self.peft_type} {self.variant} r={self.rank}, {len(self.trained)} modules"
         more = f", {len(self.saved)} whole tensors" if self.saved else ""
-        return f"<Adapter {self.name or self.path}: {what}{more}, base {self.base_model}>"
+        return line("Adapter", f"{self.name or self.path}: {what}{more}, base {self.base_model}")
+
+    def _repr_html_(self) -> str:
+        kept = sum(map(element_count, (info.shape for info in self.saved.values())))
+        rows = [
+            ("method", f"{self.variant} ({self.peft_type})" if self.trained else self.peft_type),
+            ("rank", self.rank or None),
+            ("modules", len(self.trained)),
+            ("parameters", f"{self.parameters:,}"),
+            ("whole tensors", f"{len(self.saved)} of {kept:,} values" if self.saved else None),
+            ("base", self.base_model),
+            ("revision", self.revision),
+        ]
+        return table(f"Adapter {self.name or self.path}", rows, self.notes, "Notes")
 
     @property
     def is_here(self) -> bool:
@@ -105,7 +131,7 @@ class Adapter:
     @cached_property
     def rank(self) -> int:
         """The largest of its modules' ranks."""
-        return max(one.rank for one in self.trained.values())
+        return max((one.rank for one in self.trained.values()), default=0)
 
     @cached_property
     def parameters(self) -> int:

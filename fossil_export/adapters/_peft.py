@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fossil_export._arguments import checked
 from fossil_export.adapters import _mlx as mlx
 from fossil_export.adapters._adapter import Adapter
 from fossil_export.adapters._beside import elsewhere, only_one_in, refuse_lost
@@ -69,14 +70,29 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
+@checked
 def load_adapter(path: str | Path) -> Adapter:
-    """Read an adapter: a folder that PEFT or MLX saved, or another trainer in PEFT's form (`_keys`, `_fields`,
-    `_beside` and `_relatives` say which), the weights file in it, or a state dict of RWKV-PEFT (.pth).
+    """Read an adapter: its config, and the headers of its files; values are read when they are asked for.
 
-    `path` may also be an id on the Hub, `user/repo[@revision]` or `hf://…`. Only headers and the config are read; who
-    runs something fetches what `Adapter.needed` names. The dimensions of the tensors decide the variant (2-D tile or
-    mini, 3-D bat); the config must agree. Raises AdapterError for anything that is damaged, contradictory or not
-    understood: nothing the adapter holds is ever left out silently. HubError says what the Hub refuses.
+    The dimensions of the tensors decide the variant; what contradicts the config is refused.
+
+    Args:
+        path: A folder that PEFT or MLX saved, or another trainer in PEFT's form; the weights file in it; a state dict
+            of RWKV-PEFT (.pth); or an id on the Hub ("user/repo", "user/repo@revision", "hf://user/repo/folder").
+
+    Returns:
+        Adapter: `trained` (by module: method, rank, tensors), `saved` (whole tensors), `rank`, `variant`, `parameters`,
+            `base_model`, `notes` (lines to show); `arrays(module)` has values.
+
+    Raises:
+        AdapterError: It cannot be read, is damaged or contradicts itself, or is of a method that cannot be merged.
+        HubError: The Hub refuses or cannot be reached.
+
+    Example:
+        >>> import fossil_export
+        >>> adapter = fossil_export.load_adapter("my-adapter")  # doctest: +SKIP
+        >>> adapter.rank, len(adapter.trained)  # doctest: +SKIP
+        (64, 112)
     """
     if not isinstance(path, (str, os.PathLike)):
         raise AdapterError(

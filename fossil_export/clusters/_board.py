@@ -50,7 +50,7 @@ class Reporter:
             self._board.report.remote(*self._about, self._done)
 
 
-class Progress:
+class Reached:
     """This process's side: what was reported becomes calls with bytes that are new. A file that is made again is
     counted from where its last attempt was, so that a bar never goes back."""
 

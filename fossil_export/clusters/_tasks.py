@@ -11,7 +11,8 @@ from typing import Any
 
 from fossil_export import errors
 from fossil_export._extras import required
-from fossil_export.clusters._board import Progress, board_class
+from fossil_export._progress import note
+from fossil_export.clusters._board import Reached, board_class
 from fossil_export.clusters._connection import Connection, failed
 from fossil_export.clusters._worker import Order, task
 from fossil_export.errors import ClusterError, FossilExportError
@@ -50,13 +51,12 @@ class Tasks:
         order: Order,
         digest: PlanDigest,
         progress: Callable[[int], None],
-        say: Callable[[str], None],
         forget: str | None,
     ) -> None:
         self._connection = connection
         self._ray = ray = connection.ray
-        self._order, self._digest, self._say, self._forget = order, digest, say, forget
-        self.progress = Progress(progress)
+        self._order, self._digest, self._forget = order, digest, forget
+        self.progress = Reached(progress)
         self._running: dict[Any, _File] = {}
         self._strategies = required("ray.util.scheduling_strategies", "ray")
         self._without = time.monotonic() + WITHOUT
@@ -92,7 +92,7 @@ class Tasks:
         """`files`, made, as they get done: the largest are begun first. Raises what a worker
         refused, and ClusterError for a file that no worker can make."""
         for file in sorted(files, key=lambda one: one.size, reverse=True):
-            self._begin(_File(file.name, file.size))
+            self._begin(_File(file.name, sum(tensor.nbytes for tensor, _ in file.tensors)))
         while self._running:
             try:
                 done, _ = self._ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
@@ -155,7 +155,7 @@ class Tasks:
             raise refused
         if "no_room" in found:
             file.full[found["node"]] = tuple(found["no_room"])
-            self._say(f"{file.name}: {node} has no room for it; made elsewhere")
+            note(f"{file.name}: {node} has no room for it; made elsewhere")
             self._begin(file)
             return None
         self.progress.reached(file.name, file.size)
@@ -183,9 +183,7 @@ class Tasks:
                 f"{why}; see that a task has memory there, then run the same command again"
             ) from problem
         self.again += 1
-        self._say(
-            f"{file.name}: {f'the node {name} is gone' if is_gone else f'its worker on {name} ended'}; made again"
-        )
+        note(f"{file.name}: {f'the node {name} is gone' if is_gone else f'its worker on {name} ended'}; made again")
         self._begin(file)
 
     def _look(self) -> None:

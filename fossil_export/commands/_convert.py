@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from fossil_export._console import print_warnings
+from fossil_export._console import print_warnings, progress
 from fossil_export._extras import of_base, of_names
 from fossil_export.commands._command import Command, option
 from fossil_export.commands._shared import adapter_argument, base_option, expect, json_option, show
@@ -95,6 +95,7 @@ def convert(
         energy=energy,
         outtype=outtype,
         overwrite=overwrite,
+        progress=progress(),
     )
     show(result.to_dict() if as_json else None, print_conversion, result)
     print_warnings(result.warnings)

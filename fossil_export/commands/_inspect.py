@@ -7,7 +7,7 @@ from functools import partial
 
 import click
 
-from fossil_export._console import print_warnings
+from fossil_export._console import print_warnings, progress
 from fossil_export._extras import of_base, of_names
 from fossil_export.commands._command import Command, option
 from fossil_export.commands._shared import adapter_argument, base_option, expect, json_option, show
@@ -32,7 +32,7 @@ def inspect(adapter: str, base: str | None, every: bool, as_json: bool) -> None:
     from fossil_export._inspection import inspect as look
 
     expect(*of_names(adapter), *of_base(base))
-    found = look(adapter, base)
+    found = look(adapter, base, progress=progress())
     show(found.to_dict() if as_json else None, partial(print_inspection, every=every), found)
     print_warnings(found.warnings)
     if found.problems:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from fossil_export._console import lines, print_warnings, progress_bar, tell
+from fossil_export._console import print_warnings, progress
 from fossil_export._extras import need, of_base, of_device, of_names, require
 from fossil_export.checkpoints._dtypes import BY_TORCH_NAME
 from fossil_export.commands import _training as training
@@ -198,15 +198,14 @@ def _stream(asked: Asked) -> None:
     from fossil_export.publishing._target import Target
 
     Target(asked.push_to_hub, asked.revision, asked.create_pr)  # a wrong name shows now
-    moves = plan_stream(adapters, asked.base, max_disk=asked.max_disk, **settings)
+    moves = plan_stream(adapters, asked.base, max_disk=asked.max_disk, **settings, progress=progress())
     if asked.dry_run:
         show(moves.to_dict() if asked.as_json else None, print_moves, moves)
         print_warnings(moves.merge.warnings)
         return
     require(f"--device {asked.device}", *of_device(asked.device))
     options: dict[str, Any] = {"device": asked.device, "hash": asked.with_hash, "cache_dir": asked.cache_dir}
-    with lines() as report:
-        streamed = run_stream(moves, asked.push_to_hub, progress=report, **options, **asked.target)
+    streamed = run_stream(moves, asked.push_to_hub, progress=progress(), **options, **asked.target)
     show(streamed.to_dict() if asked.as_json else None, print_streamed, streamed)
     print_warnings(streamed.push.warnings)
 
@@ -231,7 +230,7 @@ def _merge(asked: Asked) -> None:
         from fossil_export.clusters._connection import check_ray
 
         check_ray()  # before a plan, which may take seconds
-    plan = plan_merge(adapters, asked.base, **settings)
+    plan = plan_merge(adapters, asked.base, **settings, progress=progress())
     if asked.dry_run or asked.output is None:
         if wanted is not None:
             chosen = plan_part(plan, wanted)
@@ -244,28 +243,25 @@ def _merge(asked: Asked) -> None:
     if asked.push_to_hub is not None:
         foresee_merged(plan, place, exists)
     options: dict[str, Any] = {"device": asked.device, "overwrite": asked.overwrite, "hash": asked.with_hash}
+    options["progress"] = progress()
     if wanted is not None:
-        with progress_bar(plan_part(plan, wanted).nbytes, f"merging {asked.part}") as progress:
-            done = merge_part(plan, asked.output, wanted, progress=progress, **options)
+        done = merge_part(plan, asked.output, wanted, **options)
         show(done.to_dict() if asked.as_json else None, print_part, done)
         print_warnings(done.warnings)
         return
     cluster = published = None
-    with progress_bar(plan.nbytes, "finishing" if asked.is_last else "merging") as progress:
-        if asked.ray is None:
-            result = (finish_merge if asked.is_last else run_merge)(plan, asked.output, progress=progress, **options)
-        else:
-            from fossil_export.clusters._asked import asked_for
-            from fossil_export.clusters._merge import run_on_ray
+    if asked.ray is None:
+        result = (finish_merge if asked.is_last else run_merge)(plan, asked.output, **options)
+    else:
+        from fossil_export.clusters._asked import asked_for
+        from fossil_export.clusters._merge import run_on_ray
 
-            told = asked_for(adapters, asked.base, None, settings)
-            options |= {"address": asked.ray, "progress": progress, "say": tell}
-            result, cluster = run_on_ray(plan, told, asked.output, **options)
+        told = asked_for(adapters, asked.base, None, settings)
+        result, cluster = run_on_ray(plan, told, asked.output, address=asked.ray, **options)
     if asked.push_to_hub is not None:
         from fossil_export.publishing._push import push_merged
 
-        with lines() as report:
-            published = push_merged(result, asked.push_to_hub, progress=report, **asked.target)
+        published = push_merged(result, asked.push_to_hub, progress=progress(), **asked.target)
     more_of_it = {"push": published.to_dict()} if published is not None else {}
     more_of_it |= {"ray": cluster.to_dict()} if cluster is not None else {}
     show(result.to_dict() | more_of_it if asked.as_json else None, print_result, result)

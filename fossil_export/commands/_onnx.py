@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from fossil_export._console import print_warnings, status_line
+from fossil_export._console import print_warnings, progress
 from fossil_export._extras import of_base, of_names
 from fossil_export._mapped import tell_of_cut_files
 from fossil_export.commands._command import Command, option
@@ -118,12 +118,10 @@ def onnx(
     of_graphs = () if dry_run and graph is None else (making if graph is None else of_graph(mode),)
     expect(*of_graphs, *of_names(adapter), *of_base(base))
     if dry_run or output is None:
-        with status_line() as progress:
-            plan = plan_onnx(adapter, **wanted, progress=progress)
+        plan = plan_onnx(adapter, **wanted, progress=progress())
         show(plan.to_dict() if as_json else None, lambda plan: print_onnx_plan(plan, every), plan)
         print_warnings(plan.warnings)
         return
-    with status_line() as progress:
-        result = export_onnx(adapter, output, **wanted, overwrite=overwrite, progress=progress)
+    result = export_onnx(adapter, output, **wanted, overwrite=overwrite, progress=progress())
     show(result.to_dict() if as_json else None, print_export, result)
     print_warnings(result.warnings)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from fossil_export._console import lines, print_warnings
+from fossil_export._console import print_warnings, progress
 from fossil_export.commands._command import Command, option
 from fossil_export.commands._shared import json_option, publishing, show
 from fossil_export.commands._types import FILE
@@ -48,11 +48,10 @@ def push(
         "commit_message": commit_message,
     }
     if dry_run:
-        plan = hub.plan_push(directory, repo_id, **target)
+        plan = hub.plan_push(directory, repo_id, **target, progress=progress())
         show(plan.to_dict() if as_json else None, print_push_plan, plan)
         print_warnings(plan.warnings)
         return
-    with lines() as report:
-        result = hub.push(directory, repo_id, progress=report, **target)
+    result = hub.push(directory, repo_id, progress=progress(), **target)
     show(result.to_dict() if as_json else None, print_push, result)
     print_warnings(result.warnings)

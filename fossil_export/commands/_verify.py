@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from fossil_export._console import bar_and_status, echo, lines, print_warnings
+from fossil_export._console import echo, print_warnings, progress
 from fossil_export._extras import FORWARD, of_base, of_names
 from fossil_export._mapped import tell_of_cut_files
 from fossil_export._threads import wait_asleep
@@ -98,25 +98,21 @@ def verify(
         target_of(artifact, create_pr)  # what will be refused is refused before hours of work
     wait_asleep()
     expect(*(() if level == "weights" else (FORWARD,)), *of_names(artifact, *adapters), *of_base(base))
-    size = _weights_size(artifact) if level != "forward" else 0
-    with bar_and_status(size, "comparing") as (progress, status):
-        result = check(
-            artifact,
-            base=base,
-            adapter=[weighted(given) for given in adapters] or None,
-            level=level,
-            device=device,
-            prompts=prompts,
-            report=report,
-            trained_on=seen,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-            status=status,
-        )
+    result = check(
+        artifact,
+        base=base,
+        adapter=[weighted(given) for given in adapters] or None,
+        level=level,
+        device=device,
+        prompts=prompts,
+        report=report,
+        trained_on=seen,
+        trust_remote_code=trust_remote_code,
+        progress=progress(),
+    )
     published = None
     if push_to_hub:
-        with lines() as say:
-            published = publish_certificate(result, create_pr=create_pr, progress=say)
+        published = publish_certificate(result, create_pr=create_pr, progress=progress())
     more = {"push": published.to_dict()} if published is not None else {}
     show(result.to_dict() | more if as_json else None, print_verification, result)
     if published is not None and not as_json:
@@ -126,9 +122,3 @@ def verify(
         others = f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""
         echo(result.problems[0] + others, label="not the trained model: ", fg="red", err=True)
         sys.exit(1)
-
-
-def _weights_size(artifact: str) -> int:
-    from pathlib import Path
-
-    return sum(path.stat().st_size for path in Path(artifact).glob("*.safetensors") if path.is_file())

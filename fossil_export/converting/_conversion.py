@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fossil_export._progress import Shown, begin, reporting
+from fossil_export._shown import line, readable_bytes, table
 from fossil_export._spellings import chosen, expected
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.checkpoints._stamp import check_stamp, stamps_of
@@ -33,7 +35,16 @@ from fossil_export.writing._staging import check_destination, staged_folder
 
 @dataclass(frozen=True)
 class Conversion:
-    """A finished conversion; `details` are what the converter has to say of it."""
+    """A finished conversion, as `convert` returns it.
+
+    Attributes:
+        output: Folder or file that was written.
+        to: The format.
+        nbytes: Size in bytes of what was written.
+        seconds: Wall time.
+        details: What the format has to say: ranks, dtype, errors.
+        warnings: Lines that the user should see.
+    """
 
     output: Path
     to: str
@@ -43,7 +54,16 @@ class Conversion:
     warnings: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        return f"<Conversion to {self.to}: {self.output}, {self.nbytes:,} bytes in {self.seconds:.1f} s>"
+        return line("Conversion", f"to {self.to}: {self.output}, {self.nbytes:,} bytes in {self.seconds:.1f} s")
+
+    def _repr_html_(self) -> str:
+        simple = [
+            (name.replace("_", " "), value)
+            for name, value in self.details.items()
+            if isinstance(value, (str, int, float))
+        ]
+        rows = [("written", self.output), ("format", self.to), ("size", readable_bytes(self.nbytes)), *simple]
+        return table("Converted", [*rows, ("time", f"{self.seconds:.1f} s")], self.warnings)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as `--json` prints it."""
@@ -110,6 +130,7 @@ def _base(adapter: Adapter, converter: Converter, base: str | Path | None, base_
     return Options(found, found.name, adapter.base_revision if found.is_path else found.revision)
 
 
+@reporting
 def convert(
     adapter: Adapter | str | Path,
     output: str | Path,
@@ -122,15 +143,41 @@ def convert(
     energy: float | None = None,
     outtype: Outtype | None = None,
     overwrite: bool = False,
+    progress: Shown = False,
 ) -> Conversion:
-    """Write `adapter` as another format at `output`; `to` is one of `CONVERTERS`.
+    """Write an adapter in another format; the model itself is not loaded.
 
-    "lora" and "miss" make folders, "gguf-lora" and "onnx-adapter" files. `adapter` and `base` are paths or ids on the
-    Hub; `base` (by default the one the adapter names) tells the layers' sizes, by its headers; `base_config` is
-    enough where it tells them too. `graph` is the swappable ONNX folder that "onnx-adapter" is for. `rank` or
-    `energy` ask for the nearest LoRA, of an adapter that is none or is a larger one. `outtype` is "f32" (the
-    default), "f16" or "q8_0", for "gguf-lora". Raises a FossilExportError with one line that names the remedy, also
-    for an option that `to` does not take; nothing is half-written.
+    Args:
+        adapter: What was trained: an `Adapter`, a folder or file (str or path), or an id on the Hub ("user/repo",
+            "user/repo@revision", "hf://user/repo/folder").
+        output: Folder or file to write. It must not exist, unless `overwrite`.
+        to: "lora" (a LoRA folder of PEFT), "miss" (a folder), "gguf-lora" (a file for llama.cpp) or "onnx-adapter" (a
+            file for a swappable ONNX folder).
+        base: The base model, of which headers tell the layers' sizes: a folder, an address or an id on the Hub.
+            Default: the one that the adapter names.
+        base_config: For "lora" and "gguf-lora": the base's config.json, if the model itself is not here.
+        graph: For "onnx-adapter": the swappable ONNX folder that it is for.
+        rank: For "lora": the nearest LoRA of this rank, of an adapter that is none or is a larger one.
+        energy: The same, of the rank that keeps this share of the update, between 0 and 1; not with `rank`.
+        outtype: For "gguf-lora": "f32" (default), "f16" or "q8_0".
+        overwrite: True replaces what an earlier call wrote there; nothing else is ever replaced.
+        progress: True shows a bar for each step: a widget in a notebook, else a line on stderr. A function is called
+            with a `Progress`, one call at a time, maybe from another thread; what it raises stops the work, leaves
+            nothing half-written, and comes out of this call as it is. False (default) is silent.
+
+    Returns:
+        Conversion: `output`, `to`, `nbytes`, `seconds`, `details` (what the format has to say: ranks, errors),
+            `warnings`, and `to_dict()`.
+
+    Raises:
+        FossilExportError: In one line with the remedy, also for an option that `to` does not take; nothing is
+            half-written.
+        AdapterError: The adapter cannot be that.
+        OutputError: The output cannot be written there.
+
+    Example:
+        >>> import fossil_export
+        >>> fossil_export.convert("my-adapter", "my-lora", to="lora")  # doctest: +SKIP
     """
     started = time.perf_counter()
     if to not in CONVERTERS:
@@ -160,6 +207,7 @@ def convert(
             check_stamp(file, stamp, AdapterError)
 
     path = local_output(output)
+    begin(f"converting to {to}")
     if converter.folder:
         # A state dict may lie anywhere; PEFT's folder is only read.
         _refuse_inputs(path, adapter, options)

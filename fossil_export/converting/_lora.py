@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fossil_export._progress import counted
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._header import encode_header
 from fossil_export.checkpoints._jsonfile import write_json
@@ -190,7 +191,8 @@ def _write_weights(
     error = 0.0
     with path.open("wb") as file:
         file.write(encode_header(entries, {"format": "pt"}))
-        for part, factor in zip(layout.parts, layout.factors, strict=True):
+        pairs = zip(layout.parts, layout.factors, strict=True)
+        for part, factor in counted(pairs, "writing", len(layout.parts), "modules"):
             found = cut.get(part.name) or matrices(adapter, part, *shapes[part.name], factor)
             for matrix in found:
                 stored, moved = rounded(adapter, part, matrix, layout.dtype)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fossil_export._progress import counted
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._header import encode_header
 from fossil_export.checkpoints._jsonfile import write_json
@@ -51,7 +52,7 @@ def write(adapter: Adapter, output: Path, options: Options) -> dict[str, Any]:
         finite(adapter, module)
     with (output / "adapter_model.safetensors").open("wb") as file:
         file.write(encode_header(((name, info.dtype, info.shape) for name, info in names.items()), {"format": "pt"}))
-        for info in names.values():
+        for info in counted(names.values(), "writing", len(names), "tensors"):
             file.write(np.ascontiguousarray(adapter.array(info)).tobytes())
     (output / "adapter_config.json").write_bytes(write_json(_config(adapter, options)))
     for name, path in adapter.tokenizer().items():

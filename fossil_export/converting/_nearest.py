@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fossil_export._progress import counted
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import view_rows
 from fossil_export.checkpoints._coding import read_rows
@@ -73,14 +74,17 @@ def nearest_lora(
     rank = options.rank
     if rank is None:
         assert options.energy is not None
-        rank = max(update_of(part).rank_for(options.energy) for part in layers)
+        rank = max(
+            update_of(part).rank_for(options.energy)
+            for part in counted(layers, "finding the rank", len(layers), "modules")
+        )
     if all(part.rank is not None and part.rank <= rank for part in layers):
         own = max(part.rank or 0 for part in layers)
         raise AdapterError(f"{adapter.path}: is a LoRA of rank {own} exactly; leave --rank and --energy out")
     cut: dict[str, tuple[Array, Array]] = {}
     modules: dict[str, float] = {}
     lost = total = 0.0
-    for part in layers:
+    for part in counted(layers, "cutting to the rank", len(layers), "modules"):
         update = update_of(part)
         first, second = update.truncated(rank)
         if part.rank is not None and part.rank <= rank:

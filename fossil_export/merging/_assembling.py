@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fossil_export._progress import Step, begin
 from fossil_export.errors import MergeError, OutputError, failed
 from fossil_export.merging._digest import PlanDigest, plan_digest
 from fossil_export.merging._layout import FilePlan
@@ -82,6 +83,15 @@ def write_files(
     return found
 
 
+def merging(files: Sequence[FilePlan], done: Iterable[str], name: str = "merging") -> Step:
+    """The step of writing the tensors of `files`, of which some are `done`; headers do not count."""
+    sizes = {file.name: sum(tensor.nbytes for tensor, _ in file.tensors) for file in files}
+    step = begin(name, sum(sizes.values()), "B")
+    if before := sum(sizes.get(name, 0) for name in done):
+        step(before)
+    return step
+
+
 def beside(plan: MergePlan) -> int:
     """Bytes of what goes beside the weights, about."""
     return sum(path.stat().st_size for path in plan.companions.values()) + BESIDE
@@ -89,10 +99,17 @@ def beside(plan: MergePlan) -> int:
 
 def with_hashes(results: Iterable[FileResult], assembly: Assembly) -> list[FileResult]:
     """The results with the SHA-256 of each file; those that have none are read."""
-    return [
-        one if one.sha256 is not None else FileResult(one.name, one.size, one.survival, assembly.sha256(one.name))
-        for one in results
-    ]
+    results = list(results)
+    left = [one for one in results if one.sha256 is None]
+    step = begin("reading for SHA-256", sum(one.size for one in left), "B") if left else None
+    found = []
+    for one in results:
+        if one.sha256 is None:
+            one = FileResult(one.name, one.size, one.survival, assembly.sha256(one.name))
+            if step is not None:
+                step(one.size)
+        found.append(one)
+    return found
 
 
 def without_hashes(results: Iterable[FileResult]) -> list[FileResult]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ def listed_given(given: AnyGiven) -> list[Given | Weighted]:
         return [given]
     if isinstance(given, tuple) and _is_pair(given):
         return [(given[0], given[1])]
-    return list(given)  # type: ignore[arg-type]
+    if isinstance(given, Iterable) and not isinstance(given, (bytes, Mapping)):
+        return list(given)  # type: ignore[arg-type]
+    return [given]  # whoever opens it says what is wrong
 
 
 def with_weights(

@@ -5,15 +5,18 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export._progress import Shown, reporting
+from fossil_export._shown import line, readable_bytes, table
 from fossil_export.errors import listed
 from fossil_export.merging._assembling import (
     Prepared,
     beside,
+    merging,
     prepare,
     results_in,
     told_replaced,
@@ -42,9 +45,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MergeResult:
-    """A finished merge. `seconds` is wall time, `peak_memory` the process's largest resident size in bytes;
-    `survival` is by tensor (see merging/_survival.py), `ratios` by kind of module, if training saw a quantized base
-    (see merging/_quantization_error.py); `resumed` counts the files that were finished before this call."""
+    """A finished merge.
+
+    Attributes:
+        output: The model's folder, or its address.
+        plan: What was done.
+        survival: By tensor: how much of the update rounding left (`.survived`, a share).
+        seconds: Wall time.
+        peak_memory: The process's largest resident size, in bytes.
+        warnings: Lines that the user should see.
+        ratios: By kind of module, how large the update is beside the quantization error, if training saw a quantized
+            base.
+        resumed: How many files were finished before this call.
+    """
 
     output: Path | str
     plan: MergePlan
@@ -58,10 +71,25 @@ class MergeResult:
     def __repr__(self) -> str:
         kept = sum(self.survival.values(), Survival()).survived
         share = "" if kept is None else f", {kept:.1%} of the update kept"
-        return (
-            f"<MergeResult {self.output}: {len(self.survival)} of {self.plan.parameters} tensors merged{share}, "
-            f"{self.plan.nbytes:,} bytes in {self.seconds:.1f} s>"
+        return line(
+            "MergeResult",
+            f"{self.output}: {len(self.survival)} of {self.plan.parameters} tensors merged{share}, "
+            f"{self.plan.nbytes:,} bytes in {self.seconds:.1f} s",
         )
+
+    def _repr_html_(self) -> str:
+        kept = sum(self.survival.values(), Survival()).survived
+        rows = [
+            ("model", self.output),
+            ("tensors", f"{len(self.survival)} of {self.plan.parameters} merged"),
+            ("update kept", None if kept is None else f"{kept:.2%}"),
+            ("adapter", " + ".join(adapter.name for adapter in self.plan.adapters)),
+            ("base", self.plan.base_name),
+            ("written", f"{readable_bytes(self.plan.nbytes)} in {self.seconds:.1f} s"),
+            ("peak memory", readable_bytes(self.peak_memory)),
+            ("taken up", f"{self.resumed} files of an earlier run" if self.resumed else None),
+        ]
+        return table("Merged", rows, self.warnings)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as `--json` prints it."""
@@ -82,6 +110,7 @@ class MergeResult:
         }
 
 
+@reporting
 def merge(
     adapter: AnyGiven,
     output: str | Path,
@@ -97,22 +126,59 @@ def merge(
     device: str = "cpu",
     overwrite: bool = False,
     hash: bool = False,  # noqa: A002  named as the command's option
-    progress: Callable[[int], None] = lambda nbytes: None,
+    progress: Shown = False,
 ) -> MergeResult:
-    """Merge `adapter` into its base and write a complete model folder at `output`.
+    """Merge an adapter into its base and write a complete model folder.
 
-    Arguments are those of `plan_merge`, and: `device` does the arithmetic ("cpu", "cuda", "cuda:1"; the
-    result is the same, for bat up to the order of sums); `overwrite` replaces a folder an earlier merge
-    wrote; `hash` records SHA-256 of every weights file, which reads them once more; `progress` is called
-    with the bytes just written, from several threads.
+    The base is streamed, never loaded. The folder appears only when it is complete and synced. If a merge is
+    interrupted, the files that it had finished are kept beside `output`, and the same call goes on from there; with
+    other inputs it begins anew.
 
-    The folder appears only when it is complete and synced. If a merge is interrupted, the files that it had finished
-    are kept beside `output`, and the same call goes on from there; with other inputs it begins anew. Raises a
-    FossilExportError with one line that names the file, the tensor and the remedy.
+    Args:
+        adapter: What was trained: an `Adapter`, a folder or file (str or path), or an id on the Hub ("user/repo",
+            "user/repo@revision", "hf://user/repo/folder"). A list adds the updates of several in their order; a pair
+            (adapter, 0.7) adds 0.7 times its update.
+        output: Folder to write, or its address in an object store ("s3://bucket/name"). It must not exist, unless
+            `overwrite`.
+        base: The base model: a folder, a weights file, an address or an id on the Hub. Default: the one that the
+            adapter names, at the revision it names.
+        weights: A finite number for each adapter, its update being multiplied by it. Default: 1 for each.
+        dtype: "auto" (each tensor keeps its own), or the dtype of all floating-point tensors: "float32", "bfloat16",
+            "float16" or one of torch's (`torch.bfloat16`).
+        max_shard_size: Cut the weights into new files of at most this size: bytes, or text such as "5GB". Default: the
+            base's files.
+        requantize: True keeps a quantized base's format; False (default) dequantizes it to full precision.
+        min_survival: With `requantize`: the share of the update, from 0 to 1, that must be left. Less is a MergeError.
+        trained_on: How the base was quantized while the adapter was trained (QLoRA): "nf4", "fp4", "int8", "fp8",
+            "unquantized", the settings of a BitsAndBytesConfig as a dict, or "auto" (default): what the adapter's files
+            say.
+        into: "trained" (default) adds the updates to the base as training saw it, "original" to its stored weights.
+        device: Where to compute: "cpu" (default), "cuda", "cuda:1". The result is the same.
+        overwrite: True replaces what an earlier call wrote there; nothing else is ever replaced.
+        hash: True records the SHA-256 of every weights file, which may read them once more.
+        progress: True shows a bar for each step: a widget in a notebook, else a line on stderr. A function is called
+            with a `Progress`, one call at a time, maybe from another thread; what it raises stops the work, leaves
+            nothing half-written, and comes out of this call as it is. False (default) is silent.
 
-    >>> result = merge("my-adapter", "my-model")            # doctest: +SKIP
-    >>> result.survival["model.layers.0.self_attn.q_proj.weight"].survived   # doctest: +SKIP
-    0.998
+    Returns:
+        MergeResult: `output` (path or address), `survival` (by tensor, how much of the update rounding left),
+            `seconds`, `peak_memory` (bytes), `resumed` (files taken up), `warnings` (lines to show), `plan`, and
+            `to_dict()`.
+
+    Raises:
+        FossilExportError: In one line that names the file, the tensor or field, and the remedy; all errors below are
+            its subclasses.
+        AdapterError: The adapter cannot be read, or contradicts itself.
+        CheckpointError: The base is missing, damaged or changes meanwhile.
+        MergeError: Adapter and base do not go together, an argument has no sound value, or the result is not finite.
+        HubError: The Hub refuses or cannot be reached.
+        OutputError: The output cannot be written there.
+
+    Example:
+        >>> import fossil_export
+        >>> result = fossil_export.merge("my-adapter", "my-model")  # doctest: +SKIP
+        >>> result.survival["model.layers.0.self_attn.q_proj.weight"].survived  # doctest: +SKIP
+        0.998
     """
     started = time.perf_counter()
     plan = plan_merge(
@@ -126,9 +192,10 @@ def merge(
         trained_on=trained_on,
         into=into,
     )
-    return run_merge(plan, output, device=device, overwrite=overwrite, hash=hash, progress=progress, started=started)
+    return run_merge(plan, output, device=device, overwrite=overwrite, hash=hash, started=started)
 
 
+@reporting
 def run_merge(
     plan: MergePlan,
     output: str | Path,
@@ -136,10 +203,44 @@ def run_merge(
     device: str = "cpu",
     overwrite: bool = False,
     hash: bool = False,  # noqa: A002
-    progress: Callable[[int], None] = lambda nbytes: None,
+    progress: Shown = False,
     started: float | None = None,
 ) -> MergeResult:
-    """Carry out a plan that `plan_merge` made; arguments as for `merge`. `started` is when the clock began."""
+    """Carry out a plan that `plan_merge` made.
+
+    The same as `merge`, once the plan has been looked at. Adapter and base must be what they were when it was made.
+
+    Args:
+        plan: What `plan_merge` returned.
+        output: Folder to write, or its address in an object store ("s3://bucket/name"). It must not exist, unless
+            `overwrite`.
+        device: Where to compute: "cpu" (default), "cuda", "cuda:1". The result is the same.
+        overwrite: True replaces what an earlier call wrote there; nothing else is ever replaced.
+        hash: True records the SHA-256 of every weights file, which may read them once more.
+        progress: True shows a bar for each step: a widget in a notebook, else a line on stderr. A function is called
+            with a `Progress`, one call at a time, maybe from another thread; what it raises stops the work, leaves
+            nothing half-written, and comes out of this call as it is. False (default) is silent.
+        started: When the clock of `seconds` began, by `time.perf_counter()`. Default: now.
+
+    Returns:
+        MergeResult: `output` (path or address), `survival` (by tensor, how much of the update rounding left),
+            `seconds`, `peak_memory` (bytes), `resumed` (files taken up), `warnings` (lines to show), `plan`, and
+            `to_dict()`.
+
+    Raises:
+        FossilExportError: In one line that names the file, the tensor or field, and the remedy; all errors below are
+            its subclasses.
+        AdapterError: The adapter cannot be read, or contradicts itself.
+        CheckpointError: The base is missing, damaged or changes meanwhile.
+        MergeError: Adapter and base do not go together, an argument has no sound value, or the result is not finite.
+        HubError: The Hub refuses or cannot be reached.
+        OutputError: The output cannot be written there.
+
+    Example:
+        >>> import fossil_export
+        >>> plan = fossil_export.plan_merge("my-adapter")  # doctest: +SKIP
+        >>> result = fossil_export.run_merge(plan, "my-model", progress=True)  # doctest: +SKIP
+    """
     started = time.perf_counter() if started is None else started
     ready = prepare(plan, output, device, overwrite)
     plan, place = ready.plan, ready.place
@@ -148,9 +249,8 @@ def run_merge(
             done = results_in(plan, assembly)
             left = [file for file in plan.files if file.name not in done]
             assembly.check_room(sum(file.size for file in left) + beside(plan))
-            if done:
-                progress(sum(result.size for result in done.values()))
-            results = done | write_files(plan, left, assembly, device=device, hash=hash, progress=progress)
+            step = merging(plan.files, done)
+            results = done | write_files(plan, left, assembly, device=device, hash=hash, progress=step)
             notes = [*told_resumed(place, plan, len(done)), *told_replaced(place, assembly)]
             finished = conclude(plan, results.values(), assembly, hash)
         except OSError as problem:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fossil_export._progress import Shown, begin, reporting
+from fossil_export._shown import line, readable_bytes, table
 from fossil_export.errors import MergeError, listed
-from fossil_export.merging._assembling import beside, by_name, prepare, results_in, write_files
+from fossil_export.merging._assembling import beside, by_name, merging, prepare, results_in, write_files
 from fossil_export.merging._layout import FilePlan
 from fossil_export.merging._merge import MergeResult, conclude, peak_memory, result_of
 from fossil_export.merging._plan import MergePlan
@@ -21,8 +23,19 @@ Part = tuple[int, int]
 
 @dataclass(frozen=True)
 class PartResult:
-    """A finished part of a merge. `files` are its files by name, of which `resumed` counts those that were finished
-    before this call; `missing` are the plan's files that no part has finished yet; `nbytes` is what was written."""
+    """A finished part of a merge.
+
+    Attributes:
+        output: Where the merged model will be.
+        part: Which part it is: "3/16", or its files.
+        files: Its files by name.
+        resumed: How many of them were finished before this call.
+        missing: The plan's files that no part has finished yet.
+        nbytes: Size in bytes of what was written.
+        seconds: Wall time.
+        peak_memory: The process's largest resident size, in bytes.
+        warnings: Lines that the user should see.
+    """
 
     output: Path | str
     part: str
@@ -35,10 +48,24 @@ class PartResult:
     warnings: tuple[str, ...]
 
     def __repr__(self) -> str:
-        return (
-            f"<PartResult {self.part} of {self.output}: {len(self.files)} files, {self.nbytes:,} bytes in "
-            f"{self.seconds:.1f} s; {len(self.missing)} files are missing>"
+        return line(
+            "PartResult",
+            f"{self.part} of {self.output}: {len(self.files)} files, {self.nbytes:,} bytes in "
+            f"{self.seconds:.1f} s; {len(self.missing)} files are missing",
         )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("part", self.part),
+            ("of", self.output),
+            ("files", f"{len(self.files)}, of which {self.resumed} were there already"),
+            ("written", f"{readable_bytes(self.nbytes)} in {self.seconds:.1f} s"),
+            (
+                "missing",
+                f"{len(self.missing)} files of other parts" if self.missing else "nothing: finish_merge is next",
+            ),
+        ]
+        return table("Part of a merge", rows, self.warnings)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as `--json` prints it."""
@@ -101,6 +128,7 @@ def division(plan: MergePlan, count: int) -> list[list[FilePlan]]:
     return [sorted(files, key=lambda file: order[file.name]) for files in found]
 
 
+@reporting
 def merge_part(
     plan: MergePlan,
     output: str | Path,
@@ -109,16 +137,43 @@ def merge_part(
     device: str = "cpu",
     overwrite: bool = False,
     hash: bool = False,  # noqa: A002  named as the command's option
-    progress: Callable[[int], None] = lambda nbytes: None,
+    progress: Shown = False,
 ) -> PartResult:
-    """Write a part of a merge: (3, 16) is the third of sixteen parts of about the same size; or files of the plan by
-    name. Other arguments are those of `run_merge`; all parts must have the same.
+    """Write one part of a merge that several processes or machines share.
 
     Parts may run in any order and at the same time, on machines that share the folder, and again: a file that is
-    finished is not written twice. Nothing is seen at `output` before `finish_merge`. Raises a FossilExportError; of
-    other inputs or another version than the parts that are there, OutputError says what differs.
+    finished is not written twice. All parts must have the same arguments. Nothing is seen at `output` before
+    `finish_merge`.
 
-    >>> merge_part(plan, "merged", (3, 16))           # doctest: +SKIP
+    Args:
+        plan: What `plan_merge` returned.
+        output: Folder to write, or its address in an object store ("s3://bucket/name"). It must not exist, unless
+            `overwrite`.
+        part: (3, 16) for the third of sixteen parts of about the same size, or names of files of the plan.
+        device: Where to compute: "cpu" (default), "cuda", "cuda:1". The result is the same.
+        overwrite: True replaces what an earlier call wrote there; nothing else is ever replaced.
+        hash: True records the SHA-256 of every weights file, which may read them once more.
+        progress: True shows a bar for each step: a widget in a notebook, else a line on stderr. A function is called
+            with a `Progress`, one call at a time, maybe from another thread; what it raises stops the work, leaves
+            nothing half-written, and comes out of this call as it is. False (default) is silent.
+
+    Returns:
+        PartResult: `files` of this part by name, `missing` (files of the plan that no part has finished), `nbytes`
+            written, `resumed`, `seconds`, `warnings`, and `to_dict()`.
+
+    Raises:
+        FossilExportError: In one line that names the file, the tensor or field, and the remedy; all errors below are
+            its subclasses.
+        AdapterError: The adapter cannot be read, or contradicts itself.
+        CheckpointError: The base is missing, damaged or changes meanwhile.
+        MergeError: Adapter and base do not go together, an argument has no sound value, or the result is not finite.
+        HubError: The Hub refuses or cannot be reached.
+        OutputError: The output cannot be written there.
+
+    Example:
+        >>> import fossil_export
+        >>> plan = fossil_export.plan_merge("my-adapter")  # doctest: +SKIP
+        >>> fossil_export.merge_part(plan, "/shared/merged", (3, 16))  # doctest: +SKIP
     """
     started = time.perf_counter()
     ready = prepare(plan, output, device, overwrite, whole=False)
@@ -131,8 +186,8 @@ def merge_part(
             done = results_in(plan, assembly)
             left = [file for file in files if file.name not in done]
             assembly.check_room(sum(file.size for file in left))
-            progress(sum(file.size for file in files if file.name in done))
-            write_files(plan, left, assembly, device=device, hash=hash, progress=progress, part=chosen.part)
+            step = merging(files, done, f"merging part {chosen.part}")
+            write_files(plan, left, assembly, device=device, hash=hash, progress=step, part=chosen.part)
             done = results_in(plan, assembly)
         except OSError as problem:
             plan.check()
@@ -150,6 +205,7 @@ def merge_part(
     )
 
 
+@reporting
 def finish_merge(
     plan: MergePlan,
     output: str | Path,
@@ -157,12 +213,41 @@ def finish_merge(
     device: str = "cpu",
     overwrite: bool = False,
     hash: bool = False,  # noqa: A002
-    progress: Callable[[int], None] = lambda nbytes: None,
+    progress: Shown = False,
 ) -> MergeResult:
-    """Write what goes beside the files of all parts, and publish the folder; arguments as for the parts.
+    """Publish a merge of which all parts are written.
 
-    With `hash` files that have no SHA-256 by now are read for it. Raises OutputError as `merge_part` does, MergeError
-    that names what is missing.
+    Writes what goes beside the weights, and puts the folder in place. Arguments are as for the parts.
+
+    Args:
+        plan: What `plan_merge` returned.
+        output: Folder to write, or its address in an object store ("s3://bucket/name"). It must not exist, unless
+            `overwrite`.
+        device: Where to compute: "cpu" (default), "cuda", "cuda:1". The result is the same.
+        overwrite: True replaces what an earlier call wrote there; nothing else is ever replaced.
+        hash: True records the SHA-256 of every weights file, which may read them once more.
+        progress: True shows a bar for each step: a widget in a notebook, else a line on stderr. A function is called
+            with a `Progress`, one call at a time, maybe from another thread; what it raises stops the work, leaves
+            nothing half-written, and comes out of this call as it is. False (default) is silent.
+
+    Returns:
+        MergeResult: `output` (path or address), `survival` (by tensor, how much of the update rounding left),
+            `seconds`, `peak_memory` (bytes), `resumed` (files taken up), `warnings` (lines to show), `plan`, and
+            `to_dict()`.
+
+    Raises:
+        FossilExportError: In one line that names the file, the tensor or field, and the remedy; all errors below are
+            its subclasses.
+        AdapterError: The adapter cannot be read, or contradicts itself.
+        CheckpointError: The base is missing, damaged or changes meanwhile.
+        MergeError: Parts are missing; it names them.
+        HubError: The Hub refuses or cannot be reached.
+        OutputError: The parts that are there are of other inputs or another version.
+
+    Example:
+        >>> import fossil_export
+        >>> plan = fossil_export.plan_merge("my-adapter")  # doctest: +SKIP
+        >>> fossil_export.finish_merge(plan, "/shared/merged")  # doctest: +SKIP
     """
     started = time.perf_counter()
     ready = prepare(plan, output, device, overwrite, whole=False)
@@ -172,7 +257,7 @@ def finish_merge(
             done = results_in(plan, assembly)
             if len(done) < len(plan.files):
                 raise MergeError(f"{place.name}: {_missing(plan, done, assembly.notes())}")
-            progress(plan.nbytes)
+            begin("finishing")
             assembly.check_room(beside(plan))
             finished = conclude(plan, done.values(), assembly, hash)
         except OSError as problem:

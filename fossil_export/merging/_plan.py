@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export._answers import INTO
+from fossil_export._shown import line, readable_bytes, table
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import Checkpoint
 from fossil_export.checkpoints._stamp import Stamp, check_stamp
@@ -30,16 +31,31 @@ ACTIONS = ("merge", "replace", "add", "requantize", "dequantize", "cast", "copy"
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What a merge will do. Paths of `files`, `index` and `companions` are relative to the output folder.
+    """What a merge will do, as `plan_merge` decides it; paths are relative to the output folder.
 
-    The updates of `adapters` are added at their `weights`. `undecided` says, by adapter, which head and embedding that
-    came with it only their values can tell apart; `settled` looks at these. `base_branch` is the
-    base's revision as it was typed. `config` is the edited config.json, None where the base's is taken as it is;
-    `left_behind` lists the base's files that do not belong in the result; `warnings` is what the user should know, and
-    `notes` the part of it on where adapters and base were found; `stamps` are those of the files that were here when
-    the plan was made. With `min_survival` the base's quantization is kept, if quantizing again leaves so much of the
-    update. `seen` is what is known of the base that training saw, which the updates go `into` (`INTO`): then `base` has
-    the weights that training quantized as it saw them.
+    Attributes:
+        adapters: The adapters, opened.
+        weights: By adapter, what its update is multiplied by.
+        base: The base, opened, with the weights that training quantized as it saw them.
+        base_name: The base's id on the Hub, or path.
+        base_revision: Its commit.
+        base_branch: Its revision as it was typed.
+        dtype: As for `plan_merge`.
+        max_shard_size: In bytes, None for the base's files.
+        files: The weights files, with the tensors of each.
+        index: Name and content of the index of several files.
+        config: The edited config.json, None if the base's is taken as it is.
+        config_edits: What was edited in it.
+        companions: Other files of the result, by name.
+        left_behind: The base's files that do not belong in the result.
+        warnings: Lines that the user should see.
+        notes: The part of them on where adapters and base were found.
+        undecided: By adapter, which head and embedding that came with it only their values can tell apart; `settled`
+            looks.
+        stamps: Of the files that were here when the plan was made.
+        min_survival: With it the base's quantization is kept, if quantizing again leaves so much of the update.
+        seen: What is known of the base that training saw.
+        into: "trained" or "original": what the updates are added to.
     """
 
     adapters: tuple[Adapter, ...]
@@ -65,11 +81,26 @@ class MergePlan:
     into: str = "trained"
 
     def __repr__(self) -> str:
-        done = ", ".join(f"{action} {count}" for action in ACTIONS if (count := self.count(action)))
-        return (
-            f"<MergePlan of {' + '.join(adapter.name for adapter in self.adapters)} into {self.base_name}: {done}; "
-            f"{len(self.files)} files of {self.nbytes:,} bytes, {len(self.companions)} others>"
+        return line(
+            "MergePlan",
+            f"of {' + '.join(adapter.name for adapter in self.adapters)} into {self.base_name}: {self._done()}; "
+            f"{len(self.files)} files of {self.nbytes:,} bytes, {len(self.companions)} others",
         )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("adapter", " + ".join(adapter.name for adapter in self.adapters)),
+            ("base", self.base_name),
+            ("tensors", self._done()),
+            ("dtype", self.dtype),
+            ("files", f"{len(self.files)} of weights, {readable_bytes(self.nbytes)}; {len(self.companions)} others"),
+            ("config", ", ".join(f"{key} = {value}" for key, value in self.config_edits.items())),
+            ("left behind", ", ".join(self.left_behind)),
+        ]
+        return table("Plan of a merge", rows, self.warnings)
+
+    def _done(self) -> str:
+        return ", ".join(f"{action} {count}" for action in ACTIONS if (count := self.count(action)))
 
     @property
     def adapter(self) -> Adapter:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export._log import timed
+from fossil_export._progress import Shown, begin, counted, reporting
 from fossil_export._spellings import chosen, expected, parse_size
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import Checkpoint
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from fossil_export.checkpoints.quantized._trained_on import TrainedOn
 
 
+@reporting
 def plan_merge(
     adapter: AnyGiven,
     base: str | Path | Origin | None = None,
@@ -50,21 +52,52 @@ def plan_merge(
     min_survival: float = LEAST,
     trained_on: str | Mapping[str, Any] | TrainedOn = "auto",
     into: str = "trained",
+    progress: Shown = False,
 ) -> MergePlan:
-    """Decide how `adapter` is merged into `base`, reading only headers and configs.
+    """Decide how an adapter is merged into its base; only headers and configs are read.
 
-    Both are paths or ids on the Hub; `base` defaults to the adapter's `base_model_name_or_path`, at the revision it
-    names. Of a base on the Hub only headers are read, by ranges. Of several adapters all updates are added in their
-    order, at `weights`, or given as pairs of an adapter and its weight (default: 1). `dtype` is "auto" (each tensor
-    keeps its own) or a torch dtype, or its name, for all floating-point tensors; `max_shard_size` is in bytes or like
-    "5GB", and re-cuts the files; None keeps the base's. A quantized base is dequantized, or with `requantize` kept in
-    its format, which is an error if less than the share `min_survival` of the update is left by that.
+    Of a base on the Hub only headers are read, by ranges. Nothing is written.
 
-    `trained_on` says how the base was quantized while the adapter was trained (QLoRA): "nf4", "fp4" or "int8", the
-    settings of a BitsAndBytesConfig, "unquantized", or "auto": what the adapter's files say with certainty. The updates
-    are then added `into` the base as it was "trained" on, quantized and dequantized, or into the "original" weights.
-    Raises AdapterError, CheckpointError, HubError or MergeError.
+    Args:
+        adapter: What was trained: an `Adapter`, a folder or file (str or path), or an id on the Hub ("user/repo",
+            "user/repo@revision", "hf://user/repo/folder"). A list adds the updates of several in their order; a pair
+            (adapter, 0.7) adds 0.7 times its update.
+        base: The base model: a folder, a weights file, an address or an id on the Hub. Default: the one that the
+            adapter names, at the revision it names.
+        weights: A finite number for each adapter, its update being multiplied by it. Default: 1 for each.
+        dtype: "auto" (each tensor keeps its own), or the dtype of all floating-point tensors: "float32", "bfloat16",
+            "float16" or one of torch's (`torch.bfloat16`).
+        max_shard_size: Cut the weights into new files of at most this size: bytes, or text such as "5GB". Default: the
+            base's files.
+        requantize: True keeps a quantized base's format; False (default) dequantizes it to full precision.
+        min_survival: With `requantize`: the share of the update, from 0 to 1, that must be left. Less is a MergeError.
+        trained_on: How the base was quantized while the adapter was trained (QLoRA): "nf4", "fp4", "int8", "fp8",
+            "unquantized", the settings of a BitsAndBytesConfig as a dict, or "auto" (default): what the adapter's files
+            say.
+        into: "trained" (default) adds the updates to the base as training saw it, "original" to its stored weights.
+        progress: True shows a bar for each step: a widget in a notebook, else a line on stderr. A function is called
+            with a `Progress`, one call at a time, maybe from another thread; what it raises stops the work, leaves
+            nothing half-written, and comes out of this call as it is. False (default) is silent.
+
+    Returns:
+        MergePlan: `files` to be written and their `nbytes`, `tensors` with the `action` of each, `warnings` (lines to
+            show), `config_edits`, and `to_dict()`. `run_merge` carries it out.
+
+    Raises:
+        FossilExportError: In one line that names the file, the tensor or field, and the remedy; all errors below are
+            its subclasses.
+        AdapterError: The adapter cannot be read, or contradicts itself.
+        CheckpointError: The base is missing, damaged or changes meanwhile.
+        MergeError: Adapter and base do not go together, an argument has no sound value, or the result is not finite.
+        HubError: The Hub refuses or cannot be reached.
+
+    Example:
+        >>> import fossil_export
+        >>> plan = fossil_export.plan_merge("my-adapter")  # doctest: +SKIP
+        >>> plan.nbytes, plan.count("merge")  # doctest: +SKIP
+        (2471645608, 112)
     """
+    begin("planning")
     adapters, found_weights = loaded(adapter, weights)
     wanted = chosen(dtype, ("auto", *BY_TORCH_NAME))
     if wanted is None:
@@ -137,16 +170,35 @@ def _doubts(adapters: Sequence[Adapter], weights: Sequence[float], bases: list[s
     return tuple(found)
 
 
-def settled(plan: MergePlan) -> MergePlan:
-    """The plan with nothing undecided, as `merge_file` and `finish` want it: heads that are still the embedding stay
-    tied to it, and are no tensors of the result. Most plans are settled, and are returned as they are.
+@reporting
+def settled(plan: MergePlan, *, progress: Shown = False) -> MergePlan:
+    """Decide what a plan left open: whether a head that came with the adapter is still the embedding.
 
-    Fetches the adapters if they are needed for that, and reads both tensors of each pair in `plan.undecided`. The same
-    files give the same plan, on every machine. Raises a FossilExportError.
+    Fetches the adapters if they are needed for that, and reads both tensors of each pair in `plan.undecided`.
+    `run_merge` and the other functions that take a plan do it themselves. Heads that are still the embedding stay tied
+    to it, and are no tensors of the result.
+
+    Args:
+        plan: What `plan_merge` returned.
+        progress: True shows a bar for each step: a widget in a notebook, else a line on stderr. A function is called
+            with a `Progress`, one call at a time, maybe from another thread; what it raises stops the work, leaves
+            nothing half-written, and comes out of this call as it is. False (default) is silent.
+
+    Returns:
+        MergePlan: The plan with nothing undecided, as `fossil_export.merging.merge_file` wants it. Most plans are
+            settled, and are returned as they are; the same files give the same plan, on every machine.
+
+    Raises:
+        FossilExportError: If the adapter cannot be fetched or read.
+
+    Example:
+        >>> import fossil_export
+        >>> plan = fossil_export.settled(fossil_export.plan_merge("my-adapter"))  # doctest: +SKIP
     """
     if not any(plan.undecided):
         return plan
     fetch(*(adapter.needed for adapter in plan.adapters))
+    begin("comparing heads with embeddings")
     base = replicated(plan.adapters, plan.base)
     tied = [are_equal(adapter, base, place(adapter, base)) for adapter in plan.adapters]
     return planned(plan, plan.dtype, tied)
@@ -163,7 +215,8 @@ def planned(asked: MergePlan, dtype: str, tied: Sequence[bool | None]) -> MergeP
     refuse_casting(base, dtype)
     placements = [place(adapter, base, equal) for adapter, equal in zip(adapters, tied, strict=True)]
     places = together(adapters, placements, asked.weights)
-    plans = {name: _tensor_plan(name, info, places, dtype) for name, info in base.tensors.items()}
+    every = counted(base.tensors.items(), "planning", len(base.tensors), "tensors")
+    plans = {name: _tensor_plan(name, info, places, dtype) for name, info in every}
     stored = base if asked.min_survival is None else as_stored(base, asked.base)
     if stored is base:
         by_file = {one.output_name: [plans[info.name] for info in one.tensors] for one in base.files}

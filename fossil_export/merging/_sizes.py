@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from fossil_export._progress import counted
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._checkpoint import view_rows
 from fossil_export.checkpoints._coding import read_rows
@@ -81,7 +82,7 @@ def sizes_of(plan: MergePlan, most: int | None = None, far: bool = False) -> dic
     in_place = far and plan.base.can_stay and is_read_in_place(plan.base.home)
     base_is_here = in_place or all(header.path.is_file() for header in plan.base.files)
     found: dict[str, Size] = {}
-    for tensor in changed:
+    for tensor in counted(changed, "measuring the updates", len(changed), "tensors"):
         for part in tensor.parts:
             for change in part.changes:
                 if plan.adapters[change.adapter].is_here:

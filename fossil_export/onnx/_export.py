@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fossil_export._foreign import trusting
+from fossil_export._progress import Shown, begin, reporting
+from fossil_export._shown import line, readable_bytes, table
 from fossil_export.adapters import Adapter
 from fossil_export.checkpoints._companions import PROVENANCE
 from fossil_export.checkpoints._dtypes import element_count
@@ -32,12 +33,23 @@ from fossil_export.writing._place import local_output
 from fossil_export.writing._sink import FolderSink
 from fossil_export.writing._staging import check_destination, staged_folder
 
-Progress = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class OnnxResult:
-    """A finished export. `targets` counts the weights that got shards; `adapter_file` is None unless swappable."""
+    """A finished ONNX export.
+
+    Attributes:
+        output: The folder.
+        graph: The graph in it.
+        mode: "merged", "tiled", "fused" or "swappable".
+        runtime: Who made the graph.
+        precision: Of the graph, None for one that was there.
+        targets: How many weights got what was trained.
+        adapter_file: The adapter beside a swappable graph, else None.
+        nbytes: Size in bytes of what was written.
+        seconds: Wall time.
+        warnings: Lines that the user should see.
+    """
 
     output: Path
     graph: Path
@@ -51,10 +63,22 @@ class OnnxResult:
     warnings: tuple[str, ...]
 
     def __repr__(self) -> str:
-        return (
-            f"<OnnxResult {self.graph}: {self.targets} weights {self.mode}, {self.nbytes:,} bytes "
-            f"in {self.seconds:.1f} s>"
+        return line(
+            "OnnxResult",
+            f"{self.graph}: {self.targets} weights {self.mode}, {self.nbytes:,} bytes in {self.seconds:.1f} s",
         )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("graph", self.graph),
+            ("mode", self.mode),
+            ("runtime", self.runtime),
+            ("precision", self.precision),
+            ("weights", f"{self.targets} with what was trained"),
+            ("adapter file", self.adapter_file),
+            ("written", f"{readable_bytes(self.nbytes)} in {self.seconds:.1f} s"),
+        ]
+        return table("Exported", rows, self.warnings)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as `--json` prints it."""
@@ -72,6 +96,7 @@ class OnnxResult:
         }
 
 
+@reporting
 def export_onnx(
     adapter: Adapter | str | Path,
     output: str | Path,
@@ -85,35 +110,96 @@ def export_onnx(
     device: str = "cpu",
     trust_remote_code: bool = False,
     overwrite: bool = False,
-    progress: Progress = lambda step: None,
+    progress: Shown = False,
 ) -> OnnxResult:
-    """Write the trained model as an ONNX folder at `output`.
+    """Write the trained model as an ONNX folder that ONNX Runtime or GenAI runs.
 
-    `mode` is "merged" (plain graph), "tiled" (the base's weights shared, the sum folded at load), "fused"
-    (branches with the shards inside) or "swappable" (shards as optional inputs, and an adapter file beside).
-    The graph is made from the base by `runtime` "genai" (generative models, with key-value cache) or "torch"
-    (everything else), by default the one that fits, in `precision` "fp32", "fp16", "bf16" or "int4"; or it is
-    `onnx`, a graph of the base that is there already, whose data file is shared unless `copy_data`. `device`
-    "cuda" makes GenAI build for a GPU. With `trust_remote_code` the builder runs the Python code that the model's
-    config names in its `auto_map`, as transformers does of that name; without, such a model is refused. `progress` is
-    called with the name of each step.
+    The folder appears only when it is complete.
 
-    The folder appears only when it is complete. Raises a FossilExportError with one line that names the remedy.
+    Args:
+        adapter: What was trained: an `Adapter`, a folder or file (str or path), or an id on the Hub ("user/repo",
+            "user/repo@revision", "hf://user/repo/folder").
+        output: Folder to write. It must not exist, unless `overwrite`.
+        base: The base model: a folder, a weights file, an address or an id on the Hub. Default: the one that the
+            adapter names, at the revision it names.
+        mode: "merged" (default, a plain graph), "tiled" (the base's weights shared, the sum folded at load), "fused"
+            (branches with the shards inside) or "swappable" (shards as optional inputs, and an adapter file beside).
+        runtime: Who makes the graph: "genai" (models that generate, with key-value cache) or "torch" (all others).
+            Default: the one that fits.
+        precision: "fp32" (default), "fp16", "bf16" or "int4".
+        onnx: A graph of the base that is there already, file or folder; then no `runtime` and `precision`. Default: one
+            is made.
+        copy_data: True copies the data file of `onnx`; False (default) shares it by a hard link.
+        device: What the graph is for: "cpu" (default) or "cuda".
+        trust_remote_code: True runs the Python code that a model's config names in its `auto_map`, as transformers does
+            of that name. False (default) refuses such a model.
+        overwrite: True replaces what an earlier call wrote there; nothing else is ever replaced.
+        progress: True shows a bar for each step: a widget in a notebook, else a line on stderr. A function is called
+            with a `Progress`, one call at a time, maybe from another thread; what it raises stops the work, leaves
+            nothing half-written, and comes out of this call as it is. False (default) is silent.
+
+    Returns:
+        OnnxResult: `output` (folder), `graph` (file), `adapter_file` (of a swappable folder, else None), `targets`
+            (weights with what was trained), `nbytes`, `seconds`, `warnings`, and `to_dict()`.
+
+    Raises:
+        FossilExportError: In one line that names the file, the tensor or field, and the remedy; all errors below are
+            its subclasses.
+        OnnxError: A graph cannot be read, is not the base's, or cannot take the adapter in this mode.
+        MissingExtraError: A package is missing; the extra is named.
+        AdapterError: The adapter cannot be read, or contradicts itself.
+        CheckpointError: The base is missing, damaged or changes meanwhile.
+        MergeError: Adapter and base do not go together, an argument has no sound value, or the result is not finite.
+        HubError: The Hub refuses or cannot be reached.
+        OutputError: The output cannot be written there.
+
+    Example:
+        >>> import fossil_export
+        >>> fossil_export.export_onnx("my-adapter", "my-onnx", mode="swappable")  # doctest: +SKIP
     """
     started = time.perf_counter()
     plan = decide(adapter, base, mode, runtime, precision, onnx, copy_data, device, trust_remote_code)
-    return run_onnx(plan, output, overwrite=overwrite, progress=progress, started=started)
+    return run_onnx(plan, output, overwrite=overwrite, started=started)
 
 
+@reporting
 def run_onnx(
     plan: OnnxPlan,
     output: str | Path,
     *,
     overwrite: bool = False,
-    progress: Progress = lambda step: None,
+    progress: Shown = False,
     started: float | None = None,
 ) -> OnnxResult:
-    """Carry out a plan; arguments as for `export_onnx`. `started` is when the clock began."""
+    """Carry out a plan that `plan_onnx` made.
+
+    Args:
+        plan: What `plan_onnx` returned.
+        output: Folder to write. It must not exist, unless `overwrite`.
+        overwrite: True replaces what an earlier call wrote there; nothing else is ever replaced.
+        progress: True shows a bar for each step: a widget in a notebook, else a line on stderr. A function is called
+            with a `Progress`, one call at a time, maybe from another thread; what it raises stops the work, leaves
+            nothing half-written, and comes out of this call as it is. False (default) is silent.
+        started: When the clock of `seconds` began, by `time.perf_counter()`. Default: now.
+
+    Returns:
+        OnnxResult: As of `export_onnx`.
+
+    Raises:
+        FossilExportError: In one line that names the file, the tensor or field, and the remedy; all errors below are
+            its subclasses.
+        OnnxError: A graph cannot be read or made.
+        AdapterError: The adapter cannot be read, or contradicts itself.
+        CheckpointError: The base is missing, damaged or changes meanwhile.
+        MergeError: Adapter and base do not go together, an argument has no sound value, or the result is not finite.
+        HubError: The Hub refuses or cannot be reached.
+        OutputError: The output cannot be written there.
+
+    Example:
+        >>> import fossil_export
+        >>> plan = fossil_export.plan_onnx("my-adapter")  # doctest: +SKIP
+        >>> fossil_export.run_onnx(plan, "my-onnx", progress=True)  # doctest: +SKIP
+    """
     started = time.perf_counter() if started is None else started
     merge = plan.merge
     check_packages(plan)
@@ -123,17 +209,16 @@ def run_onnx(
     if plan.graph is not None and Path(os.path.realpath(target)) in plan.graph.resolve().parents:
         raise OutputError(f"{output}: holds {plan.graph}, which would be replaced; choose another --output")
     check_destination(target, [merge.base.location, merge.adapter.path], overwrite)
-    progress("fetching the base")
     fetch(*merge.needed, whole=True)
     merge = settled(merge)
     plan = replace(plan, merge=merge)
     with staged_folder(target, _room(plan), overwrite) as folder:
         try:
-            graph, opened, linked = (_build if plan.graph is None else _take)(plan, folder, progress)
+            graph, opened, linked = (_build if plan.graph is None else _take)(plan, folder)
             if opened is not None:
                 _rewrite(opened, graph)
             file = _write_adapter(merge.adapter, folder, graph) if MODES[plan.mode].swaps else None
-            progress("checking the graph")
+            begin("checking the graph")
             check(graph)
             _record(plan, folder, graph.name)
             plan.check()
@@ -169,13 +254,13 @@ _Unfinished = tuple[Path, OpenGraph | None, list[str]]
 """A graph in the output's folder, the same opened if it must still be rewritten, its data files that are hard links."""
 
 
-def _build(plan: OnnxPlan, folder: Path, progress: Progress) -> _Unfinished:
+def _build(plan: OnnxPlan, folder: Path) -> _Unfinished:
     """Have the graph made in `folder`."""
     assert plan.precision is not None
     mode, work = MODES[plan.mode], folder / ".model"
     try:
-        source = _model_folder(plan, work, progress)
-        progress(f"building the graph ({plan.runtime}, {plan.precision})")
+        source = _model_folder(plan, work)
+        begin(f"building the graph ({plan.runtime}, {plan.precision})")
         with trusting(plan.trust_remote_code):
             graph = BUILDERS[plan.runtime].build(source, folder, plan.precision, plan.device)
         for name in plan.companions:
@@ -191,11 +276,11 @@ def _build(plan: OnnxPlan, folder: Path, progress: Progress) -> _Unfinished:
         shutil.rmtree(work, ignore_errors=True)
     if mode.merges:
         return graph, None, []
-    progress("placing the shards")
+    begin("placing the shards")
     return graph, open_graph(plan.merge, mode, graph), []
 
 
-def _model_folder(plan: OnnxPlan, work: Path, progress: Progress) -> Path:
+def _model_folder(plan: OnnxPlan, work: Path) -> Path:
     """The checkpoint the graph is made from: merged, or the base with whatever the adapter brought but updates."""
     assert plan.precision is not None
     merges = MODES[plan.mode].merges
@@ -209,7 +294,7 @@ def _model_folder(plan: OnnxPlan, work: Path, progress: Progress) -> Path:
         if own and merge.config is None and all(tensor.action == "copy" for tensor in merge.tensors):
             assert merge.base.folder is not None
             return merge.base.folder
-    progress("merging the weights" if merges else "writing the trained modules")
+    begin("merging the weights" if merges else "writing the trained modules")
     work.mkdir()
     write_model(merge, FolderSink(work))
     if merge.config is None and merge.base.folder is not None:
@@ -217,10 +302,10 @@ def _model_folder(plan: OnnxPlan, work: Path, progress: Progress) -> Path:
     return work
 
 
-def _take(plan: OnnxPlan, folder: Path, progress: Progress) -> _Unfinished:
+def _take(plan: OnnxPlan, folder: Path) -> _Unfinished:
     """Open the graph that is there, and bring its companions and, unless its weights are made anew, its data."""
     assert plan.graph is not None
-    progress("placing the shards")
+    begin("placing the shards")
     opened = open_planned(plan)
     for name, content in companions(plan.merge, plan.graph).items():
         if isinstance(content, bytes):

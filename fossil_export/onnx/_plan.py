@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export._extras import Need, need, require
+from fossil_export._progress import Shown, begin, reporting
+from fossil_export._shown import line, readable_bytes, table
 from fossil_export._spellings import chosen, device_named, expected
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.checkpoints._dtypes import element_count
@@ -28,14 +30,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OnnxPlan:
-    """What an export will do, in names and figures.
+    """What an ONNX export will do, as `plan_onnx` decides it.
 
-    `graph` is the graph that is used; it is None if `runtime` makes one, in `precision`, for `device`. For a graph
-    that is there already, `runtime` is "onnx" and `precision` None. `places` are the weights of the graph that get
-    trained tensors, None if there is no graph yet, or no base here to find them by. `companions` are the names of the
-    files that come along (a builder may write more), `nbytes` is about the size of what is written (shared data is
-    not). With `trust_remote_code` the builder may run the code in the model's folder. `stamps` are those of the graph
-    that is used and of what comes along with it.
+    Attributes:
+        mode: "merged", "tiled", "fused" or "swappable".
+        runtime: Who makes the graph; "onnx" for one that is there already.
+        precision: Of the graph that is made, None for one that is there.
+        device: What it is for.
+        graph: The graph that is used, None if one is made.
+        copy_data: Whether its data file is copied, not shared.
+        merge: The `MergePlan` behind it.
+        places: The weights of the graph that get trained tensors; None if there is no graph yet, or no base here to
+            find them by.
+        companions: Names of the files that come along; a builder may write more.
+        nbytes: About the size of what is written; shared data is not.
+        trust_remote_code: Whether the builder may run the code in the model's folder.
+        stamps: Of the graph that is used and of what comes along with it.
     """
 
     mode: str
@@ -54,7 +64,21 @@ class OnnxPlan:
     def __repr__(self) -> str:
         where = f"in {self.graph}" if self.graph is not None else f"in a graph by {self.runtime}, {self.precision}"
         count = f"{len(self.places)} weights" if self.places is not None else f"{self.merge.count('merge')} modules"
-        return f"<OnnxPlan of {self.merge.adapter.name}: {count} {self.mode} {where}, about {self.nbytes:,} bytes>"
+        name = self.merge.adapter.name
+        return line("OnnxPlan", f"of {name}: {count} {self.mode} {where}, about {self.nbytes:,} bytes")
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("adapter", self.merge.adapter.name),
+            ("base", self.merge.base_name),
+            ("graph", self.graph or f"made by {self.runtime}, {self.precision}"),
+            ("mode", self.mode),
+            ("device", self.device),
+            ("weights", len(self.places) if self.places is not None else None),
+            ("modules", self.merge.count("merge")),
+            ("size", f"about {readable_bytes(self.nbytes)}"),
+        ]
+        return table("Plan of an ONNX export", rows, self.warnings)
 
     def check(self) -> None:
         """Raise CheckpointError or OnnxError where a file that the plan was made from is another one by now."""
@@ -90,6 +114,7 @@ class OnnxPlan:
         }
 
 
+@reporting
 def plan_onnx(
     adapter: Adapter | str | Path,
     base: str | Path | None = None,
@@ -101,18 +126,54 @@ def plan_onnx(
     copy_data: bool = False,
     device: str = "cpu",
     trust_remote_code: bool = False,
-    progress: Callable[[str], None] = lambda step: None,
+    progress: Shown = False,
 ) -> OnnxPlan:
-    """Decide how the model that `adapter` was trained for becomes an ONNX folder; arguments are `export_onnx`'s.
+    """Decide how the trained model becomes an ONNX folder; nothing is written and no graph is made.
 
-    Nothing is written and no graph is made. Of adapter and base only headers and configs are read, but for the places
-    in `onnx`, a graph that is there already: they are found by the base's values, if it is on this machine. Raises a
-    FossilExportError for whatever stops the export as far as it can be seen from there.
+    Of adapter and base only headers and configs are read, but for the places in `onnx`, which are found by the base's
+    values, if it is on this machine.
+
+    Args:
+        adapter: What was trained: an `Adapter`, a folder or file (str or path), or an id on the Hub ("user/repo",
+            "user/repo@revision", "hf://user/repo/folder").
+        base: The base model: a folder, a weights file, an address or an id on the Hub. Default: the one that the
+            adapter names, at the revision it names.
+        mode: "merged" (default, a plain graph), "tiled" (the base's weights shared, the sum folded at load), "fused"
+            (branches with the shards inside) or "swappable" (shards as optional inputs, and an adapter file beside).
+        runtime: Who makes the graph: "genai" (models that generate, with key-value cache) or "torch" (all others).
+            Default: the one that fits.
+        precision: "fp32" (default), "fp16", "bf16" or "int4".
+        onnx: A graph of the base that is there already, file or folder; then no `runtime` and `precision`. Default: one
+            is made.
+        copy_data: True copies the data file of `onnx`; False (default) shares it by a hard link.
+        device: What the graph is for: "cpu" (default) or "cuda".
+        trust_remote_code: True runs the Python code that a model's config names in its `auto_map`, as transformers does
+            of that name. False (default) refuses such a model.
+        progress: True shows a bar for each step: a widget in a notebook, else a line on stderr. A function is called
+            with a `Progress`, one call at a time, maybe from another thread; what it raises stops the work, leaves
+            nothing half-written, and comes out of this call as it is. False (default) is silent.
+
+    Returns:
+        OnnxPlan: `mode`, `runtime`, `precision`, `graph` (None if one is made), `places` (the graph's weights that get
+            trained tensors, if they can be known), `nbytes` (about), `warnings`, and `to_dict()`.
+
+    Raises:
+        FossilExportError: In one line that names the file, the tensor or field, and the remedy; all errors below are
+            its subclasses.
+        OnnxError: What stops the export, as far as it can be seen from there.
+        AdapterError: The adapter cannot be read, or contradicts itself.
+        CheckpointError: The base is missing, damaged or changes meanwhile.
+        MergeError: Adapter and base do not go together, an argument has no sound value, or the result is not finite.
+        HubError: The Hub refuses or cannot be reached.
+
+    Example:
+        >>> import fossil_export
+        >>> fossil_export.plan_onnx("my-adapter", mode="fused")  # doctest: +SKIP
     """
     plan = decide(adapter, base, mode, runtime, precision, onnx, copy_data, device, trust_remote_code)
     if plan.graph is None or not _is_here(plan.merge):
         return plan
-    progress("placing the shards")
+    begin("placing the shards")
     graph = open_planned(replace(plan, merge=settled(plan.merge)))
     shared = not copy_data and not graph.mode.makes_weights(graph)
     return replace(plan, places=graph.places, nbytes=_size_with(graph.path, graph.adapter, shared))

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from fossil_export._progress import begin
 from fossil_export.checkpoints._weights_file import header_of
 from fossil_export.errors import HubError, OutputError
 from fossil_export.merging._run import FileResult, Writer
@@ -17,7 +18,6 @@ from fossil_export.publishing._moves import Move, StreamPlan, base_path
 from fossil_export.publishing._operations import Copy, Operation
 from fossil_export.publishing._paths import Paths
 from fossil_export.publishing._repository import Repository
-from fossil_export.publishing._result import Progress
 from fossil_export.publishing._workplace import BASE, JOURNAL, MERGING, check_room
 from fossil_export.storage.hub import _client as client
 from fossil_export.storage.hub._errors import errno_of, retried
@@ -32,7 +32,7 @@ class Carrier:
     """`operations` are by name what the commit has to do for each file that is dealt with, `resumed` how many of them
     an earlier, interrupted run had done; `paths` are those of this machine, which are not published."""
 
-    def __init__(self, plan: StreamPlan, repository: Repository, folder: Path, progress: Progress) -> None:
+    def __init__(self, plan: StreamPlan, repository: Repository, folder: Path) -> None:
         self.plan = plan
         self.paths = Paths()
         self.merge = plan.merge
@@ -40,7 +40,6 @@ class Carrier:
         self.resumed = 0
         self._repository = repository
         self._folder = folder
-        self._progress = progress
         self._journal = Journal(folder / JOURNAL)
         self._survival: dict[str, Mapping[str, Survival]] = {}
         self._refused = False
@@ -124,7 +123,7 @@ class Carrier:
         check_room(self._folder, max(sizes))
         weights = {move.file.name for move in self.plan.moves}
         for number, name in enumerate(copies, 1):
-            self._progress(f"[{number}/{len(copies)}] {name}: passing through, as the Hub does not copy it")
+            begin(f"[{number}/{len(copies)}] {name}: passing through, as the Hub does not copy it")
             path = self._fetched(name)
             if name in weights:
                 self._upload(name, path, {})
@@ -176,16 +175,16 @@ class Carrier:
         """One file: fetched, merged, uploaded, deleted."""
         file, name = move.file, move.file.name
         if move.way == "send":
-            self._progress(f"{title}: uploading")
+            begin(f"{title}: uploading")
             self._upload(name, base_path(self.merge, name), {})
             return
         moved: dict[Path, Path] = {}
         for source in move.sources:
-            self._progress(f"{title}: fetching" + ("" if source == name else f" {source}"))
+            begin(f"{title}: fetching" + ("" if source == name else f" {source}"))
             moved[base_path(self.merge, source)] = self._fetched(source)
         work = self._folder / MERGING
         path = work / name
-        self._progress(f"{title}: merging")
+        begin(f"{title}: merging")
         try:
             work.mkdir(exist_ok=True)
             if move.way == "change":
@@ -200,7 +199,7 @@ class Carrier:
             raise _not_written(path, problem) from problem
         for source in move.drop:
             self._drop(source)
-        self._progress(f"{title}: uploading")
+        begin(f"{title}: uploading")
         self._upload(name, path, result.survival)
         path.unlink()
 

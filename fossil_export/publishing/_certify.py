@@ -7,13 +7,14 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from fossil_export._progress import Shown, begin, reporting
 from fossil_export.artifacts._parts import parts_of
 from fossil_export.checkpoints._companions import CARD, CERTIFICATE
 from fossil_export.errors import CheckpointError, HubError, listed
 from fossil_export.publishing._about import card_for, facts_of, holds_template, local_names
 from fossil_export.publishing._paths import Paths
 from fossil_export.publishing._repository import Repository
-from fossil_export.publishing._result import Progress, PushResult
+from fossil_export.publishing._result import PushResult
 from fossil_export.storage import Origin, find_origin
 from fossil_export.storage.hub._remote import HubFolder
 from fossil_export.verifying._verdict import Verification, certificate_file
@@ -37,17 +38,38 @@ def target_of(artifact: str | Origin, create_pr: bool = False) -> tuple[Reposito
     return repository, source
 
 
+@reporting
 def publish_certificate(
     result: Verification,
     *,
     create_pr: bool = False,
     commit_message: str | None = None,
-    progress: Progress = lambda step: None,
+    progress: Shown = False,
 ) -> PushResult:
-    """Commit the certificate of an artifact that `verify` was given by its id, and the model card that quotes it.
+    """Commit the certificate of an artifact that was verified by its id on the Hub, and the model card that quotes it.
 
-    It goes to the branch that was verified (default: main), or into a pull request. Raises HubError where the files
-    there are no longer those that were verified.
+    It goes to the branch that was verified (default: main), or into a pull request.
+
+    Args:
+        result: What `verify` returned of an artifact on the Hub.
+        create_pr: True opens a pull request instead of committing.
+        commit_message: Title of the commit. Default: one that says what was published.
+        progress: True shows a bar for each step: a widget in a notebook, else a line on stderr. A function is called
+            with a `Progress`, one call at a time, maybe from another thread; what it raises stops the work, leaves
+            nothing half-written, and comes out of this call as it is. False (default) is silent.
+
+    Returns:
+        PushResult: `url` (the page), `repo_id`, `revision`, `commit`, `pr_url`, `changed` (False if all was there
+            already), `files`, `left_behind`, `removed`, `nbytes`, `seconds`, `warnings`, and `to_dict()`.
+
+    Raises:
+        FossilExportError: In one line with the remedy.
+        HubError: The artifact is no repository on the Hub, or the files there are no longer those that were verified.
+
+    Example:
+        >>> import fossil_export
+        >>> found = fossil_export.verify("user/my-model")  # doctest: +SKIP
+        >>> fossil_export.publish_certificate(found, create_pr=True)  # doctest: +SKIP
     """
     from huggingface_hub import CommitOperationAdd
 
@@ -76,6 +98,6 @@ def publish_certificate(
         repository.upload(addition, card)
         return [addition, card]
 
-    progress(f"publishing the certificate at {repository.repo_id}")
+    begin(f"publishing the certificate at {repository.repo_id}")
     commit = repository.commit(build, commit_message or "Add what fossil-export verify found")
     return PushResult.of(repository, commit, started, _OURS, len(content), (*repository.notes, *problems, *notes))

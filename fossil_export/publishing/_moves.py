@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export._shown import line, readable_bytes, table
 from fossil_export.checkpoints._companions import CARD
 from fossil_export.errors import OutputError
 from fossil_export.merging._layout import FilePlan
@@ -38,14 +39,32 @@ class Move:
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """A merge to the Hub, file by file, with no more than `max_disk` bytes on the disk at once."""
+    """A merge to the Hub, file by file, as `plan_stream` decides it.
+
+    Attributes:
+        merge: The `MergePlan` behind it.
+        moves: The weights files, and the way of each: "copy", "send", "change" or "write".
+        max_disk: The most bytes that may be on the disk at once, None for no limit.
+    """
 
     merge: MergePlan
     moves: tuple[Move, ...]
     max_disk: int | None = None
 
     def __repr__(self) -> str:
-        return f"<StreamPlan: {len(self.moves)} files, {self.disk:,} bytes of disk at most; {self.merge!r}>"
+        return line("StreamPlan", f"of {len(self.moves)} files, {self.disk:,} bytes of disk at most; {self.merge!r}")
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("adapter", " + ".join(adapter.name for adapter in self.merge.adapters)),
+            ("base", self.merge.base_name),
+            ("files", len(self.moves)),
+            ("to fetch", readable_bytes(self.fetched)),
+            ("to send", readable_bytes(self.nbytes("send", "change", "write"))),
+            ("copied there", readable_bytes(self.nbytes("copy"))),
+            ("disk", f"{readable_bytes(self.disk)} at most"),
+        ]
+        return table("Plan of a merge to the Hub", rows, self.merge.warnings)
 
     @property
     def remote(self) -> HubFolder | None:

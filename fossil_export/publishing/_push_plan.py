@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export._progress import Shown, begin, reporting
+from fossil_export._shown import line, readable_bytes, table
 from fossil_export.artifacts._kind import ADAPTER_CONFIG
 from fossil_export.artifacts._kinds import KINDS
 from fossil_export.artifacts._parts import Parts, parts_of
@@ -31,11 +33,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PushPlan:
-    """What a push will do. `files` are the names that go, but for the card, with their bytes; `left_behind` those in
-    the folder that are no part of the model.
+    """What a push will do, as `plan_push` decides it.
 
-    Of what the Hub was asked: `exists`, None if that is not known; `removed`, files of an earlier model that would go;
-    `card`, the metadata of the card; `warnings`; `unchecked`, a line for each thing that could not be asked.
+    Attributes:
+        folder: What is published.
+        kind: What it is: "merged", "onnx" and so on.
+        repo_id: The repository.
+        revision: The branch, None for main.
+        create_pr: Whether a pull request is opened.
+        private: Whether a new repository is private.
+        title: Of the commit.
+        files: By name, the bytes of what goes, but for the card.
+        left_behind: Names in the folder that are no part of the model.
+        parts: What was found in the folder.
+        stamps: Of the files that go.
+        exists: Whether the repository is there, None if that is not known.
+        removed: Files of an earlier model that would go.
+        card: The metadata of the model card.
+        warnings: Lines that the user should see.
+        unchecked: A line for each thing that the Hub could not be asked.
     """
 
     folder: str
@@ -56,10 +72,24 @@ class PushPlan:
     unchecked: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        return (
-            f"<PushPlan of {self.folder} ({self.kind}) to {self.repo_id}: {len(self.files) + 1} files, "
-            f"{self.nbytes:,} bytes and the card; {len(self.left_behind)} left behind>"
+        return line(
+            "PushPlan",
+            f"of {self.folder} ({self.kind}) to {self.repo_id}: {len(self.files) + 1} files, "
+            f"{self.nbytes:,} bytes and the card; {len(self.left_behind)} left behind",
         )
+
+    def _repr_html_(self) -> str:
+        exists = {True: "is there", False: "would be made", None: None}[self.exists]
+        rows = [
+            ("folder", self.folder),
+            ("kind", self.kind),
+            ("repository", self.repo_id + (f" ({exists})" if exists else "")),
+            ("branch", self.revision),
+            ("files", f"{len(self.files) + 1}, {readable_bytes(self.nbytes)} and the card"),
+            ("left behind", ", ".join(self.left_behind)),
+            ("removed", ", ".join(self.removed)),
+        ]
+        return table("Plan of a push", rows, [*self.warnings, *self.unchecked])
 
     @property
     def nbytes(self) -> int:
@@ -102,6 +132,7 @@ class PushPlan:
         }
 
 
+@reporting
 def plan_push(
     folder: str | Path,
     repo_id: str,
@@ -110,13 +141,42 @@ def plan_push(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    progress: Shown = False,
 ) -> PushPlan:
-    """What `push` with the same arguments would do. Nothing is made or sent, and nobody need be logged in: what the
-    Hub does not tell is `unchecked`. It is not asked what it has against the card's metadata.
+    """What `push` with the same arguments would do; nothing is made or sent.
 
-    Raises a FossilExportError as `push` does for what is no artifact and for what the repository must not take.
+    Nobody need be logged in: what the Hub does not tell is `unchecked`. It is not asked what it has against the card's
+    metadata.
+
+    Args:
+        folder: What was written by `merge`, `convert` or `export_onnx`: a folder, or a GGUF file.
+        repo_id: The repository on the Hub, "user/name". It is made if it is not there.
+        private: True makes a new repository private. One that is there stays as it is.
+        revision: The branch to commit to, made if it is not there. Default: main.
+        create_pr: True opens a pull request instead of committing.
+        commit_message: Title of the commit. Default: one that says what was published.
+        progress: True shows a bar for each step: a widget in a notebook, else a line on stderr. A function is called
+            with a `Progress`, one call at a time, maybe from another thread; what it raises stops the work, leaves
+            nothing half-written, and comes out of this call as it is. False (default) is silent.
+
+    Returns:
+        PushPlan: `files` (bytes by name), `nbytes`, `left_behind`, `exists` (None if that is not known), `removed`,
+            `card` (its metadata), `warnings`, `unchecked` (what could not be asked), and `to_dict()`.
+
+    Raises:
+        FossilExportError: In one line that names the file, the tensor or field, and the remedy; all errors below are
+            its subclasses.
+        CheckpointError: The folder is no artifact, or changes meanwhile.
+        HubError: The Hub refuses, cannot be reached, or the repository holds something else.
+
+    Example:
+        >>> import fossil_export
+        >>> plan = fossil_export.plan_push("merged", "user/my-model")  # doctest: +SKIP
+        >>> list(plan.files)  # doctest: +SKIP
+        ['config.json', 'model.safetensors']
     """
     plan = plan_files(folder, repo_id, private, revision, create_pr, commit_message)
+    begin("asking the Hub")
     target = Target(repo_id, revision, create_pr)
     found = look(target, private)
     facts, problems = facts_for(plan.parts, target.repo_id)
@@ -140,6 +200,7 @@ def plan_files(
 ) -> PushPlan:
     """The plan as far as the folder tells it; the Hub is not asked."""
     Target(repo_id, revision, create_pr)  # a wrong name shows first
+    begin("looking at the files")
     parts = parts_of(_found(folder))
     parts = replace(parts, folder=parts.folder.absolute())  # the plan may be run from another folder
     return PushPlan(

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from fossil_export._shown import line, readable_bytes, table
 from fossil_export.publishing._repository import Commit, Repository
-
-Progress = Callable[[str], None]
-"""Called with the name of each step."""
 
 
 @dataclass(frozen=True)
 class PushResult:
-    """What is on the Hub now. `files` are the names published, `left_behind` those in the folder that are no part of
-    the model, `removed` weights of an earlier model that stood in the way; `pr_url` is None unless asked for."""
+    """What is on the Hub now.
+
+    Attributes:
+        repo_id: The repository.
+        revision: The branch, or the pull request's ref.
+        commit: Its commit.
+        url: The page for people.
+        pr_url: The pull request's page, None unless asked for.
+        changed: False if all of it was there already.
+        files: Names that were published.
+        removed: Weights of an earlier model that stood in the way.
+        left_behind: Names in the folder that are no part of the model.
+        nbytes: Size in bytes of what was published.
+        seconds: Wall time.
+        warnings: Lines that the user should see.
+    """
 
     repo_id: str
     revision: str
@@ -32,7 +44,21 @@ class PushResult:
     warnings: tuple[str, ...]
 
     def __repr__(self) -> str:
-        return f"<PushResult {self.url}: {len(self.files)} files, {self.nbytes:,} bytes, commit {self.commit[:12]}>"
+        said = f"{self.url}: {len(self.files)} files, {self.nbytes:,} bytes, commit {self.commit[:12]}"
+        return line("PushResult", said)
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("repository", self.repo_id),
+            ("page", self.url),
+            ("revision", self.revision),
+            ("commit", self.commit[:12] + ("" if self.changed else " (nothing was to be changed)")),
+            ("files", f"{len(self.files)}, {readable_bytes(self.nbytes)}"),
+            ("removed", ", ".join(self.removed)),
+            ("left behind", ", ".join(self.left_behind)),
+            ("time", f"{self.seconds:.1f} s"),
+        ]
+        return table("Published", rows, self.warnings)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as `--json` prints it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -13,14 +13,12 @@ from fossil_export.verifying._models import Tokens
 from fossil_export.verifying._sum import Sum
 from fossil_export.verifying._weights import TensorCheck
 
-Progress = Callable[[int], None]
-
 
 class Artifact(Protocol):
     """What `verify` asks of an artifact. A new kind has a class of its own, which its file in artifacts/ opens."""
 
     def weights(
-        self, base: Checkpoint, added: Sum, record: Mapping[str, Any] | None, progress: Progress
+        self, base: Checkpoint, added: Sum, record: Mapping[str, Any] | None
     ) -> tuple[tuple[TensorCheck, ...] | None, list[str]]:
         """The weights level: the tensors as compared (None where they are no checkpoint's) and what is wrong."""
 

@@ -7,11 +7,12 @@ trainer is the same model in the dtype it trained in. Rounding moves both; a fau
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export._progress import begin, counted
 from fossil_export._threads import bounded_torch
 from fossil_export.verifying._models import Runner, Tokens, tokenize
 from fossil_export.verifying._sum import Sum
@@ -113,14 +114,10 @@ def check_forward(
     parameters: int,
     prompts: tuple[str, ...],
     device: str,
-    status: Callable[[str], None] = lambda line: None,
 ) -> ForwardCheck:
-    """Run truth, trainer (in `dtype`) and artifact on `prompts`, one model in memory at a time.
-
-    `status` is told which model and prompt is at hand.
-    """
+    """Run truth, trainer (in `dtype`) and artifact on `prompts`, one model in memory at a time."""
     with bounded_torch():
-        return _checked(subject, base, added, dtype, parameters, prompts, device, status)
+        return _checked(subject, base, added, dtype, parameters, prompts, device)
 
 
 def _checked(
@@ -131,25 +128,24 @@ def _checked(
     parameters: int,
     prompts: tuple[str, ...],
     device: str,
-    status: Callable[[str], None],
 ) -> ForwardCheck:
+    begin("opening the model")
     tokens = tokenize(subject.described_by, prompts)
     truth_dtype = "float64" if parameters <= WIDE_LIMIT and not device.startswith("cuda") else "float32"
     model = (added, base, subject.described_by)
-    name = f"the truth ({truth_dtype})"
-    status(f"{name}: loading")
     runner: Runner = open_trainer(*model, truth_dtype, device, subject.change, subject.merged)
-    truth = [runner.logits(ids) for ids in _told(tokens, name, status)]
+    truth = [
+        runner.logits(ids) for ids in counted(tokens, f"the trained model in {truth_dtype}", len(tokens), "prompts")
+    ]
     true_modules = runner.modules(tokens[0]) or {}
     runner.close()
 
-    name = f"the trainer ({dtype})"
-    status(f"{name}: loading")
+    begin("opening the model again")
     runner = open_trainer(*model, dtype, device, subject.change, subject.merged)
-    trainer, trainer_modules, trained = _run(runner, tokens, truth, true_modules, name, status)
-    status("the artifact: loading")
+    trainer, trainer_modules, trained = _run(runner, tokens, truth, true_modules, f"the trained model in {dtype}")
+    begin("opening the artifact")
     runner = subject.open()
-    found, artifact_modules, continued = _run(runner, tokens, truth, true_modules, "the artifact", status)
+    found, artifact_modules, continued = _run(runner, tokens, truth, true_modules, "the artifact")
 
     modules = tuple(
         ModuleError(name, trainer_modules[name], artifact_modules[name], subject.noise)
@@ -195,32 +191,24 @@ def _judge(
     return None, None
 
 
-def _told(tokens: Sequence[Tokens], name: str, status: Callable[[str], None], what: str = "prompt") -> Iterator[Tokens]:
-    """`tokens`, each told before it is run."""
-    for number, ids in enumerate(tokens, 1):
-        status(f"{name}: {what} {number} of {len(tokens)}")
-        yield ids
-
-
 def _run(
     runner: Runner,
     tokens: list[Tokens],
     truth: list[torch.Tensor],
     true_modules: dict[str, torch.Tensor],
     name: str,
-    status: Callable[[str], None],
 ) -> tuple[Distance, dict[str, float], list[Tokens]]:
     """Distance, error by module and continuations of one model, which is closed afterwards."""
     try:
-        found = distance([runner.logits(ids) for ids in _told(tokens, name, status)], truth)
-        status(f"{name}: module by module")
+        asked = counted(tokens, name, len(tokens), "prompts")
+        found = distance([runner.logits(ids) for ids in asked], truth)
         outputs = runner.modules(tokens[0]) or {}
         errors = {
             name: _relative(outputs[name], want)
             for name, want in true_modules.items()
             if name in outputs and outputs[name].shape == want.shape
         }
-        some = _told(tokens[:CONTINUED], name, status, "continuation")
+        some = counted(tokens[:CONTINUED], f"{name}, continued", len(tokens[:CONTINUED]), "prompts")
         continued = [runner.generate(ids, NEW_TOKENS) for ids in some]
         return found, errors, [ids for ids in continued if ids is not None]
     finally:

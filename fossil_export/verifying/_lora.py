@@ -56,7 +56,7 @@ class LoraFolder:
     _described: Scratch | None = field(default=None, repr=False)
 
     def weights(
-        self, base: Checkpoint, added: Sum, record: Mapping[str, Any] | None, progress: Any
+        self, base: Checkpoint, added: Sum, record: Mapping[str, Any] | None
     ) -> tuple[tuple[TensorCheck, ...] | None, list[str]]:
         adapter = added.only
         self._plan = settled(plan_onto(base, added.adapters, added.weights))

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fossil_export._progress import begin
 from fossil_export.checkpoints._checkpoint import Checkpoint, identity
 from fossil_export.merging._naming import names_in
 from fossil_export.merging._onto import plan_onto
 from fossil_export.merging._planning import settled
 from fossil_export.merging._replication import replicated
-from fossil_export.verifying._artifacts import Progress, count_parameters
+from fossil_export.verifying._artifacts import count_parameters
 from fossil_export.verifying._folder import check_folder
 from fossil_export.verifying._forward import Subject
 from fossil_export.verifying._models import Tokens, open_artifact
@@ -32,17 +33,19 @@ class MergedFolder:
     checkpoint: Checkpoint
 
     def weights(
-        self, base: Checkpoint, added: Sum, record: Mapping[str, Any] | None, progress: Progress
+        self, base: Checkpoint, added: Sum, record: Mapping[str, Any] | None
     ) -> tuple[tuple[TensorCheck, ...] | None, list[str]]:
         dtype = (record or {}).get("dtype", "auto")
         plan = settled(plan_onto(base, added.adapters, added.weights, dtype=dtype))
         base = replicated(added.adapters, base)
         problems = list(check_folder(self.checkpoint, base, record, plan))
         tensors: tuple[TensorCheck, ...] | None
+        stored = self.checkpoint if self.checkpoint.quantized is None else self.checkpoint.quantized.stored
+        step = begin("comparing", sum(info.nbytes for info in stored.tensors.values()), "B")
         if self.checkpoint.quantized is None:
-            tensors = check_weights(self.checkpoint, base, added, dtype, progress)
+            tensors = check_weights(self.checkpoint, base, added, dtype, step)
         else:
-            tensors, more = check_requantized(self.checkpoint, base, added, progress)
+            tensors, more = check_requantized(self.checkpoint, base, added, step)
             problems += more
         return tensors, problems + [f"{check.name} {check.problem}" for check in tensors or () if check.problem]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from fossil_export.checkpoints._checkpoint import Checkpoint, sha256
 from fossil_export.merging._onto import plan_onto
-from fossil_export.verifying._artifacts import Progress, count_parameters
+from fossil_export.verifying._artifacts import count_parameters
 from fossil_export.verifying._folder import check_record
 from fossil_export.verifying._forward import Subject
 from fossil_export.verifying._models import Tokens
@@ -25,7 +25,7 @@ class OnnxFolder:
     folder: Path
 
     def weights(
-        self, base: Checkpoint, added: Sum, record: Mapping[str, Any] | None, progress: Progress
+        self, base: Checkpoint, added: Sum, record: Mapping[str, Any] | None
     ) -> tuple[tuple[TensorCheck, ...] | None, list[str]]:
         from fossil_export.verifying._shards import check_shards
 

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from fossil_export._shown import line, table
 from fossil_export.checkpoints._checkpoint import Checkpoint, identity, sha256
 from fossil_export.checkpoints._jsonfile import write_json
 from fossil_export.errors import listed
@@ -23,10 +24,23 @@ from fossil_export.version import __version__
 
 @dataclass(frozen=True)
 class Verification:
-    """The verdict on one artifact, which came from `origin` and is now in the folder `artifact`. `problems` is empty
-    for parity, else the reasons, the first one first; `tensors` is None unless the weights level ran, `forward` unless
-    the forward level did. `base_name` is the base's id on the Hub with its commit, else its path; `added` are the
-    adapters and their weights, `training` the base that truth and trainer ran on."""
+    """The verdict on one artifact, as `verify` reaches it.
+
+    Attributes:
+        origin: What was verified, as it was named.
+        artifact: The folder or file where it lies now.
+        base: The base, opened.
+        base_name: The base's id on the Hub with its commit, else its path.
+        added: The adapters and their weights.
+        problems: Empty for parity, else the reasons, the first one first.
+        tensors: Every tensor as it was compared; None unless the weights level ran.
+        forward: Errors and continuations; None unless the forward level ran.
+        device: Where models ran.
+        seconds: Wall time.
+        warnings: Lines that the user should see.
+        training: The base that truth and trainer ran on.
+        requantized: The quantized format that the artifact was left in, None for plain floats.
+    """
 
     origin: Origin
     artifact: Path
@@ -45,7 +59,29 @@ class Verification:
 
     def __repr__(self) -> str:
         found = "parity" if self.parity else f"{len(self.problems)} problems, the first: {self.problems[0]}"
-        return f"<Verification of {self.artifact}: {found}; compared with {self.compared_with}>"
+        return line("Verification", f"of {self.artifact}: {found}; compared with {self.compared_with}")
+
+    def _repr_html_(self) -> str:
+        forward = self.forward
+        rows = [
+            ("artifact", self.origin.name),
+            ("verdict", self.verdict),
+            ("compared with", self.compared_with),
+            ("base", self.base_name),
+            ("tensors", None if self.tensors is None else f"{len(self.tensors)} compared"),
+            ("update kept", None if self.survived is None else f"{self.survived:.2%}"),
+            ("prompts", None if forward is None else forward.prompts),
+            ("error, trainer", None if forward is None else f"{forward.trainer.relative_error:.2g}"),
+            ("error, artifact", None if forward is None else f"{forward.artifact.relative_error:.2g}"),
+            (
+                "continuations",
+                None if forward is None else f"{forward.same_continuations} of {forward.continuations} the same",
+            ),
+            ("device", self.device),
+            ("time", f"{self.seconds:.1f} s"),
+        ]
+        title = "Parity" if self.parity else "NOT the trained model"
+        return table(title, rows, [*(f"wrong: {one}" for one in self.problems), *self.warnings], "Notes")
 
     @property
     def quantized_training(self) -> str | None:

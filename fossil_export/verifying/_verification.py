@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fossil_export._extras import FORWARD, Need, need, of_base, require
 from fossil_export._foreign import trusting
 from fossil_export._log import log
+from fossil_export._progress import Shown, reporting
 from fossil_export._spellings import device_named
 from fossil_export.adapters import Adapter, load_adapter
 from fossil_export.artifacts._kinds import kind_of_file
@@ -46,6 +47,7 @@ SWAPPED = 2
 """Prompts that are asked before, with and after an adapter that can be swapped."""
 
 
+@reporting
 def verify(
     artifact: str | Path,
     *,
@@ -57,29 +59,50 @@ def verify(
     report: str | Path | None = None,
     trained_on: Asked = "auto",
     trust_remote_code: bool = False,
-    progress: Callable[[int], None] = lambda nbytes: None,
-    status: Callable[[str], None] = lambda line: None,
+    progress: Shown = False,
 ) -> Verification:
-    """Is `artifact` (a folder that `merge`, `export_onnx` or `convert` wrote) what was trained?
+    """Is an artifact what was trained? Compare its weights and its answers with the adapter on its base.
 
-    All three may be ids on the Hub. `base` and `adapter` default to those its `fossil_export.json` names; `adapter` may
-    be several, or pairs with weights, as for `merge`, and one without a weight has the recorded one. `level` is
-    "weights" (every tensor, streamed, no model class), "forward" (logits and continuations against the trainer, which
-    needs the extra [peft]) or "all". `prompts` is a text file, one a line; `report` an HTML file to write. The trainer
-    runs on the base as training saw it: `trained_on` says how that was quantized, as for `merge` (default: as the
-    artifact's record says, else as the adapter's files do). With `trust_remote_code` the forward level runs the Python
-    code that the configs of base and artifact name in their `auto_map`, as transformers does of that name; without,
-    such a model is refused. Writes `fossil_parity.json` beside the weights; for an artifact on the Hub
-    `publish_certificate` does. `progress` is called with the bytes compared, `status`
-    with a line that names the model and the prompt that the forward level is at.
+    Writes the certificate `fossil_parity.json` beside the weights; for an artifact on the Hub `publish_certificate`
+    does.
 
-    Raises a FossilExportError when something cannot be read or run; a difference is no error but a verdict.
+    Args:
+        artifact: A folder or file that `merge`, `export_onnx` or `convert` wrote, or its id on the Hub.
+        base: The base model: a folder, an address or an id on the Hub. Default: what the artifact's fossil_export.json
+            names.
+        adapter: As for `merge`: one, several, or pairs with weights. Default: what fossil_export.json names, at the
+            recorded weights.
+        level: "weights" (every tensor, streamed, no model is run), "forward" (logits and continuations against the
+            trainer, which needs the extra `peft`) or "all" (default).
+        device: Where the forward level runs models: "cpu" (default), "cuda", "cuda:1".
+        prompts: A text file of prompts, one a line. Default: 16 that are built in.
+        report: An HTML file to write. Default: none.
+        trained_on: As for `merge`. Default: as the artifact's record says, else as the adapter's files do.
+        trust_remote_code: True runs the Python code that a model's config names in its `auto_map`, as transformers does
+            of that name. False (default) refuses such a model.
+        progress: True shows a bar for each step: a widget in a notebook, else a line on stderr. A function is called
+            with a `Progress`, one call at a time, maybe from another thread; what it raises stops the work, leaves
+            nothing half-written, and comes out of this call as it is. False (default) is silent.
+
+    Returns:
+        Verification: `parity` (bool), `verdict` (words), `problems` (the reasons against parity, the first one first),
+            `warnings`, `survived` (share of the update in the weights), `tensors`, `forward`, and `to_dict()`.
+
+    Raises:
+        FossilExportError: If something cannot be read or run; a difference is no error but a verdict.
+        TypeError: If `progress` is neither a bool nor a function.
+
+    Example:
+        >>> import fossil_export
+        >>> found = fossil_export.verify("merged", level="weights")  # doctest: +SKIP
+        >>> found.parity  # doctest: +SKIP
+        True
     """
     if level not in LEVELS:
         raise FossilExportError(f"level is {level!r}, expected {', '.join(LEVELS)}")
     origin = find_origin(artifact, CheckpointError, "artifact")
     with origin.by_name(), trusting(trust_remote_code):
-        result, check = _verified(origin, base, adapter, level, device, prompts, report, trained_on, progress, status)
+        result, check = _verified(origin, base, adapter, level, device, prompts, report, trained_on)
         if origin.is_path:
             try:
                 certificate = certificate_file(result)
@@ -105,8 +128,6 @@ def _verified(
     prompts: str | Path | None,
     report: str | Path | None,
     trained_on: Asked,
-    progress: Callable[[int], None],
-    status: Callable[[str], None],
 ) -> tuple[Verification, Callable[[], None]]:
     """The verdict, and what raises where a file that it was reached on is another one by now; nothing is written."""
     started = time.perf_counter()
@@ -165,7 +186,7 @@ def _verified(
         try:
             changed = base_checkpoint if training.into == "original" else trained
             with by_address(base_checkpoint.home):
-                tensors, problems = found.weights(changed, added, record, progress)
+                tensors, problems = found.weights(changed, added, record)
                 problems = [shown(problem, base_checkpoint.home) for problem in problems]
             log.info("compared the weights: %.2f s after the start", time.perf_counter() - started)
         except MergeError as problem:  # adapter and base do not go together: nothing made of them can be right
@@ -180,7 +201,7 @@ def _verified(
                 # A GGUF file has no dtype of its own: the trainer has the result's.
                 dtype = running.dtype(getattr(running, "checkpoint", plain) if base_checkpoint.made_of else plain)
                 parameters = running.parameters(plain)
-                forward = check_forward(subject, plain.location, added, dtype, parameters, texts, device, status)
+                forward = check_forward(subject, plain.location, added, dtype, parameters, texts, device)
                 log.info("ran the models on %s: %.2f s after the start", device, time.perf_counter() - started)
                 problems += subject.problems
                 wrong, note = training.explained(forward.problem)

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fossil_export._progress import Step, begin
 from fossil_export.checkpoints._folder import LocalFolder
 from fossil_export.checkpoints._header import Header, header_length, parse_header
 from fossil_export.checkpoints._source import Source
@@ -154,11 +155,12 @@ class RemoteFolder:
             return
         self._check_room(sum(self.entries[name].size for name in missing))
         small = [name for name in missing if self.entries[name].size <= PIECE]
+        step = begin(f"fetching {listed(missing, 1)}", sum(self.entries[name].size for name in missing), "B")
         with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(self._bring_small, small))
+            list(pool.map(partial(self._bring_small, step), small))
             for name in missing:
                 if self.entries[name].size > PIECE:
-                    self._bring_large(name, pool)
+                    self._bring_large(name, pool, step)
 
     def check(self, headers: Iterable[Header]) -> None:
         for header in headers:
@@ -208,14 +210,15 @@ class RemoteFolder:
 
         return retried(run, f"{self.address}/{name}")
 
-    def _bring_small(self, name: str) -> None:
+    def _bring_small(self, step: Step, name: str) -> None:
         content = self.range(name, 0, self.entries[name].size)
         if hashlib.md5(content, usedforsecurity=False).hexdigest() != self.entries[name].etag:
             self.check_state(name)  # the store calls it by something else than its MD5
         with self._staged(name) as path:
             path.write_bytes(content)
+        step(len(content))
 
-    def _bring_large(self, name: str, pool: ThreadPoolExecutor) -> None:
+    def _bring_large(self, name: str, pool: ThreadPoolExecutor, step: Step) -> None:
         size = self.entries[name].size
         with self._staged(name) as path, path.open("r+b") as file:
             descriptor = file.fileno()
@@ -225,6 +228,7 @@ class RemoteFolder:
                 while content:
                     done = os.pwrite(descriptor, content, start)
                     content, start = content[done:], start + done
+                    step(done)
 
             list(pool.map(bring, range(0, size, PIECE)))
             self.check_state(name)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+from fossil_export._progress import note
 from fossil_export.storage.hub import _client as client
 
 LONGEST = 305.0
@@ -22,9 +23,6 @@ _ROUNDING = 1.0
 # A member of the lists of draft-ietf-httpapi-ratelimit-headers-09: "name";key=value;… and on the Hub two names.
 _MEMBER = re.compile(r'"[^"]*"\s*(?:;\s*"[^"]*"\s*)?((?:;\s*[a-z]+\s*=\s*[^;,]*)*)')
 _PARAMETER = re.compile(r";\s*([a-z]+)\s*=\s*(\d+)")
-
-announce: Callable[[str], None] = lambda line: None  # noqa: E731
-"""Takes a line to show before a wait; the command line sets it."""
 
 
 def asked_pause(problem: BaseException) -> float:
@@ -51,7 +49,7 @@ def told_pause(status: int, headers: Mapping[str, str]) -> float:
 def wait(seconds: float) -> None:
     """Wait, with a word about it if it takes long. An interrupt ends it."""
     if seconds >= 5:
-        announce(f"the Hub asks for fewer requests; waiting {seconds:.0f} seconds, until {_clock(seconds)}")
+        note(f"the Hub asks for fewer requests; waiting {seconds:.0f} seconds, until {_clock(seconds)}")
     time.sleep(seconds)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export._log import timed
+from fossil_export._progress import Step, begin
 from fossil_export.checkpoints._folder import LocalFolder, hub_blob
 from fossil_export.checkpoints._header import Header, header_length, parse_header
 from fossil_export.checkpoints._weights_file import header_of, is_pickle
@@ -125,14 +126,14 @@ class HubFolder:
         size = sum(self.entries[name].size for name in missing)
         self._check_room(size)
         wanted = [escape(self.prefix + name) for name in missing]
-        small = all(self.entries[name].size < 1 << 20 for name in missing)
+        step = begin(f"fetching {listed(missing, 1)}", sum(self.entries[name].size for name in missing), "B")
 
         def run() -> None:
             snapshot_download(
                 self.repository,
                 revision=self.commit,
                 allow_patterns=wanted,
-                tqdm_class=_silent() if small else None,
+                tqdm_class=_silent(step),
                 library_name=client.LIBRARY,
             )
 
@@ -229,12 +230,21 @@ def is_sound(path: Path, entry: Entry) -> bool:
     return digest.hexdigest() == entry.blob
 
 
-def _silent() -> Any:
-    """A progress bar that is not shown: files of kilobytes are there before it would be read."""
+def _silent(step: Step) -> Any:
+    """A bar of the client's that is not shown, but told: the first that counts bytes has those of the files, and the
+    second those of the network."""
     from huggingface_hub.utils import tqdm
+
+    first: list[Any] = []
 
     class Silent(tqdm):  # type: ignore[misc]
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **{**options, "disable": True})
+            if options.get("unit") == "B" and not first:
+                first.append(self)
+
+        def update(self, n: float | None = 1) -> None:
+            if first and self is first[0]:
+                step(int(n or 0))
 
     return Silent
