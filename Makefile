@@ -6,6 +6,9 @@
 # make architectures-check  say whether that transformers would make another table, and compare all classes
 # make torture       commands killed, starved and fed with damage; writes docs/reliability.md
 # make mutants       a sample of small changes of the code, each of which a test ought to notice (by hand: an hour)
+# make docs          the documentation site, in build/site; every broken link fails
+# make docs-serve    the same, at http://127.0.0.1:8000
+# make docs-commands, make docs-python  write the made parts of docs/commands.md and docs/python.md
 # make sweep         every model class of transformers, merged and compared; writes docs/support*.md
 #
 # The first three make the environment (.venv) first. PyTorch comes as version TORCH; where pip would take its CUDA
@@ -26,10 +29,11 @@ HUB_TESTS = $(wildcard $(foreach what,card certify hub loopback push stream xet,
 
 # The last transformers that wants the Hub's client below 2.0.
 TRAINER = transformers==5.17.0 peft==0.21.2
+DOCS = $(abspath $(VENV)-docs)
 FRESH = $(abspath $(VENV)-install)
 FRESH_PIP = $(FRESH)/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test test-floor test-install lint types bench kernels sweep torture scale mutants formats llama-cpp architectures architectures-check clean
+.PHONY: demo test test-floor test-install lint types bench kernels sweep torture scale mutants formats llama-cpp architectures architectures-check docs docs-serve docs-commands docs-python clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python examples/demo.py
@@ -81,6 +85,23 @@ sweep: $(VENV)/ready
 	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks $(VENV)/bin/python -m sweep --family miss --write docs/support.md
 	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks $(VENV)/bin/python -m sweep --family lora --write docs/support-lora.md
 
+# An environment of its own, which is small: nothing that the tests are made with moves.
+docs: $(DOCS)/ready
+	PYTHONPATH=docs $(DOCS)/bin/python -m making.pages build/pages
+	$(DOCS)/bin/python -m sphinx --quiet --fail-on-warning --keep-going --nitpicky -b html -c docs/making -d build/pages-read build/pages build/site
+	PYTHONPATH=docs $(DOCS)/bin/python -m making.check build/site
+	PYTHONPATH=.:docs $(DOCS)/bin/python -m making.commands --check
+	PYTHONPATH=.:docs $(DOCS)/bin/python -m making.reference --check
+
+docs-serve: docs
+	$(DOCS)/bin/python -m http.server --bind 127.0.0.1 --directory build/site 8000
+
+docs-commands: $(DOCS)/ready
+	PYTHONPATH=.:docs $(DOCS)/bin/python -m making.commands
+
+docs-python: $(DOCS)/ready
+	PYTHONPATH=.:docs $(DOCS)/bin/python -m making.reference
+
 # Goes on where it was stopped (build/torture.jsonl).
 torture: $(VENV)/ready
 	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks:$(CURDIR)/tests $(VENV)/bin/python -m torture --write docs/reliability.md
@@ -112,10 +133,16 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt -e ".[test]"
 	touch $@
 
+$(DOCS)/ready: pyproject.toml constraints.txt
+	rm -rf $(DOCS)
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
 $(FLOOR)/ready: constraints-floor.txt $(VENV)/ready
 	rm -rf $(FLOOR)
 	$(PIP) --no-deps --target $(FLOOR) -r constraints-floor.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(FLOOR) $(FRESH)
+	rm -rf $(VENV) $(FLOOR) $(FRESH) $(DOCS)

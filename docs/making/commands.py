@@ -1,0 +1,114 @@
+"""The reference of commands and options in docs/commands.md, made from the commands themselves.
+
+`python -m making.commands` writes the made part of the page anew; with --check it says whether that part is up to date.
+What stands outside the two comments is written by hand.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from making.links import ROOT
+
+PAGE = ROOT / "docs" / "commands.md"
+PROGRAM = "fossil-export"
+
+
+def reference() -> str:
+    """Every command with its help, and a table of its options."""
+    from fossil_export.cli import main
+
+    root = click.Context(main, info_name=PROGRAM, **main.context_settings)
+    parts = [f"## Before the command\n\n{_table(main, root)}"]
+    for name in main.list_commands(root):
+        command = main.get_command(root, name)
+        if command is None or command.hidden:
+            continue
+        parts.append(_command(command, click.Context(command, info_name=name, parent=root)))
+    return "\n\n".join(parts)
+
+
+def _command(command: click.Command, context: click.Context) -> str:
+    usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
+    return "\n\n".join(
+        [f"## {command.name}", f"```\n{usage}\n```", *_paragraphs(command.help or ""), _table(command, context)]
+    )
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    """Click's help as Markdown: "\\b" is what must keep its lines."""
+    for paragraph in re.split(r"\n\s*\n", re.sub(r"\f.*", "", text, flags=re.DOTALL).strip()):
+        if paragraph.startswith("\b"):
+            yield f"```\n{paragraph.removeprefix(chr(8)).strip(chr(10))}\n```"
+        else:
+            yield _prose(" ".join(paragraph.split()))
+
+
+def _table(command: click.Command, context: click.Context) -> str:
+    """The options as click's help has them, with their defaults."""
+    rows = ["| option | |", "|---|---|"]
+    for parameter in command.get_params(context):
+        record = parameter.get_help_record(context)
+        if record is None or not isinstance(parameter, click.Option):
+            continue
+        if context.parent is not None and parameter.name == "help":
+            continue
+        names, said = record
+        rows.append(f"| {_named(names, command.name)} | {_prose(' '.join(said.split()), is_cell=True)} |")
+    return "\n".join(rows)
+
+
+def _named(names: str, command: str | None) -> str:
+    """The option in code, with a place that can be linked to: #merge--output."""
+    long = next(iter(re.findall(r"--[a-z0-9][a-z0-9-]*", names)), names)
+    where = "" if command == "main" else command
+    return f'<a id="{where}{long}"></a>`{_cell(names)}`'
+
+
+def _prose(text: str, is_cell: bool = False) -> str:
+    """`text` with its option names and file patterns in code, and nothing that Markdown would take for its own."""
+    parts = re.split(r"(`[^`]+`)", text)
+    for at, part in enumerate(parts):
+        if at % 2 == 0:
+            part = re.sub(r"(?<![\w-])(--?[a-z][a-z0-9-]*)(?![\w])", r"`\1`", part)
+            inner = re.split(r"(`[^`]+`)", part)
+            parts[at] = "".join(
+                re.sub(r"([*_<])", r"\\\1", piece) if i % 2 == 0 else piece for i, piece in enumerate(inner)
+            )
+    done = "".join(parts)
+    return _cell(done) if is_cell else done
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def put(page: Path, made: str, by: str) -> str:
+    """The text of `page` with `made` between the two comments that say what it was made by. Raises SystemExit if they
+    are not there."""
+    begin, end = f"<!-- made by `{by}`: change the code, not this -->", "<!-- end of what is made -->"
+    text = page.read_text()
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise SystemExit(f"{page}: must have, once and in this order, the lines {begin} and {end}")
+    return f"{text[: text.index(begin)]}{begin}\n\n{made}\n\n{text[text.index(end) :]}"
+
+
+def write(page: Path, made: str, by: str, check: bool) -> int:
+    """Write `page` anew, or with `check` only say whether it would change; the exit code."""
+    text = put(page, made, by)
+    if text == page.read_text():
+        return 0
+    if check:
+        print(f"{page.relative_to(ROOT)}: is not up to date; run {by}", file=sys.stderr)
+        return 1
+    page.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(write(PAGE, reference(), "make docs-commands", "--check" in sys.argv[1:]))
