@@ -87,8 +87,9 @@ sweep: $(VENV)/ready
 
 # An environment of its own, which is small: nothing that the tests are made with moves.
 docs: $(DOCS)/ready
+	rm -rf build/pages build/site
 	PYTHONPATH=docs $(DOCS)/bin/python -m making.pages build/pages
-	$(DOCS)/bin/python -m sphinx --quiet --fail-on-warning --keep-going --nitpicky -b html -c docs/making -d build/pages-read build/pages build/site
+	$(DOCS)/bin/python -m sphinx --quiet --fail-on-warning --keep-going --nitpicky -E -c docs/making -d build/pages/.read build/pages build/site
 	PYTHONPATH=docs $(DOCS)/bin/python -m making.check build/site
 	PYTHONPATH=.:docs $(DOCS)/bin/python -m making.commands --check
 	PYTHONPATH=.:docs $(DOCS)/bin/python -m making.reference --check

@@ -113,14 +113,14 @@ def test_the_site_has_links_to_pages_and_to_the_source(tree: Path) -> None:
     assert on_site("README.md", "[a](gone.md)", files, tree)[2] == ["README.md:1: gone.md: there is no such file"]
 
 
-def test_pages_are_laid_out_once_and_old_ones_go(tree: Path, tmp_path: Path) -> None:
-    site = tmp_path / "site"
-    assert any("docs/Über.md: is in no group" in line for line in lay_out(site, tree))
-    before = (site / "index.md").stat().st_mtime_ns
-    (site / "old.md").write_text("")
-    lay_out(site, tree)
-    assert sorted(path.name for path in site.iterdir()) == ["index.md", "über.md"]
-    assert (site / "index.md").stat().st_mtime_ns == before
+def test_pages_are_laid_out_with_their_images(tree: Path, tmp_path: Path) -> None:
+    (tree / "docs" / "Über.md").write_text("![a](plot.png)\n")
+    wrong = lay_out(tmp_path / "site", tree)
+    assert "docs/Über.md: is in no group of NAV (docs/making/pages.py)" in wrong
+    assert "docs/merge.md: NAV names it (docs/making/pages.py), but there is no such file" in wrong
+    files = {path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("*.*")}
+    assert files == {"index.md", "über.md", "extra/images/plot.png"}
+    assert (tmp_path / "site" / "über.md").read_text() == "![a](extra/images/plot.png)\n"
     assert place("CODE_OF_CONDUCT.md") == "code-of-conduct.md"
 
 

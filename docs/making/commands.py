@@ -56,7 +56,7 @@ def _table(command: click.Command, context: click.Context) -> str:
         record = parameter.get_help_record(context)
         if record is None or not isinstance(parameter, click.Option):
             continue
-        if context.parent is not None and parameter.name == "help":
+        if context.parent is not None and "--help" in parameter.opts:
             continue
         names, said = record
         rows.append(f"| {_named(names, command.name)} | {_prose(' '.join(said.split()), is_cell=True)} |")

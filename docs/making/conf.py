@@ -34,6 +34,7 @@ highlight_language = "none"
 
 copybutton_prompt_text = r"\$ |>>> |\.\.\. "
 copybutton_prompt_is_regexp = True
+copybutton_selector = "div:not(.highlight-none) > div.highlight > pre"  # no output, only what can be run
 
 html_theme = "furo"
 html_title = f"{project} {version}"

@@ -84,24 +84,16 @@ def nav_problems(files: list[str]) -> list[str]:
 
 
 def lay_out(folder: Path, root: Path = ROOT) -> list[str]:
-    """Write all pages, and the images that they show, into `folder`; say what is wrong. A file that would be the same
-    is not touched, so that Sphinx reads again what has changed only."""
+    """Write all pages, and the images that they show, into `folder`, which is not there yet; say what is wrong."""
     files = page_files(root)
     wrong = nav_problems(files)
-    made = {}
+    (folder / "extra" / "images").mkdir(parents=True)
     for file in files:
         text, images, unknown = on_site(file, (root / file).read_text(), set(files), root)
         wrong += unknown
-        made[place(file)] = (text + toctrees(files) if file == HOME else text).encode()
-        made |= {f"extra/images/{Path(image).name}": (root / image).read_bytes() for image in images}
-    for path in folder.rglob("*"):
-        if path.is_file() and path.relative_to(folder).as_posix() not in made:
-            path.unlink()
-    for name, content in made.items():
-        path = folder / name
-        if not path.is_file() or path.read_bytes() != content:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+        (folder / place(file)).write_text(text + toctrees(files) if file == HOME else text)
+        for image in images:
+            (folder / "extra" / "images" / Path(image).name).write_bytes((root / image).read_bytes())
     return wrong
 
 
