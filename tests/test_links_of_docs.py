@@ -100,14 +100,16 @@ def test_a_link_is_found_with_its_place() -> None:
 def test_the_site_has_links_to_pages_and_to_the_source(tree: Path) -> None:
     text = (
         f"[a](docs/Über.md#twice) [b](run.py) [c](docs) ![d](docs/plot.png) <img src='docs/plot.png'> [e](#tool) "
-        f"[f]({ADDRESS}/blob/main/docs/Über.md) <a href='docs/Über.md#twice'>g</a> `[h](run.py)`"
+        f"[f]({ADDRESS}/blob/main/docs/Über.md) <a href='docs/Über.md#twice'>g</a> `[h](run.py)` "
+        '<a id="a-b"></a> `<a id="c"></a>`'
     )
     files = {"README.md", "docs/Über.md"}
     made, images, unknown = on_site("README.md", text, files, tree)
     assert made == (
         f"[a](über.md#twice) [b]({ADDRESS}/blob/main/run.py) [c]({ADDRESS}/tree/main/docs) "
         f"![d](extra/images/plot.png) <img src='images/plot.png'> [e](#tool) [f](über.md) "
-        f"<a href='über.html#twice'>g</a> `[h](run.py)`"
+        "<a href='über.html#twice'>g</a> `[h](run.py)` "
+        '[]{#a-b} `<a id="c"></a>`'
     )
     assert images == {"docs/plot.png"} and unknown == []
     assert on_site("README.md", "[a](gone.md)", files, tree)[2] == ["README.md:1: gone.md: there is no such file"]

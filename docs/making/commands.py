@@ -59,15 +59,19 @@ def _table(command: click.Command, context: click.Context) -> str:
         if context.parent is not None and "--help" in parameter.opts:
             continue
         names, said = record
-        rows.append(f"| {_named(names, command.name)} | {_prose(' '.join(said.split()), is_cell=True)} |")
+        rows.append(f"| {_named(names, str(command.name))} | {_prose(' '.join(said.split()), is_cell=True)} |")
     return "\n".join(rows)
 
 
-def _named(names: str, command: str | None) -> str:
-    """The option in code, with a place that can be linked to: #merge--output."""
+def anchor(command: str, option: str) -> str:
+    """The place of an option on the page: merge-output, fossil-export-debug."""
+    return f"{PROGRAM if command == 'main' else command}-{option.lstrip('-')}"
+
+
+def _named(names: str, command: str) -> str:
+    """The option in code, with a place that can be linked to."""
     long = next(iter(re.findall(r"--[a-z0-9][a-z0-9-]*", names)), names)
-    where = "" if command == "main" else command
-    return f'<a id="{where}{long}"></a>`{_cell(names)}`'
+    return f'<a id="{anchor(command, long)}"></a>`{_cell(names)}`'
 
 
 def _prose(text: str, is_cell: bool = False) -> str:

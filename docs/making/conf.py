@@ -28,7 +28,7 @@ smartquotes = False  # code is quoted, too
 # GitHub's rules, so that a link works in both places.
 myst_heading_anchors = 6
 myst_heading_slug_func = "making.links.slug"
-myst_enable_extensions = ["alert"]
+myst_enable_extensions = ["alert", "attrs_inline"]
 myst_all_links_external = False
 highlight_language = "none"
 

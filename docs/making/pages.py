@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from making.links import BRANCH, ROOT, inside, links, source
+from making.links import BRANCH, ROOT, inside, links, source, without_code
 
 NAV: dict[str, dict[str, str]] = {
     "Guides": {
@@ -125,7 +125,14 @@ def on_site(file: str, text: str, files: set[str], root: Path) -> tuple[str, set
         if target.endswith(".md") or ".md#" in target:
             target = _as_html(target) if text[link.start - 1] in "\"'" else target
         text = text[: link.start] + target + text[link.end :]
-    return text, images, wrong
+    return _with_places(text), images, wrong
+
+
+def _with_places(text: str) -> str:
+    """`<a id="x"></a>` in the form that Sphinx can link to."""
+    for match in reversed(list(re.finditer(r"<a id=\"([\w-]+)\"></a>", without_code(text)))):
+        text = f"{text[: match.start()]}[]{{#{match[1]}}}{text[match.end() :]}"
+    return text
 
 
 def _as_html(target: str) -> str:
