@@ -68,12 +68,13 @@ def test_a_page_without_its_comments_is_refused(tmp_path: Path) -> None:
 
 
 def test_help_becomes_markdown() -> None:
-    text = "Takes --a-b and `--c` of <d>.\n\n\b\nkept\n  lines\n\nEnd with *.bin, well-known.\f\nhidden"
+    text = "Takes --a-b, `--c` of <d>, 0<=x.\n\n\b\nkept\n  lines\n\nEnd with *.bin, a_b and well-known.\f\nhidden"
     assert list(commands._paragraphs(text)) == [
-        "Takes `--a-b` and `--c` of \\<d>.",
-        "```\nkept\n  lines\n```",
-        "End with \\*.bin, well-known.",
+        "Takes `--a-b`, `--c` of \\<d>, 0<=x.",
+        "```sh\nkept\n  lines\n```",
+        "End with \\*.bin, a_b and well-known.",
     ]
+    assert list(commands._paragraphs("\b\nExamples:\n  tool --a\n")) == ["Examples:", "```sh\ntool --a\n```"]
 
 
 def test_docstrings_become_markdown() -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -24,7 +26,7 @@ def reference() -> str:
     from fossil_export.cli import main
 
     root = click.Context(main, info_name=PROGRAM, **main.context_settings)
-    parts = [f"## Before the command\n\n{_table(main, root)}"]
+    parts = [f"## Before the command\n\n{_tables(main, root)}"]
     for name in main.list_commands(root):
         command = main.get_command(root, name)
         if command is None or command.hidden:
@@ -35,32 +37,54 @@ def reference() -> str:
 
 def _command(command: click.Command, context: click.Context) -> str:
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
-    return "\n\n".join(
-        [f"## {command.name}", f"```\n{usage}\n```", *_paragraphs(command.help or ""), _table(command, context)]
-    )
+    parts = [f"## {command.name}", f"```\n{usage}\n```", *_paragraphs(command.help or "")]
+    return "\n\n".join([*parts, _tables(command, context), *_paragraphs(command.epilog or "")])
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    """Click's help as Markdown: "\\b" is what must keep its lines."""
-    for paragraph in re.split(r"\n\s*\n", re.sub(r"\f.*", "", text, flags=re.DOTALL).strip()):
-        if paragraph.startswith("\b"):
-            yield f"```\n{paragraph.removeprefix(chr(8)).strip(chr(10))}\n```"
+    """Click's help as Markdown: "\b" is what must keep its lines, a title and what can be typed."""
+    for paragraph in re.split(r"\n\s*\n", re.sub(r"\f.*", "", text, flags=re.DOTALL).strip(" \n")):
+        if not paragraph.lstrip().startswith("\b"):
+            yield from [_prose(" ".join(paragraph.split()))] if paragraph.strip() else []
+            continue
+        title, _, rest = paragraph.lstrip()[1:].strip("\n").partition("\n")
+        if title.endswith(":") and rest:
+            yield title
         else:
-            yield _prose(" ".join(paragraph.split()))
+            rest = f"{title}\n{rest}"
+        yield f"```sh\n{textwrap.dedent(rest).strip()}\n```"
 
 
-def _table(command: click.Command, context: click.Context) -> str:
-    """The options as click's help has them, with their defaults."""
-    rows = ["| option | |", "|---|---|"]
-    for parameter in command.get_params(context):
-        record = parameter.get_help_record(context)
-        if record is None or not isinstance(parameter, click.Option):
-            continue
-        if context.parent is not None and "--help" in parameter.opts:
-            continue
-        names, said = record
-        rows.append(f"| {_named(names, str(command.name))} | {_prose(' '.join(said.split()), is_cell=True)} |")
-    return "\n".join(rows)
+class _Sections(click.HelpFormatter):
+    """What a command's help says of its options: (heading, rows) of each group."""
+
+    def __init__(self) -> None:
+        super().__init__(width=10_000)
+        self.found: list[tuple[str, list[tuple[str, str]]]] = []
+
+    @contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        self.found.append((name, []))
+        yield
+
+    def write_dl(self, rows: Sequence[tuple[str, str]], col_max: int = 0, col_spacing: int = 0) -> None:
+        self.found[-1][1].extend((names.strip(), said) for names, said in rows)
+
+
+def _tables(command: click.Command, context: click.Context) -> str:
+    """The options as the help has them, with their defaults; --help is told once, above."""
+    sections = _Sections()
+    command.format_options(context, sections)
+    tables = []
+    for heading, rows in sections.found:
+        told = [row for row in rows if "--" in row[0] and (context.parent is None or "--help" not in row[0])]
+        if told:
+            name = str(command.name)
+            lines = [
+                f"| {_named(names, name)} | {_prose(' '.join(said.split()), is_cell=True)} |" for names, said in told
+            ]
+            tables.append("\n".join([f"| {heading} | |", "|---|---|", *lines]))
+    return "\n\n".join(tables)
 
 
 def anchor(command: str, option: str) -> str:
@@ -82,7 +106,8 @@ def _prose(text: str, is_cell: bool = False) -> str:
             part = re.sub(r"(?<![\w-])(--?[a-z][a-z0-9-]*)(?![\w])", r"`\1`", part)
             inner = re.split(r"(`[^`]+`)", part)
             parts[at] = "".join(
-                re.sub(r"([*_<])", r"\\\1", piece) if i % 2 == 0 else piece for i, piece in enumerate(inner)
+                re.sub(r"(\*|<(?=[a-zA-Z/!?])|(?<!\w)_|_(?!\w))", r"\\\1", piece) if i % 2 == 0 else piece
+                for i, piece in enumerate(inner)
             )
     done = "".join(parts)
     return _cell(done) if is_cell else done

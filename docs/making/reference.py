@@ -55,7 +55,7 @@ def _described(name: str, thing: Any) -> Iterator[str]:
     if inspect.isclass(thing):
         yield from _class(thing)
     else:
-        yield f"```python\n{signature(name, thing)}\n```"
+        yield f"```py\n{signature(name, thing)}\n```"
         yield from docstring(thing)
 
 
