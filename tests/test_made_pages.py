@@ -87,6 +87,10 @@ def test_docstrings_become_markdown() -> None:
                 it says.
 
         >>> thing(1)  # doctest: +SKIP
+
+        Example:
+            >>> thing(1)  # doctest: +SKIP
+            2
         """
 
     assert reference.signature("thing", thing) == 'thing(a: int, *more: str, b: str = "x", c: object = ...) -> None'
@@ -95,6 +99,8 @@ def test_docstrings_become_markdown() -> None:
         "**Raises:**",
         "- `OSError`: what it says.",
         "```pycon\n>>> thing(1)\n```",
+        "**Example:**",
+        "```pycon\n>>> thing(1)\n2\n```",
     ]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def _paragraphs(text: str) -> Iterator[str]:
     """Click's help as Markdown: "\b" is what must keep its lines, a title and what can be typed."""
     for paragraph in re.split(r"\n\s*\n", re.sub(r"\f.*", "", text, flags=re.DOTALL).strip(" \n")):
         if not paragraph.lstrip().startswith("\b"):
-            yield from [_prose(" ".join(paragraph.split()))] if paragraph.strip() else []
+            yield from [prose(" ".join(paragraph.split()))] if paragraph.strip() else []
             continue
         title, _, rest = paragraph.lstrip()[1:].strip("\n").partition("\n")
         if title.endswith(":") and rest:
@@ -67,7 +67,7 @@ class _Sections(click.HelpFormatter):
         self.found.append((name, []))
         yield
 
-    def write_dl(self, rows: Sequence[tuple[str, str]], col_max: int = 0, col_spacing: int = 0) -> None:
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 0, col_spacing: int = 0) -> None:
         self.found[-1][1].extend((names.strip(), said) for names, said in rows)
 
 
@@ -81,7 +81,7 @@ def _tables(command: click.Command, context: click.Context) -> str:
         if told:
             name = str(command.name)
             lines = [
-                f"| {_named(names, name)} | {_prose(' '.join(said.split()), is_cell=True)} |" for names, said in told
+                f"| {_named(names, name)} | {prose(' '.join(said.split()), is_cell=True)} |" for names, said in told
             ]
             tables.append("\n".join([f"| {heading} | |", "|---|---|", *lines]))
     return "\n\n".join(tables)
@@ -98,7 +98,7 @@ def _named(names: str, command: str) -> str:
     return f'<a id="{anchor(command, long)}"></a>`{_cell(names)}`'
 
 
-def _prose(text: str, is_cell: bool = False) -> str:
+def prose(text: str, is_cell: bool = False) -> str:
     """`text` with its option names and file patterns in code, and nothing that Markdown would take for its own."""
     parts = re.split(r"(`[^`]+`)", text)
     for at, part in enumerate(parts):

@@ -16,7 +16,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from making.commands import write
+from making.commands import prose, write
 from making.links import ROOT
 
 PAGE = ROOT / "docs" / "python.md"
@@ -42,8 +42,10 @@ def reference() -> str:
     """Each group with its functions and classes, then the errors."""
     import fossil_export
 
+    placed = {*OTHERS, *(name for names in GROUPS.values() for name in names)}
+    rest = tuple(sorted(set(fossil_export.__all__) - placed))
     parts = []
-    for title, names in GROUPS.items():
+    for title, names in {**GROUPS, **({"Others": rest} if rest else {})}.items():
         parts.append(f"## {title}")
         parts += [part for name in names for part in _described(name, getattr(fossil_export, name))]
     parts += ["## Errors", *_errors(), "## Version", f"`fossil_export.__version__`, now `{fossil_export.__version__}`."]
@@ -93,19 +95,19 @@ def docstring(thing: Any) -> Iterator[str]:
     for paragraph in re.split(r"\n\s*\n", inspect.getdoc(thing) or ""):
         lines = paragraph.splitlines()
         if paragraph.lstrip().startswith(">>>"):
-            code = re.sub(r"[ ]*# doctest:.*", "", textwrap.dedent(paragraph))
-            yield f"```pycon\n{code}\n```"
-        elif (
-            len(lines) > 1
-            and re.fullmatch(r"[A-Z]\w*( \w+)?:", lines[0])
-            and all(line[:1].isspace() for line in lines[1:])
-        ):
+            yield _code(paragraph)
+        elif re.fullmatch(r"[A-Z]\w*( \w+)?:", lines[0]) and all(line[:1] == " " for line in lines[1:]) and lines[1:]:
+            below = textwrap.dedent("\n".join(lines[1:]))
             yield f"**{lines[0]}**"
-            yield _entries(textwrap.dedent("\n".join(lines[1:])))
+            yield _code(below) if below.startswith(">>>") else _entries(below)
         elif re.match(r"\s*([-*]|\d+\.) ", paragraph) or paragraph.lstrip().startswith(("|", "```")):
             yield textwrap.dedent(paragraph)
         elif paragraph.strip():
-            yield " ".join(paragraph.split())
+            yield prose(" ".join(paragraph.split()))
+
+
+def _code(text: str) -> str:
+    return f"```pycon\n{re.sub(r' *# doctest:.*', '', textwrap.dedent(text))}\n```"
 
 
 def _entries(text: str) -> str:
@@ -116,14 +118,14 @@ def _entries(text: str) -> str:
             entries[-1] += f" {line.strip()}"
         else:
             entries.append(re.sub(r"^([\w.*, ]+?)( \([^)]*\))?:", r"`\1`\2:", line, count=1))
-    return "\n".join(f"- {entry}" for entry in entries)
+    return "\n".join(f"- {prose(entry)}" for entry in entries)
 
 
 def _class(thing: type) -> Iterator[str]:
     yield from docstring(thing)
     fields = list(_fields(thing))
     if any(said for _, _, said in fields):
-        rows = [f"| `{name}` | `{_cell(kind)}` | {_cell(said)} |" for name, kind, said in fields]
+        rows = [f"| `{name}` | `{_cell(kind)}` | {prose(said, is_cell=True)} |" for name, kind, said in fields]
         yield "\n".join(["| field | type | |", "|---|---|---|", *rows])
     elif fields:
         yield "\n".join(
@@ -158,7 +160,7 @@ def _one_line(name: str, found: inspect.Signature) -> str:
 
 def _said(thing: Any) -> str:
     said = " ".join((inspect.getdoc(thing) or "").split())
-    return f" – {said}" if said else ""
+    return f" – {prose(said)}" if said else ""
 
 
 def _is_cached(member: Any) -> bool:
@@ -191,7 +193,7 @@ def _errors() -> Iterator[str]:
         if inspect.isclass(thing) and issubclass(thing, Exception) and thing.__module__ == errors.__name__:
             above = [kind.__name__ for kind in thing.__mro__[1:] if issubclass(kind, errors.FossilExportError)]
             said = " ".join((inspect.getdoc(thing) or "").split())
-            rows.append(f"| `{name}` | {_cell(said)}{f' A `{above[0]}`.' if above[:-1] else ''} |")
+            rows.append(f"| `{name}` | {prose(said, is_cell=True)}{f' A `{above[0]}`.' if above[:-1] else ''} |")
     yield "\n".join(rows)
 
 
