@@ -29,7 +29,8 @@ def wrong(tree: Path, line: str) -> list[str]:
 
 
 def test_every_link_of_the_repository_leads_somewhere() -> None:
-    assert problems(ROOT, page_files()) == []
+    others = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob(".github/**/*.md"))]
+    assert problems(ROOT, page_files() + others) == []
 
 
 def test_every_page_is_in_the_side_bar() -> None:
@@ -129,3 +130,5 @@ def test_pages_are_laid_out_with_their_images(tree: Path, tmp_path: Path) -> Non
 def test_the_source_has_one_address() -> None:
     assert outside(source()) is None
     assert inside(f"{source()}/blob/main/docs/hub.md#a", "README.md", source()) == ("docs/hub.md", "a")
+    raw = "https://raw.githubusercontent.com/them/tool/main/docs/plot.png"
+    assert inside(raw, "README.md", "https://github.com/them/tool") == ("docs/plot.png", "")

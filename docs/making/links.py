@@ -89,8 +89,8 @@ def inside(target: str, file: str, address: str) -> tuple[str, str] | None:
     """(path from the root, anchor) of a link in `file`, a path from the root, if it leads to a file of the repository:
     relative, or by the repository's `address` on the main branch. Raises ValueError if it leads out of it."""
     path, _, anchor = target.partition("#")
-    for kind in ("blob", "tree", "raw"):
-        if path.startswith(prefix := f"{address}/{kind}/{BRANCH}/"):
+    for prefix in _prefixes(address):
+        if path.startswith(prefix):
             return path.removeprefix(prefix).rstrip("/"), anchor
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:|//", path):
         return None
@@ -107,6 +107,12 @@ def inside(target: str, file: str, address: str) -> tuple[str, str] | None:
         elif part not in ("", "."):
             parts.append(part)
     return "/".join(parts), anchor
+
+
+def _prefixes(address: str) -> list[str]:
+    """What the addresses of files begin with, which the README must have on a package index."""
+    raw = address.replace("https://github.com/", "https://raw.githubusercontent.com/")
+    return [*(f"{address}/{kind}/{BRANCH}/" for kind in ("blob", "tree", "raw")), f"{raw}/{BRANCH}/"]
 
 
 def problems(root: Path, files: list[str]) -> list[str]:

@@ -43,7 +43,7 @@ def reference() -> str:
     import fossil_export
 
     placed = {*OTHERS, *(name for names in GROUPS.values() for name in names)}
-    rest = tuple(sorted(set(fossil_export.__all__) - placed))
+    rest = tuple(sorted(set(dir(fossil_export)) - placed))
     parts = []
     for title, names in {**GROUPS, **({"Others": rest} if rest else {})}.items():
         parts.append(f"## {title}")
@@ -98,7 +98,7 @@ def docstring(thing: Any) -> Iterator[str]:
             yield _code(paragraph)
         elif re.fullmatch(r"[A-Z]\w*( \w+)?:", lines[0]) and all(line[:1] == " " for line in lines[1:]) and lines[1:]:
             below = textwrap.dedent("\n".join(lines[1:]))
-            yield f"**{lines[0]}**"
+            yield f"**{lines[0].replace('Args', 'Arguments')}**"
             yield _code(below) if below.startswith(">>>") else _entries(below)
         elif re.match(r"\s*([-*]|\d+\.) ", paragraph) or paragraph.lstrip().startswith(("|", "```")):
             yield textwrap.dedent(paragraph)
