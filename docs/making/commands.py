@@ -95,6 +95,7 @@ def anchor(command: str, option: str) -> str:
 def _named(names: str, command: str) -> str:
     """The option in code, with a place that can be linked to."""
     long = next(iter(re.findall(r"--[a-z0-9][a-z0-9-]*", names)), names)
+    names = re.sub(r"(?<=\S)\|(?=\S)", " | ", names)  # so that a long list of choices can be broken
     return f'<a id="{anchor(command, long)}"></a>`{_cell(names)}`'
 
 
