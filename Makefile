@@ -85,7 +85,7 @@ sweep: $(VENV)/ready
 	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks $(VENV)/bin/python -m sweep --family miss --write docs/support.md
 	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks $(VENV)/bin/python -m sweep --family lora --write docs/support-lora.md
 
-# An environment of its own, which is small: nothing that the tests are made with moves.
+# An environment of its own, which is small and needs Python 3.11: nothing that the tests are made with moves.
 docs: $(DOCS)/ready
 	rm -rf build/pages build/site
 	PYTHONPATH=docs $(DOCS)/bin/python -m making.pages build/pages
