@@ -43,6 +43,7 @@ NAV: dict[str, dict[str, str]] = {
     "Contributing": {
         "CONTRIBUTING.md": "How to contribute",
         "docs/extending.md": "Extend it",
+        "docs/releasing.md": "Release",
         "benchmarks/README.md": "Benchmarks",
         "tests/loopback/README.md": "The loopback Hub",
         "CHANGELOG.md": "Changelog",
