@@ -12,6 +12,9 @@
 # make architectures-check  say whether that transformers would make another table, and compare all classes
 # make torture       commands killed, starved and fed with damage; writes docs/reliability.md
 # make mutants       a sample of small changes of the code, each of which a test ought to notice (by hand: an hour)
+# make docs          the documentation site, in build/site; every broken link fails
+# make docs-serve    the same, at http://127.0.0.1:8000
+# make docs-commands, make docs-python  write the made parts of docs/commands.md and docs/python.md
 # make sweep         every model class of transformers, merged and compared; writes docs/support*.md
 #
 # demo, test and the parts hub-… make the environment (.venv) first. PyTorch comes as version TORCH; where pip would take its CUDA
@@ -27,7 +30,9 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 AT_ONCE = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 MEASURED = build/tests.xml
 
-.PHONY: demo test test-fast slow-tests test-versions list-versions test-floor test-install dist lint types bench kernels sweep torture scale mutants formats llama-cpp architectures architectures-check clean
+.PHONY: demo test test-fast slow-tests test-versions list-versions test-floor test-install dist lint types bench kernels sweep torture scale mutants formats llama-cpp architectures architectures-check docs docs-serve docs-commands docs-python clean
+
+DOCS = $(abspath $(VENV)-docs)
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python examples/demo.py
@@ -95,6 +100,24 @@ sweep: $(VENV)/ready
 	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks $(VENV)/bin/python -m sweep --family miss --write docs/support.md
 	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks $(VENV)/bin/python -m sweep --family lora --write docs/support-lora.md
 
+# An environment of its own, which is small and needs Python 3.11: nothing that the tests are made with moves.
+docs: $(DOCS)/ready
+	rm -rf build/pages build/site
+	PYTHONPATH=docs $(DOCS)/bin/python -m making.pages build/pages
+	$(DOCS)/bin/python -m sphinx --quiet --fail-on-warning --keep-going --nitpicky -E -c docs/making -d build/pages/.read build/pages build/site
+	PYTHONPATH=docs $(DOCS)/bin/python -m making.check build/site
+	PYTHONPATH=.:docs $(DOCS)/bin/python -m making.commands --check
+	PYTHONPATH=.:docs $(DOCS)/bin/python -m making.reference --check
+
+docs-serve: docs
+	$(DOCS)/bin/python -m http.server --bind 127.0.0.1 --directory build/site 8000
+
+docs-commands: $(DOCS)/ready
+	PYTHONPATH=.:docs $(DOCS)/bin/python -m making.commands
+
+docs-python: $(DOCS)/ready
+	PYTHONPATH=.:docs $(DOCS)/bin/python -m making.reference
+
 # Goes on where it was stopped (build/torture.jsonl).
 torture: $(VENV)/ready
 	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks:$(CURDIR)/tests $(VENV)/bin/python -m torture --write docs/reliability.md
@@ -126,5 +149,11 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt -e ".[test]"
 	touch $@
 
+$(DOCS)/ready: pyproject.toml constraints.txt
+	rm -rf $(DOCS)
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-dist .venv-versions
+	rm -rf $(VENV) $(VENV)-dist $(DOCS) .venv-versions
