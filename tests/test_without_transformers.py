@@ -6,9 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import edit_json, make_adapter, make_base
+
+from fossil_export import _extras
+from fossil_export._libraries import config_class
+from fossil_export.errors import FossilExportError
 
 CLI = (sys.executable, "-m", "fossil_export")
 
@@ -79,3 +84,20 @@ def test_a_config_that_names_no_class_is_merged(architectures: object, tmp_path:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert json.loads(done.stdout)["tensors_merged"] == 14
+
+
+def test_what_needs_transformers_5_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_extras, "version", lambda name: "4.57.6")
+    with pytest.raises(FossilExportError) as raised:
+        _extras.needs_transformers_5("model.gguf: a GGUF file as a base")
+    assert str(raised.value) == (
+        "model.gguf: a GGUF file as a base needs transformers 5 or later, not 4.57.6: pip install 'transformers>=5'"
+    )
+    monkeypatch.setattr(_extras, "version", lambda name: "5.0.0rc1")
+    _extras.needs_transformers_5("that")
+
+
+def test_the_configs_of_transformers_4_have_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = SimpleNamespace(PretrainedConfig=dict)
+    monkeypatch.setitem(sys.modules, "transformers", old)  # type: ignore[arg-type]
+    assert config_class() is dict
