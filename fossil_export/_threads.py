@@ -14,7 +14,7 @@ from fossil_export._cores import cores
 
 T = TypeVar("T")
 
-WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
 """How threads of OpenMP wait for each other: asleep; GCC's (PyTorch's on Linux) spin for some microseconds before.
 
 As they are, they spin for milliseconds at the end of each operation. If others work on the same cores, that is the time

@@ -89,8 +89,8 @@ print(json.dumps(left))
 @pytest.mark.parametrize(
     ("own", "given", "seen", "left"),
     [
-        (False, {}, "10000", {"OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": None}),
-        (True, {}, "10000", WAITING),
+        (False, {}, "3000", {"OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": None}),
+        (True, {}, "3000", WAITING),
         (True, {"GOMP_SPINCOUNT": "77"}, "77", {"OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": "77"}),
         (False, {"OMP_WAIT_POLICY": "active"}, None, {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": None}),
     ],
