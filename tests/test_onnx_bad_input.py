@@ -281,7 +281,7 @@ def test_missing_extra(
     case: Case, graph: Path, package: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    refused(rf"needs {package}: .*pip install 'fossil-export\[{extra}\]'", case, tmp_path, onnx=graph)
+    refused(rf"needs {package.replace('_', '-')}: .*pip install 'fossil-export\[{extra}\]'", case, tmp_path, onnx=graph)
 
 
 def test_trained_modules_the_graph_does_not_have(case: Case, graph: Path, tmp_path: Path) -> None:

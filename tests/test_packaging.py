@@ -120,3 +120,9 @@ def test_the_sections_of_the_changelog_are_newest_first() -> None:
     found = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     numbers = [tuple(map(int, name.split("."))) for name in found[1:]]
     assert found[0] == "Unreleased" and numbers == sorted(numbers, reverse=True)
+
+
+def test_the_picture_shows_every_room() -> None:
+    picture = (ROOT / "docs" / "rooms.svg").read_text()
+    rooms = {path.parent.name for path in (ROOT / "fossil_export").glob("*/__init__.py")} - {"tables"}
+    assert {room for room in rooms if f">{room}/<" not in picture} == set()
