@@ -21,6 +21,7 @@ COMMANDS = (
 )
 COLUMNS, LINE, CHARACTER, MARGIN, BAR = 80, 20, 8.43, 18, 34
 
+TITLE = "A merge and its check on a terminal"
 STYLE = """
 text { font: 14px ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; fill: #1c2127;
   white-space: pre; }
@@ -69,7 +70,7 @@ def drawn(lines: list[tuple[bool, str]]) -> str:
             shapes.append(f"<text {place}>{escape(line)}</text>")
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img" aria-label="A merge and its check on a terminal"><title>A merge and its check on a terminal</title>'
+        f'role="img" aria-label="{TITLE}"><title>{TITLE}</title>'
         f"<desc>{escape(said)}</desc><style>{STYLE}</style>\n" + "\n".join(shapes) + "\n</svg>\n"
     )
 
