@@ -6,6 +6,7 @@
 # make architectures-check  say whether that transformers would make another table, and compare all classes
 # make torture       commands killed, starved and fed with damage; writes docs/reliability.md
 # make mutants       a sample of small changes of the code, each of which a test ought to notice (by hand: an hour)
+# make pictures      docs/terminal.svg: a merge and its check, as a terminal shows them
 # make sweep         every model class of transformers, merged and compared; writes docs/support*.md
 #
 # The first three make the environment (.venv) first. PyTorch comes as version TORCH; where pip would take its CUDA
@@ -29,10 +30,13 @@ TRAINER = transformers==5.17.0 peft==0.21.2
 FRESH = $(abspath $(VENV)-install)
 FRESH_PIP = $(FRESH)/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test test-floor test-install lint types bench kernels sweep torture scale mutants formats llama-cpp architectures architectures-check clean
+.PHONY: demo pictures test test-floor test-install lint types bench kernels sweep torture scale mutants formats llama-cpp architectures architectures-check clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python examples/demo.py
+
+pictures: $(VENV)/ready
+	$(VENV)/bin/python docs/pictures.py
 
 test: lint types
 	$(VENV)/bin/python -m pytest $(AT_ONCE) --cov=fossil_export --cov-fail-under=90

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
     ("merge", "my-adapter", "--output", "my-model"),
-    ("verify", "my-model"),
+    ("verify", "my-model", "--level", "weights"),
 )
 COLUMNS, LINE, CHARACTER, MARGIN, BAR = 80, 20, 8.43, 18, 34
 
@@ -70,7 +70,7 @@ def drawn(lines: list[tuple[bool, str]]) -> str:
             shapes.append(f"<text {place}>{escape(line)}</text>")
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img" aria-label="{TITLE}"><title>{TITLE}</title>'
+        f'xml:space="preserve" role="img" aria-label="{TITLE}"><title>{TITLE}</title>'
         f"<desc>{escape(said)}</desc><style>{STYLE}</style>\n" + "\n".join(shapes) + "\n</svg>\n"
     )
 
