@@ -15,6 +15,7 @@
 # make docs          the documentation site, in build/site; every broken link fails
 # make docs-serve    the same, at http://127.0.0.1:8000
 # make docs-commands, make docs-python  write the made parts of docs/commands.md and docs/python.md
+# make pictures      docs/terminal.svg: a merge and its check, as a terminal shows them
 # make sweep         every model class of transformers, merged and compared; writes docs/support*.md
 #
 # demo, test and the parts hub-… make the environment (.venv) first. PyTorch comes as version TORCH; where pip would take its CUDA
@@ -30,12 +31,15 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 AT_ONCE = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 MEASURED = build/tests.xml
 
-.PHONY: demo test test-fast slow-tests test-versions list-versions test-floor test-install dist lint types bench kernels sweep torture scale mutants formats llama-cpp architectures architectures-check docs docs-serve docs-commands docs-python clean
+.PHONY: demo pictures test test-fast slow-tests test-versions list-versions test-floor test-install dist lint types bench kernels sweep torture scale mutants formats llama-cpp architectures architectures-check docs docs-serve docs-commands docs-python clean
 
 DOCS = $(abspath $(VENV)-docs)
 
 demo: $(VENV)/demo
 	$(VENV)/bin/python examples/demo.py
+
+pictures: $(VENV)/ready
+	$(VENV)/bin/python docs/pictures.py
 
 # From Python 3.12 on, the interpreter itself tells which lines ran, at next to no cost.
 test: lint types

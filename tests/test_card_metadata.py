@@ -117,3 +117,11 @@ def test_task_of_an_onnx_classifier_comes_from_its_record() -> None:
     record = {"mode": "merged", "graph": "model.onnx", "config_edits": SEQUENCE}
     found = facts("onnx", record=record, files=("model.onnx", *TOKENIZER))
     assert metadata(model_card(found))["pipeline_tag"] == "text-classification"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(["zh", False, None, 7], ["zh", "no"]), (7, None), ([None], None), ("de", "de"), (False, "no")],
+)
+def test_languages_that_are_no_words_are_left_out(given: Any, expected: Any) -> None:
+    assert metadata(model_card(facts(base_card={"language": given}))).get("language") == expected

@@ -29,6 +29,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Convert": ("convert", "Conversion"),
     "Publish": ("push", "plan_push", "run_push", "publish_certificate", "PushPlan", "PushResult"),
     "Merge and publish, file by file": ("merge_to_hub", "plan_stream", "run_stream", "StreamPlan", "StreamResult"),
+    "Progress": ("Progress",),
 }
 """By task, every name that `fossil_export` offers."""
 

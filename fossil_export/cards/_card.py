@@ -122,9 +122,10 @@ def _wanted(facts: Facts, data: Mapping[str, Any], template: bool) -> dict[str, 
     if all(data.get(key) in (None, value) for key, value in terms.items()):
         wanted |= terms  # one license, not half of the user's and half of the base's
     language = card.get("language")
-    # YAML 1.1 reads Norwegian as false.
+    # YAML 1.1 reads Norwegian as false. The Hub refuses a card for what is no word.
     names = ["no" if name is False else name for name in (language if isinstance(language, list) else [language])]
-    wanted["language"] = names if isinstance(language, list) else names[0]
+    names = [name for name in names if isinstance(name, str)]
+    wanted["language"] = names if isinstance(language, list) else next(iter(names), None)
     changes = {key: value for key, value in wanted.items() if value and data.get(key) is None}
 
     given = _ids(data.get("base_model"))

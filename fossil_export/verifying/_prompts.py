@@ -12,7 +12,7 @@ PROMPTS = (
     "def fibonacci(n):\n    if n < 2:\n        return",
     "SELECT name, COUNT(*) FROM orders GROUP BY",
     "12 + 30 = 42, and 17 * 3 =",
-    "Once upon a time there was a small green",
+    "Once upon a time there was a small village",
     "User: How do I bake bread?\nAssistant: First you",
     "Der schnelle braune Fuchs springt über den",
     "El perro duerme mientras la lluvia cae sobre",
@@ -22,7 +22,7 @@ PROMPTS = (
     "In 1969 two astronauts walked on the surface of the",
     '{"name": "Ada", "year": 1815, "field":',
     "To be, or not to be, that is the",
-    "Shells of ammonites are found in rocks from the",
+    "The recipe needs two eggs, a cup of milk and a",
 )
 
 

@@ -105,7 +105,8 @@ def _text_generation(facts: Facts) -> list[str]:
     return [
         *_either(facts, "tokenizer", chat, [_tokens(facts, "text-generation")]),
         "output = model.generate(**inputs, max_new_tokens=64)",
-        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+        'answer = output[0, inputs["input_ids"].shape[1] :]',
+        "print(tokenizer.decode(answer, skip_special_tokens=True))",
     ]
 
 
