@@ -11,7 +11,7 @@
 # make mutants       a sample of small changes of the code, each of which a test ought to notice (by hand: an hour)
 # make sweep         every model class of transformers, merged and compared; writes docs/support*.md
 #
-# The first three make the environment (.venv) first. PyTorch comes as version TORCH; where pip would take its CUDA
+# What needs the environment (.venv) makes it first. PyTorch comes as version TORCH; where pip would take its CUDA
 # build and you want the CPU one, add pip's options: make demo TORCH_OPTIONS="--index-url …".
 
 PYTHON ?= python3
