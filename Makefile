@@ -18,7 +18,7 @@
 # make pictures      docs/terminal.svg: a merge and its check, as a terminal shows them
 # make sweep         every model class of transformers, merged and compared; writes docs/support*.md
 #
-# demo, test and the parts hub-… make the environment (.venv) first. PyTorch comes as version TORCH; where pip would take its CUDA
+# What needs the environment (.venv) makes it first. PyTorch comes as version TORCH; where pip would take its CUDA
 # build and you want the CPU one, add pip's options: make demo TORCH_OPTIONS="--index-url …".
 
 PYTHON ?= python3

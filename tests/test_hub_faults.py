@@ -170,7 +170,7 @@ def test_a_damaged_header_does_not_decide_the_merge(hosted: LoopbackHub, models:
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_does_not_wait_for_downloads(kind: signal.Signals, hosted: LoopbackHub, tmp_path: Path) -> None:
     started = threading.Event()
-    hosted.fault(Fault("GET", cdn(hosted, PART), skip=2, before=started.set, trickle=(100, 0.4), times=None))
+    hosted.fault(Fault("GET", cdn(hosted, PART), skip=2, before=started.set, trickle=(100, 1.0), times=None))
     command = ["merge", "ada/adapter", "-o", str(tmp_path / "merged")]
     with interruptible():
         child = subprocess.Popen(
