@@ -11,6 +11,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PLACES = ROOT / ".venv-versions"
 PIP = ("-m", "pip", "--quiet", "--disable-pip-version-check")
+WHEEL = PLACES / f"wheel-{os.getpid()}"  # parts may be run at once
 TORCH = os.environ.get("TORCH_OPTIONS", "").split()
 DEVELOPERS = Path(os.environ.get("VENV", ".venv"))
 AT_ONCE = os.environ.get("AT_ONCE", "").split()
@@ -42,7 +43,7 @@ def run(*command: object, **options: object) -> str:
 
 def wheel() -> Path:
     """The wheel of this checkout, made once a call."""
-    folder = PLACES / "dist"
+    folder = WHEEL
     found = sorted(folder.glob("*.whl"))
     if not found:
         shutil.rmtree(ROOT / "build" / "lib", ignore_errors=True)  # nothing of an earlier checkout comes along
@@ -101,17 +102,18 @@ def main() -> None:
         asked = [*(name for name, part in known.items() if part.get("cheap")), *(n for n in asked if n != "cheap")]
     if unknown := [name for name in asked if name not in known] or not asked:
         raise SystemExit(f"{unknown if asked else 'PART is not given'}: no such part; make list-versions shows them")
-    shutil.rmtree(PLACES / "dist", ignore_errors=True)
-    for name in asked:
-        part = known[name]
-        try:
+    try:
+        for name in asked:
+            part = known[name]
             if "tests" in part:
                 overlay(name, part)
             else:
                 install(name, part)
-        except subprocess.CalledProcessError as problem:
-            raise SystemExit(f"{name}: failed: {problem}") from problem
-        shutil.rmtree(PLACES / name, ignore_errors=True)
+            shutil.rmtree(PLACES / name, ignore_errors=True)
+    except subprocess.CalledProcessError as problem:
+        raise SystemExit(f"{name}: failed: {problem}") from problem
+    finally:
+        shutil.rmtree(WHEEL, ignore_errors=True)
 
 
 if __name__ == "__main__":
