@@ -129,7 +129,8 @@ def draw() -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}">\n'
         "<title>The rooms of fossil_export: each stands above those that it imports</title>\n"
         f"<style>{STYLE}\n</style>\n"
-        '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+        '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
+        'orient="auto">'
         '<path d="M0 0 8 4 0 8z"/></marker></defs>\n' + "\n".join(lines) + "\n</svg>\n"
     )
 
