@@ -36,6 +36,9 @@ CONTINUED, NEW_TOKENS = 4, 12
 WIDE_LIMIT = 1_000_000_000
 """Parameters up to which the truth is run in float64 on a CPU."""
 
+ALONE = 200_000_000
+"""Parameters up to which one thread runs a model: two are no faster, and take turns with all that runs beside them."""
+
 
 @dataclass(frozen=True)
 class Distance:
@@ -119,7 +122,7 @@ def check_forward(
 
     `status` is told which model and prompt is at hand.
     """
-    with bounded_torch():
+    with bounded_torch(1 if parameters <= ALONE else None):
         return _checked(subject, base, added, dtype, parameters, prompts, device, status)
 
 
