@@ -80,7 +80,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     **_kind(_device, "a str such as 'cpu' or 'cuda'", "device"),
     **_kind(
         _of(str), "a str",
-        "address", "commit_message", "into", "level", "mode", "outtype", "precision", "repo_id", "revision", "runtime",
+        "address", "commit_message", "into", "level", "mode", "repo_id", "revision", "runtime",
         "to",
     ),
     **_kind(_of(Real), "a number", "energy", "min_survival"),

@@ -58,12 +58,13 @@ def _is_waiting_set() -> bool:
 
 
 @contextmanager
-def bounded_torch() -> Iterator[None]:
-    """PyTorch takes no more threads than `threads()`; fewer, if it was told so."""
+def bounded_torch(most: int | None = None) -> Iterator[None]:
+    """PyTorch takes no more threads than `threads()` and `most`; fewer, if it was told so."""
     torch = import_torch()
     before = torch.get_num_threads()
-    if before > threads():  # otherwise nothing is set: on some builds that alone changes how work is divided
-        torch.set_num_threads(threads())
+    allowed = min(threads(), most or threads())
+    if before > allowed:  # otherwise nothing is set: on some builds that alone changes how work is divided
+        torch.set_num_threads(allowed)
     try:
         yield
     finally:

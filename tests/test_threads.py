@@ -71,6 +71,8 @@ def test_pytorch_takes_what_is_allowed_and_has_its_own_number_back(monkeypatch: 
             with bounded_torch():
                 assert torch.get_num_threads() == expected
             assert torch.get_num_threads() == 4
+        with bounded_torch(1):
+            assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
 

@@ -37,6 +37,9 @@ CONTINUED, NEW_TOKENS = 4, 12
 WIDE_LIMIT = 1_000_000_000
 """Parameters up to which the truth is run in float64 on a CPU."""
 
+ALONE = 200_000_000
+"""Parameters up to which one thread runs a model: two are no faster, and take turns with all that runs beside them."""
+
 
 @dataclass(frozen=True)
 class Distance:
@@ -116,7 +119,7 @@ def check_forward(
     device: str,
 ) -> ForwardCheck:
     """Run truth, trainer (in `dtype`) and artifact on `prompts`, one model in memory at a time."""
-    with bounded_torch():
+    with bounded_torch(1 if parameters <= ALONE else None):
         return _checked(subject, base, added, dtype, parameters, prompts, device)
 
 
