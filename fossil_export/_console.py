@@ -15,10 +15,10 @@ from typing import Any
 import click
 
 from fossil_export._log import log
-from fossil_export._progress import Bar, Shown
+from fossil_export._progress import Bar, Progress, Shown
 from fossil_export._shown import printable as printable
 from fossil_export._shown import readable_bytes as readable_bytes
-from fossil_export._terminal import colours, erasing, live, padded, width
+from fossil_export._terminal import colours, erasing, live, padded, watched, width
 from fossil_export.storage.hub._client import LOGGERS
 
 
@@ -76,8 +76,14 @@ def print_warnings(warnings: Sequence[str]) -> None:
 
 
 def progress() -> Shown:
-    """How a command shows how far it is: bars on stderr that go when they are done, nothing if that is no terminal."""
-    return Bar(leave=False) if live() else False
+    """How a command shows how far it is: bars on stderr that go when they are done, only notes on a terminal that
+    cannot erase, nothing if that is none."""
+    return Bar(leave=False) if live() else _say_note if watched() else False
+
+
+def _say_note(state: Progress) -> None:
+    if state.note:
+        echo(state.note, err=True)
 
 
 def quiet_hub() -> None:

@@ -23,18 +23,18 @@ from refusal_tools import CONFIG, refused, run
 
 import fossil_export
 from fossil_export import _terminal, merge
-from fossil_export._console import lines, print_pairs, print_table, print_warnings, progress_bar, status_line, tell
+from fossil_export._console import print_pairs, print_table, print_warnings, progress
+from fossil_export._progress import begin, note, showing
 from fossil_export.cli import main
 from fossil_export.commands._command import EXIT_CODES, Command, Option
 
 PLAIN = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE")}
 SHOW = """
 from fossil_export._console import *
-from tqdm import tqdm
-with status_line() as show: show("a step"); show("another")
-with progress_bar(100, "merging") as more:
-    more(50); tell("a line above")
-with lines() as say: say("a line")
+from fossil_export._progress import begin, note, showing
+with showing(progress()):
+    begin("a step"); note("a line above")
+    begin("merging", 100, "B")(50)
 print_warnings(["a warning"]); print_table(["head"], [["cell"]])
 """
 
@@ -61,7 +61,7 @@ def on_a_terminal(script: str, **environment: str) -> str:
 
 def test_no_color_and_dumb_terminals_get_no_escape_sequence() -> None:
     coloured = on_a_terminal(SHOW)
-    assert "\x1b[33m" in coloured and "\x1b[K" in coloured and "merging" in coloured
+    assert "\x1b[33m" in coloured and "merging" in coloured
     plain = on_a_terminal(SHOW, NO_COLOR="1")
     assert "\x1b" not in plain and "merging" in plain and "a step" in plain  # bars are no colours
     dumb = on_a_terminal(SHOW, TERM="dumb")
@@ -119,8 +119,8 @@ def test_quiet_takes_no_bar_and_no_line_of_a_terminal(
     monkeypatch.setenv("TERM", "xterm")
     assert _terminal.live()
     monkeypatch.setattr(_terminal, "quiet", True)
-    with status_line() as step, progress_bar(1, "x") as more, lines() as say:
-        step("a"), more(1), say("b"), tell("c")
+    with showing(progress()):
+        begin("a"), begin("x", 1, "B")(1), note("c")
     assert not _terminal.live() and capsys.readouterr().err == ""
 
 
