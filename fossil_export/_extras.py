@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +139,20 @@ def install(extras: Iterable[str], packages: Iterable[str] = ()) -> str:
 def _pip_install() -> str:
     """How packages are installed into this environment."""
     python = shlex.quote(sys.executable or "python")
-    if not has("pip"):
+    if not _is_pip_here():
         return f"uv pip install --python {python}"
     found = shutil.which("pip")
     if found is not None and Path(found).absolute().parent == Path(sys.executable).absolute().parent:
         return "pip install"
     return f"{python} -m pip install"
+
+
+def _is_pip_here() -> bool:
+    """Looked up as a distribution: to look for the module `pip` makes setuptools leave distutils alone from then on."""
+    try:
+        return bool(version("pip"))
+    except PackageNotFoundError:
+        return False
 
 
 def required(package: str, extra: str = "onnx", purpose: str = "working on ONNX graphs") -> Any:

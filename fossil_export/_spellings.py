@@ -79,14 +79,16 @@ def parse_size(given: object, what: str = "max_shard_size", error: type[FossilEx
 
 
 def device_named(given: object, error: type[FossilExportError] = FossilExportError) -> str:
-    """The device that `given` means, as PyTorch calls it: "cpu", "cuda" or "cuda:1"; "gpu" is "cuda".
+    """The device that `given` means, as PyTorch calls it: "cpu", "cuda" or "cuda:1"; "gpu" is "cuda". "cpu:0" is
+    PyTorch's CPU, by which a merge has PyTorch compute.
 
     Raises `error` for all others: nothing was ever tried on them.
     """
     match = _DEVICE.fullmatch(str(given).strip().lower())
-    if match is None or (match[1] == "cpu" and match[2]):
+    if match is None or (match[1] == "cpu" and int(match[2] or 0)):
         raise error(f"device is {str(given)!r}, expected cpu, cuda or cuda:N (gpu means cuda); use --device cpu")
-    return "cpu" if match[1] == "cpu" else f"cuda:{int(match[2])}" if match[2] else "cuda"
+    kind = "cpu" if match[1] == "cpu" else "cuda"
+    return f"{kind}:{int(match[2])}" if match[2] else kind
 
 
 def cuda_missing(device: str, torch: Any) -> str | None:

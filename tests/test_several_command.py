@@ -42,7 +42,7 @@ def test_the_command_is_the_call(three: list[Path], tmp_path: Path) -> None:
 
 def test_the_plan_names_each_with_its_weight(three: list[Path]) -> None:
     done = cli("merge", f"{three[0]}=0.7", "--adapter", three[1], "--dry-run")
-    assert "0.7 × lora r=8 of model.layers.{0–1}.self_attn.q_proj + base_model.model.model" in done.stdout
+    assert "0.7 × lora r=8 + tile r=8" in done.stdout
     assert (
         f"adapter  {three[0]} (lora, r=8, at weight 0.7)\nadapter  {three[1]} (tile, r=8, at weight 1)" in done.stdout
     )

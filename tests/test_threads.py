@@ -12,7 +12,7 @@ import pytest
 import torch
 import verify_tools
 
-from fossil_export import _threads, verify
+from fossil_export import Progress, _threads, verify
 from fossil_export._cores import _quotas, cores
 from fossil_export._threads import WAITING, bounded_torch
 
@@ -115,9 +115,12 @@ def test_how_threads_wait(own: bool, given: dict[str, str], seen: str | None, le
 
 
 def test_the_model_and_the_prompt_at_hand_are_told(bf16: Path) -> None:
-    told: list[str] = []
-    assert verify(bf16, level="forward", status=told.append).parity
-    assert told[:2] == ["the truth (float64): loading", "the truth (float64): prompt 1 of 16"]
-    for line in ("the trainer (bfloat16): prompt 16 of 16", "the artifact: loading", "the artifact: module by module"):
-        assert told.count(line) == 1
-    assert told[-1] == "the artifact: continuation 4 of 4"
+    told: list[Progress] = []
+    assert verify(bf16, level="forward", progress=told.append).parity
+    steps = list(dict.fromkeys(one.step for one in told))
+    models = ["the trained model in float64", "the trained model in bfloat16", "the artifact"]
+    assert [step for step in steps if step in models] == models
+    assert steps[-1] == "the artifact, continued"
+    for model in models:
+        last = [one for one in told if one.step == model][-1]
+        assert (last.done, last.total, last.unit) == (16, 16, "prompts")

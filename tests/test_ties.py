@@ -205,7 +205,8 @@ def test_what_is_tied_beside_embeddings_is_no_vocabulary() -> None:
 
 def test_of_classes_that_lack_something_the_one_that_lacks_least_is_taken(tmp_path: Path) -> None:
     base = open_checkpoint(make_base(tmp_path / "base"))
-    adapter: Any = SimpleNamespace(config={}, trained={}, saved=["model.norm.weight", "lm_head.weight", "own.weight"])
+    saved = ["model.norm.weight", "lm_head.weight", "own.weight"]
+    adapter: Any = SimpleNamespace(name="adapter", config={}, trained={}, saved=saved)
     assert naming_of(adapter, base).model.name == "LlamaForCausalLM"
 
 

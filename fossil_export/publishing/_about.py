@@ -71,13 +71,14 @@ def facts_of(
     return facts, problems
 
 
-def holds_template(parts: Parts) -> bool | None:
-    """Whether the chat template is in tokenizer_config.json, as older ones have it; None if that cannot be told."""
-    if _TOKENIZER not in parts.names:
-        return None
+def holds_template(files: Mapping[str, Path]) -> bool | None:
+    """Whether the chat template is in tokenizer_config.json, as older ones have it; None if that cannot be told.
+
+    `files` are those of the model that are on this machine.
+    """
     try:
-        return bool(read_json(parts.path(_TOKENIZER), CheckpointError).get("chat_template"))
-    except CheckpointError:
+        return bool(read_json(files[_TOKENIZER], CheckpointError).get("chat_template"))
+    except (KeyError, CheckpointError):
         return None
 
 

@@ -80,9 +80,8 @@ def publish_certificate(
     content = paths.published(CERTIFICATE, certificate_file(result))
     certificate = json.loads(content)
     names = tuple(sorted({*parts.names, *_OURS}))
-    facts, problems = facts_of(
-        repository.repo_id, parts.kind, names, parts.record, certificate, parts.config, holds_template(parts)
-    )
+    chats = holds_template({name: parts.path(name) for name in parts.names})
+    facts, problems = facts_of(repository.repo_id, parts.kind, names, parts.record, certificate, parts.config, chats)
     notes: list[str] = []
     addition = CommitOperationAdd(CERTIFICATE, content)
 

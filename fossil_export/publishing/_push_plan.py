@@ -238,7 +238,7 @@ def facts_for(parts: Parts, repo_id: str) -> tuple[Facts, list[str]]:
     certificate = parts.certificate
     if certificate is not None:  # which the card quotes
         certificate = {**certificate, "reason": paths_for(parts).without(certificate).get("reason")}
-    chats = holds_template(parts)
+    chats = holds_template({name: parts.path(name) for name in parts.names})
     return facts_of(repo_id, parts.kind, (*parts.names, CARD), parts.record, certificate, parts.config, chats)
 
 

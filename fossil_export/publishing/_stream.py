@@ -29,7 +29,7 @@ from fossil_export.merging._provenance import provenance, survival_record
 from fossil_export.merging._quantization_error import ratio_warnings
 from fossil_export.merging._run import Writer
 from fossil_export.merging._survival import Survival
-from fossil_export.publishing._about import card_for, facts_of, local_names
+from fossil_export.publishing._about import card_for, facts_of, holds_template, local_names
 from fossil_export.publishing._carrier import Carrier
 from fossil_export.publishing._closing import Closing, closing
 from fossil_export.publishing._moves import StreamPlan, plan_moves
@@ -397,4 +397,6 @@ def _facts(
 ) -> tuple[Facts, list[str]]:
     merge = plan.merge
     config = merge.base.config if merge.config is None else json.loads(merge.config)
-    return facts_of(repository.repo_id, "merged", names, record, None, None if config is None else dict(config))
+    here = {name: path for name, path in merge.companions.items() if path.is_file()}
+    found = None if config is None else dict(config)
+    return facts_of(repository.repo_id, "merged", names, record, None, found, holds_template(here))
