@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from fossil_export.artifacts._kinds import kind_named
-from fossil_export.artifacts._parts import Parts
 from fossil_export.cards import Facts, model_card, warnings
 from fossil_export.cards._facts import adapters_of, part
 from fossil_export.cards._frontmatter import MARKED, is_template, read_card
