@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ MODULES = {
     "onnxruntime-gpu": "onnxruntime", "onnxruntime-genai-cuda": "onnxruntime_genai", "onnx-ir": "onnx_ir",
     "onnxruntime-genai": "onnxruntime_genai",
 }  # fmt: skip
+
+DEVELOPERS = ("all", "docs", "test")  # no message asks for these
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,7 @@ def test_a_link_becomes_the_address_of_the_release(given: str, expected: str) ->
 
 
 def test_the_messages_know_what_each_extra_brings(project: Any) -> None:
-    extras = {name: lines for name, lines in project["optional-dependencies"].items() if name not in ("all", "test")}
+    extras = {name: lines for name, lines in project["optional-dependencies"].items() if name not in DEVELOPERS}
 
     def modules(extra: str) -> set[str]:
         found: set[str] = set()
@@ -80,6 +83,27 @@ def test_the_messages_know_what_each_extra_brings(project: Any) -> None:
         return found
 
     assert {name: modules(name) for name in extras} == {name: set(brought) for name, brought in EXTRAS.items()}
+
+
+def test_what_the_manifest_takes_is_no_junk_to_the_check_of_the_sdist() -> None:
+    junk = runpy.run_path(str(ROOT / ".ci" / "dist.py"))["JUNK"]
+    lines = [line.split() for line in (ROOT / "MANIFEST.in").read_text().splitlines()]
+    taken = [name for words in lines if words[:1] == ["include"] for name in words[1:]]
+    assert ".gitattributes" in taken and not [name for name in taken if junk.search(name)]
+
+
+@pytest.mark.parametrize(
+    "name", [".git/HEAD", ".venv-docs/ready", "a/__pycache__/b", "a/b.pyc", "build/lib/a.py", "old.whl", ".coverage.1"]
+)
+def test_leftovers_are_junk_to_the_check_of_the_sdist(name: str) -> None:
+    assert runpy.run_path(str(ROOT / ".ci" / "dist.py"))["JUNK"].search(name)
+
+
+def test_the_repository_holds_no_package_of_anybody() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("no repository")
+    held = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert not [name for name in held if name.endswith((".whl", ".tar.gz", ".pyc", ".so", ".egg-info"))]
 
 
 def test_the_version_is_the_same_everywhere() -> None:
