@@ -17,6 +17,7 @@
 # make docs-commands, make docs-python  write the made parts of docs/commands.md and docs/python.md
 # make pictures      docs/terminal.svg: a merge and its check, as a terminal shows them
 # make sweep         every model class of transformers, merged and compared; writes docs/support*.md
+# make clean         remove the environments and all that was made, also what a stopped sweep or torture would go on from
 #
 # What needs the environment (.venv) makes it first. PyTorch comes as version TORCH; where pip would take its CUDA
 # build and you want the CPU one, add pip's options: make demo TORCH_OPTIONS="--index-url …".
@@ -33,7 +34,9 @@ MEASURED = build/tests.xml
 
 .PHONY: demo pictures test test-fast slow-tests test-versions list-versions test-floor test-install dist lint types bench kernels sweep torture scale mutants formats llama-cpp architectures architectures-check docs docs-serve docs-commands docs-python clean
 
-DOCS = $(abspath $(VENV)-docs)
+DOCS = $(VENV)-docs
+# Quoted: the folder of the checkout may have a space in its name.
+HERE = "$(CURDIR)"
 
 demo: $(VENV)/demo
 	$(VENV)/bin/python examples/demo.py
@@ -70,7 +73,7 @@ test-install:
 # What is built, is built from a clean folder: setuptools takes what older builds left.
 DIST_TOOLS = build==1.6.1 check-wheel-contents==0.6.3 twine==7.0.0
 dist:
-	rm -rf $(VENV)-dist build/dist build/lib* build/bdist* build/temp*
+	rm -rf "$(VENV)-dist" build/dist build/lib* build/bdist* build/temp*
 	$(PYTHON) -m venv $(VENV)-dist
 	$(VENV)-dist/bin/python -m pip install --quiet --disable-pip-version-check $(DIST_TOOLS)
 	$(VENV)-dist/bin/python -m build --outdir build/dist .
@@ -89,7 +92,7 @@ bench: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/merge.py --peft 2
 
 # The compiled loops, beside their source; the installation makes them, too.
-kernels:
+kernels: $(VENV)/ready
 	$(VENV)/bin/python -c "from setuptools import setup; setup()" -q build_ext --inplace
 
 architectures: $(VENV)/ready
@@ -101,8 +104,8 @@ architectures-check: $(VENV)/ready
 
 # Takes less than an hour on two cores, and goes on where it was stopped (build/sweep.jsonl).
 sweep: $(VENV)/ready
-	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks $(VENV)/bin/python -m sweep --family miss --write docs/support.md
-	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks $(VENV)/bin/python -m sweep --family lora --write docs/support-lora.md
+	PYTHONPATH=$(HERE):$(HERE)/benchmarks $(VENV)/bin/python -m sweep --family miss --write docs/support.md
+	PYTHONPATH=$(HERE):$(HERE)/benchmarks $(VENV)/bin/python -m sweep --family lora --write docs/support-lora.md
 
 # An environment of its own, which is small and needs Python 3.11: nothing that the tests are made with moves.
 docs: $(DOCS)/ready
@@ -124,16 +127,16 @@ docs-python: $(DOCS)/ready
 
 # Goes on where it was stopped (build/torture.jsonl).
 torture: $(VENV)/ready
-	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks:$(CURDIR)/tests $(VENV)/bin/python -m torture --write docs/reliability.md
+	PYTHONPATH=$(HERE):$(HERE)/benchmarks:$(HERE)/tests $(VENV)/bin/python -m torture --write docs/reliability.md
 
 # Some ten minutes: plans of models of up to 1 TB, in files of holes, and small merges.
 scale: $(VENV)/ready
-	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks $(VENV)/bin/python benchmarks/scale.py --write docs/scale.md
+	PYTHONPATH=$(HERE):$(HERE)/benchmarks $(VENV)/bin/python benchmarks/scale.py --write docs/scale.md
 
 # First the record of what each test runs, which takes half an hour; goes on where it was stopped (build/mutants*).
 # A quick look: make mutants MUTANTS="--count 6 --tests lycoris"
 mutants: $(VENV)/ready
-	PYTHONPATH=$(CURDIR)/tests:$(CURDIR)/examples:$(CURDIR)/benchmarks $(VENV)/bin/python -m mutants $(MUTANTS) --write docs/reliability.md
+	PYTHONPATH=$(HERE)/tests:$(HERE)/examples:$(HERE)/benchmarks $(VENV)/bin/python -m mutants $(MUTANTS) --write docs/reliability.md
 
 # The converted adapter in llama.cpp, which takes minutes to build.
 llama-cpp: $(VENV)/ready
@@ -159,10 +162,13 @@ $(VENV)/ready: $(VENV)/demo
 	touch $@
 
 $(DOCS)/ready: pyproject.toml constraints.txt
-	rm -rf $(DOCS)
+	rm -rf "$(DOCS)"
 	$(PYTHON) -m venv $(DOCS)
 	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-dist $(DOCS) .venv-versions
+	rm -rf "$(VENV)" "$(VENV)-dist" "$(DOCS)" .venv-versions build fossil_export.egg-info
+	rm -rf .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find .ci benchmarks docs examples fossil_export tests -name __pycache__ -prune -exec rm -rf {} +
+	rm -f fossil_export/kernels/*.so

@@ -25,7 +25,7 @@ SDIST = (
     "benchmarks/merge.py", "docs/extending.md", ".ci/installed.py",
 )  # fmt: skip
 JUNK = re.compile(
-    r"\.py[cod]$|__pycache__|(^|/)\.(git|venv|hypothesis|mypy_cache|ruff_cache|coverage)|(^|/)build/|\.log$"
+    r"\.(py[cod]|whl|log)$|(^|/)(__pycache__|build|\.(git|venv[^/]*|hypothesis|(mypy|ruff|pytest)_cache))/|(^|/)\.coverage"
 )
 RELATIVE = re.compile(r"""\]\((?!https?://)|\b(?:src|href|srcset)="(?!https?://)|^\[[^\]]+\]:\s+(?!https?://)""", re.M)
 

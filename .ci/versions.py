@@ -102,18 +102,22 @@ def main() -> None:
         asked = [*(name for name, part in known.items() if part.get("cheap")), *(n for n in asked if n != "cheap")]
     if unknown := [name for name in asked if name not in known] or not asked:
         raise SystemExit(f"{unknown if asked else 'PART is not given'}: no such part; make list-versions shows them")
+    ran = 0
     try:
         for name in asked:
             part = known[name]
             if "tests" in part:
                 overlay(name, part)
+                ran += 1
             else:
-                install(name, part)
+                ran += install(name, part)
             shutil.rmtree(PLACES / name, ignore_errors=True)
     except subprocess.CalledProcessError as problem:
         raise SystemExit(f"{name}: failed: {problem}") from problem
     finally:
         shutil.rmtree(WHEEL, ignore_errors=True)
+    if not ran:
+        raise SystemExit("nothing was run")
 
 
 if __name__ == "__main__":
