@@ -84,4 +84,4 @@ def test_command_line(adapter: Path, tmp_path: Path) -> None:
     again = CliRunner().invoke(main, command)
     assert again.exit_code == 1 and "exists already" in again.stderr
     assert CliRunner().invoke(main, [*command, "--overwrite"]).exit_code == 0
-    assert "exact" in CliRunner().invoke(main, [*command, "--overwrite"]).stdout
+    assert "exact    yes\n" in CliRunner().invoke(main, [*command, "--overwrite"]).stdout

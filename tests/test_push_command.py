@@ -51,7 +51,7 @@ def test_merge_and_push_in_one_command(hosted: LoopbackHub, models: Path, tmp_pa
     found = json.loads(done.stdout)
     assert found["push"]["commit"] == hosted.head("ada/new") and found["tensors_merged"] == 14
     shown = cli("merge", "ada/adapter", "-o", tmp_path / "out2", "--push-to-hub", "ada/new2").stdout
-    assert "update kept" in shown and "published" in shown
+    assert "update kept" in shown and "\n\npublished" in shown
     assert content(tmp_path / "out") == {name: data for name, data in published(hosted).items() if name != "README.md"}
     # What cannot be known before the merge leaves it there.
     hosted.fault(Fault("POST", "/api/repos/create", status=403))

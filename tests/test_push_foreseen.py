@@ -134,4 +134,4 @@ def test_a_certificate_in_a_pull_request_needs_a_login(
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("fossil_export.verifying._verification.verify", _nothing_is_merged)
     told = cli("verify", "ada/new", "--push-to-hub", "--create-pr", code=1).stderr
-    assert told.startswith("error: ada/new: opening it: the Hub wants to know who you are")
+    assert told.startswith("error: ada/new: opening the repository: the Hub wants to know who you are")

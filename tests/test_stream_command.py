@@ -35,7 +35,7 @@ def test_the_command(scene: LoopbackHub, tmp_path: Path) -> None:
     assert "run `fossil-export verify ada/new --push-to-hub` and" in done.stderr and "DIR" not in done.stderr
     shown = cli(*command, "--revision", "v1").stdout
     assert (
-        "copied there" in shown
+        "copied on the Hub" in shown
         and "model-00003-of-00007" in shown
         and "update kept" in shown
         and "/ada/new/tree/v1" in shown

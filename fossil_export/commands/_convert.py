@@ -79,7 +79,8 @@ def convert(
 ) -> None:
     """Write ADAPTER in another format: a LoRA for PEFT, vLLM and llama.cpp, and others.
 
-    ADAPTER is a folder, an id on the Hub or an address. The base is not loaded: only its headers are read.
+    ADAPTER is a folder, an id on the Hub or an address. Of the base only headers are read, for
+    the nearest LoRA also weights, if the update depends on them.
     """
     from fossil_export.converting._conversion import convert as run_conversion
 

@@ -29,7 +29,7 @@ from fossil_export.tables import (
     print_part,
     print_part_plan,
     print_plan,
-    print_push,
+    print_push_too,
     print_result,
     print_streamed,
 )
@@ -266,5 +266,5 @@ def _merge(asked: Asked) -> None:
     more_of_it |= {"ray": cluster.to_dict()} if cluster is not None else {}
     show(result.to_dict() | more_of_it if asked.as_json else None, print_result, result)
     if published is not None and not asked.as_json:
-        show(None, print_push, published)
+        show(None, print_push_too, published)
     print_warnings(result.warnings + (published.warnings if published is not None else ()))

@@ -14,7 +14,7 @@ from fossil_export.commands import _training as training
 from fossil_export.commands._command import Command, option
 from fossil_export.commands._shared import base_option, expect, json_option, show, trust_option, weighted
 from fossil_export.commands._types import DEVICE, FILE, FOLDER
-from fossil_export.tables import print_push, print_verification
+from fossil_export.tables import print_push_too, print_verification
 from fossil_export.verifying._levels import LEVELS, Level
 
 HUB = "Publishing"
@@ -116,7 +116,7 @@ def verify(
     more = {"push": published.to_dict()} if published is not None else {}
     show(result.to_dict() | more if as_json else None, print_verification, result)
     if published is not None and not as_json:
-        show(None, print_push, published)
+        show(None, print_push_too, published)
     print_warnings(result.warnings + (published.warnings if published is not None else ()))
     if result.problems:
         others = f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""

@@ -61,7 +61,7 @@ class StreamPlan:
             ("files", len(self.moves)),
             ("to fetch", readable_bytes(self.fetched)),
             ("to send", readable_bytes(self.nbytes("send", "change", "write"))),
-            ("copied there", readable_bytes(self.nbytes("copy"))),
+            ("copied on the Hub", readable_bytes(self.nbytes("copy"))),
             ("disk", f"{readable_bytes(self.disk)} at most"),
         ]
         return table("Plan of a merge to the Hub", rows, self.merge.warnings)

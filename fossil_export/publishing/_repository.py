@@ -62,7 +62,7 @@ class Repository(Target):
             self.repo_id = str(info.id or self.repo_id)  # it may have been renamed
             return private and not info.private
 
-        if self._hinted(run, "opening it"):
+        if self._hinted(run, "opening the repository"):
             self.note_public()
 
     def upload(self, *additions: Any) -> None:

@@ -117,7 +117,7 @@ class Target:
             refs = self._api.list_repo_refs(self.repo_id, include_pull_requests=True)
             return [ref.name for ref in refs.branches] + [ref.ref for ref in refs.pull_requests or []]
 
-        if self.revision not in (None, *self._hinted(run, "opening it")):
+        if self.revision not in (None, *self._hinted(run, "opening the repository")):
             raise HubError(
                 f"{self.repo_id}: has no branch {self.revision}; a commit or a tag takes nothing, name a branch"
             )
@@ -125,7 +125,9 @@ class Target:
     def head(self) -> str:
         """The commit that the branch is at."""
         return retried(
-            lambda: str(self._api.model_info(self.repo_id, revision=self.revision).sha), self.repo_id, "opening it"
+            lambda: str(self._api.model_info(self.repo_id, revision=self.revision).sha),
+            self.repo_id,
+            "opening the repository",
         )
 
     def files(self, revision: str) -> dict[str, str]:

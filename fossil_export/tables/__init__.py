@@ -6,6 +6,7 @@ from fossil_export.tables._exits import (
     print_onnx_plan,
     print_push,
     print_push_plan,
+    print_push_too,
     print_verification,
 )
 from fossil_export.tables._inspection import print_inspection
@@ -31,6 +32,7 @@ __all__ = [
     "print_plan_summary",
     "print_push",
     "print_push_plan",
+    "print_push_too",
     "print_result",
     "print_streamed",
     "print_verification",

@@ -68,12 +68,24 @@ def print_conversion(result: Conversion) -> None:
     pairs = [("written", f"{result.output} ({readable_bytes(result.nbytes)})")]
     for name, value in result.details.items():
         if not isinstance(value, dict):  # figures by module are for --json
-            pairs.append((name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value)))
+            pairs.append((name.replace("_", " "), _readable(value)))
     print_pairs([*pairs, ("time", f"{result.seconds:.1f} s")])
+
+
+def _readable(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def print_push(result: PushResult) -> None:
     print_pairs(push_pairs(result))
+
+
+def print_push_too(result: PushResult) -> None:
+    """After another table: an empty line parts the two, whose columns are of different widths."""
+    echo()
+    print_push(result)
 
 
 def push_pairs(result: PushResult) -> list[tuple[str, str]]:

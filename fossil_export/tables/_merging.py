@@ -177,7 +177,7 @@ def print_streamed(result: StreamResult) -> None:
     pairs = [
         ("merged", f"{len(result.survival)} of {len(plan.merge.tensors)} tensors"),
         ("update kept", "-" if kept is None else f"{kept:.1%} (sampled rows)"),
-        ("copied there", listed(list(result.copied)) or "nothing"),
+        ("copied on the Hub", listed(list(result.copied)) or "nothing"),
         ("disk", f"{readable_bytes(plan.disk)} at most"),
     ]
     if result.resumed:
@@ -207,7 +207,7 @@ def print_moves(plan: StreamPlan) -> None:
         [
             ("to fetch", readable_bytes(plan.fetched)),
             ("to send", readable_bytes(plan.nbytes("send", "change", "write"))),
-            ("copied there", readable_bytes(plan.nbytes("copy"))),
+            ("copied on the Hub", readable_bytes(plan.nbytes("copy"))),
             ("disk", f"{readable_bytes(plan.disk)} at most"),
         ]
     )
