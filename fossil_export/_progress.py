@@ -74,7 +74,7 @@ class _Told:
         self._tell = tell
         self.lock = threading.RLock()
         self.problem: BaseException | None = None
-        self.is_over = self.is_telling = False
+        self.is_over = False
         self.last = Progress("")
 
     def __call__(self, state: Progress) -> None:
@@ -84,7 +84,6 @@ class _Told:
                 return
             self.last = replace(state, note="")
             token = _told.set(None)  # a call of ours in the caller's function is another call
-            self.is_telling = True
             try:
                 self._tell(state)
             except BaseException as problem:
@@ -93,7 +92,6 @@ class _Told:
                     raise StoppedError from problem
                 raise
             finally:
-                self.is_telling = False
                 _told.reset(token)
 
     def go_on(self) -> None:
@@ -103,7 +101,6 @@ class _Told:
 
 
 _told: ContextVar[_Told | None] = ContextVar("fossil_export_told", default=None)
-_all: list[_Told] = []
 
 
 class Step:
@@ -138,9 +135,9 @@ def begin(name: str, total: int | None = None, unit: str = "") -> Step:
 
 
 def note(line: str) -> None:
-    """Tell what happened meanwhile, in this thread or one that it waits for; the step goes on."""
-    told = _told.get() or next((one for one in _all[-1:] if not one.is_telling), None)
-    if told is not None:
+    """Tell what happened meanwhile, in this thread or in one that was given its context (`_threads.in_context`); the
+    step goes on."""
+    if (told := _told.get()) is not None:
         told(replace(told.last, note=line))
 
 
@@ -168,14 +165,12 @@ class showing:
     def __enter__(self) -> showing:
         if self._told is not None:
             self._token = _told.set(self._told)
-            _all.append(self._told)
         return self
 
     def __exit__(self, kind: object, problem: BaseException | None, traceback: object) -> None:
         if self._told is None:
             return
         _told.reset(self._token)
-        _all.remove(self._told)
         with self._told.lock:
             self._told.is_over = True
             if self._bar is not None:

@@ -5,8 +5,8 @@ Nothing heavy is imported: a dtype of PyTorch's or NumPy's is known by its name.
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -23,6 +23,8 @@ _DTYPES = {
 _NAMED = {name: one for one, names in _DTYPES.items() for name in (one, *names)}
 _MODULE = re.compile(r"(torch|np|numpy|ml_dtypes|jnp)\.")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGTP]?)(I?)B|([KMGTP])(I?))", re.IGNORECASE | re.ASCII)
+_MOST = sys.maxsize
+"""Bytes: no file has more, and more digits are no number that can be shown."""
 _UNITS = ("KB", "MB", "GB", "TB", "KiB", "MiB", "GiB", "TiB")
 _DEVICE = re.compile(r"(cpu|cuda|gpu)(?::(\d{1,4}))?", re.ASCII)
 
@@ -63,8 +65,8 @@ def parse_size(given: object, what: str = "max_shard_size", error: type[FossilEx
     """Bytes: of a number these, of a string one with a unit, like "5GB" (10**9 each, as the Hub counts) or "500 MiB"
     (1024**2 each). Raises `error` for anything else; a bare "5" leaves open what of."""
     if isinstance(given, float) or (hasattr(given, "__index__") and not isinstance(given, bool)):
-        number = float(given)
-        if math.isfinite(number) and number.is_integer() and number > 0:
+        whole = not isinstance(given, float) or given.is_integer()  # neither infinity nor NaN is
+        if whole and 0 < int(given) <= _MOST:
             return int(given)
         raise error(f"{what} is {given!r}, expected a whole number of bytes, more than 0, or a size like 5GB")
     text = str(given).strip()
@@ -73,7 +75,7 @@ def parse_size(given: object, what: str = "max_shard_size", error: type[FossilEx
 
         step = 1024 if match[3] or match[5] else 1000
         size = int(Decimal(match[1]) * step ** " KMGTP".index((match[2] or match[4] or " ").upper()))
-        if size > 0:
+        if 0 < size <= _MOST:
             return size
     raise error(f"{what} is {given!r}, expected a size like 5GB or 500MiB; units are B, {', '.join(_UNITS)}")
 

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import copy_context
 from typing import Any, TypeVar
 
 from fossil_export._cores import cores
@@ -84,6 +85,12 @@ def one_blas_thread() -> AbstractContextManager[Any]:
     return limits
 
 
+def in_context(run: Callable[..., T]) -> Callable[..., T]:
+    """`run` for another thread: it tells its notes to whoever is told here, and to nobody else."""
+    here = copy_context()
+    return lambda *arguments: here.copy().run(run, *arguments)  # a copy, since each is entered by one thread at a time
+
+
 def in_order(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]], ahead: int) -> Generator[T, None, None]:
     """The results of `calls` in their order; never more than `ahead` of them are queued, at work or not yet taken.
 
@@ -94,7 +101,7 @@ def in_order(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]], ahead: 
         for call in calls:
             if len(waiting) >= ahead:
                 yield waiting.popleft().result()
-            waiting.append(pool.submit(call))
+            waiting.append(pool.submit(in_context(call)))
         while waiting:
             yield waiting.popleft().result()
     finally:

@@ -19,8 +19,7 @@ from typing import Any, NoReturn
 import click
 
 from fossil_export import _terminal
-from fossil_export._console import any_encoding, echo, log_to_stderr, printable, progress, quiet_hub
-from fossil_export._progress import showing
+from fossil_export._console import any_encoding, echo, log_to_stderr, printable, quiet_hub
 from fossil_export.commands._command import DEBUG, EXIT_CODES, messages, write_epilog
 from fossil_export.commands._convert import convert
 from fossil_export.commands._inspect import inspect
@@ -186,7 +185,6 @@ Examples:
 def main() -> None:
     """Merge, export and publish adapters trained with PEFT: MiSS (FOSSIL, Bone), LoRA, DoRA and their family."""
     quiet_hub()
-    click.get_current_context().with_resource(showing(progress()))  # the commands' steps have bars of their own
 
 
 main.params += messages()

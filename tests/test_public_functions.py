@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -33,6 +34,9 @@ from fossil_export import (
     verify,
 )
 from fossil_export._shown import table
+from fossil_export._threads import in_context, in_order
+from fossil_export.storage.hub._background import interruptible
+from fossil_export.storage.hub._remote import HubFolder
 
 every_slab = progress_tools.every_slab
 
@@ -331,15 +335,27 @@ def test_a_note_is_a_line_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None
     assert "a worker is \\x1b gone\n" in written.getvalue() and "merging: 100%" in written.getvalue()
 
 
-def test_a_thread_that_is_waited_for_may_tell_what_happened() -> None:
+def test_a_thread_tells_what_happened_to_the_call_that_it_works_for_and_no_other() -> None:
     told: list[Progress] = []
     with _progress.showing(told.append):
         _progress.begin("fetching", 10, "B")
-        thread = threading.Thread(target=_progress.note, args=("the Hub asks for fewer requests",))
-        thread.start()
-        thread.join()
-    assert told[-1] == Progress("fetching", 0, 10, "B", "the Hub asks for fewer requests")
+        for run in (in_context(_progress.note), _progress.note):  # the second one is of some other call
+            thread = threading.Thread(target=run, args=(f"note {len(told)}",))
+            thread.start()
+            thread.join()
+    assert told[1:] == [Progress("fetching", 0, 10, "B", "note 1")]
     _progress.note("nobody is told")
+
+
+def test_headers_and_downloads_from_the_hub_tell_their_own_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = HubFolder("ada/base", "0" * 40, {})
+    monkeypatch.setattr(folder, "_header", _progress.note)
+    told: list[Progress] = []
+    with _progress.showing(told.append), ThreadPoolExecutor(2) as pool:
+        folder.headers(["a header"])
+        interruptible(lambda: _progress.note("a download"))
+        list(in_order(pool, [lambda: _progress.note("a block")], ahead=1))
+    assert [one.note for one in told] == ["a header", "a download", "a block"]
 
 
 def test_a_fetch_from_the_hub_is_a_step(hosted: LoopbackHub, tmp_path: Path) -> None:

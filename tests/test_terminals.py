@@ -107,6 +107,7 @@ def test_quiet_leaves_warnings_errors_and_json(place: str, adapter: Path, tmp_pa
         assert (done.exit_code, done.output) == (0, ""), command
     assert json.loads(quietly("inspect", adapter, "--json").stdout)["rank"] == 8
     refused(quietly("inspect", tmp_path / "none"), "no such file")
+    refused(quietly("inspect", adapter, "--base", tmp_path / "none"), "no such file")
     assert run("inspect", adapter).stdout  # and the next command of this process is not quiet
     done = run("-v", "inspect", "-q", adapter)
     assert done.exit_code == 2 and "--quiet and --verbose exclude each other" in done.stderr
@@ -122,6 +123,12 @@ def test_quiet_takes_no_bar_and_no_line_of_a_terminal(
     with showing(progress()):
         begin("a"), begin("x", 1, "B")(1), note("c")
     assert not _terminal.live() and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_quiet_draws_no_bar_on_a_terminal(place: str, adapter: Path) -> None:
+    given = ["-q", "inspect", str(adapter)] if place == "before" else ["inspect", str(adapter), "-q"]
+    assert on_a_terminal(f"import sys\nfrom fossil_export._start import main\nsys.argv[1:] = {given!r}\nmain()") == ""
 
 
 def test_verbose_says_what_is_done_and_costs_nothing_otherwise(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import click
 
 from fossil_export import _terminal
+from fossil_export._console import progress
+from fossil_export._progress import showing
 
 GENERAL = "Messages"
 """The last group of every command's options."""
@@ -45,6 +47,11 @@ class Command(click.Command):
         self.examples = tuple(examples)
         self.epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples) if examples else None
         self.params += messages()
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """What has no `progress=` is shown, too, now that the options have said whether anything is."""
+        with showing(progress()):
+            return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}

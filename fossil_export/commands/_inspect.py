@@ -7,7 +7,8 @@ from functools import partial
 
 import click
 
-from fossil_export._console import print_warnings, progress
+from fossil_export import _terminal
+from fossil_export._console import echo, print_warnings, progress
 from fossil_export._extras import of_base, of_names
 from fossil_export.commands._command import Command, option
 from fossil_export.commands._shared import adapter_argument, base_option, expect, json_option, show
@@ -36,4 +37,6 @@ def inspect(adapter: str, base: str | None, every: bool, as_json: bool) -> None:
     show(found.to_dict() if as_json else None, partial(print_inspection, every=every), found)
     print_warnings(found.warnings)
     if found.problems:
+        if _terminal.quiet:  # the table has it otherwise
+            echo(found.problems[0], label="error: ", fg="red", err=True)
         sys.exit(1)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
+from fossil_export._threads import in_context
+
 T = TypeVar("T")
 
 _begun: list[Future[Any]] = []
@@ -24,7 +26,7 @@ def interruptible(run: Callable[[], T]) -> T:
             future.set_exception(problem)
 
     _begun.append(future)  # before it starts, since an interrupt may come at any time
-    threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=in_context(work), daemon=True).start()
     wait([future])
     _begun.remove(future)
     return future.result()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fossil_export._log import timed
 from fossil_export._progress import Step, begin
+from fossil_export._threads import in_context
 from fossil_export.checkpoints._folder import LocalFolder, hub_blob
 from fossil_export.checkpoints._header import Header, header_length, parse_header
 from fossil_export.checkpoints._weights_file import header_of, is_pickle
@@ -76,7 +77,7 @@ class HubFolder:
 
     def headers(self, names: Iterable[str]) -> tuple[Header, ...]:
         with ThreadPoolExecutor(_THREADS) as pool:
-            return tuple(pool.map(self._header, names))
+            return tuple(pool.map(in_context(self._header), names))
 
     def _header(self, name: str) -> Header:
         path = self.path / name
