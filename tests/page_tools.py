@@ -18,6 +18,7 @@ from loopback import LoopbackHub, environment
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from warm_tools import warm
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -57,7 +58,7 @@ def blocks(page: Path) -> list[Block]:
 
 def run(block: Block, folder: Path, variables: Mapping[str, str]) -> str:
     """What it printed; an AssertionError if it failed."""
-    command = [sys.executable, "-c"] if block.language == "python" else ["bash", "-euo", "pipefail", "-c"]
+    command = ["python-c", "-c"] if block.language == "python" else ["bash", "-euo", "pipefail", "-c"]
     done = subprocess.run(
         [*command, block.code], cwd=folder, env=dict(variables), capture_output=True, text=True, timeout=600
     )
@@ -85,8 +86,10 @@ def place(folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
         hub.add_folder("user/base", base)
         hub.add_folder("user/my-adapter", folder / "my-adapter")
         given = environment(hub, folder / "home", TOKEN)
-        tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        yield folder, given | {"PATH": tools, "XDG_CACHE_HOME": str(folder / "cache")}
+        given["XDG_CACHE_HOME"] = str(folder / "cache")
+        with warm(given) as programs:
+            tools = [str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]
+            yield folder, given | {"PATH": os.pathsep.join(tools)}
         assert hub.incidents == []
 
 
