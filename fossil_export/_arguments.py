@@ -10,6 +10,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fossil_export.errors import FossilExportError
+
 if TYPE_CHECKING:
     from typing import ParamSpec
 
@@ -19,7 +21,9 @@ R = TypeVar("R")
 
 
 def _path(value: Any) -> Any:
-    """A path as str or Path; any other os.PathLike becomes a Path."""
+    """A path as str or Path; any other os.PathLike becomes a Path. Raises FossilExportError for what none can be."""
+    if isinstance(value, (str, os.PathLike)) and "\0" in str(value):
+        raise FossilExportError(f"{str(value)!a}: is no usable path: it holds a zero character")
     if isinstance(value, (str, Path)):
         return value
     if isinstance(value, os.PathLike) and isinstance(found := os.fspath(value), str):

@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -96,12 +97,13 @@ def quiet_hub() -> None:
 
 
 class _ToStderr(logging.Handler):
-    """Lines of --verbose, with the seconds since the start."""
+    """Lines of --verbose, with the seconds since the start. One that cannot be written stops no work."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if live():
-            sys.stderr.write(erasing())  # in place of a bar or a status line
-        echo(record.getMessage(), label=f"[{time.perf_counter() - _BEGAN:7.2f} s] ", dim=True, err=True)
+        with suppress(OSError):
+            if live():
+                sys.stderr.write(erasing())  # in place of a bar or a status line
+            echo(record.getMessage(), label=f"[{time.perf_counter() - _BEGAN:7.2f} s] ", dim=True, err=True)
 
 
 _BEGAN = time.perf_counter()

@@ -51,7 +51,9 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
     monkeypatch.setattr(limits, "time", SimpleNamespace(sleep=found.sleep))
-    monkeypatch.setattr("fossil_export.cli.progress", lambda: lambda now: now.note and found.lines.append(now.note))
+    monkeypatch.setattr(
+        "fossil_export.commands._command.progress", lambda: lambda now: now.note and found.lines.append(now.note)
+    )
     return found
 
 

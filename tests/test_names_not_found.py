@@ -102,3 +102,15 @@ def test_empty_and_crooked_values_are_told_by_their_option(adapter: Path) -> Non
         done = run("merge", adapter, "-o", "x", *arguments)
         assert done.exit_code == 2 and done.stderr.startswith(f"error: {said}"), done.stderr
     assert not Path("x").exists()
+
+
+def test_a_link_to_nothing_is_told_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    Path("moved").symlink_to("/nowhere/adapter")
+    refused(
+        run("inspect", "loop"), "error: loop: loop is a link to loop, and nothing is there; name the adapter itself"
+    )
+    done = run("inspect", "moved/checkpoint-10/x")
+    refused(done, "error: moved/checkpoint-10/x: moved is a link to /nowhere/adapter, and nothing is there")
+    assert near_to("loop") is None and near_to("moved") is None

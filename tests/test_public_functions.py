@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 import fossil_export
 from fossil_export import (
+    FossilExportError,
     Progress,
     _progress,
     convert,
@@ -301,6 +302,16 @@ def test_what_the_function_raises_comes_out_and_nothing_is_left(
             call()
         assert caught.value is problem
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_with_a_zero_character_is_refused_by_name(made: Path) -> None:
+    for call in (
+        lambda: merge(made / "adapter", "a\0b"),
+        lambda: convert(made / "adapter", Path("a\0b"), to="lora"),
+        lambda: verify(made / "merged", level="weights", report="a\0b"),
+    ):
+        with pytest.raises(FossilExportError, match=r"^'a\\x00b': is no usable path"):
+            call()
 
 
 def test_a_call_within_the_function_is_another_call(made: Path, tmp_path: Path) -> None:

@@ -132,13 +132,18 @@ def test_sizes_are_bytes(given: Any, size: int) -> None:
     assert parse_size(given) == size and type(parse_size(given)) is int
 
 
-NO_SIZES = ["5", "5.5", "1e9", "5 bytes", "GB", "-1GB", "0GB", "0.1B", "५GB", "", 0, -5, 1.5, True, None]
+NO_SIZES = ["5", "5.5", "1e9", "5 bytes", "GB", "-1GB", "0GB", "0.1B", "५GB", "", 0, -5, 1.5, True, None, 10**400]
 
 
 @pytest.mark.parametrize("given", [*NO_SIZES, float("nan"), float("inf")])
 def test_a_size_without_a_unit_is_refused_and_so_is_what_is_none(given: Any) -> None:
     with pytest.raises(FossilExportError, match=r"max_shard_size is .*5GB"):
         parse_size(given)
+
+
+def test_a_size_of_thousands_of_digits_is_refused() -> None:
+    with pytest.raises(FossilExportError, match="expected a size like 5GB"):
+        parse_size("9" * 5000 + "GB")
 
 
 def test_the_command_says_which_units_there_are(adapter: Path, tmp_path: Path) -> None:

@@ -146,6 +146,14 @@ def test_verbose_says_what_is_done_and_costs_nothing_otherwise(base: Path, adapt
     assert "artifact " in said and "compared the weights" in said
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_lines_that_cannot_be_written_stop_no_work(adapter: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fossil_export", "merge", "-v", str(adapter), "-o", str(tmp_path / "merged")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=full)
+    assert done.returncode == 0 and b"merged" in done.stdout and (tmp_path / "merged" / "config.json").exists()
+
+
 def test_python_users_hear_the_same_by_logging(adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="fossil_export"):
         merge(adapter, tmp_path / "merged")

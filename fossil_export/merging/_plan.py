@@ -6,6 +6,7 @@ provenance file records.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +101,8 @@ class MergePlan:
         return table("Plan of a merge", rows, self.warnings)
 
     def _done(self) -> str:
-        return ", ".join(f"{action} {count}" for action in ACTIONS if (count := self.count(action)))
+        counts = Counter(tensor.action for tensor in self.tensors)  # of a prompt's line: one look at each, of many
+        return ", ".join(f"{action} {counts[action]}" for action in ACTIONS if counts[action])
 
     @property
     def adapter(self) -> Adapter:

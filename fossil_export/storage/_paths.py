@@ -46,6 +46,8 @@ def nothing_there(given: str | Path, what: str) -> str:
     """The message for a name that nothing was found by."""
     option = " with --base" if what == "base model" else ""
     text = str(given)
+    if link := _dead_link(text):
+        return f"{text}: {link} is a link to {link.readlink()}, and nothing is there; name the {what} itself{option}"
     if near := near_to(text):
         return f"{text}: no such file or folder{_here(text)}; did you mean {near}?"
     if _WORD.fullmatch(text) and isinstance(given, str):
@@ -63,10 +65,21 @@ def near_to(given: str) -> str | None:
         path = Path(given).expanduser()
         missing = next(one for one in (*reversed(path.parents), path) if not one.exists())
         names = [one.name for one in islice(missing.parent.iterdir(), _MOST) if not one.name.startswith(".")]
+        names = [name for name in names if name != missing.name]  # a link to nothing is here, and does not help
         (name,) = get_close_matches(missing.name, names, 1, 0.75)
         found = missing.with_name(name)
         whole = found / path.relative_to(missing)
         return str(whole if whole.exists() else found)
+    except (OSError, RuntimeError, StopIteration, ValueError):
+        return None
+
+
+def _dead_link(given: str) -> Path | None:
+    """The part of a path that ends it: a link whose target is gone, or that leads to itself."""
+    try:
+        path = Path(given).expanduser()
+        missing = next(one for one in (*reversed(path.parents), path) if not one.exists())
+        return missing if missing.is_symlink() else None
     except (OSError, RuntimeError, StopIteration, ValueError):
         return None
 
