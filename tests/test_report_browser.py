@@ -29,13 +29,9 @@ def render(folder: Path, text: str) -> tuple[Path, str, str]:
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
     command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
     command += [f"--user-data-dir={folder / 'profile'}", "--window-size=1200,1600", "--enable-logging=stderr", "--v=0"]
-    logs, elements = "", ""
-    for wanted in (f"--screenshot={picture}", "--dump-dom"):
-        done = subprocess.run(
-            [*command, wanted, f"file://{page}"], capture_output=True, text=True, timeout=120, check=True
-        )
-        elements, logs = done.stdout, logs + done.stderr
-    return picture, elements, logs
+    command += [f"--screenshot={picture}", "--dump-dom", f"file://{page}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return picture, done.stdout, done.stderr
 
 
 def pixels(picture: Path) -> list[bytes]:

@@ -25,22 +25,23 @@ os._exit(int(end) if end else 1)
 """
 
 SERVER = """
-import json, os, signal, socket, sys
+import contextlib, json, os, select, socket, sys
 import torch, peft, transformers, transformers.models.llama.modeling_llama, transformers.generation.utils
 
 def called():
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(sys.argv[1])
         server.listen()
         print("ready", flush=True)
-        while True:
+        while server in select.select([server, 0], [], [])[0]:  # until the tests end, and with them the pipe
             caller, _ = server.accept()
             if os.fork():
                 caller.close()
+                with contextlib.suppress(ChildProcessError):
+                    while os.waitpid(-1, os.WNOHANG)[0]:  # those that ended
+                        pass
                 continue
             server.close()
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             with caller:
                 size, given, *_ = socket.recv_fds(caller, 8, 3)
                 with caller.makefile("rb") as stream:
@@ -54,6 +55,7 @@ def called():
                 os.dup2(one, number)
                 os.close(one)
             return call
+    os._exit(0)
 
 kind, arguments, folder, variables = called()
 sys.stdin = sys.__stdin__ = open(0, closefd=False)
@@ -83,7 +85,8 @@ def warm(variables: Mapping[str, str]) -> Iterator[Path]:
             (folder / program).write_text(CLIENT.format(python=sys.executable, address=address, kind=kind))
             (folder / program).chmod(0o755)
         start = [sys.executable, "-c", SERVER, address]
-        with subprocess.Popen(start, cwd=folder, env=dict(variables), stdout=subprocess.PIPE) as server:
+        pipe = subprocess.PIPE
+        with subprocess.Popen(start, cwd=folder, env=dict(variables), stdin=pipe, stdout=pipe) as server:
             try:
                 assert server.stdout is not None and server.stdout.readline() == b"ready\n"
                 yield folder
