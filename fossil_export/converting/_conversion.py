@@ -153,8 +153,8 @@ def convert(
         output: Folder or file to write. It must not exist, unless `overwrite`.
         to: "lora" (a LoRA folder of PEFT), "miss" (a folder), "gguf-lora" (a file for llama.cpp) or "onnx-adapter" (a
             file for a swappable ONNX folder).
-        base: The base model: a folder, an address or an id on the Hub. Default: the one that the adapter names. Only its
-            headers are read, for the nearest LoRA also weights, if the update depends on them.
+        base: The base model: a folder, an address or an id on the Hub. Default: the one that the adapter names. Only
+            its headers are read, for the nearest LoRA also weights, if the update depends on them.
         base_config: For "lora" and "gguf-lora": the base's config.json, if the model itself is not here.
         graph: For "onnx-adapter": the swappable ONNX folder that it is for.
         rank: For "lora": the nearest LoRA of this rank, of an adapter that is none or is a larger one.
