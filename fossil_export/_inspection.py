@@ -61,7 +61,7 @@ class Inspection:
             ("rank", self.adapter.rank or None),
             ("modules", len(self.adapter.trained)),
             ("parameters", f"{self.adapter.parameters:,}"),
-            ("base", self.plan.base_name if self.plan is not None else self.adapter.base_model),
+            ("base", self.plan.base_name if self.plan is not None else self.adapter.base_shown),
             (
                 "a merge",
                 "would stop" if self.problems else "would go through" if self.plan is not None else "was not planned",
@@ -83,7 +83,7 @@ class Inspection:
             "methods": dict(Counter(one.method for one in adapter.trained.values())),
             "kinds": [kind.to_dict() for kind in self.kinds],
             "mini_r": adapter.config.get("mini_r") if adapter.variant == "mini" else None,
-            "base_model": adapter.base_model,
+            "base_model": adapter.base_shown,
             "parameters": adapter.parameters,
             "dtypes": dtypes(adapter),
             "modules": [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -11,6 +12,13 @@ ROWS = 8
 """Of warnings and the like."""
 
 Rows = Iterable[tuple[str, object]]
+
+_SECRETS = re.compile(r"(?<=://)[^\s/@]+(?=@)|(?<=\?)\S+|\bhf_\w{6,}")
+
+
+def without_secrets(name: str | None) -> str | None:
+    """A name from a file, which may be an address: without its password, its query (which may be signed) and tokens."""
+    return name if name is None else _SECRETS.sub("…", name)
 
 
 def printable(text: str) -> str:

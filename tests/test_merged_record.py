@@ -87,3 +87,24 @@ def test_untrained_adapter_is_called_that(base: Path, tmp_path: Path) -> None:
     result = merge(tmp_path / "adapter", tmp_path / "merged")
     assert "not trained" in result.warnings[0]
     assert all(part.survived is None for part in result.survival.values())
+
+
+def test_a_password_in_the_address_of_a_base_gets_into_no_record_line_or_page(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "https://ada:hunter2@huggingface.co/ada/base?token=hf_hunter2hunter2"
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    result = merge(adapter, tmp_path / "merged", base=base)
+    found = fossil_export.inspect(adapter, base=base)
+    opened = fossil_export.load_adapter(adapter)
+    shown = [
+        repr(opened),
+        opened._repr_html_(),
+        repr(found),
+        found._repr_html_(),
+        json.dumps(found.to_dict()),
+        repr(result),
+    ]
+    shown += [path.read_text() for path in (tmp_path / "merged").glob("*.json")]
+    assert "huggingface.co/ada/base" in "".join(shown) and "hunter2" not in "".join(shown)

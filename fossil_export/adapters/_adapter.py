@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fossil_export._shown import line, table
+from fossil_export._shown import line, table, without_secrets
 from fossil_export.adapters._targets import Tails
 from fossil_export.adapters._trained import Trained
 from fossil_export.checkpoints._checkpoint import sha256
@@ -76,7 +76,7 @@ class Adapter:
     def __repr__(self) -> str:
         what = f"{self.peft_type} {self.variant} r={self.rank}, {len(self.trained)} modules"
         more = f", {len(self.saved)} whole tensors" if self.saved else ""
-        return line("Adapter", f"{self.name or self.path}: {what}{more}, base {self.base_model}")
+        return line("Adapter", f"{self.name or self.path}: {what}{more}, base {self.base_shown}")
 
     def _repr_html_(self) -> str:
         kept = sum(map(element_count, (info.shape for info in self.saved.values())))
@@ -86,10 +86,15 @@ class Adapter:
             ("modules", len(self.trained)),
             ("parameters", f"{self.parameters:,}"),
             ("whole tensors", f"{len(self.saved)} of {kept:,} values" if self.saved else None),
-            ("base", self.base_model),
+            ("base", self.base_shown),
             ("revision", self.revision),
         ]
         return table(f"Adapter {self.name or self.path}", rows, self.notes, "Notes")
+
+    @property
+    def base_shown(self) -> str | None:
+        """The name of its base for people and records: a config may hold an address with a password."""
+        return without_secrets(self.base_model)
 
     @property
     def is_here(self) -> bool:

@@ -122,7 +122,7 @@ def _refuse_options(converter: Converter, given: dict[str, Any]) -> None:
 def _base(adapter: Adapter, converter: Converter, base: str | Path | None, base_config: str | Path | None) -> Options:
     """The base of the conversion, found if it is read, and what the result will call it."""
     if not converter.reads_base or base_config is not None:
-        name, revision = (str(base), None) if base is not None else (adapter.base_model, adapter.base_revision)
+        name, revision = (str(base), None) if base is not None else (adapter.base_shown, adapter.base_revision)
         return Options(None, name, revision, base_config)
     if base is None and not adapter.base_model:
         raise CheckpointError(f"{adapter.path}: does not name its base model; name it with --base or --base-config")

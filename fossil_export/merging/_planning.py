@@ -109,14 +109,15 @@ def plan_merge(
         raise MergeError("--requantize keeps the base's dtypes; leave out --dtype")
     bases = list(dict.fromkeys(one.base_model for one in adapters if one.base_model))
     if base is None and len(bases) > 1:
-        raise MergeError(f"the adapters name different bases ({listed(bases)}); name the one to merge into with --base")
+        shown = listed(list(dict.fromkeys(one.base_shown for one in adapters if one.base_shown)))
+        raise MergeError(f"the adapters name different bases ({shown}); name the one to merge into with --base")
     named = [one for one in adapters if one.base_model]
     pinned_to = [one for one in named if one.base_revision and not is_path(str(one.base_model))]
     revisions = list(dict.fromkeys(str(one.base_revision) for one in pinned_to))
     if base is None and len(revisions) > 1:
         raise MergeError(
-            f"the adapters name different revisions of {bases[0]} ({listed(revisions)}); name the one to merge into "
-            "with --base"
+            f"the adapters name different revisions of {named[0].base_shown} ({listed(revisions)}); name the one to "
+            "merge into with --base"
         )
     first = next((one for one in named if one.base_revision), [*named, *adapters][0])
     found = base if isinstance(base, Origin) else find_base(first, base)

@@ -75,7 +75,7 @@ def _adapter_record(adapter: Adapter) -> dict[str, Any]:
     return {
         "name": adapter.name,
         "revision": adapter.revision,
-        "base_model": adapter.base_model,
+        "base_model": adapter.base_shown,
         "peft_type": adapter.peft_type,
         "variant": adapter.variant,
         "rank": adapter.rank,

@@ -170,7 +170,7 @@ def _sign(adapter: Adapter, base_is_named: bool, strict: bool) -> Sign | None:
     if adapter.base_model is not None and not base_is_named:
         path = at_hand(adapter.base_model, adapter.base_revision, "config.json")
         settings = settings_at(path.parent) if path is not None else None
-        named = of_settings(settings, f"{adapter.base_model} is quantized") if settings is not None else None
+        named = of_settings(settings, f"{adapter.base_shown} is quantized") if settings is not None else None
         found = (named, *found) if named is not None else found
         found = tuple(sorted(found, key=lambda sign: not sign.is_certain))
     if not strict:

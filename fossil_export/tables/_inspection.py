@@ -84,7 +84,7 @@ def _print_adapter(found: Inspection) -> None:
         ("parameters", f"{adapter.parameters:,}"),
         ("dtype", ", ".join(dtypes(adapter))),
         ("also holds", saved or "nothing"),
-        ("base", adapter.base_model or "not named"),
+        ("base", adapter.base_shown or "not named"),
         ("merge", _verdict(found)),
     ]
     if (change := _change(found)) is not None:

@@ -329,7 +329,8 @@ def _check_packages(level: Level, graph: bool, of_weights: tuple[Need, ...]) -> 
     graph, and the base's weights."""
     forward = (FORWARD,) if level != "weights" else ()
     of_graph = (need("onnx"),) if graph else ()
-    purpose = "the forward level" if forward else "working on ONNX graphs" if graph else "reading GGUF files"
+    models = f"the forward level{' (--level weights does without)' if level == 'all' else ''}"
+    purpose = models if forward else "working on ONNX graphs" if graph else "reading GGUF files"
     require(purpose, *forward, *of_graph, *of_weights)
 
 
