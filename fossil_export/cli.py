@@ -146,7 +146,7 @@ def _shown(problem: click.ClickException) -> click.ClickException:
 
 
 def _show_usage(problem: click.UsageError, file: object = None) -> None:
-    """What click prints of a wrong command line, with the label of all errors. It lists choices in lines of their own."""
+    """What click prints of a wrong command line, in one line (choices have a line each), labelled as all errors are."""
     message = " ".join(line.strip() for line in problem.format_message().splitlines())
     echo(message, label="error: ", fg="red", err=True)
     if problem.ctx is not None:
