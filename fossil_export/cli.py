@@ -145,8 +145,9 @@ def _shown(problem: click.ClickException) -> click.ClickException:
 
 
 def _show_usage(problem: click.UsageError, file: object = None) -> None:
-    """What click prints of a wrong command line, with the label of all errors."""
-    echo(problem.format_message(), label="error: ", fg="red", err=True)
+    """What click prints of a wrong command line, in one line (choices have a line each), labelled as all errors are."""
+    message = " ".join(line.strip() for line in problem.format_message().splitlines())
+    echo(message, label="error: ", fg="red", err=True)
     if problem.ctx is not None:
         echo(f"Try '{problem.ctx.command_path} {problem.ctx.help_option_names[-1]}' for help.", err=True)
 

@@ -16,6 +16,16 @@ def test_output_never_touches_the_inputs(where: str, base: Path, adapter: Path, 
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+def test_an_output_that_is_an_input_is_said_to_be_one(adapter: Path) -> None:
+    refused(run("merge", adapter, "--output", adapter), "is an input, which is only read")
+
+
+def test_a_missing_choice_is_told_in_one_line(adapter: Path, tmp_path: Path) -> None:
+    result = run("convert", adapter, "--output", tmp_path / "out")
+    assert result.exit_code == 2 and "\\" not in result.stderr
+    assert "Missing option '--to'. Choose from: lora, gguf-lora, miss, onnx-adapter" in result.stderr.splitlines()[0]
+
+
 def test_output_through_a_link_into_the_base(base: Path, adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(base)
     refused(run("merge", adapter, "--output", tmp_path / "link" / "out"), "lies inside")

@@ -88,6 +88,9 @@ def test_a_file_that_is_cut_anywhere_or_has_other_bytes_in_its_head(model: Path,
         except FossilExportError as problem:
             assert "\n" not in str(problem)
 
+    named = whole.replace(b"llama", b"ll\nma", 1)  # the name of the architecture
+    path.write_bytes(named)
+    refused(path, r"llama.cpp's ll\\nma, and read are")
     cut()
     damaged()
 

@@ -34,7 +34,8 @@ def check_destination(output: Path, inputs: list[Path], overwrite: bool) -> None
         folder = place if place.is_dir() else place.parent
         if target == folder or folder in target.parents:
             inside = source if place.is_dir() else source.parent
-            raise OutputError(f"{output}: lies inside {inside}, which is only read; choose another --output")
+            what = "is an input" if target == folder else f"lies inside {inside}"
+            raise OutputError(f"{output}: {what}, which is only read; choose another --output")
         if target in folder.parents:
             raise OutputError(f"{output}: holds {source}, which would be replaced; choose another --output")
     try:

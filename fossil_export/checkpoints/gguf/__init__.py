@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export._extras import needs_transformers_5
+from fossil_export._shown import short
 from fossil_export.checkpoints._header import Header, TensorInfo
 from fossil_export.checkpoints._jsonfile import json_in
 from fossil_export.checkpoints._stamp import Stamp
@@ -52,7 +53,8 @@ def read_model(home: Folder, name: str) -> GgufModel:
     file = read_gguf(home, name)
     if file.architecture not in FAMILIES:
         raise CheckpointError(
-            f"{file.path}: is a model of llama.cpp's {file.architecture}, and read are {', '.join(FAMILIES)}; {REMEDY}"
+            f"{file.path}: is a model of llama.cpp's {short(file.architecture)}, and read are {', '.join(FAMILIES)}; "
+            f"{REMEDY}"
         )
     for kind in dict.fromkeys(one.kind for one in file.tensors.values()):
         if not can_dequantize(kind):
