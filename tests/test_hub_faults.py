@@ -246,7 +246,9 @@ def test_a_hub_that_is_gone(
     ]
     assert content(tmp_path / "first") == content(tmp_path / "second") and plan.warnings == ()
     result = cli("merge", "ada/adapter", "--base", "ada/none", "-o", tmp_path / "third", code=1)
-    assert result.stderr.startswith("error: ada/none: http://127.0.0.1:9 cannot be reached")
+    assert result.stderr.startswith(
+        "error: ada/none: no such file or folder here, and http://127.0.0.1:9 cannot be reached"
+    )
 
 
 # Proxies
@@ -282,6 +284,6 @@ def test_a_proxy(hosted: LoopbackHub, wanted: dict[str, bytes], tmp_path: Path) 
     ran = subprocess.run([command[0], "-c", QUICK, *command[3:]], env=env | {"HF_HOME": str(tmp_path / "h2")},
                          capture_output=True, text=True)  # fmt: skip
     assert ran.returncode == 1 and ran.stderr == (
-        "error: ada/adapter: http://hub.example cannot be reached ([Errno 111] Connection refused); check the network, "
+        "error: ada/adapter: no such file or folder here, and http://hub.example cannot be reached ([Errno 111] Connection refused); check the network, "
         "HTTPS_PROXY and HF_ENDPOINT, and run the same command again\n"
     )

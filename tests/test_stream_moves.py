@@ -126,7 +126,7 @@ def test_too_little_disk_is_told_before_anything_moves(scene: LoopbackHub, bases
     with pytest.raises(FossilExportError, match=r"--max-disk 1,000 is too little: model-.* caches 2,\d+; allow 39,"):
         merge_to_hub(bases / "qv", "ada/new", base="ada/many", max_disk="1KB", cache_dir=tmp_path / "cache")
     assert "ada/new" not in scene.repos() and not (tmp_path / "cache").exists() and not asked(scene, "ada/many")
-    with pytest.raises(FossilExportError, match="max_disk is 'much', expected bytes or a size"):
+    with pytest.raises(FossilExportError, match="max_disk is 'much', expected a size like 5GB"):
         plan_stream(bases / "qv", "ada/many", max_disk="much")
 
 
