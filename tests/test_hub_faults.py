@@ -284,7 +284,7 @@ def test_a_proxy(hosted: LoopbackHub, wanted: dict[str, bytes], tmp_path: Path) 
     ran = subprocess.run([command[0], "-c", QUICK, *command[3:]], env=env | {"HF_HOME": str(tmp_path / "h2")},
                          capture_output=True, text=True)  # fmt: skip
     assert ran.returncode == 1 and ran.stderr == (
-        "error: ada/adapter: no such file or folder here, and http://hub.example cannot be reached ([Errno 111] "
-        "Connection refused); check the network, "
+        "error: ada/adapter: no such file or folder here, and "
+        "http://hub.example cannot be reached ([Errno 111] Connection refused); check the network, "
         "HTTPS_PROXY and HF_ENDPOINT, and run the same command again\n"
     )
