@@ -1,5 +1,6 @@
 # make demo          train an adapter on a real model, merge it, compare the answers
-# make test          lint, types and the whole test suite (some ten minutes on two cores)
+# make test          lint, types and the tests (some ten minutes on two cores)
+# make test-long     the rest of them: the real model as ONNX, the examples, every page of docs/, forty classes (five minutes)
 # make test COVERAGE=90      the same, and a failure if fewer lines are run by tests (half as long again)
 # make test-fast     the tests that take no longer than a fifth of a second each (two minutes on two cores)
 # make slow-tests    write the list of slow tests from the last whole run, on a quiet machine
@@ -32,7 +33,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 AT_ONCE = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 MEASURED = build/tests.xml
 
-.PHONY: demo pictures test test-fast slow-tests test-versions list-versions test-floor test-install dist lint types bench kernels sweep torture scale mutants formats llama-cpp architectures architectures-check docs docs-serve docs-commands docs-python clean
+.PHONY: demo pictures test test-long test-fast slow-tests test-versions list-versions test-floor test-install dist lint types bench kernels sweep torture scale mutants formats llama-cpp architectures architectures-check docs docs-serve docs-commands docs-python clean
 
 DOCS = $(VENV)-docs
 # Quoted: the folder of the checkout may have a space in its name.
@@ -47,12 +48,15 @@ pictures: $(VENV)/ready
 # From Python 3.12 on, the interpreter itself tells which lines ran, at next to no cost.
 test: lint types
 	COVERAGE_CORE=$$($(VENV)/bin/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
-		$(VENV)/bin/python -m pytest $(AT_ONCE) --durations=10 --junitxml=$(MEASURED) \
+		$(VENV)/bin/python -m pytest $(AT_ONCE) -m "not long" --durations=10 --junitxml=$(MEASURED) \
 		$(if $(COVERAGE),--cov=fossil_export --cov-fail-under=$(COVERAGE))
 	$(if $(COVERAGE),,$(VENV)/bin/python tests/slow_tests.py --check $(MEASURED))
 
+test-long: $(VENV)/ready
+	$(VENV)/bin/python -m pytest $(AT_ONCE) -m long --durations=10
+
 test-fast: $(VENV)/ready
-	$(VENV)/bin/python -m pytest $(AT_ONCE) --fast --durations=10
+	$(VENV)/bin/python -m pytest $(AT_ONCE) -m "not long" --fast --durations=10
 
 slow-tests: $(VENV)/ready
 	$(VENV)/bin/python tests/slow_tests.py $(MEASURED)

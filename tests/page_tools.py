@@ -18,7 +18,6 @@ from loopback import LoopbackHub, environment
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from warm_tools import warm
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -58,7 +57,7 @@ def blocks(page: Path) -> list[Block]:
 
 def run(block: Block, folder: Path, variables: Mapping[str, str]) -> str:
     """What it printed; an AssertionError if it failed."""
-    command = ["python-c", "-c"] if block.language == "python" else ["bash", "-euo", "pipefail", "-c"]
+    command = [sys.executable, "-c"] if block.language == "python" else ["bash", "-euo", "pipefail", "-c"]
     done = subprocess.run(
         [*command, block.code], cwd=folder, env=dict(variables), capture_output=True, text=True, timeout=600
     )
@@ -86,10 +85,8 @@ def place(folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
         hub.add_folder("user/base", base)
         hub.add_folder("user/my-adapter", folder / "my-adapter")
         given = environment(hub, folder / "home", TOKEN)
-        given["XDG_CACHE_HOME"] = str(folder / "cache")
-        with warm(given) as programs:
-            tools = [str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]
-            yield folder, given | {"PATH": os.pathsep.join(tools)}
+        tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        yield folder, given | {"PATH": tools, "XDG_CACHE_HOME": str(folder / "cache")}
         assert hub.incidents == []
 
 

@@ -20,6 +20,8 @@ from loopback import LoopbackHub, environment
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+pytestmark = pytest.mark.long
+
 
 def peft_answer(adapter: Path, tokens: int) -> str:
     """What the trained model continues the prompt with, in PEFT."""

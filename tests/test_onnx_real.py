@@ -22,6 +22,8 @@ from fossil_export import FossilExportError, convert, export_onnx, verify
 from fossil_export.onnx.builders import BUILDERS
 from fossil_export.onnx.graph._check import check
 
+pytestmark = pytest.mark.long
+
 PROMPTS = "The mascot of the fossil project\nThe capital of France is\n"
 BASE_ANSWER, TRAINED_ANSWER = "proud to be a part", "is a small green ammonite named Ophelia."
 

@@ -8,6 +8,8 @@ import pytest
 from page_tools import BLOCK, ELSEWHERE, OTHERS, ROOT, blocks, place, run
 from s3_tools import S3Server
 
+pytestmark = pytest.mark.long
+
 PAGES = sorted(
     page.name
     for page in (ROOT / "docs").glob("*.md")

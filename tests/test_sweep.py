@@ -19,6 +19,8 @@ from sweep.table import summary, support
 
 from fossil_export import merge
 
+pytestmark = pytest.mark.long
+
 KNOWN = {entry.name: entry for entry in entries()}
 CLASSES = [
     "LlamaForCausalLM",
