@@ -30,16 +30,17 @@ _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(d
 class OnnxRunner:
     """A graph in a session of ONNX Runtime, with the adapter file beside it active if it takes one.
 
-    Language models with a key-value cache among their inputs start from an empty one.
+    Language models with a key-value cache among their inputs start from an empty one. `exact` computes the products
+    that the graph asks for in 8 bits in full precision: the graph is changed in memory.
     """
 
-    def __init__(self, folder: Path, device: str) -> None:
+    def __init__(self, folder: Path, device: str, exact: bool = False) -> None:
         self._ort = required("onnxruntime")
         self._graph = find_graph(folder)
         self._providers = providers(device)
         self._model = load_graph(self._graph)
         self._sizes = _sizes(folder)
-        self._session = self._open(self._graph)
+        self._session = self._open_exact() if exact else self._open(self._graph)
         self._adapter = None
         if (folder / ADAPTER).is_file() and "signature" in read_mark(self._graph, self._model):
             self._adapter = self._ort.LoraAdapter()
@@ -144,6 +145,15 @@ class OnnxRunner:
         except Exception as problem:  # ONNX Runtime's own classes
             where = "" if "CUDA" in self._providers[0] else "; some precisions run on a GPU only, try --device cuda"
             raise OnnxError(f"{graph}: ONNX Runtime cannot load it: {_line(problem)}{where}") from problem
+
+    def _open_exact(self) -> Any:
+        from fossil_export.verifying._quantized import raise_level
+
+        raise_level(self._model)
+        try:
+            return self._open_changed()
+        except Exception as problem:  # ONNX Runtime's own classes
+            raise OnnxError(f"{self._graph}: ONNX Runtime cannot load it: {_line(problem)}") from problem
 
     def _open_changed(self) -> Any:
         import onnx_ir as ir
