@@ -90,8 +90,8 @@ def test_noise_of_a_few_positions_is_no_fault(check: Any) -> None:
 def test_a_fault_is_seen_on_all_prompts_and_on_the_given_ones(check: Any) -> None:
     everywhere = check(trainer=(0.036, 0.023), artifact=(0.04, 0.08))
     assert everywhere.problem.startswith("the logits of the median position are 0.0")
-    here = check(trainer=(0.036, 0.023), artifact=(0.5, 0.022))  # as with one wrong row of an embedding
-    assert here.problem.startswith("on the given prompts the logits of the median position are 0.5")
+    here = check(trainer=(0.036, 0.023), artifact=(0.9, 0.022))  # as with one wrong row of an embedding
+    assert here.problem.startswith("on the given prompts the logits of the median position are 0.")
     assert check(trainer=(0.036, 0.023), artifact=(float("nan"), 0.022)).problem
 
 

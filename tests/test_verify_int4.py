@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx_ir as ir
@@ -116,6 +117,23 @@ def test_what_cannot_be_run_in_full_precision_has_the_wide_bound(
     found = verify(folder / "graph", **given)
     assert found.forward is not None and found.forward.noise == _quantized.NOISE and found.forward.as_run is None
     assert "is what rounding and the runtime's 8-bit products explain" in found.problems[0]
+
+
+def test_a_changed_graph_is_run_where_its_data_is_looked_for_in_the_working_directory(folder: Path) -> None:
+    """As ONNX Runtime 1.20 does for a graph given as bytes; it follows links, which later versions do not."""
+    runner = OnnxRunner(folder / "graph", "cpu")
+    seen: list[Path] = []
+
+    def session(graph: bytes | str, *_: Any, **__: Any) -> str:
+        if isinstance(graph, bytes):
+            raise RuntimeError("cannot get file size: No such file or directory [model.onnx.data]")
+        data = Path(graph).with_name("model.onnx.data")
+        assert data.read_bytes() == (folder / "graph" / data.name).read_bytes() and load_graph(Path(graph))
+        seen.append(data)
+        return "a session"
+
+    runner._ort = SimpleNamespace(SessionOptions=runner._ort.SessionOptions, InferenceSession=session)
+    assert runner._open_exact() == "a session" and not seen[0].parent.exists()
 
 
 def test_only_products_with_known_codes_are_judged_in_full_precision(folder: Path, tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ FLOOR = 2e-5
 MODULE_FACTOR = 4.0
 """For single modules, whose errors scatter more than the whole model's."""
 
-FEW_FACTOR = 4.0
+FEW_FACTOR = 8.0
 """For prompts that are too few to be judged alone, against the worst tenth of the trainer's positions over all prompts.
-Rounding took no single position further than 2.4 times that (docs/parity.md)."""
+Rounding took no single position further than 6.1 times that (docs/parity.md)."""
 
 
 @dataclass(frozen=True)

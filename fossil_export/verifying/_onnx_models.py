@@ -16,8 +16,9 @@ from fossil_export.errors import FossilExportError, OnnxError
 from fossil_export.onnx._adapter_file import ADAPTER
 from fossil_export.onnx._signature import read_mark, read_outlets
 from fossil_export.onnx.builders._existing import find_graph
-from fossil_export.onnx.graph._file import load_graph
+from fossil_export.onnx.graph._file import external_files, load_graph
 from fossil_export.verifying._models import Tokens
+from fossil_export.writing._scratch import scratch_folder
 
 if TYPE_CHECKING:
     import torch
@@ -159,10 +160,24 @@ class OnnxRunner:
         import onnx_ir as ir
 
         settings = self._settings()
+        settings.log_severity_level = 4  # what goes wrong is raised
         key = "session.model_external_initializers_file_folder_path"
         settings.add_session_config_entry(key, str(self._graph.parent.absolute()))
         content = ir.to_proto(self._model).SerializeToString()
-        return self._ort.InferenceSession(content, settings, providers=self._providers)
+        files = external_files(self._model)
+        try:
+            return self._ort.InferenceSession(content, settings, providers=self._providers)
+        except Exception:  # ONNX Runtime 1.20 looks for external data that it maps in the working directory
+            if not files:
+                raise
+        with scratch_folder() as folder:
+            (folder / self._graph.name).write_bytes(content)
+            for file in files:
+                link = folder / file.relative_to(self._graph.parent)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(file.absolute())  # later versions, which refuse this, need no file
+            graph = str(folder / self._graph.name)
+            return self._ort.InferenceSession(graph, settings, providers=self._providers)
 
 
 def providers(device: str) -> list[str]:
