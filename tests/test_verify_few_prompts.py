@@ -122,3 +122,4 @@ def test_the_result_says_what_was_asked(bf16: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0 and "(1 prompt and 16 built-in ones, truth in float64)" in done.stdout
     forward = verify(bf16, level="forward", prompts=tmp_path / "prompts.txt").to_dict()["forward"]
     assert (forward["prompts"], forward["added_prompts"]) == (17, 16)
+    assert forward["same_continuations"] == [1, 1]  # of what was asked

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 CONTINUED, NEW_TOKENS = 4, 12
-"""Prompts that are continued greedily, and by how many tokens."""
+"""Prompts, of those that were given, that are continued greedily, and by how many tokens."""
 
 WIDE_LIMIT = 1_000_000_000
 """Parameters up to which the truth is run in float64 on a CPU."""
@@ -132,9 +132,11 @@ def _checked(
     begin("opening the artifact")
     exact, is_as_run = subject.exact() or (None, True)
     noise = subject.noise if exact is None else 0.0
-    found = _run(exact or subject.open(), asked, "the artifact" if is_as_run else "the artifact in full precision")
     as_run = None
-    if not is_as_run:
+    if is_as_run:
+        found = _run(exact or subject.open(), asked, "the artifact")
+    else:
+        found = _run(exact or subject.open(), asked, "the artifact in full precision", continued=False)
         begin("opening the artifact again")
         again = _run(subject.open(), asked, "the artifact as it runs", modules=False)
         as_run, found = again.distance, replace(found, continued=again.continued)
@@ -197,7 +199,7 @@ class _Run:
     continued: list[Tokens]
 
 
-def _run(runner: Runner, asked: _Asked, name: str, modules: bool = True) -> _Run:
+def _run(runner: Runner, asked: _Asked, name: str, modules: bool = True, continued: bool = True) -> _Run:
     """What one model answers; it is closed afterwards."""
     tokens, given = asked.tokens, asked.given
     try:
@@ -208,13 +210,14 @@ def _run(runner: Runner, asked: _Asked, name: str, modules: bool = True) -> _Run
             for name, want in asked.outputs.items()
             if name in outputs and outputs[name].shape == want.shape
         }
-        some = counted(tokens[:CONTINUED], f"{name}, continued", len(tokens[:CONTINUED]), "prompts")
-        continued = [runner.generate(ids, NEW_TOKENS) for ids in some]
+        some = tokens[: min(given, CONTINUED)] if continued else []
+        steps = counted(some, f"{name}, continued", len(some), "prompts") if some else ()
+        answers = [runner.generate(ids, NEW_TOKENS) for ids in steps]
         return _Run(
             distance(logits, asked.truth),
             distance(logits[:given], asked.truth[:given]) if given < len(tokens) else None,
             errors,
-            [ids for ids in continued if ids is not None],
+            [ids for ids in answers if ids is not None],
         )
     finally:
         runner.close()
