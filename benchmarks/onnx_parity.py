@@ -24,7 +24,18 @@ from fossil_export import FossilExportError, export_onnx, verify
 from fossil_export.onnx.builders import BUILDERS
 
 MODES = ("merged", "tiled", "fused", "swappable")
-HEADER = ("graph", "precision", "mode", "trainer", "artifact", "KL", "top-1", "same continuations", "verdict")
+HEADER = (
+    "graph",
+    "precision",
+    "mode",
+    "trainer",
+    "artifact",
+    "as it runs",
+    "KL",
+    "top-1",
+    "same continuations",
+    "verdict",
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -84,6 +95,7 @@ def _verified(output: Path, options: Any) -> dict[str, Any]:
     return {
         "trainer": f"{trainer.relative_error:.1e} ({found.forward.trainer_dtype})",
         "artifact": f"{artifact.relative_error:.1e}",
+        "as it runs": f"{as_run.relative_error:.1e}" if (as_run := found.forward.as_run) is not None else "",
         "KL": f"{artifact.kl:.0e}",
         "top-1": f"{artifact.top1:.1%}",
         "same continuations": f"{found.forward.same_continuations} of {found.forward.continuations}",

@@ -11,7 +11,8 @@ from xml.etree import ElementTree
 
 from fossil_export.checkpoints._folder import LocalFolder
 from fossil_export.storage import Origin
-from fossil_export.verifying._forward import Distance, ForwardCheck, ModuleError
+from fossil_export.verifying._bounds import Distance, ModuleError
+from fossil_export.verifying._forward import ForwardCheck
 from fossil_export.verifying._sum import Sum
 from fossil_export.verifying._verdict import Verification
 from fossil_export.verifying._weights import TensorCheck

@@ -50,6 +50,16 @@ def test_certificate_is_quoted() -> None:
     assert "2409.15371" in part
 
 
+def test_a_graph_that_rounds_as_it_runs_is_quoted_both_ways() -> None:
+    as_run = {"relative_error": 0.0612, "kl": 0.106, "top1": 0.899}
+    forward = {**CERTIFICATE["forward"], "as_it_runs": as_run, "prompts": 18, "added_prompts": 16}
+    part = generated(model_card(facts(certificate={**CERTIFICATE, "forward": forward}))).splitlines()
+    exact = "2.89e-02 from the truth, KL 1.4e-02, top-1 97.7%"
+    assert f"| This model | {exact} (products in full precision) |" in part
+    assert "| As it runs | 6.12e-02 from the truth, KL 1.1e-01, top-1 89.9% (products of 8 bits) |" in part
+    assert "| Same continuations | 3 of 4 (18 prompts, 16 of them built-in, truth in float64) |" in part
+
+
 @pytest.mark.parametrize("certificate", [None, {}, {"parity": "yes"}])
 def test_unverified_and_broken_certificates(certificate: dict[str, Any] | None) -> None:
     assert "It was not verified" in model_card(facts(certificate=certificate))

@@ -33,7 +33,7 @@ INTO_GIVEN = {
     "converting/_record.py", "models/make_table.py", "onnx/_export.py",
     "models/_gguf.py", "onnx/_adapter_file.py", "onnx/builders/_existing.py", "onnx/builders/_genai.py",
     "onnx/builders/_torch.py", "onnx/graph/_check.py", "onnx/graph/_edit.py", "verifying/_lora.py",
-    "storage/fsspec/_remote.py", "verifying/_peft_folder.py",
+    "storage/fsspec/_remote.py", "verifying/_onnx_models.py", "verifying/_peft_folder.py",
 }  # fmt: skip
 """Files whose functions write into a staged or a scratch folder that they were given. `make_table` is a script."""
 WRITES = {

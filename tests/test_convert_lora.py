@@ -21,6 +21,7 @@ from transformers import AutoModelForSequenceClassification
 from fossil_export import FossilExportError, convert, merge, verify
 from fossil_export.converting._lora import target_modules
 from fossil_export.converting._nearest import truncated
+from fossil_export.verifying import _forward
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,10 @@ def test_product_is_the_update_to_the_bit(rank: int, dtype: torch.dtype, tmp_pat
         assert torch.equal(second.double() @ first.double(), shard.double().T[:, columns])
 
 
-def test_real_adapter_without_torch_in_a_second(real_adapter: Path, tmp_path: Path) -> None:
+def test_real_adapter_without_torch_in_a_second(
+    real_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_forward, "PROMPTS", ())  # for time
     code = (
         "import sys, fossil_export; "
         f"made = fossil_export.convert({str(real_adapter)!r}, {str(tmp_path / 'lora')!r}, to='lora'); "

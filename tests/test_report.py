@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from report_tools import NASTY, Page, failing, forward, merged, passing, result, tensors
 
-from fossil_export.verifying._forward import FLOOR, Distance, ModuleError
+from fossil_export.verifying._bounds import FLOOR, Distance, ModuleError
 from fossil_export.verifying._report import REASONS, WRONG, html
 from fossil_export.verifying._sum import Sum
 from fossil_export.verifying._weights import TensorCheck

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fossil_export.verifying._forward import FACTOR, FLOOR
+from fossil_export.verifying._bounds import FACTOR, FLOOR
 
 PARTS = ("layers", "models", "onnx")
 DTYPES = ("bfloat16", "float16", "float32")

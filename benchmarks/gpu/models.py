@@ -12,7 +12,7 @@ import transformers
 from peft import get_peft_model
 
 import fossil_export
-from fossil_export.verifying._forward import distance
+from fossil_export.verifying._bounds import distance
 from gpu.cases import REPEATS, SEED, Case, ModelRow, Setup, blank
 from gpu.tools import Scratch, compare_folders, free
 

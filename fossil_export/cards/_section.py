@@ -111,10 +111,14 @@ def _figures(facts: Facts, found: Mapping[str, Any]) -> Iterator[tuple[str, Any]
     if forward := part(found, "forward"):
         trainer = part(forward, "trainer")
         yield "Trainer", f"{_distance(trainer)} ({plain(trainer.get('dtype') or '–')})"
-        yield "This model", _distance(part(forward, "artifact"))
+        as_run = part(forward, "as_it_runs")
+        yield "This model", _distance(part(forward, "artifact")) + (" (products in full precision)" if as_run else "")
+        yield "As it runs", f"{_distance(as_run)} (products of 8 bits)" if as_run else None
         same = forward.get("same_continuations")
         same = same if isinstance(same, list) and len(same) == 2 else ["–", "–"]
-        asked = f"{number(forward.get('prompts'), 'd')} prompts, truth in {plain(forward.get('truth') or '–')}"
+        count, added = forward.get("prompts"), forward.get("added_prompts")
+        more = f", {number(added, 'd')} of them built-in" if isinstance(added, int) and added else ""
+        asked = f"{number(count, 'd')} prompts{more}, truth in {plain(forward.get('truth') or '–')}"
         yield "Same continuations", f"{number(same[0], 'd')} of {number(same[1], 'd')} ({asked})"
         yield "Leaves the band at", plain(forward.get("first_module_outside") or "")
     yield "Device", plain(found.get("device") or "")

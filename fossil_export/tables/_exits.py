@@ -136,10 +136,19 @@ def print_verification(result: Verification) -> None:
             pairs.append(("update kept", f"{result.survived:.1%}"))
     if result.forward is not None:
         forward = result.forward
-        for name, found in (("trainer", forward.trainer), ("artifact", forward.artifact)):
+        for name, found in (
+            ("trainer", forward.trainer),
+            ("artifact", forward.artifact),
+            ("as it runs", forward.as_run),
+        ):
+            if found is None:
+                continue
             text = f"{found.relative_error:.2e} from the truth, KL {found.kl:.1e}, top-1 {found.top1:.1%}"
-            pairs.append((name, f"{text} ({forward.trainer_dtype})" if name == "trainer" else text))
+            more = {"trainer": f" ({forward.trainer_dtype})"}
+            if forward.as_run is not None:
+                more |= {"artifact": " (products in full precision)", "as it runs": " (products of 8 bits)"}
+            pairs.append((name, text + more.get(name, "")))
         same = f"{forward.same_continuations} of {forward.continuations}"
-        pairs.append(("continuations", f"{same} the same ({forward.prompts} prompts, truth in {forward.truth_dtype})"))
+        pairs.append(("continuations", f"{same} the same ({forward.asked}, truth in {forward.truth_dtype})"))
     pairs += [("device", result.device), ("time", f"{result.seconds:.1f} s")]
     print_pairs(pairs)

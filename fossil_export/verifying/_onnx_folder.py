@@ -47,19 +47,22 @@ class OnnxFolder:
 
     def subject(self, base: Checkpoint, added: Sum, device: str) -> Subject:
         from fossil_export.verifying._onnx_models import OnnxRunner, providers
-        from fossil_export.verifying._quantized import NOISE, is_quantized, take_weights
+        from fossil_export.verifying._quantized import NOISE, Codes, is_quantized
 
         providers(device)
         if not is_quantized(self.folder):
             return Subject(self.folder, lambda: OnnxRunner(self.folder, device))
         merged = self._mode() == "merged"
-
-        problems: list[str] = []
-
-        def change(network: Any) -> None:
-            problems[:] = take_weights(network, self.folder, check=merged)
-
-        return Subject(self.folder, lambda: OnnxRunner(self.folder, device), NOISE, change, merged, problems)
+        codes = Codes(self.folder, device, merged)
+        return Subject(
+            self.folder,
+            lambda: OnnxRunner(self.folder, device),
+            NOISE,
+            codes.give,
+            merged,
+            codes.problems,
+            codes.exact,
+        )
 
     def dtype(self, base: Checkpoint) -> str:
         from fossil_export.onnx.builders._existing import find_graph

@@ -16,8 +16,9 @@ from fossil_export.errors import FossilExportError, OnnxError
 from fossil_export.onnx._adapter_file import ADAPTER
 from fossil_export.onnx._signature import read_mark, read_outlets
 from fossil_export.onnx.builders._existing import find_graph
-from fossil_export.onnx.graph._file import load_graph
+from fossil_export.onnx.graph._file import external_files, load_graph
 from fossil_export.verifying._models import Tokens
+from fossil_export.writing._scratch import scratch_folder
 
 if TYPE_CHECKING:
     import torch
@@ -30,16 +31,17 @@ _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(d
 class OnnxRunner:
     """A graph in a session of ONNX Runtime, with the adapter file beside it active if it takes one.
 
-    Language models with a key-value cache among their inputs start from an empty one.
+    Language models with a key-value cache among their inputs start from an empty one. `exact` computes the products
+    that the graph asks for in 8 bits in full precision: the graph is changed in memory.
     """
 
-    def __init__(self, folder: Path, device: str) -> None:
+    def __init__(self, folder: Path, device: str, exact: bool = False) -> None:
         self._ort = required("onnxruntime")
         self._graph = find_graph(folder)
         self._providers = providers(device)
         self._model = load_graph(self._graph)
         self._sizes = _sizes(folder)
-        self._session = self._open(self._graph)
+        self._session = self._open_exact() if exact else self._open(self._graph)
         self._adapter = None
         if (folder / ADAPTER).is_file() and "signature" in read_mark(self._graph, self._model):
             self._adapter = self._ort.LoraAdapter()
@@ -145,14 +147,37 @@ class OnnxRunner:
             where = "" if "CUDA" in self._providers[0] else "; some precisions run on a GPU only, try --device cuda"
             raise OnnxError(f"{graph}: ONNX Runtime cannot load it: {_line(problem)}{where}") from problem
 
+    def _open_exact(self) -> Any:
+        from fossil_export.verifying._quantized import raise_level
+
+        raise_level(self._model)
+        try:
+            return self._open_changed()
+        except Exception as problem:  # ONNX Runtime's own classes
+            raise OnnxError(f"{self._graph}: ONNX Runtime cannot load it: {_line(problem)}") from problem
+
     def _open_changed(self) -> Any:
         import onnx_ir as ir
 
         settings = self._settings()
+        settings.log_severity_level = 4  # what goes wrong is raised
         key = "session.model_external_initializers_file_folder_path"
         settings.add_session_config_entry(key, str(self._graph.parent.absolute()))
         content = ir.to_proto(self._model).SerializeToString()
-        return self._ort.InferenceSession(content, settings, providers=self._providers)
+        files = external_files(self._model)
+        try:
+            return self._ort.InferenceSession(content, settings, providers=self._providers)
+        except Exception:  # ONNX Runtime 1.20 looks for external data that it maps in the working directory
+            if not files:
+                raise
+        with scratch_folder() as folder:
+            (folder / self._graph.name).write_bytes(content)
+            for file in files:
+                link = folder / file.relative_to(self._graph.parent)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(file.absolute())  # later versions, which refuse this, need no file
+            graph = str(folder / self._graph.name)
+            return self._ort.InferenceSession(graph, settings, providers=self._providers)
 
 
 def providers(device: str) -> list[str]:

@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fossil_export.verifying._forward import FLOOR, MODULE_FACTOR
+from fossil_export.verifying._bounds import FLOOR, MODULE_FACTOR
 from fossil_export.verifying._markup import number, share_text, text
 
 if TYPE_CHECKING:
-    from fossil_export.verifying._forward import ForwardCheck, ModuleError
+    from fossil_export.verifying._bounds import ModuleError
+    from fossil_export.verifying._forward import ForwardCheck
     from fossil_export.verifying._weights import TensorCheck
 
 WIDTH, HEIGHT = 900, 340
@@ -58,12 +59,12 @@ def module_plot(found: ForwardCheck) -> str:
         told = text(f"{error.module}: trainer {number(error.trainer)}, artifact {number(error.artifact)}")
         box = f'x="{x - step / 2:.1f}" y="{TOP}" width="{step:.2f}" height="{floor - TOP}"'
         shapes.append(f'<rect class="hit" {box}><title>{told}</title></rect>')
-    first = ""
+    first, explains = "", "rounding and products of 8 bits explain" if found.noise else "rounding explains"
     if found.first_outside is not None:
         first = f' <span class="wrong">The first module outside it is <code>{text(found.first_outside)}</code>.</span>'
     return (
         "<section><h2>Error by module</h2><figure><figcaption>Relative error of each module's output on the first "
-        f"prompt. The shaded band is what rounding explains: up to {MODULE_FACTOR:g} times the trainer's error plus "
+        f"prompt. The shaded band is what {explains}: up to {MODULE_FACTOR:g} times the trainer's error plus "
         f"<span class='number'>{FLOOR + found.noise:g}</span>.{first}</figcaption>"
         '<div class="legend"><span><i class="t"></i>trainer</span><span><i></i>artifact</span>'
         '<span><i class="b"></i>band</span></div>'

@@ -6,10 +6,10 @@ The page is well-formed XML too, has no script, and follows the reader's light o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from fossil_export.verifying._forward import FACTOR, FLOOR
+from fossil_export.verifying._bounds import FACTOR, FLOOR
 from fossil_export.verifying._markup import number, share_text, text
 from fossil_export.verifying._plots import heat_map, module_plot
 from fossil_export.version import __version__
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 REASONS, WRONG = 20, 50
 """Further reasons and wrong tensors that are listed; of the rest only the number."""
+
+AS_RUN = (
+    " The artifact is judged with products in full precision. As it runs, ONNX Runtime rounds their inputs to 8 bits."
+)
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fbfaf8; --ink: #1c2127; --quiet: #5c646d; --rule: #dedad3;
@@ -141,23 +145,30 @@ def _weights_figures(tensors: Sequence[TensorCheck]) -> str:
 
 
 def _forward_figures(found: ForwardCheck) -> str:
-    def error(name: str, trainer: float, artifact: float, noise: float | None = None) -> list[str]:
+    def error(name: str, of: str, noise: float | None = None) -> list[str]:
+        trainer = getattr(found.trainer, of)
         allowed = number(FACTOR * trainer + FLOOR + noise) if noise is not None else ""
-        return [name, number(trainer), number(artifact), allowed]
+        return [name, number(trainer), number(getattr(found.artifact, of)), allowed, *as_run(of, number)]
+
+    def as_run(of: str, shown: Callable[[float], str]) -> list[str]:
+        return [shown(getattr(found.as_run, of))] if found.as_run is not None else []
 
     trainer, artifact = found.trainer, found.artifact
     same = f"{found.same_continuations} of {found.continuations}" if found.continuations else "none made"
     rows = [
-        error("Relative error, median position", trainer.relative_error, artifact.relative_error, found.noise),
-        error("Relative error, worst tenth", trainer.worst_tenth, artifact.worst_tenth, 2 * found.noise),
-        error("KL divergence, nats", trainer.kl, artifact.kl),
-        ["Same likeliest token", share_text(trainer.top1), share_text(artifact.top1), ""],
-        ["Same continuation as the trainer", "", same, ""],
+        error("Relative error, median position", "relative_error", found.noise),
+        error("Relative error, worst tenth", "worst_tenth", 2 * found.noise),
+        error("KL divergence, nats", "kl"),
+        ["Same likeliest token", share_text(trainer.top1), share_text(artifact.top1), "", *as_run("top1", share_text)],
+        # The continuations are of the artifact as it runs.
+        ["Same continuation as the trainer", "", *([same, ""] if found.as_run is None else ["", "", same])],
     ]
-    table = _table(["Distance from the truth", "Trainer", "Artifact", "Allowed"], rows, numbers=(1, 2, 3))
+    heads = ["Distance from the truth", "Trainer", "Artifact", "Allowed", *as_run("kl", lambda _: "As it runs")]
+    table = _table(heads, rows, numbers=(1, 2, 3, 4))
+    note = "" if found.as_run is None else AS_RUN
     return (
-        f"<section><h2>Logits</h2><p class='quiet'>{found.prompts} prompts on {text(found.device)}. The truth is the "
-        f"unmerged model in {text(found.truth_dtype)}, the trainer the same in {text(found.trainer_dtype)}.</p>"
+        f"<section><h2>Logits</h2><p class='quiet'>{found.asked} on {text(found.device)}. The truth is the "
+        f"unmerged model in {text(found.truth_dtype)}, the trainer the same in {text(found.trainer_dtype)}.{note}</p>"
         f"{table}</section>\n"
     )
 

@@ -14,7 +14,8 @@ from fossil_export.checkpoints._checkpoint import Checkpoint, identity, sha256
 from fossil_export.checkpoints._jsonfile import write_json
 from fossil_export.errors import listed
 from fossil_export.storage import Origin
-from fossil_export.verifying._forward import FACTOR, Distance, ForwardCheck
+from fossil_export.verifying._bounds import FACTOR, Distance
+from fossil_export.verifying._forward import ForwardCheck
 from fossil_export.verifying._opening import open_any
 from fossil_export.verifying._sum import Sum
 from fossil_export.verifying._training import Training
@@ -70,9 +71,13 @@ class Verification:
             ("base", self.base_name),
             ("tensors", None if self.tensors is None else f"{len(self.tensors)} compared"),
             ("update kept", None if self.survived is None else f"{self.survived:.2%}"),
-            ("prompts", None if forward is None else forward.prompts),
+            ("prompts", None if forward is None else forward.asked),
             ("error, trainer", None if forward is None else f"{forward.trainer.relative_error:.2g}"),
             ("error, artifact", None if forward is None else f"{forward.artifact.relative_error:.2g}"),
+            (
+                "error, as it runs",
+                None if forward is None or forward.as_run is None else f"{forward.as_run.relative_error:.2g}",
+            ),
             (
                 "continuations",
                 None if forward is None else f"{forward.same_continuations} of {forward.continuations} the same",
@@ -168,9 +173,11 @@ def certificate(result: Verification) -> dict[str, Any]:
         forward = result.forward
         found["forward"] = {
             "prompts": forward.prompts,
+            "added_prompts": forward.added_prompts,
             "truth": forward.truth_dtype,
             "trainer": {"dtype": forward.trainer_dtype, **_distance(forward.trainer)},
             "artifact": _distance(forward.artifact),
+            **({"as_it_runs": _distance(forward.as_run)} if forward.as_run is not None else {}),
             "allowed_factor": FACTOR,
             "allowed_noise": forward.noise,
             "same_continuations": [forward.same_continuations, forward.continuations],

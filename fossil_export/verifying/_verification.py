@@ -75,7 +75,8 @@ def verify(
         level: "weights" (every tensor, streamed, no model is run), "forward" (logits and continuations against the
             trainer, which needs the extra `peft`) or "all" (default).
         device: Where the forward level runs models: "cpu" (default), "cuda", "cuda:1".
-        prompts: A text file of prompts, one a line. Default: 16 that are built in.
+        prompts: A text file of prompts, one a line. Default: 16 that are built in; they are run too if the file's have
+            fewer positions and the trainer runs in 16 bits.
         report: An HTML file to write. Default: none.
         trained_on: As for `merge`. Default: as the artifact's record says, else as the adapter's files do.
         trust_remote_code: True runs the Python code that a model's config names in its `auto_map`, as transformers does
