@@ -117,6 +117,7 @@ def log_to_stderr(wanted: bool = True) -> None:
     if wanted:
         log.addHandler(_ToStderr())
         log.setLevel(logging.INFO)
+        log.disabled = False  # libraries that configure logging turn off all loggers that are there
 
 
 def _without_queries(record: logging.LogRecord) -> bool:

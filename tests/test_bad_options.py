@@ -49,10 +49,17 @@ def test_paths_that_cannot_be(adapter: Path, tmp_path: Path) -> None:
     refused(run("merge", adapter, "--output", tmp_path / "loop"), "loop")
 
 
-@pytest.mark.parametrize("name", ["~nobody-of-that-name/x", "a\0b", "x" * 300])
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/x", "x" * 300])
 def test_a_base_that_is_only_named_need_not_be_a_path(name: str, adapter: Path, tmp_path: Path) -> None:
     assert run("convert", adapter, "--to", "miss", "--base", name, "--output", tmp_path / "out").exit_code == 0
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == name
+
+
+def test_a_base_with_a_zero_character_is_none(adapter: Path, tmp_path: Path) -> None:
+    refused(
+        run("convert", adapter, "--to", "miss", "--base", "a\0b", "--output", tmp_path / "out"),
+        "holds a zero character",
+    )
 
 
 def test_device_that_is_not_here(adapter: Path, tmp_path: Path) -> None:

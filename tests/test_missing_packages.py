@@ -159,6 +159,7 @@ def test_the_command_installs_into_this_environment(
     mark: str | None, there: tuple[str, ...], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only(monkeypatch, *there)
+    monkeypatch.setattr(_extras, "_is_pip_here", lambda: "pip" in there)
     (tmp_path / "bin").mkdir()
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     monkeypatch.setattr(sys, "executable", f"{tmp_path}/bin/python")

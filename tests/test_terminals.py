@@ -131,7 +131,11 @@ def test_quiet_draws_no_bar_on_a_terminal(place: str, adapter: Path) -> None:
     assert on_a_terminal(f"import sys\nfrom fossil_export._start import main\nsys.argv[1:] = {given!r}\nmain()") == ""
 
 
-def test_verbose_says_what_is_done_and_costs_nothing_otherwise(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_verbose_says_what_is_done_and_costs_nothing_otherwise(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logging.getLogger("fossil_export").disabled = True  # as libraries do that configure logging
+    monkeypatch.setattr(logging.root.manager, "disable", 0)  # which a test before may have changed
     done = run("merge", "--verbose", adapter, "-o", tmp_path / "merged", "--json")
     assert done.exit_code == 0 and json.loads(done.stdout)
     for said in (
