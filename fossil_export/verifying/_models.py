@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fossil_export._extras import FORWARD, require, required
 from fossil_export._foreign import load_model, load_tokenizer, model_class, read_config
 from fossil_export._libraries import tame_bitsandbytes, without_panics
+from fossil_export._progress import begin
 from fossil_export._spellings import cuda_missing
 from fossil_export._threads import import_torch
 from fossil_export.errors import FossilExportError
@@ -156,6 +157,7 @@ def check_device(device: str) -> None:
 def libraries() -> None:
     """Raise MissingExtraError unless what the forward level needs is installed."""
     require("the forward level", FORWARD)
+    begin("loading PyTorch")  # seconds, in which nothing else would be told
     import_torch()
     tame_bitsandbytes()
     for package in FORWARD.modules:
