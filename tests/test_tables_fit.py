@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import QV, make_adapter, make_base
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fossil_export.tables._fitting import GAP, fitted, hanging
@@ -54,6 +54,8 @@ def test_plans_and_inspections_keep_within_80_columns(tmp_path: Path) -> None:
         assert max(map(len, narrow[: narrow.index("")])) <= 44
 
 
+@example([("_____________", "", "0")], 30)
+@example([("a... _b./_/, ////////////", "...., , ,_____", "0")], 30)
 @given(st.lists(st.tuples(CELL, CELL, st.integers(0, 99999).map(str)), max_size=4), st.integers(30, 120))
 def test_a_folded_table_says_all_that_the_whole_one_says(rows: list[tuple[str, ...]], most: int) -> None:
     header = ("name", "what is done", "bytes")

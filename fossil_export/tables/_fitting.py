@@ -52,8 +52,9 @@ def fitted(header: Row, rows: Sequence[Row], most: int | None, less: Sequence[st
         while places and _total(widths) > most:
             place = max(places, key=lambda one: widths[one] - width(header[one]))
             if widths[place] <= max(NARROWEST, width(header[place])):
-                break
-            widths[place] -= 1
+                places.remove(place)
+            else:
+                widths[place] -= 1
     lines: list[Row] = []
     for row in found:
         cells = [_folded(cell, wide) for cell, wide in zip(row, widths, strict=True)]
@@ -83,7 +84,7 @@ def _folded(cell: str, most: int) -> list[str]:
     """Broken after dots, slashes, commas and spaces, the following lines two to the right."""
     if width(cell) <= most:
         return [cell]
-    return _packed(re.findall(r"[^./, _]*[./, _]+|[^./, _]+", cell), most, "  ")
+    return _packed(re.findall(r"[^./, _]*(?:[./,_] *| +)|[^./, _]+", cell), most, "  ")
 
 
 def _packed(pieces: Sequence[str], most: int, indent: str) -> list[str]:
