@@ -28,7 +28,7 @@ class C3a(Base):
     def read(self, config: Mapping[str, Any], module: str, shapes: Shapes, where: str) -> Numbers | None:
         if len(shapes["w"]) != 3:
             raise AdapterError(f"{where} should be (out/b, in/b, b); save the adapter again")
-        said = of_pattern(config.get("block_size_pattern"), module, config["block_size"], shapes["w"][2])
+        said = of_pattern(config, "block_size_pattern", module, config["block_size"], where, shapes["w"][2])
         if said != shapes["w"][2]:
             raise AdapterError(f"{where} has blocks of {shapes['w'][2]}, but the config says block_size={said}")
         return {"r": said}

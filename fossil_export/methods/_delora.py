@@ -36,7 +36,7 @@ class Delora(Base):
         fits = len(down) == 2 == len(up) and up[1] == down[0] and shapes["w"] == down[1:]
         if not fits or shapes["l"] != (1,):
             raise AdapterError(f"{where}: these do not go together; save the adapter again")
-        said = of_pattern(config.get("rank_pattern"), module, config["r"], down[0])
+        said = of_pattern(config, "rank_pattern", module, config["r"], where, down[0])
         if said != down[0]:
             raise AdapterError(f"{where} has rank {down[0]}, but the config says r={said}; mend the config")
         return {"r": down[0]}

@@ -39,7 +39,7 @@ class Fourierft(Base):
     def read(self, config: Mapping[str, Any], module: str, shapes: Shapes, where: str) -> Numbers | None:
         if len(shapes["c"]) != 1:
             raise AdapterError(f"{where} is no vector; save the adapter again")
-        said = of_pattern(config.get("n_frequency_pattern"), module, config["n_frequency"], shapes["c"][0])
+        said = of_pattern(config, "n_frequency_pattern", module, config["n_frequency"], where, shapes["c"][0])
         if said != shapes["c"][0]:
             raise AdapterError(f"{where} has {shapes['c'][0]} values, but the config says n_frequency={said}")
         require(f"{where}: drawing its frequencies", need("torch"))

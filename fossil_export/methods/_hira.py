@@ -37,7 +37,7 @@ class Hira(Base):
             raise AdapterError(f"{where} is of a convolution, which fossil-export does not merge; merge it with PEFT")
         if up[1] != down[0]:
             raise AdapterError(f"{where}: the two do not go together; save the adapter again")
-        said = of_pattern(config.get("rank_pattern"), module, config["r"], down[0])
+        said = of_pattern(config, "rank_pattern", module, config["r"], where, down[0])
         if down[0] not in (said, config["r"]):  # PEFT up to 0.21 gives every module the rank r
             raise AdapterError(f"{where} has rank {down[0]}, but the config says r={said}; mend the config")
         return {"r": down[0]}

@@ -118,9 +118,8 @@ def rank_and_scale(config: Mapping[str, Any], module: str, where: str, rank: int
 
     Source: `_create_and_replace` in peft/tuners/{loha,lokr}/model.py.
     """
-    pattern = config.get("rank_pattern")
-    said = of_pattern(pattern, module, config.get("r", LYCORIS["r"].default), rank)
-    if rank is None and len(set(matching(pattern, module).values())) > 1:
+    said = of_pattern(config, "rank_pattern", module, config.get("r", LYCORIS["r"].default), where, rank)
+    if rank is None and len(set(matching(config, "rank_pattern", module, where).values())) > 1:
         raise AdapterError(
             f"{where}: rank_pattern has several values for it, and its tensors do not tell which; training took the "
             "first, but PEFT sorts them when it saves; keep the one it was trained with"

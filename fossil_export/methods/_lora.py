@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from fossil_export._patterns import PatternError, pattern_of
+from fossil_export._patterns import Pattern, PatternError, pattern_of
 from fossil_export.errors import AdapterError
 from fossil_export.methods._base import Base, needs
 from fossil_export.methods._low_rank import LowRank
@@ -154,7 +154,7 @@ def scaled(config: Mapping[str, Any], module: str, rank: int, where: str) -> Num
 
     Source: `_create_and_replace` in peft/tuners/lora/model.py.
     """
-    said = of_pattern(config.get("rank_pattern"), module, config["r"], rank)
+    said = of_pattern(config, "rank_pattern", module, config["r"], where, rank)
     if said != rank:
         raise AdapterError(f"{where} has rank {rank}, but the config says r={said}; mend the config")
     alpha = alpha_of(config, module, config.get("lora_alpha", FIELDS["lora_alpha"].default), where)
@@ -166,7 +166,7 @@ def alpha_of(config: Mapping[str, Any], module: str, otherwise: Any, where: str)
 
     Training took the first of them, but `save_pretrained` in peft/config.py sorts them, and no shape tells an alpha.
     """
-    found = matching(config.get("alpha_pattern"), module)
+    found = matching(config, "alpha_pattern", module, where)
     if len(set(found.values())) > 1:
         several = ", ".join(f"{key!r}: {value}" for key, value in found.items())
         raise AdapterError(
@@ -176,53 +176,74 @@ def alpha_of(config: Mapping[str, Any], module: str, otherwise: Any, where: str)
     return next(iter(found.values()), otherwise)
 
 
-def of_pattern(pattern: Mapping[str, Any] | None, module: str, otherwise: Any, told: int | None = None) -> Any:
+def of_pattern(
+    config: Mapping[str, Any], field: str, module: str, otherwise: Any, where: str, told: int | None = None
+) -> Any:
     """The value of the first key that matches a module's name or its end (`get_pattern_key` in peft/utils/other.py).
 
     Of several it is the one that the tensors have `told`, as PEFT sorts the keys when it saves them.
     """
-    values = list(matching(pattern, module).values())
+    values = list(matching(config, field, module, where).values())
     return told if told in values else next(iter(values), otherwise)
 
 
-def matching(pattern: Mapping[str, Any] | None, module: str) -> dict[str, Any]:
-    """The keys that match a module's name or its end, and their values."""
+def matching(config: Mapping[str, Any], field: str, module: str, where: str) -> dict[str, Any]:
+    """The keys of a field that match a module's name or its end, and their values."""
+    pattern: Mapping[str, Any] | None = config.get(field)
     if not pattern:
         return {}
     keys = _keys_of(pattern) if len(pattern) > _FEW and "\n" not in module else None
     found = {}
     for key in pattern if keys is None else keys.candidates(module):
         try:
-            if pattern_of(key, r"(.*\.)?(", ")$").match(module) is not None:
+            one = pattern_of(key, *_AROUND) if keys is None else keys.pattern(key)
+            if one.match(module) is not None:
                 found[key] = pattern[key]
         except PatternError as problem:
-            raise AdapterError(f"{key!r}, in a pattern of the config, {problem}") from problem
+            raise AdapterError(f"{where}: the config's {field}: {key!r} {problem}") from problem
     return found
 
+
+_AROUND = r"(.*\.)?(", ")$"
 
 _FEW = 16
 # Keys that are tried one by one.
 
-_PLAIN = re.compile(r"[\w.]+", re.ASCII)
+_DOT = "\0"
+# Stands for a dot that is meant as one.
+
+_PLAIN = re.compile(rf"[\w.{_DOT}]+", re.ASCII)
 
 
 class _Keys:
     """Keys of a pattern, one for each module perhaps: those of letters and dots are found by what they are.
 
-    A dot stands for any character, so they are looked up with the dots that they have, by where these are.
+    A dot stands for any character, so they are looked up with the dots that they have, by where these are; but for
+    those that are escaped. What is found may match, and all that matches is found.
     """
 
     def __init__(self, keys: tuple[Any, ...]) -> None:
         self._keys = keys
-        self._others = [at for at, key in enumerate(keys) if not isinstance(key, str) or not _PLAIN.fullmatch(key)]
-        self._plain: dict[tuple[int, ...], dict[str, int]] = {}
+        self._compiled: dict[Any, Pattern] = {}  # more of them than are kept for all
+        self._others: list[int] = []
+        self._plain: dict[tuple[int, ...], dict[str, list[int]]] = {}
         for at, key in enumerate(keys):
-            if isinstance(key, str) and _PLAIN.fullmatch(key):
-                dots = tuple(number - len(key) for number, letter in enumerate(key) if letter == ".")
-                self._plain.setdefault((-len(key), *dots), {})[key] = at
+            plain = key.removeprefix("^").replace(r"\.", _DOT) if isinstance(key, str) and _DOT not in key else ""
+            if _PLAIN.fullmatch(plain):
+                dots = tuple(number - len(plain) for number, letter in enumerate(plain) if letter == ".")
+                own = self._plain.setdefault((-len(plain), *dots), {})
+                own.setdefault(plain.replace(_DOT, "."), []).append(at)
+            else:
+                self._others.append(at)
 
     def __len__(self) -> int:
         return len(self._keys)
+
+    def pattern(self, key: Any) -> Pattern:
+        """The pattern that one of them is. Raises PatternError if it is none."""
+        if key not in self._compiled:
+            self._compiled[key] = Pattern(key, *_AROUND)
+        return self._compiled[key]
 
     def candidates(self, module: str) -> list[Any]:
         """Those that may match, in their order."""
@@ -233,9 +254,7 @@ class _Keys:
             letters = list(module[start:])
             for dot in dots:
                 letters[dot] = "."
-            at = keys.get("".join(letters))
-            if at is not None:
-                found.append(at)
+            found += keys.get("".join(letters), ())
         return [self._keys[at] for at in sorted(found)]
 
 

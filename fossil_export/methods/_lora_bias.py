@@ -26,7 +26,7 @@ class LoraBias(Base):
             raise AdapterError(f"{where} is no vector; save the adapter again")
         if not config.get("lora_bias"):
             raise AdapterError(f"{where} is there, but the config does not say lora_bias; mend the config")
-        rank = lora.of_pattern(config.get("rank_pattern"), module, config["r"])
+        rank = lora.of_pattern(config, "rank_pattern", module, config["r"], where)
         return lora.scaled(config, module, rank, where)
 
     def dimensions(self, shapes: Shapes) -> int:

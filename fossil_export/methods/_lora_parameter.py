@@ -42,7 +42,7 @@ class LoraParameter(Base):
         down, up = shapes["A"], shapes["B"]
         if len(down) != 2 or len(up) != 2 or up[1] != down[0]:
             raise AdapterError(f"{where}: the two do not go together; save the adapter again")
-        rank = lora.of_pattern(config.get("rank_pattern"), module, config["r"])
+        rank = lora.of_pattern(config, "rank_pattern", module, config["r"], where)
         if not isinstance(rank, int) or rank < 1 or down[0] % rank:
             raise AdapterError(f"{where}: has {down[0]} rows, no multiple of r={rank} of the config; save it again")
         return {**lora.scaled(config, module, rank, where), "experts": down[0] // rank}
