@@ -78,6 +78,9 @@ def test_bad_arguments(bf16: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(FossilExportError, match=message):
             verify(bf16, **options)  # type: ignore[arg-type]
+    (alone := tmp_path / "other.onnx_adapter").touch()
+    with pytest.raises(FossilExportError, match="is an adapter alone; name the swappable folder"):
+        verify(alone)
     (bf16 / "fossil_export.json").unlink()
     with pytest.raises(FossilExportError, match="name it with --adapter"):
         verify(bf16)

@@ -116,7 +116,7 @@ def print_push_plan(plan: PushPlan) -> None:
     for key in ("base_model", "base_model_relation", "license", "pipeline_tag", "library_name", "tags"):
         value = plan.card.get(key)
         pairs += [(key, ", ".join(map(str, value)) if isinstance(value, list) else str(value))] if value else []
-    pairs += [("not checked", line) for line in plan.unchecked]
+    pairs += [("hub", line) for line in plan.unchecked]
     print_pairs(pairs)
 
 

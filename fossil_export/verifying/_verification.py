@@ -143,6 +143,8 @@ def _verified(
         held = f" (only {listed(names)})" if names else ""
         raise CheckpointError(f"{folder}: holds no model, LoRA or ONNX graph{held}; name what is to be verified")
     if kind_of_file(folder) is None and not folder.is_dir():
+        if folder.suffix == ".onnx_adapter":
+            raise CheckpointError(f"{folder}: is an adapter alone; name the swappable folder that was made with it")
         raise CheckpointError(f"{folder}: is no model folder; name the folder that the file lies in")
     record = _read_record(folder)
     found = open_any(folder, origin.folder if in_place else None)
