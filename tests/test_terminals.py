@@ -144,7 +144,7 @@ def test_verbose_says_what_is_done_and_costs_nothing_otherwise(
         "numpy ", "those of LlamaForCausalLM in transformers", "threads", "wrote model-", "computes with",
     ):  # fmt: skip
         assert said in done.stderr, said
-    assert all(re.match(r"\[ +\d+\.\d\d s\] ", line) for line in done.stderr.splitlines())
+    assert all(re.match(r"\[ *\d+\.\d\d s\] ", line) for line in done.stderr.splitlines())
     assert run("inspect", adapter).stderr == ""
     said = run("verify", tmp_path / "merged", "--level", "weights", "-v").stderr
     assert "artifact " in said and "compared the weights" in said
