@@ -181,8 +181,12 @@ def _gemm(value: Any) -> Any:
 def _parameters(path: Path) -> Mapping[str, Array]:
     ort = required("onnxruntime")
     try:
-        found = ort.AdapterFormat.read_adapter(str(path)).get_parameters()
-        # Copied: the arrays look into memory that goes with `found`.
-        return {name: np.array(value.numpy()) for name, value in found.items()}
+        adapter = ort.AdapterFormat.read_adapter(str(path))
+        # Copied: the arrays look into memory that goes with `adapter`.
+        return {name: np.array(value.numpy()) for name, value in adapter.get_parameters().items()}
     except Exception as problem:  # ONNX Runtime's own classes
-        raise OnnxError(f"{path}: cannot be read; export the folder again") from problem
+        reason = next(iter(str(problem).splitlines()), type(problem).__name__)[-200:]
+        raise OnnxError(
+            f"{path}: ONNX Runtime {ort.__version__} cannot read it ({reason}); export the folder again, or install a "
+            "newer ONNX Runtime"
+        ) from problem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,7 +188,14 @@ class Editor:
         if repack:
             for value in self.graph.initializers.values():
                 value.const_value = _told(unguarded(value.const_value))
-            _save(self.model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
+            # Beside what it is made from: onnx_ir before 1.1 writes to the very file, which would be read meanwhile.
+            data = path.with_name(f"{path.name}.data")
+            with tempfile.TemporaryDirectory(dir=path.parent) as place:
+                new = Path(place, path.name)
+                _save(self.model, new, external_data=data.name, size_threshold_bytes=1024)
+                if (made := new.with_name(data.name)).exists():
+                    made.replace(data)
+                new.replace(path)
             return
         large = [value for value in self._large if value.name in self.graph.initializers]
         if large:
