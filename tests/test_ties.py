@@ -302,11 +302,12 @@ def test_a_resized_vocabulary_whose_bias_peft_does_not_save(
     assert not any(report.values()), report
 
 
-@pytest.mark.parametrize("named", [..., None, []])
-def test_a_config_that_names_no_class(named: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("resize", [None, 128])
+@pytest.mark.parametrize("named", [..., None, [], [None, 5, {}, ["LlamaForCausalLM"]]])
+def test_a_config_that_names_no_class(named: Any, resize: int | None, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     edit_json(base / "config.json", architectures=named)
-    live = make_adapter(tmp_path / "adapter", base, task_type="CAUSAL_LM", modules_to_save=["lm_head"])
+    live = make_adapter(tmp_path / "adapter", base, task_type="CAUSAL_LM", modules_to_save=["lm_head"], resize=resize)
     merge(tmp_path / "adapter", tmp_path / "merged")
     agrees(tmp_path / "merged", LlamaForCausalLM, live)
 
