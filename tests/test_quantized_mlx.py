@@ -154,7 +154,7 @@ EDGES = [
     *([0] * 32, [1e-9] * 32, [0.5] * 32, [*range(-15, 1)] * 2, [*range(-1, 15)] * 2, [-1, 1.25] * 16),
     [-7.5, 7.5, 0, 1] * 8,
 ]
-"""Groups without a width, from zero down, mostly above it, whose scale is not their width's, and as far to both sides."""
+"""Groups without a width, below zero, mostly above it, whose scale is not their width's, and as far to both sides."""
 
 
 def test_groups_at_the_edges_are_written_as_mlx_0_32_writes_them(tmp_path: Path) -> None:

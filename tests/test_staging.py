@@ -164,7 +164,9 @@ def test_folder_that_appears_meanwhile_is_not_replaced(adapter: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_a_result_that_appears_meanwhile_is_replaced_only_if_that_was_asked_for(overwrite: bool, tmp_path: Path) -> None:
+def test_a_result_that_appears_meanwhile_is_replaced_only_if_that_was_asked_for(
+    overwrite: bool, tmp_path: Path
+) -> None:
     def write() -> None:
         with staging.staged_folder(tmp_path / "out", 0, overwrite) as folder:
             (folder / "new").touch()
