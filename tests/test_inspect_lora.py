@@ -53,7 +53,7 @@ def test_every_update_is_as_large_as_pefts(name: str, dtype: torch.dtype, tmp_pa
         assert size.ratio == pytest.approx(float(change / torch.linalg.norm(before)), rel=1e-5) and size.share == 1
 
 
-def test_conv1d_and_a_head_that_comes_whole(tmp_path: Path) -> None:
+def test_conv1d_and_a_head_that_comes_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = GPT2Config(vocab_size=80, n_positions=32, n_embd=16, n_layer=2, n_head=2)
     base = tmp_path / "base"
     GPT2LMHeadModel(config).save_pretrained(base)
@@ -67,11 +67,14 @@ def test_conv1d_and_a_head_that_comes_whole(tmp_path: Path) -> None:
     found = inspect(tmp_path / "saved")
     before = weights(llama)["lm_head.weight"]
     after = weights(tmp_path / "saved")["base_model.model.lm_head.weight"]
-    assert found.sizes["lm_head.weight"].ratio == pytest.approx(
-        float((after - before).norm() / before.norm()), rel=1e-5
-    )
-    (whole,) = (kind for kind in found.kinds if kind.method == "whole")
-    assert whole.name == whole.tensor == "lm_head.weight" and len(whole.ratios) == 1
+    whole = found.sizes["lm_head.weight"]
+    assert whole.share == 1 and whole.update == pytest.approx(float((after - before).norm()), rel=1e-5)
+    assert whole.weight == pytest.approx(float(before.norm()), rel=1e-5)
+    (kind,) = (kind for kind in found.kinds if kind.method == "whole")
+    assert kind.name == kind.tensor == "lm_head.weight" and list(kind.ratios) == [whole.ratio]
+    monkeypatch.setattr(sizes_module, "LIMIT", 8 * 48 * 4)
+    part = inspect(tmp_path / "saved").sizes["lm_head.weight"]
+    assert part.share == 8 / 120 and part.ratio == pytest.approx(whole.ratio, rel=0.1)
 
 
 def test_kinds_in_the_table_and_as_json(tmp_path: Path) -> None:

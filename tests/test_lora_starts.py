@@ -160,6 +160,24 @@ def test_any_shape_rank_and_dtype_is_the_live_layer(case: tuple[str, str, tuple[
         assert (np.abs(out - want.numpy()) <= 2 * bound + np.abs(exact) * 2.0**-23).all()
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_where_it_is_known_to_the_bit_what_it_began_from_the_check_is_that_of_a_lora_of_it(start: str) -> None:
+    """But for a value that float32's sums may bring over a power of two, beyond which its steps are wider."""
+    weight = np.diag([8.0, 3.0, 0.75, 0.3125])
+    numbers = {"r": 1, "scale": 2.0, "dtype": "F32", "brought": False, "transposed": False}
+    arrays = {"A": np.array([[1 - 2.0**-30, 0.3, -0.7, 1.9]]), "B": np.array([[1.1], [0.5], [-0.6], [0.01]])}
+    found, wanted = np.empty((4, 4)), np.empty((4, 4))
+    bound = EXACT[start].rebuild(weight, arrays, numbers, found)
+    # Without the largest singular value; of a diagonal matrix Q is the unit one, and s times the first row goes.
+    began = weight - np.diag([8.0 if start == "pissa" else 16.0, 0, 0, 0])
+    of_lora = EXACT["lora"].rebuild(began, arrays, numbers, wanted)
+    assert bound is not None and of_lora is not None
+    assert np.array_equal(found, wanted) and found[1, 0] == 1 - 2.0**-30
+    assert bound[1, 0] == 3 * of_lora[1, 0]
+    bound[1, 0] = of_lora[1, 0]
+    assert np.array_equal(bound, of_lora)
+
+
 @pytest.mark.parametrize("start", list(STARTS))
 def test_one_wrong_bit_is_found(start: str, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", torch.bfloat16)

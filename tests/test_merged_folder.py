@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import make_adapter, make_base, weights
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import fossil_export
@@ -181,6 +182,16 @@ def test_stale_weights_stay_behind_and_everything_else_comes(base: Path, adapter
     names = contents(tmp_path / "merged").keys()
     assert names >= set(kept) and not names & {*stale, *hidden, "consolidated.safetensors", "fossil_parity.json"}
     assert set(result.plan.left_behind) == {*stale, "consolidated.safetensors", "fossil_parity.json"}
+
+
+def test_what_the_result_has_is_not_said_to_be_left_behind(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """One file of a base that has others, cut anew: the index of the others is no part of it, and its own has the
+    name."""
+    save_file(weights(base), base / "other.safetensors", {"format": "pt"})
+    result = merge(adapter, tmp_path / "cut", base=base / "other.safetensors", max_shard_size="100KB")
+    written = contents(tmp_path / "cut").keys()
+    stale = {path.name for path in base.glob("model*")} - written
+    assert "model.safetensors.index.json" in written and set(result.plan.left_behind) == stale
 
 
 def test_links_within_the_folder_come_as_files(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -309,6 +310,31 @@ def test_every_power_of_two(tmp_path: Path) -> None:
     codes, grid = fp8_codes(5, 51), torch.arange(255, dtype=torch.uint8).reshape(5, 51)
     opened = checkpoint(tmp_path, {WEIGHT: codes, SCALE: grid}, SETTINGS | {"weight_block_size": [1, 1]}, "float32")
     assert same(values(opened, WEIGHT), OWNER._dequantize_one(codes, grid, torch.float32))
+
+
+@pytest.mark.parametrize(
+    "config, dtype",
+    [
+        ({}, torch.bfloat16),
+        ({"text_config": {"dtype": "float16"}, "vision_config": {}}, torch.float16),
+        ({"torch_dtype": "float32", "text_config": {"torch_dtype": "float16"}}, torch.float32),
+    ],
+)
+def test_the_dtype_may_stand_in_a_part_of_the_config_or_nowhere(
+    config: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    opened = checkpoint(tmp_path, {WEIGHT: CODES, SCALE: GRID}, SETTINGS, None, **config)
+    assert same(values(opened, WEIGHT), OWNER._dequantize_one(CODES, GRID, dtype))
+
+
+@pytest.mark.parametrize(
+    "key", [3, slice(1, 7, 3), slice(None, None, -1), slice(-2, None), slice(5, 2), [6, 0, 6], (slice(2, 4), slice(3))]
+)
+def test_rows_are_had_as_those_of_an_array(key: Any, tmp_path: Path) -> None:
+    opened = checkpoint(tmp_path, {WEIGHT: CODES, SCALE: GRID}, SETTINGS, "float32")
+    rows = read_rows(opened.tensors[WEIGHT], 0, 8, partial(view_rows, opened.home))
+    truth = OWNER._dequantize_one(CODES, GRID, torch.float32).numpy()[key]
+    assert np.array_equal(rows[key], truth)
 
 
 def test_only_scales_of_activations_and_caches_are_passed_over(tmp_path: Path) -> None:

@@ -150,6 +150,25 @@ def test_any_weight_has_the_bits_of_mlx(
     assert_written(values, tensors, folder)
 
 
+EDGES = [
+    *([0] * 32, [1e-9] * 32, [0.5] * 32, [*range(-15, 1)] * 2, [*range(-1, 15)] * 2, [-1, 1.25] * 16),
+    [-7.5, 7.5, 0, 1] * 8,
+]
+"""Groups without a width, below zero, mostly above it, whose scale is not their width's, and as far to both sides."""
+
+
+def test_groups_at_the_edges_are_written_as_mlx_0_32_writes_them(tmp_path: Path) -> None:
+    tiny = -float(np.float32(1e-7))
+    codes = [*[[0] * 32] * 3, [*range(16)] * 2, [*range(15, -1, -1)] * 2, [14, 0] * 16, [15, 0, 8, 7] * 8]
+    tensors = {
+        "weight": packed(np.array(codes), 4),
+        "scales": torch.tensor([[tiny], [tiny], [tiny], [1], [-1], [-0.15625], [-0.9375]]),
+        "biases": torch.tensor([[0], [0], [0.5], [-15], [14], [1.25], [7.5]]),
+    }
+    read(tensors, tmp_path, bits=4, group_size=32)
+    assert_written(torch.tensor(EDGES), tensors, tmp_path)
+
+
 @settings(max_examples=20, deadline=None)
 @given(**{**SHAPES, "bits": st.sampled_from([2, 4, 8])})
 def test_weights_for_metal_have_the_bits_of_transformers(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,39 @@ def test_what_any_order_of_float32_sums_gives_is_right(name: str, seed: int, mad
 
     found = verified(case, rewritten(case, merged, tmp_path / "noisy", change))
     assert found.parity, found.problems
+
+
+def test_a_value_halfway_between_two_codes_may_be_either_one(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the last row of a wide weight, which is looked at in pieces; the whole update is half a step."""
+    monkeypatch.setattr("fossil_export.verifying._nearby.BLOCK", 1 << 12)
+    whole, _ = made("packed")
+    module = "model.layers.1.mlp.down_proj"
+    stored = load_file(whole.quantized / WEIGHTS)
+    pairs = stored[f"{module}.weight_packed"][-1].view(torch.uint8)
+    codes = torch.stack([pairs & 15, pairs >> 4], 1).flatten()
+    exact = torch.isin(codes, torch.tensor([4, 6, 7, 8, 9, 10]))  # in bfloat16, that is; 8 is zero
+    column = int(exact.nonzero()[-1])
+    case = replace(whole, adapter=shutil.copytree(whole.adapter, tmp_path / "adapter"))
+    path = case.adapter / "adapter_model.safetensors"
+    update = {name: torch.zeros_like(value) for name, value in load_file(path).items()}
+    update[f"base_model.model.{module}.lora_A.weight"][0, column] = 1
+    half_a_step = stored[f"{module}.weight_scale"][-1, column // 64] / 2
+    update[f"base_model.model.{module}.lora_B.weight"][-1, 0] = half_a_step / 2  # alpha is twice the rank
+    save_file(update, path, {"format": "pt"})
+    merge(case, tmp_path / "merged")
+    low, high = (int(codes[column]) + up << 4 * (column % 2) for up in (0, 1))
+
+    def with_code(code: int) -> Path:
+        def change(tensors: Tensors) -> None:
+            found = tensors[f"{module}.weight_packed"][-1].view(torch.uint8)
+            found[column // 2] = (found[column // 2] & (0xF0, 0x0F)[column % 2]) | code
+
+        return rewritten(case, tmp_path / "merged", tmp_path / f"with{code}", change)
+
+    assert verified(case, with_code(low)).parity and verified(case, with_code(high)).parity
+    assert not verified(case, with_code(low ^ 1 << 4 * (column % 2) + 1)).parity
 
 
 def test_the_device_and_pieces_do_not_show(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

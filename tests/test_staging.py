@@ -122,7 +122,7 @@ def test_no_permission() -> None:
     script = (
         "import os, sys, pathlib; from fossil_export.writing._staging import staged_folder\n"
         "os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)\n"
-        "with staged_folder(pathlib.Path(sys.argv[1]), 0): pass"
+        "with staged_folder(pathlib.Path(sys.argv[1]), 0, False): pass"
     )
     with tempfile.TemporaryDirectory() as locked:
         Path(locked).chmod(0o755)
@@ -163,10 +163,29 @@ def test_folder_that_appears_meanwhile_is_not_replaced(adapter: Path, tmp_path: 
         shutil.rmtree(tmp_path / "merged")
 
 
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_result_that_appears_meanwhile_is_replaced_only_if_that_was_asked_for(
+    overwrite: bool, tmp_path: Path
+) -> None:
+    def write() -> None:
+        with staging.staged_folder(tmp_path / "out", 0, overwrite) as folder:
+            (folder / "new").touch()
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / staging.PROVENANCE).touch()
+
+    if overwrite:
+        write()
+    else:
+        with pytest.raises(FossilExportError, match="cannot be put in place"):
+            write()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new" if overwrite else staging.PROVENANCE]
+    assert left(tmp_path) == ["out"]
+
+
 def test_folder_set_aside_by_a_killed_overwrite_comes_back(adapter: Path, tmp_path: Path) -> None:
     merge(adapter, tmp_path / "merged")
     (tmp_path / "merged").rename(tmp_path / ".merged.replaced-00000000")
-    with pytest.raises(FossilExportError, match="not finished"), staging.staged_folder(tmp_path / "merged", 0):
+    with pytest.raises(FossilExportError, match="not finished"), staging.staged_folder(tmp_path / "merged", 0, False):
         raise FossilExportError("not finished")
     assert left(tmp_path) == ["merged"]
     assert json.loads((tmp_path / "merged" / "fossil_export.json").read_text())["artifact"] == "merged"

@@ -19,6 +19,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
@@ -170,6 +172,34 @@ def test_labels_under_another_name_are_held_against_the_class(bert: Path, tmp_pa
         merge(tmp_path / "adapter", tmp_path / "not")
 
 
+def test_of_two_heads_for_the_labels_the_one_that_was_not_saved_must_fit_too(tmp_path: Path) -> None:
+    config = DeiTConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    kind = DeiTForImageClassificationWithTeacher
+    kind(config).save_pretrained(tmp_path / "base")
+    for saved in (["cls_classifier", "distillation_classifier"], ["cls_classifier"]):
+        live = kind.from_pretrained(tmp_path / "base", num_labels=5, ignore_mismatched_sizes=True)
+        live = get_peft_model(live, MissConfig(r=4, target_modules=["q_proj"], modules_to_save=saved))
+        live.save_pretrained(tmp_path / f"adapter{len(saved)}")
+    merge(tmp_path / "adapter2", tmp_path / "merged")
+    _, report = kind.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(report.values()), report
+    with pytest.raises(
+        FossilExportError, match=r"distillation_classifier.bias has shape \[2\], .* has \[5\], and 1 more"
+    ):
+        merge(tmp_path / "adapter1", tmp_path / "not")
+
+
+def test_what_did_not_fit_the_config_before_is_not_the_merges_fault(bert: Path, tmp_path: Path) -> None:
+    options = {"r": 4, "target_modules": ["query"], "task_type": "SEQ_CLS", "modules_to_save": ["classifier", "pooler"]}
+    make_adapter(tmp_path / "adapter", bert, model_class=BertForSequenceClassification, **options)
+    name = "bert.embeddings.position_embeddings.weight"
+    save_file({**weights(bert), name: torch.ones(40, 32)}, bert / "model.safetensors", {"format": "pt"})
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    assert weights(tmp_path / "merged")[name].shape == (40, 32)
+
+
 def test_an_old_config_without_a_model_type(bert: Path, tmp_path: Path) -> None:
     live = make_adapter(
         tmp_path / "adapter", bert, r=4, target_modules=["query", "decoder"], model_class=BertForMaskedLM
@@ -302,11 +332,12 @@ def test_a_resized_vocabulary_whose_bias_peft_does_not_save(
     assert not any(report.values()), report
 
 
-@pytest.mark.parametrize("named", [..., None, []])
-def test_a_config_that_names_no_class(named: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("resize", [None, 128])
+@pytest.mark.parametrize("named", [..., None, [], [None, 5, {}, ["LlamaForCausalLM"]]])
+def test_a_config_that_names_no_class(named: Any, resize: int | None, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     edit_json(base / "config.json", architectures=named)
-    live = make_adapter(tmp_path / "adapter", base, task_type="CAUSAL_LM", modules_to_save=["lm_head"])
+    live = make_adapter(tmp_path / "adapter", base, task_type="CAUSAL_LM", modules_to_save=["lm_head"], resize=resize)
     merge(tmp_path / "adapter", tmp_path / "merged")
     agrees(tmp_path / "merged", LlamaForCausalLM, live)
 

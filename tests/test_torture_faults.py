@@ -101,7 +101,7 @@ def test_folder_that_cannot_be_synced(code: int, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(staging, "sync", sync)
     try:
-        with staged_folder(tmp_path / "out", 0) as folder:
+        with staged_folder(tmp_path / "out", 0, overwrite=False) as folder:
             (folder / "x").write_text("x")
     except OutputError as problem:
         assert code == errno.EIO

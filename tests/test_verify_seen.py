@@ -117,6 +117,24 @@ def test_a_disk_that_is_too_small_is_told_at_once(fp8: Path, temporary: Path, mo
     assert list(temporary.iterdir()) == []
 
 
+def test_the_room_for_the_copy_is_that_of_its_weights_and_the_files_beside_them(
+    fp8: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (fp8 / "quantized" / "tokenizer.json").write_bytes(b" " * 1_000_000)
+    base = open_checkpoint(fp8 / "quantized")
+    with plain_base(base) as plain:
+        assert plain.folder is not None
+        files = [*plain.folder.glob("*.safetensors"), *(fp8 / "quantized").glob("*.json")]
+        needed = sum(path.stat().st_size for path in files)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 30, 1 << 20, needed))
+    with plain_base(base) as plain:
+        assert plain is not base
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 30, 1 << 20, needed - 1))
+    with pytest.raises(FossilExportError, match=f"take {needed:,} bytes, .* has {needed - 1:,} free"), plain_base(base):
+        pass
+
+
 def test_what_is_wrong_with_the_base_is_told_by_its_own_path(fp8: Path) -> None:
     with pytest.raises(FossilExportError) as error, plain_base(open_checkpoint(fp8 / "quantized")) as plain:
         raise FossilExportError(f"{plain.location}: no")

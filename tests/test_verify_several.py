@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,15 @@ def test_the_verdict_names_every_adapter(tmp_path: Path) -> None:
     found = verify(tmp_path / "merged", level="weights", report=tmp_path / "report.html")
     certificate = json.loads((tmp_path / "merged" / "fossil_parity.json").read_text())
     assert [(entry["variant"], entry["weight"]) for entry in certificate["adapters"]] == [("lora", 1.0), ("tile", 0.5)]
-    assert "adapter" not in certificate and len(certificate["hashes"]["adapter"]) == 4
+    hashes = certificate["hashes"]
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    files = [adapter / name for adapter in adapters for name in names]
+    assert "adapter" not in certificate and hashes["adapter"] == [
+        {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in files
+    ]
+    for kind, folder in (("base", "base"), ("artifact", "merged")):
+        sizes = {path.name: path.stat().st_size for path in (tmp_path / folder).glob("*.safetensors")}
+        assert {one["file"]: one["size"] for one in hashes[kind]} == sizes
     assert found.compared_with == "the 2 adapters together, at weights 1, 0.5, on the base as it is stored"
     assert "adapter1 (tile, rank 8, at weight 0.5)" in (tmp_path / "report.html").read_text()
 

@@ -80,7 +80,7 @@ def _shapes(
 
 def _classes(adapters: Iterable[Adapter], base: Checkpoint, config: Mapping[str, Any]) -> list[tuple[str, bool]]:
     """Those that the config names; if transformers has none of them, those that were trained."""
-    named = [name for name in config.get("architectures") or () if isinstance(name, str)]
+    named = config.get("architectures") or ()
     known = [(name, names) for name in named if (names := names_in(name, base, False)) is not None]
     found = [(name, denies_ties(names, base) and names_in(name, base, True) is not None) for name, names in known]
     if found:

@@ -157,7 +157,7 @@ def _namings(name: str, config: Mapping[str, Any], base: Checkpoint, exact: bool
 
 
 def names_in(name: str, base: Checkpoint, exact: bool) -> Names | None:
-    """Where `base` has the parameters of class `name`; None if the class is not known."""
+    """Where `base` has the parameters of class `name`; None if that is no known class, or no name at all."""
     key = f"names {name} {exact}"
     if key not in base.found:
         model = models.architecture(base.config or {}, name, exact=exact)

@@ -26,8 +26,7 @@ def unlike_its_config(base: Checkpoint) -> Iterator[str]:
     if "auto_map" in config:
         return
     for name in config.get("architectures") or ():
-        names = names_in(name, base, False) if isinstance(name, str) else None
-        if names is not None:
+        if (names := names_in(name, base, False)) is not None:
             yield from _missing_layers(name, names, config)
             yield from _other_shapes(name, names, base, config)
 

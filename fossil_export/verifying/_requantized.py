@@ -255,7 +255,7 @@ def _at(rows: CodedRows, elements: Array) -> Array:
     """The values of some elements, by number in order, in float64."""
     import numpy as np
 
-    width, found = rows.shape[1], np.empty(len(elements))
+    width, found = rows.shape[1], np.full(len(elements), np.nan)
     for some in blocks(rows.shape):
         first, last = np.searchsorted(elements, [some.start * width, some.stop * width])
         if first < last:

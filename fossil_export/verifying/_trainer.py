@@ -136,10 +136,9 @@ def _with_peft(added: Sum, model: Any, wide: Any, dtype: Any = None) -> Any:
         if not any(adapter.peft_type == "LN_TUNING" for adapter, _ in pairs):  # its copies compute in the base's dtype
             _cast(model, model.base_model.prefix, dtype, wide)
         _scale(model, {name: weight for name, (_, weight) in own.items()})
-    if len(added.adapters) > 1:
-        for module in model.modules():
-            if isinstance(module, ModulesToSaveWrapper):  # of which PEFT leaves only the last model's active
-                module.set_adapter(next(iter(module.modules_to_save)))
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):  # of several models PEFT leaves only the last one's active
+            module.set_adapter(next(iter(module.modules_to_save)), inference_mode=True)
     return model
 
 

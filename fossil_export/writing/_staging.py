@@ -57,7 +57,7 @@ def check_destination(output: Path, inputs: list[Path], overwrite: bool) -> None
 
 
 @contextmanager
-def staged_folder(output: Path, needed: int, overwrite: bool = False) -> Iterator[Path]:
+def staged_folder(output: Path, needed: int, overwrite: bool) -> Iterator[Path]:
     """Yield a new hidden folder beside `output`; when the block ends well it is synced and takes that name.
 
     If the block raises, or the process dies, nothing appears under the name; what a dead process left is

@@ -154,13 +154,13 @@ def _skipped(stored: Stored, settings: Mapping[str, Any]) -> Callable[[str], str
     As `should_convert_module` in transformers/quantizers/quantizers_utils.py: an entry is how the name of the module or
     of one around it begins (a pattern, to where a part of the name ends), or how it ends.
     """
-    key = next((key for key in SKIPPED if settings.get(key)), None)
-    entries = [one for one in stored.names(key) if one] if key else []
+    key = next((key for key in SKIPPED if settings.get(key)), "")
+    entries = [one for one in stored.names(key) if one]
     plain, ends = {one for one in entries if not _PATTERN & set(one)}, tuple(entries)
     try:
         patterns = [pattern_of(one, "(?:", r")(?:(?<=\.)|(?=\.|$))") for one in entries if one not in plain]
     except PatternError as problem:
-        raise stored.error(str(key), f"has a pattern that {problem}; mend it") from None
+        raise stored.error(key, f"has a pattern that {problem}; mend it") from None
 
     def found(module: str) -> str | None:
         parts = module.split(".")
@@ -170,7 +170,7 @@ def _skipped(stored: Stored, settings: Mapping[str, Any]) -> Callable[[str], str
             if any(one.match(module) is not None for one in patterns):
                 return key
         except PatternError as problem:
-            raise stored.error(str(key), f"has a pattern that {problem}") from problem
+            raise stored.error(key, f"has a pattern that {problem}") from problem
         return key if plain and any(".".join(parts[:n]) in plain for n in range(1, len(parts))) else None
 
     return found if entries else lambda module: None

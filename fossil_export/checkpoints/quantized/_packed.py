@@ -92,8 +92,7 @@ class PackedCodes:
         else:
             first, last = start // WORD * self.bits, min(-(-stop // WORD) * self.bits, self.zeros.shape[0])
             by_group = unpacked(as_bytes(rows_of(self.zeros, first, last)[:].T), self.bits)
-            origin = start // WORD * WORD
-            zeros = by_group[:, start - origin : stop - origin].T
+            zeros = by_group.T[start % WORD :][: len(scales)]
         return Steps(scales, zeros, self._groups(rows_of), self.bits, self.scales.dtype)
 
     def _groups(self, rows_of: ReadRows) -> int | Array:
