@@ -88,6 +88,16 @@ def test_a_damaged_list_of_files(scene: Path, tmp_path: Path) -> None:
             load_adapter(adapter)
 
 
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_tensor_that_two_files_hold_is_refused_with_both_of_them(pickled: bool, scene: Path, tmp_path: Path) -> None:
+    one, two, _ = sorted(cut(scene, tmp_path / "cut", pickled).glob("adapter_model-*"))
+    load, save = (torch.load, torch.save) if pickled else (load_file, save_file)
+    name, value = next(iter(load(one).items()))
+    save({**load(two), name: value}, two)
+    with pytest.raises(AdapterError, match=rf"{two.name}: tensor {name} stands also in {one.name}; .*fetch them again"):
+        load_adapter(tmp_path / "cut")
+
+
 def test_a_file_that_is_written_to_after_it_was_read_is_an_error(scene: Path, tmp_path: Path) -> None:
     adapter = cut(scene, tmp_path / "cut")
     plan = fossil_export.plan_merge(adapter, scene / "base")
