@@ -90,6 +90,7 @@ def test_a_merge_has_the_weights_that_mlx_computes_with(dora: bool, dtype: torch
         assert torch.allclose(value.double(), wanted, rtol=tolerance, atol=2e-6), name
         assert not torch.allclose(before[name].double(), wanted, rtol=0.01), name
     assert verify(tmp_path / "merged", level="weights").parity
+    assert {trained.rank for trained in load_adapter(tmp_path / "mlx").trained.values()} == {4}
 
 
 def test_lora_has_the_bits_of_the_same_lora_in_pefts_form(tmp_path: Path) -> None:

@@ -105,15 +105,16 @@ def test_the_bound_holds_for_any_sum(tmp_path: Path) -> None:
         info = TensorInfo("w", "F32", (out, width), tmp_path, 0, weight.nbytes)
         updates, addends = [], []
         for _ in range(int(rng.integers(1, 4))):
-            method = str(rng.choice(["lora", "tile", "bat"]))
+            method = str(rng.choice(["lora", "tile", "bat", "ia3"]))
             shapes = {
                 "lora": {"A": (rank, width), "B": (out, rank)},
                 "tile": {"D": (rank, out)},
                 "bat": {"B": (out // rank, rank, rank)},
+                "ia3": {"l": (out, 1)},
             }[method]
             arrays = {role: rng.standard_normal(shape).astype(np.float32) for role, shape in shapes.items()}
             numbers = {"r": rank} | ({"scale": float(rng.standard_normal())} if method == "lora" else {})
-            times = 1.0 if method == "bat" else float(rng.standard_normal() * 3)
+            times = 1.0 if method in ("bat", "ia3") else float(rng.standard_normal() * 3)
             change = Change(0, Trained("m", method, {}, numbers), Plain(info), times)
             updates.append(Update(change.method, arrays, numbers, times))
             addends.append(Addend(change, {role: a.astype(np.float64) for role, a in arrays.items()}, numbers))
