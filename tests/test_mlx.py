@@ -258,6 +258,8 @@ def test_what_the_config_says_otherwise_is_refused(
     [
         ({"model.layers.0.self_attn.q_proj.lora_b": None}, "lora_b is missing"),
         ({"model.layers.0.self_attn.q_proj.lora_b": torch.ones(5, 48)}, "do not go together"),
+        ({"model.layers.0.self_attn.q_proj.lora_a": torch.ones(48, 4, 1)}, "do not go together"),
+        ({"model.layers.0.self_attn.q_proj.lora_b": torch.ones(4, 48, 1)}, "do not go together"),
         ({"model.layers.0.self_attn.q_proj.m": torch.ones(48)}, "another kind|may be of"),
         ({"model.norm.weight": torch.ones(48)}, "was trained beside it"),
         ({"model.layers.0.self_attn.q_proj.lora_a": torch.ones(48, 4, dtype=torch.int32)}, "is I32"),
