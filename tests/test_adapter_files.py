@@ -66,9 +66,14 @@ def test_an_adapter_in_several_files(pickled: bool, scene: Path, tmp_path: Path)
 
 
 def test_one_file_of_several_is_no_adapter(scene: Path, tmp_path: Path) -> None:
-    adapter = cut(scene, tmp_path / "cut")
-    with pytest.raises(AdapterError, match=r"is one of the 3 files of an adapter; name their folder"):
-        load_adapter(adapter / "adapter_model-00001-of-00003.safetensors")
+    adapter = cut(scene, tmp_path / "cut", count=2)
+    with pytest.raises(AdapterError, match=r"is one of the 2 files of an adapter; name their folder"):
+        load_adapter(adapter / "adapter_model-00001-of-00002.safetensors")
+    # One that is in no list is an adapter, and so is the only one of a list.
+    whole = scene / "adapter" / "adapter_model.safetensors"
+    for file in (shutil.copy(whole, adapter), cut(scene, tmp_path / "one", count=1) / "adapter_model-00001-of-00001"):
+        found = load_adapter(Path(file).with_suffix(".safetensors"))
+        assert sorted(info.name for header in found.headers for info in header.tensors) == sorted(load_file(whole))
 
 
 def test_a_damaged_list_of_files(scene: Path, tmp_path: Path) -> None:
@@ -86,6 +91,26 @@ def test_a_damaged_list_of_files(scene: Path, tmp_path: Path) -> None:
         index.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(AdapterError, match=words):
             load_adapter(adapter)
+
+
+def test_a_list_of_pickled_and_other_files_is_refused(scene: Path, tmp_path: Path) -> None:
+    adapter = cut(scene, tmp_path / "cut")
+    file = adapter / "adapter_model-00002-of-00003.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    index = adapter / "adapter_model.safetensors.index.json"
+    index.write_text(index.read_text().replace(file.name, file.with_suffix(".bin").name))
+    with pytest.raises(AdapterError, match=rf"lists {file.stem}.bin beside safetensors files; fetch the adapter again"):
+        load_adapter(adapter)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_tensor_that_two_files_hold_is_refused_with_both_of_them(pickled: bool, scene: Path, tmp_path: Path) -> None:
+    one, two, _ = sorted(cut(scene, tmp_path / "cut", pickled).glob("adapter_model-*"))
+    load, save = (torch.load, torch.save) if pickled else (load_file, save_file)
+    name, value = next(iter(load(one).items()))
+    save({**load(two), name: value}, two)
+    with pytest.raises(AdapterError, match=rf"{two.name}: tensor {name} stands also in {one.name}; .*fetch them again"):
+        load_adapter(tmp_path / "cut")
 
 
 def test_a_file_that_is_written_to_after_it_was_read_is_an_error(scene: Path, tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ def test_the_original_module_beside_a_trained_one_is_not_taken(scene: Path, tmp_
         (lambda t: {**t, **{f"_orig_mod.{n}": v for n, v in t.items() if "lora_A" in n}}, "twice"),
         (lambda t: {n.replace("lora_A.", "lora_A.reference."): v for n, v in t.items()}, "does not know|missing"),
         (lambda t: {n.replace("base_model.model.", "") if "lora_A" in n else n: v for n, v in t.items()}, "not named"),
+        (lambda t: {f"module.{n}" if "lora_A" in n else n: v for n, v in t.items()}, "not named"),
         (lambda t: {n.replace("lora_A.", "lora_A.0."): v for n, v in t.items()}, "several matrices"),
         (lambda t: {n: v for n, v in t.items() if "layers.0.self_attn.q_proj.lora_B" not in n}, "missing"),
     ],

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from conftest import weights
+from conftest import edit_json, weights
 from hub_tools import record
 from loopback import Fault, LoopbackHub
 
@@ -55,6 +56,19 @@ def test_the_adapter_pins_its_base(hosted: LoopbackHub, models: Path, tmp_path: 
     assert record(tmp_path / "merged")["base"]["revision"] == first
     with pytest.raises(FossilExportError, match="index"):
         merge("ada/adapter", tmp_path / "other", base="ada/base")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_only_revision_that_adapters_of_one_base_name_is_taken(
+    order: int, hosted: LoopbackHub, models: Path, tmp_path: Path
+) -> None:
+    first = hosted.head("ada/base")
+    hosted.commit("ada/base", {"config.json": b"{}"}, delete=["model.safetensors.index.json"])
+    for name, revision in (("free", None), ("pinned", first)):
+        shutil.copytree(models / "adapter", tmp_path / name)
+        edit_json(tmp_path / name / "adapter_config.json", revision=revision)
+    plan = plan_merge([tmp_path / "free", tmp_path / "pinned"][::order])
+    assert plan.to_dict()["base"]["revision"] == first
 
 
 @pytest.mark.parametrize("when", ["between plan and run", "in the middle of the download"])

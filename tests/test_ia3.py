@@ -172,6 +172,8 @@ def test_several_follow_one_another_as_in_the_live_model(name: str, tmp_path: Pa
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     truth = logits(live.eval())
     assert torch.allclose(logits(merged), truth, rtol=0, atol=1e-11 * float(truth.abs().max()))
+    assert verify(tmp_path / "merged", level="weights").parity
+    assert_caught(tmp_path / "merged", "model.layers.0.self_attn.k_proj.weight", 2**36)  # of the 2**52 in 1.0
     with pytest.raises(MergeError, match=r"cannot be taken 0\.5 times"):
         merge([tmp_path / "0"], tmp_path / "half", weights=[0.5])
 

@@ -90,6 +90,7 @@ def test_a_merge_has_the_weights_that_mlx_computes_with(dora: bool, dtype: torch
         assert torch.allclose(value.double(), wanted, rtol=tolerance, atol=2e-6), name
         assert not torch.allclose(before[name].double(), wanted, rtol=0.01), name
     assert verify(tmp_path / "merged", level="weights").parity
+    assert {trained.rank for trained in load_adapter(tmp_path / "mlx").trained.values()} == {4}
 
 
 def test_lora_has_the_bits_of_the_same_lora_in_pefts_form(tmp_path: Path) -> None:
@@ -257,6 +258,8 @@ def test_what_the_config_says_otherwise_is_refused(
     [
         ({"model.layers.0.self_attn.q_proj.lora_b": None}, "lora_b is missing"),
         ({"model.layers.0.self_attn.q_proj.lora_b": torch.ones(5, 48)}, "do not go together"),
+        ({"model.layers.0.self_attn.q_proj.lora_a": torch.ones(48, 4, 1)}, "do not go together"),
+        ({"model.layers.0.self_attn.q_proj.lora_b": torch.ones(4, 48, 1)}, "do not go together"),
         ({"model.layers.0.self_attn.q_proj.m": torch.ones(48)}, "another kind|may be of"),
         ({"model.norm.weight": torch.ones(48)}, "was trained beside it"),
         ({"model.layers.0.self_attn.q_proj.lora_a": torch.ones(48, 4, dtype=torch.int32)}, "is I32"),

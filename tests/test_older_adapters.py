@@ -29,12 +29,12 @@ def test_pickled_adapter(saved: bool, base: Path, tmp_path: Path) -> None:
 
 
 def test_legacy_bone_folders(base: Path, tmp_path: Path) -> None:
-    """Keys and config as PEFT 0.14 to 0.18 wrote them; the first release stored bat shards under true."""
+    """Keys and config as PEFT 0.14 to 0.18 wrote them; the first release stored bat shards under true, its default."""
     from safetensors.torch import save_file
 
-    for variant, init in (("tile", True), ("bat", "bat"), ("bat", True)):
+    for variant, init in (("tile", True), ("bat", "bat"), ("bat", True), ("bat", ...)):
         options: dict[str, Any] = {"init_weights": "bat"} if variant == "bat" else {}
-        name = f"{variant}-{init}"
+        name = f"{variant}-{'unsaid' if init is ... else init}"
         make_adapter(tmp_path / name, base, **options)
         merge(tmp_path / name, tmp_path / f"{name}-miss")
         state = weights(tmp_path / name)

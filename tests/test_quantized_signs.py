@@ -208,6 +208,11 @@ def test_what_axolotl_loads_in_another_way_is_not_certain(base: Path, adapter: P
     [
         ("README.md", card(settings()).replace("\n", "\r\n"), ("nf4", True, "bfloat16", None)),
         ("README.md", axolotl("load_in_4bit: true", "adapter: qlora", "bf16: auto"), ("nf4", True, "bfloat16", None)),
+        (
+            "README.md",
+            axolotl("load_in_8bit: true").removeprefix("<details><summary>"),
+            ("int8", None, None, None),
+        ),
         ("training_args.yaml", "\ufeff" + yaml(FACTORY), ("nf4", True, "bfloat16", None)),
         ("training_args.yaml", yaml(FACTORY | {"bf16": False, "pure_bf16": True}), ("nf4", True, "bfloat16", None)),
         ("args.json", "\ufeff" + json.dumps(SWIFT), ("nf4", True, "bfloat16", None)),

@@ -34,7 +34,8 @@ def test_two_adapters_are_the_model_with_both_active(init: object, tmp_path: Pat
     mini = {"mini_r": 8} if init == "mini" else {}
     first = trained(tmp_path / "first", base, 1, init_weights=init, r=8, **mini)
     second = trained(tmp_path / "second", base, 2, init_weights=init, r=4, target_modules=["q_proj", "up_proj"], **mini)
-    merge([first, second], tmp_path / "merged")
+    result = merge([first, second], tmp_path / "merged")
+    assert [found.survived for found in result.survival.values()] == pytest.approx([1.0] * 14, abs=1e-4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         live = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), first, adapter_name="one")

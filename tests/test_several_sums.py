@@ -101,6 +101,14 @@ def test_pairs_are_adapters_with_weights(tmp_path: Path) -> None:
             plan_merge([(one, wrong), two])  # type: ignore[list-item]
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_base_is_that_of_the_only_adapter_that_names_one(order: int, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    one, two = trained(tmp_path / "one", base, 1), trained(tmp_path / "two", base, 2)
+    edit_json(two / "adapter_config.json", base_model_name_or_path=None)
+    assert plan_merge([one, two][::order]).base.folder == base
+
+
 def test_what_may_be_a_slip_is_told(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     one, two = trained(tmp_path / "one", base, 1), trained(tmp_path / "two", base, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,13 +76,21 @@ def test_a_right_graph_is_the_trained_model_however_its_runtime_rounds(folder: P
         main, ["verify", str(folder / "graph"), "--prompts", str(prompts), "--report", str(report)]
     )
     assert done.exit_code == 0, done.output
-    forward = json.loads((folder / "graph" / "fossil_parity.json").read_text())["forward"]
+    certificate = json.loads((folder / "graph" / "fossil_parity.json").read_text())
+    forward = certificate["forward"]
     assert forward["as_it_runs"]["relative_error"] > 0.05
     assert forward["artifact"]["relative_error"] < 1e-5 and forward["allowed_noise"] == 0
     assert "(products in full precision)" in done.stdout and "as it runs" in done.stdout
     assert "As it runs" in report.read_text()
     assert {path: path.read_bytes() for path in files} == files
     assert {*(folder / "graph").iterdir()} == {*files, folder / "graph" / "fossil_parity.json"}
+    # The certificate knows graph and adapter by their hashes, and the weights, which may be large, by their size.
+    assert certificate["hashes"]["artifact"] == [
+        {"file": path.name, "size": len(data)}
+        | ({} if path.name.endswith(".data") else {"sha256": sha256(data).hexdigest()})
+        for path, data in sorted(files.items())
+        if ".onnx" in path.name
+    ]
 
 
 def test_a_small_fault_is_seen_although_8_bits_would_hide_it(folder: Path, prompts: Path, tmp_path: Path) -> None:

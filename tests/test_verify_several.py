@@ -19,6 +19,7 @@ from fossil_export import FossilExportError, merge, verify
 from fossil_export.merging._change import Change
 from fossil_export.verifying._rebuilding import Addend, rebuild
 
+Array = np.ndarray[Any, Any]
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 LORA: dict[str, Any] = {"kind": LoraConfig}
 KINDS: dict[str, list[dict[str, Any]]] = {
@@ -91,39 +92,61 @@ def test_an_update_that_depends_on_the_weight_sees_those_before_it(
     assert not verify(tmp_path / "merged", level="weights").parity
 
 
-def test_the_bound_holds_for_any_sum(tmp_path: Path) -> None:
-    """float32's own sums, of random updates at random weights in random order, never leave it."""
+def summed(
+    weight: Array, *given: tuple[str, dict[str, Array], dict[str, Any], float]
+) -> tuple[Array, Array, Array | float]:
+    """The weight with updates (method, tensors, numbers, weight) as the merge has it, and as the check, with the bound
+    on what float32 may differ."""
     from fossil_export.adapters import Trained
-    from fossil_export.checkpoints._dtypes import numpy_dtype
     from fossil_export.checkpoints._header import TensorInfo
     from fossil_export.checkpoints.layouts._plain import Plain
     from fossil_export.merging._engine import NumpyEngine, Update, merge_slab
 
+    updates, addends = [], []
+    for method, arrays, numbers, times in given:
+        info = TensorInfo("w", "F32", weight.shape, Path(), 0, weight.nbytes)
+        change = Change(0, Trained("m", method, {}, numbers), Plain(info), times)
+        updates.append(Update(change.method, arrays, numbers, times))
+        addends.append(Addend(change, {role: a.astype(np.float64) for role, a in arrays.items()}, numbers))
+    found, exact = np.empty_like(weight), np.empty(weight.shape)
+    merge_slab(NumpyEngine(), weight, found, updates, 0, len(weight))
+    bound = rebuild(addends, weight.astype(np.float64), exact, wide=False)
+    return found, exact, np.abs(exact) * 2.0**-24 * (1 + 2.0**-9) + (0 if bound is None else bound)
+
+
+def test_the_bound_holds_for_any_sum() -> None:
+    """float32's own sums, of random updates at random weights in random order, never leave it."""
     rng = np.random.default_rng(0)
     for _ in range(60):
         out, width, rank = 16, 24, int(rng.choice([2, 4, 8]))
         weight = rng.standard_normal((out, width)).astype(np.float32)
-        info = TensorInfo("w", "F32", (out, width), tmp_path, 0, weight.nbytes)
-        updates, addends = [], []
+        given = []
         for _ in range(int(rng.integers(1, 4))):
-            method = str(rng.choice(["lora", "tile", "bat"]))
+            method = str(rng.choice(["lora", "tile", "bat", "ia3"]))
             shapes = {
                 "lora": {"A": (rank, width), "B": (out, rank)},
                 "tile": {"D": (rank, out)},
                 "bat": {"B": (out // rank, rank, rank)},
+                "ia3": {"l": (out, 1)},
             }[method]
             arrays = {role: rng.standard_normal(shape).astype(np.float32) for role, shape in shapes.items()}
             numbers = {"r": rank} | ({"scale": float(rng.standard_normal())} if method == "lora" else {})
-            times = 1.0 if method == "bat" else float(rng.standard_normal() * 3)
-            change = Change(0, Trained("m", method, {}, numbers), Plain(info), times)
-            updates.append(Update(change.method, arrays, numbers, times))
-            addends.append(Addend(change, {role: a.astype(np.float64) for role, a in arrays.items()}, numbers))
-        found, exact = np.empty_like(weight), np.empty(weight.shape)
-        merge_slab(NumpyEngine(), weight, found, updates, 0, out)
-        bound = rebuild(addends, weight.astype(np.float64), exact, wide=False)
-        allowed = np.abs(exact) * 2.0**-24 * (1 + 2.0**-9) + (0 if bound is None else bound)
+            times = 1.0 if method in ("bat", "ia3") else float(rng.standard_normal() * 3)
+            given.append((method, arrays, numbers, times))
+        found, exact, allowed = summed(weight, *given)
         assert (np.abs(found - exact) <= allowed).all()
-        assert numpy_dtype("F32") == found.dtype
+
+
+def test_errors_that_add_up_in_the_next_update_are_allowed() -> None:
+    """A LoRA leaves nothing of the weight but what rounding made of it, and bat takes differences of that."""
+    rng = np.random.default_rng(0)
+    down = np.sign(rng.standard_normal((16, 24))).astype(np.float32)
+    up = rng.standard_normal((16, 16)).astype(np.float32)
+    weight = -(up.astype(np.float64) @ down).astype(np.float32)
+    differences = np.tile(np.array([[1000, 1000], [-1000, -1000]], np.float32), (8, 1, 1))
+    lora = ("lora", {"A": down, "B": up}, {"r": 16, "scale": 1.0}, 1.0)
+    found, exact, allowed = summed(weight, lora, ("bat", {"B": differences}, {"r": 2}, 1.0))
+    assert (np.abs(found - exact) <= allowed).all()
 
 
 def test_one_adapter_at_a_weight(tmp_path: Path) -> None:

@@ -86,18 +86,14 @@ def read_weights(weights: Path, home: Folder) -> Weights:
         home.check_links([path.name for path in every])
         if not pickles:
             headers = home.headers(names)
-            tensors, pickled = tuple(info for header in headers for info in header.tensors), None
-            if len(names) > 1:
-                by_name(headers)
+            pickled = None
         else:
             read = [read_pickled(home.path / name) for name in names]
             headers = tuple(one for one, _ in read)
-            tensors = tuple(info for one, _ in read for info in one.tensors)
-            if len({info.name for info in tensors}) < len(tensors):
-                raise AdapterError(f"{weights}: its files hold one tensor twice; fetch the adapter again")
             pickled = {name: array for _, arrays in read for name, array in arrays.items()}
+        tensors = tuple(info for header in headers for info in header.tensors)
         if weights.name.endswith(".json"):
-            check_index(weights, _index(home, weights.name)["weight_map"], {info.name: info for info in tensors})
+            check_index(weights, _index(home, weights.name)["weight_map"], by_name(headers))
     except CheckpointError as problem:
         raise AdapterError(str(problem)) from problem
     if tuned := [info.name for info in tensors if _TORCHTUNE.fullmatch(info.name)]:

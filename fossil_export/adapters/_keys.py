@@ -37,11 +37,11 @@ def peft_keys(file: Path, tensors: Sequence[TensorInfo], endings: Iterable[str])
     """
     endings = tuple(endings)
     given = [tensor.name for tensor in tensors]
-    if given and all(name.startswith(f"{_PARALLEL}{_ROOT}") for name in given):
+    if all(name.startswith(f"{_PARALLEL}{_ROOT}") for name in given):
         given = [name.removeprefix(_PARALLEL) for name in given]
     adapter = _adapter_name(given, endings)
     plain = [_unwrapped(name, endings, adapter) for name in given]
-    if plain and not any(name.startswith(_ROOT) for name in plain):
+    if not any(name.startswith(_ROOT) for name in plain):
         plain = [PREFIX + name for name in plain]
     found: dict[str, TensorInfo] = {}
     for name, tensor in zip(plain, tensors, strict=True):

@@ -160,7 +160,7 @@ def _written(adapter: Adapter) -> Iterator[Sign]:
 def _of_card(text: str) -> Iterator[Sign]:
     where = f"its {CARD} has the settings of a quantized base"
     blocks = [dict(_FIELD.findall(block)) for block in _CARD.findall(text)]
-    found = [sign for block in blocks if block for sign in (of_settings(block, where),) if sign is not None]
+    found = [sign for block in blocks if (sign := of_settings(block, where)) is not None]
     begin = text.find(_AXOLOTL)
     # At the first place alone: a text that begins so again and again, and never ends, would take hours.
     if begin >= 0 and (block := _YAML_BLOCK.search(text[begin : begin + _LONGEST])) is not None:

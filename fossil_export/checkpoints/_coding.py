@@ -130,7 +130,7 @@ class CodedRows:
         begin, end = self._first + start * self._row, self._first + stop * self._row
         rows = begin // width, -(-end // width)
         found = decode(rows[0] - origin, rows[1] - origin)
-        return found.reshape(-1)[begin - rows[0] * width : end - rows[0] * width].reshape(shape)
+        return found.reshape(-1)[begin % width :][: end - begin].reshape(shape)
 
 
 def read_rows(info: TensorInfo, start: int, stop: int, rows_of: ReadRows) -> Any:

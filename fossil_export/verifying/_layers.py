@@ -42,11 +42,7 @@ class TrainedLinear(nn.Module):  # type: ignore[misc]  # torch is not followed b
             nn.ParameterDict({role: nn.Parameter(array, False) for role, array in arrays.items()})
             for arrays, _, _ in added
         )
-        of_weight = {
-            "dtype": _STORED.get(base_layer.weight.dtype),
-            "brought": brought,
-            "transposed": not isinstance(base_layer, nn.Linear),
-        }
+        of_weight = {"dtype": _STORED.get(base_layer.weight.dtype), "brought": brought}
         self._added = [
             (METHODS[trained.method], {**trained.numbers, **of_weight}, weight) for _, trained, weight in added
         ]
