@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,14 @@ def is_trusted() -> bool:
 def read_config(folder: Path) -> Any:
     """The config of a model folder, as transformers reads it, with nothing left in it that names code.
 
-    Raises CheckpointError where transformers has no class for it, or would load more than the folder's weights.
+    Raises CheckpointError where transformers has no class for it, would load more than the folder's weights, or would
+    pass over what a newer one has written.
     """
     tame_bitsandbytes()
     import transformers
 
     refuse_adapter(folder)
+    refuse_newer(folder)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=is_trusted())
     except ValueError as problem:
@@ -65,6 +68,25 @@ def refuse_adapter(folder: Path) -> None:
     """Raise CheckpointError for a model folder that holds an adapter's config: transformers would follow it."""
     if (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder}: holds {CONFIG}, and transformers would load that adapter too; take it out")
+
+
+def refuse_newer(folder: Path) -> None:
+    """Raise CheckpointError for a config of transformers 5 if an older one is here.
+
+    That passes over `rope_parameters`, in which the newer one has the base of the rotary embeddings and their scaling,
+    and takes its defaults for them.
+    """
+    found = version("transformers")
+    file = folder / "config.json"
+    if int(found.partition(".")[0]) >= 5 or not file.is_file():
+        return
+    config = read_json(file, CheckpointError)
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    if any("rope_parameters" in part and "rope_theta" not in part for part in parts):
+        raise CheckpointError(
+            f"{file}: was written by transformers 5, and transformers {found} would pass over its rope_parameters: "
+            "pip install 'transformers>=5'"
+        )
 
 
 def needs_code(folder: Path) -> str:

@@ -7,15 +7,19 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from fossil_export._foreign import is_trusted, needs_code, refuse_adapter
+from fossil_export._foreign import is_trusted, needs_code, refuse_adapter, refuse_newer
 from fossil_export._isolation import child_environment, child_flags
 from fossil_export.errors import OnnxError
 from fossil_export.onnx.builders import _run_genai as run_genai
 from fossil_export.onnx.graph._file import load_graph
 from fossil_export.writing._scratch import scratch_folder
+
+FLOOR = (0, 14)
+"""The first version of GenAI that reads the base of the rotary embeddings (`rope_theta`) where transformers 5 has it."""
 
 
 def build(model: Path, output: Path, precision: str, device: str) -> Path:
@@ -26,6 +30,8 @@ def build(model: Path, output: Path, precision: str, device: str) -> Path:
     fails.
     """
     refuse_adapter(model)
+    refuse_newer(model)
+    _check_version()
     output.mkdir(parents=True, exist_ok=True)
     # Inside of the output, which goes with a process that is killed.
     with scratch_folder(output) as cache, _lifeline() as lifeline:
@@ -59,6 +65,19 @@ def build(model: Path, output: Path, precision: str, device: str) -> Path:
         )
     Editor(load_graph(graph)).save(graph)  # it notes shapes of constants that ONNX's checker refuses
     return graph
+
+
+def _check_version() -> None:
+    """Raise OnnxError for a builder that reads configs of transformers 5 wrongly."""
+    for package in ("onnxruntime-genai-cuda", "onnxruntime-genai", "onnxruntime-genai-directml"):
+        with suppress(PackageNotFoundError):
+            found = version(package)
+            parts = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
+            if parts < FLOOR:
+                raise OnnxError(
+                    f"{package} {found} builds wrong graphs from configs of transformers 5, without a word: "
+                    f"pip install '{package}>={'.'.join(map(str, FLOOR))}'"
+                )
 
 
 @contextmanager
