@@ -53,8 +53,9 @@ def build(model: Path, output: Path, precision: str, device: str) -> Path:
         raise
     except Exception as problem:  # whatever tracing a model's own code raises
         line = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
+        newer = "pip install -U onnxscript onnx-ir, or " if "onnxscript" in line or "onnx_ir" in line else ""
         raise OnnxError(
-            f"{model}: PyTorch's exporter failed: {line}; bring a graph of your own with --onnx"
+            f"{model}: PyTorch's exporter failed: {line}; {newer}bring a graph of your own with --onnx"
         ) from problem
     if PRECISIONS[precision].codes:
         _quantize(graph)
