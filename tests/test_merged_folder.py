@@ -225,6 +225,22 @@ def test_sentence_transformers_keeps_the_weights_of_its_other_modules(
     assert {"old/model.safetensors", "2_Dense/model.safetensors"} <= {*plan.left_behind}
 
 
+@pytest.mark.parametrize("paths", [["", "1_LSTM", "2_Dense/"], ["", "./1_LSTM", "2_Dense", 3]])
+def test_modules_are_those_that_sentence_transformers_lists(
+    paths: list[Any], base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """The recurrent module has its settings in lstm_config.json, and a checkpoint of a run is no module."""
+    (base / "modules.json").write_text(json.dumps([{"idx": at, "path": path} for at, path in enumerate(paths)]))
+    for name in ("1_LSTM/lstm_config.json", "2_Dense/config.json", "checkpoint-5/config.json"):
+        (base / name).parent.mkdir()
+        (base / name).write_text("{}")
+        (base / name).with_name("model.safetensors").write_bytes(name.encode())
+    plan = merge(adapter, tmp_path / "merged").plan
+    for name in ("1_LSTM", "2_Dense"):
+        assert (tmp_path / "merged" / name / "model.safetensors").read_bytes().startswith(name.encode())
+    assert "checkpoint-5/model.safetensors" in plan.left_behind
+
+
 def test_trained_tokenizer_replaces_the_bases(base: Path, adapter: Path, tmp_path: Path) -> None:
     (adapter / "tokenizer_config.json").write_text('{"trained": true}')
     merge(adapter, tmp_path / "incomplete")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from fossil_export.checkpoints._folder import Folder
+from fossil_export.checkpoints._jsonfile import load_json
 
 PROVENANCE = "fossil_export.json"
 CERTIFICATE = "fossil_parity.json"
@@ -19,6 +22,9 @@ _WEIGHTS = re.compile(
 # Weights in any format and their indexes: the base's own, which the merge makes stale.
 
 TRAINING_LEFTOVERS = ("trainer_state.json", "optimizer.safetensors", "adapter_config.json", PROVENANCE, CERTIFICATE)
+
+_MODULES = "modules.json"
+_LONGEST = 1 << 20
 
 MODELOPT = "hf_quant_config.json"
 QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", MODELOPT)
@@ -56,17 +62,33 @@ def companions(source: Folder) -> tuple[dict[str, Path], list[str]]:
     README.md, its model card, is of another model than the merged one.
     """
     names = source.names()
-    known = set(names)
+    modules = _modules(source, names)
     keep: dict[str, Path] = {}
     left: list[str] = []
     for name in names:
-        folder = name.rpartition("/")[0]
-        of_module = "modules.json" in known and folder != "" and f"{folder}/config.json" in known
+        of_module = name.rpartition("/")[0] in modules
         if (is_weights(name) and not of_module) or name in TRAINING_LEFTOVERS or name == CARD:
             left.append(name)
         else:
             keep[name] = source.path / name
     return keep, left
+
+
+def _modules(source: Folder, names: Sequence[str]) -> set[str]:
+    """The folders of a sentence-transformers model's modules, but for the root: those that it lists, or, if its list
+    cannot be read, those with a config."""
+    if _MODULES not in names:
+        return set()
+    try:
+        listed = load_json(source.read(_MODULES)) if source.size(_MODULES) <= _LONGEST else None
+    except (OSError, ValueError, RecursionError):
+        listed = None
+    entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    if entries:
+        found = {posixpath.normpath(path) for entry in entries if isinstance(path := entry.get("path"), str)}
+    else:
+        found = {folder for folder, _, file in (name.rpartition("/") for name in names) if file == "config.json"}
+    return found - {"", "."}
 
 
 def is_weights(name: str) -> bool:
