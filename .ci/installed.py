@@ -1,10 +1,11 @@
 """What `make test-versions` asks of an environment that the wheel was installed into: the commands, as users type them.
 
-    python -I .ci/installed.py [--torch]
+    python -I .ci/installed.py [--torch [--onnx | --genai]]
 
 Without --torch it needs nothing but that environment: a model and an adapter are written by hand, the adapter is
 inspected, merged, verified, converted, sent to a Hub on this machine, and fetched from there. With it PEFT trains the
-adapter, and the merged model is held against PEFT's own. The folder it stands in takes what is made.
+adapter, and the merged model is held against PEFT's own. --onnx and --genai make graphs of it, by PyTorch or GenAI,
+which `verify` runs. The folder it stands in takes what is made.
 """
 
 import json
@@ -23,6 +24,8 @@ ENVIRONMENT = Path(sys.prefix)
 COMMAND = ENVIRONMENT / "bin" / "fossil-export"
 LOOPBACK = Path(__file__).parents[1] / "tests"
 NAMES = ("fossil-export", "numpy", "click", "huggingface_hub", "transformers", "peft", "torch")
+OF_GRAPHS = ("onnx", "onnx-ir", "onnxruntime-gpu", "onnxruntime-genai-cuda", "onnxscript", "gguf")
+GRAPHS = ("merged fp32", "merged int4", "fused fp32", "tiled fp32", "swappable fp32", "swappable int4")
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 50}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
 TOKEN = "hf_installed"
@@ -84,10 +87,17 @@ def trained(base: Path, adapter: Path) -> None:
     """The same by transformers and PEFT, with weights that are not nought."""
     import torch
     from peft import MissConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SHAPE, **HEADS)).save_pretrained(base)
+    # With another rope_theta than the default, which some library may pass over.
+    LlamaForCausalLM(LlamaConfig(**SHAPE, **HEADS, rope_theta=5e5)).save_pretrained(base)
+    words = Tokenizer(WordLevel({f"word{number}": number for number in range(50)}, unk_token="word0"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="word0").save_pretrained(base)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), MissConfig(r=4, target_modules=["q_proj"]))
     for name, weight in model.named_parameters():
         if "miss" in name:
@@ -140,6 +150,16 @@ def by_the_hub(base: Path, merged: Path) -> None:
         assert Path(folder, "model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes(), folder
 
 
+def as_graphs(base: Path, adapter: Path, runtime: str) -> None:
+    for graph in GRAPHS:
+        mode, precision = graph.split()
+        how = ("--mode", mode, "--precision", precision, "--runtime", runtime)
+        told("onnx", adapter, "--base", base, "--output", graph, *how)
+        assert "parity" in told("verify", graph), graph
+    told("convert", adapter, "--to", "onnx-adapter", "--for", GRAPHS[-1], "--output", "one.onnx_adapter")
+    assert Path("one.onnx_adapter").read_bytes() == Path(GRAPHS[-1], "adapter.onnx_adapter").read_bytes()
+
+
 def main() -> None:
     assert Path(fossil_export.__file__).is_relative_to(ENVIRONMENT), fossil_export.__file__
     assert told("--help").startswith("Usage: fossil-export")
@@ -156,9 +176,14 @@ def main() -> None:
         check_against_peft(base, adapter, merged)
         told("verify", merged)
         told("verify", "lora")
+    for option, runtime in (("--onnx", "torch"), ("--genai", "genai")):
+        if option in sys.argv:
+            as_graphs(base, adapter, runtime)
+    if "--onnx" in sys.argv:
+        told("convert", adapter, "--base", base, "--to", "gguf-lora", "--output", "lora.gguf")
     by_the_hub(base, merged)
     found = []
-    for name in NAMES:
+    for name in NAMES + (OF_GRAPHS if {"--onnx", "--genai"} & {*sys.argv} else ()):
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:

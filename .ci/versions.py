@@ -67,13 +67,15 @@ def install(name: str, part: dict[str, str]) -> bool:
     before = run(python, *PIP, "freeze", stdout=subprocess.PIPE).splitlines()
     pins = place / "pins.txt"
     pins.write_text("\n".join(part.get("pins", "").split()))
-    run(python, *PIP, "install", "-c", pins, wheel())
+    extras = part.get("extras", "").split()
+    wanted = f"{wheel()}[{','.join(extras)}]" if extras else wheel()
+    run(python, *PIP, "install", "-c", pins, wanted, *part.get("also", "").split())
     after = run(python, *PIP, "freeze", stdout=subprocess.PIPE).splitlines()
     if moved := sorted(set(before) - set(after)):
         raise SystemExit(f"{name}: the installation moved {', '.join(moved)}")
     run(python, *PIP, "check", stdout=subprocess.PIPE)
     (place / "work").mkdir()
-    more = ("--torch",) if part.get("torch") else ()
+    more = [*(["--torch"] if part.get("torch") else []), *(f"--{name}" for name in ("onnx", "genai") if name in extras)]
     print(f"{name}: ", end="", flush=True)
     run(python, "-I", HERE / "installed.py", *more, cwd=place / "work")
     return True
