@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from conftest import edit_json
+from hub_tools import content
 from hypothesis import given
 from hypothesis import strategies as st
 from test_concurrent_writers import all_at_once
-from test_resumed_merges import content
 
 from fossil_export import FossilExportError, cli, finish_merge, merge, merge_part, plan_merge
 from fossil_export.errors import MergeError, OutputError
