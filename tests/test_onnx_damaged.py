@@ -1,4 +1,4 @@
-"""Graphs that are damaged, linked elsewhere or changed, a base that changes: one clear line, and nothing left behind."""
+"""Graphs that are damaged, linked elsewhere or changed, bases that change: one clear line, and nothing left behind."""
 
 from __future__ import annotations
 
