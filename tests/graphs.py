@@ -215,3 +215,7 @@ def answers(model: Any, x: Array) -> Array:
     with torch.no_grad():
         found: Array = model(torch.from_numpy(x)).numpy()
     return found
+
+
+def error(found: Array, want: Array) -> float:
+    return float(np.linalg.norm(found.astype(np.float64) - want) / np.linalg.norm(want))

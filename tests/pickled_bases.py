@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from quantized_bases import SIZES, adapter_for
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fossil_export
+from fossil_export.checkpoints._checkpoint import Checkpoint, view_rows
+from fossil_export.checkpoints._coding import read_rows
 
 State = dict[str, torch.Tensor]
 
@@ -62,3 +66,9 @@ def merged_as(base: Path, other: Path, work: Path, **options: Any) -> Path:
     for name, value in wanted.items():
         assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
     return work / "of_base"
+
+
+def values_of(checkpoint: Checkpoint, name: str) -> np.ndarray[Any, Any]:
+    info = checkpoint.tensors[name]
+    found = read_rows(info, 0, info.shape[0], partial(view_rows, checkpoint.home))[:]
+    return np.ascontiguousarray(found)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from graphs import answers, make_case, make_graph, run
+from graphs import answers, error, make_case, make_graph, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,10 +17,6 @@ from fossil_export.onnx.graph._check import check
 
 FLOAT_FORMS = ["matmul", "transpose", "cast", "packed"]
 CODED_FORMS = ["nbits", "packed_nbits", "dequant"]
-
-
-def error(found: np.ndarray, want: np.ndarray) -> float:
-    return float(np.linalg.norm(found.astype(np.float64) - want) / np.linalg.norm(want))
 
 
 def shapes(rank: int, inputs: int, flat: bool) -> np.ndarray:

@@ -1,31 +1,23 @@
-"""The functions and classes that the package offers: what help() says, how results look, how far a call is."""
+"""The functions and classes that the package offers: what help() says, and what they take."""
 
 from __future__ import annotations
 
 import doctest
 import inspect as inspecting
-import io
 import json
 import re
-import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import progress_tools
+import public_tools
 import pytest
-from conftest import LoopbackHub, edit_json, make_adapter, make_base, weights
-from safetensors.torch import save_file
+from public_tools import NAMES
 
 import fossil_export
 from fossil_export import (
     FossilExportError,
     Progress,
-    _progress,
     convert,
-    finish_merge,
     inspect,
     load_adapter,
     merge,
@@ -34,26 +26,11 @@ from fossil_export import (
     run_merge,
     verify,
 )
-from fossil_export._shown import table
-from fossil_export._threads import in_context, in_order
-from fossil_export.storage.hub._background import interruptible
-from fossil_export.storage.hub._remote import HubFolder
 
-every_slab = progress_tools.every_slab
-
-NAMES = [name for name in fossil_export.__all__ if name != "__version__"]
+made = public_tools.made
 FUNCTIONS = [name for name in NAMES if inspecting.isfunction(getattr(fossil_export, name))]
 QUICK = {"load_adapter"}
 """Functions that are over at once, and show nothing."""
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, an adapter for it, and the model merged of both."""
-    folder = tmp_path_factory.mktemp("made")
-    make_adapter(folder / "adapter", make_base(folder / "base"))
-    merge(folder / "adapter", folder / "merged")
-    return folder
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -165,145 +142,6 @@ def test_any_path_will_do(made: Path, tmp_path: Path) -> None:
     assert (tmp_path / "report.html").is_file()
 
 
-class Cells(HTMLParser):
-    """The tags of a text, and the texts between them."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.texts: list[str] = []
-        self.open: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.tags.append(tag)
-        self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-
-
-EVIL = "<script>alert(1)</script>\x1b[2J"
-
-
-def shown(made: Path, folder: Path) -> list[Any]:
-    """One of each plan and result that needs no network, with a name to fear in each."""
-    adapter = folder / f"ad{EVIL.replace('/', '')}"
-    make_adapter(adapter, made / "base")
-    plan = plan_merge(adapter, made / "base")
-    part = merge_part(plan, folder / "parts", (1, 1))
-    result = finish_merge(plan, folder / "parts")
-    found = [load_adapter(adapter), plan, part, result, inspect(adapter), verify(folder / "parts", level="weights")]
-    return [*found, convert(adapter, folder / "lora", to="lora"), fossil_export.plan_onnx(adapter)]
-
-
-def test_plans_and_results_are_a_line_and_a_harmless_table(made: Path, tmp_path: Path) -> None:
-    for one in shown(made, tmp_path):
-        assert repr(one) == str(one) and len(repr(one)) < 1000 and repr(one).isprintable(), repr(one)
-        assert repr(one).startswith(f"<{type(one).__name__} ")
-        cells = Cells(one._repr_html_())
-        assert not cells.open and set(cells.tags) <= {"div", "table", "caption", "tbody", "tr", "th", "td", "ul", "li"}
-        assert "\x1b" not in one._repr_html_() and len(one._repr_html_()) < 10_000
-        assert "color:#" not in one._repr_html_() and "background" not in one._repr_html_()  # light and dark alike
-    names = [type(one).__name__ for one in shown(made, tmp_path / "more")]
-    assert len(names) == len(set(names)) == 8
-
-
-@pytest.mark.parametrize(
-    "name", [name for name in NAMES if name.endswith(("Plan", "Result")) or name in ("Adapter", "Verification")]
-)
-def test_every_result_has_both(name: str) -> None:
-    kind = getattr(fossil_export, name)
-    assert "_repr_html_" in vars(kind) and "__repr__" in vars(kind) and kind.__repr__.__module__.startswith("fossil")
-
-
-def test_thousands_of_problems_are_still_short(made: Path, tmp_path: Path) -> None:
-    tensors = weights(made / "adapter")
-    for values in tensors.values():
-        values.view(-1)[0] = float("nan")
-    make_adapter(tmp_path / "adapter", made / "base")
-    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
-    found = inspect(tmp_path / "adapter")
-    assert len(found.problems) == 14 and len(repr(found)) < 900
-    assert found._repr_html_().count("<li") == 9 and "and 6 more" in found._repr_html_()
-    assert len(table("x" * 10**6, [("a", "b" * 10**6)], ["c" * 10**6] * 10**5)) < 5000
-
-
-def test_an_adapter_of_whole_tensors_alone_can_be_shown(made: Path, tmp_path: Path) -> None:
-    adapter = load_adapter(made / "adapter")
-    object.__setattr__(adapter, "trained", {})
-    assert repr(adapter).startswith("<Adapter ") and "modules" in adapter._repr_html_()
-
-
-def told_by(call: Any) -> list[Progress]:
-    told: list[Progress] = []
-    call(told.append)
-    return told
-
-
-@pytest.mark.parametrize("every", [True, False])
-def test_each_step_begins_and_ends_and_never_goes_back(
-    every: bool, made: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    if every:
-        request.getfixturevalue("every_slab")
-    calls: dict[str, Any] = {
-        "merging": lambda progress: merge(made / "adapter", tmp_path / "out", progress=progress),
-        "reading for SHA-256": lambda progress: finish_merge(
-            plan_merge(made / "adapter"), tmp_path / "parts", hash=True, progress=progress
-        ),
-        "comparing": lambda progress: verify(made / "merged", level="weights", progress=progress),
-        "measuring the updates": lambda progress: inspect(made / "adapter", progress=progress),
-        "writing": lambda progress: convert(made / "adapter", tmp_path / "lora", to="lora", progress=progress),
-        "planning": lambda progress: plan_merge(made / "adapter", progress=progress),
-    }
-    merge_part(plan_merge(made / "adapter"), tmp_path / "parts", (1, 1))
-    for step, call in calls.items():
-        found = [one for one in told_by(call) if one.step == step and one.total is not None]
-        assert found[0].done == 0 and found[-1].done == found[-1].total and found[-1].fraction == 1.0, step
-        assert [one.done for one in found] == sorted(one.done for one in found)
-        assert len({(one.total, one.unit) for one in found}) == 1
-
-
-@pytest.mark.usefixtures("every_slab")
-def test_a_function_is_called_by_one_thread_at_a_time(made: Path, tmp_path: Path) -> None:
-    inside, threads, most = [0], set(), [0]
-
-    def tell(now: Progress) -> None:
-        inside[0] += 1
-        threads.add(threading.get_ident())
-        most[0] = max(most[0], inside[0])
-        threading.Event().wait(0.002)
-        inside[0] -= 1
-
-    merge(made / "adapter", tmp_path / "out", progress=tell)
-    assert most == [1] and len(threads) > 1
-
-
-@pytest.mark.parametrize("problem", [OSError("mine"), ValueError("mine"), KeyboardInterrupt(), StopIteration("mine")])
-@pytest.mark.usefixtures("every_slab")
-def test_what_the_function_raises_comes_out_and_nothing_is_left(
-    problem: BaseException, made: Path, tmp_path: Path
-) -> None:
-    """An OSError, too, which is no fault of the disk's."""
-
-    def tell(now: Progress) -> None:
-        if now.done and now.unit == "B":
-            raise problem
-
-    for call in (
-        lambda: merge(made / "adapter", tmp_path / "out", progress=tell),
-        lambda: verify(made / "merged", level="weights", progress=tell),
-    ):
-        with pytest.raises(type(problem)) as caught:
-            call()
-        assert caught.value is problem
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_path_with_a_zero_character_is_refused_by_name(made: Path) -> None:
     for call in (
         lambda: merge(made / "adapter", "a\0b"),
@@ -312,72 +150,6 @@ def test_a_path_with_a_zero_character_is_refused_by_name(made: Path) -> None:
     ):
         with pytest.raises(FossilExportError, match=r"^'a\\x00b': is no usable path"):
             call()
-
-
-def test_a_call_within_the_function_is_another_call(made: Path, tmp_path: Path) -> None:
-    steps: list[str] = []
-
-    def tell(now: Progress) -> None:
-        steps.append(now.step)
-        if len(steps) < 50:
-            plan_merge(made / "adapter")
-
-    merge(made / "adapter", tmp_path / "out", progress=tell)
-    assert len(steps) < 50
-
-
-def test_a_call_without_progress_is_silent(
-    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
-) -> None:
-    merge(made / "adapter", tmp_path / "out")
-    assert capsys.readouterr() == ("", "")
-    merge(made / "adapter", tmp_path / "other", progress=True)
-    said = capsys.readouterr()
-    assert said.out == "" and "merging: 100%" in said.err and "B/s" in said.err
-    assert not [one for one in recwarn if "tqdm" in str(one.category).lower()]
-
-
-def test_a_note_is_a_line_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", written := io.StringIO())
-    with _progress.showing(True):
-        step = _progress.begin("merging", 10, "B")
-        _progress.note("a worker is \x1b gone")
-        step(10)
-    assert "a worker is \\x1b gone\n" in written.getvalue() and "merging: 100%" in written.getvalue()
-
-
-def test_a_thread_tells_what_happened_to_the_call_that_it_works_for_and_no_other() -> None:
-    told: list[Progress] = []
-    with _progress.showing(told.append):
-        _progress.begin("fetching", 10, "B")
-        for run in (in_context(_progress.note), _progress.note):  # the second one is of some other call
-            thread = threading.Thread(target=run, args=(f"note {len(told)}",))
-            thread.start()
-            thread.join()
-    assert told[1:] == [Progress("fetching", 0, 10, "B", "note 1")]
-    _progress.note("nobody is told")
-
-
-def test_headers_and_downloads_from_the_hub_tell_their_own_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = HubFolder("ada/base", "0" * 40, {})
-    monkeypatch.setattr(folder, "_header", _progress.note)
-    told: list[Progress] = []
-    with _progress.showing(told.append), ThreadPoolExecutor(2) as pool:
-        folder.headers(["a header"])
-        interruptible(lambda: _progress.note("a download"))
-        list(in_order(pool, [lambda: _progress.note("a block")], ahead=1))
-    assert [one.note for one in told] == ["a header", "a download", "a block"]
-
-
-def test_a_fetch_from_the_hub_is_a_step(hosted: LoopbackHub, tmp_path: Path) -> None:
-    told = told_by(lambda progress: merge("ada/adapter", tmp_path / "out", progress=progress))
-    fetched = [one for one in told if one.step.startswith("fetching ") and one.unit == "B"]
-    assert any("model-0" in one.step for one in fetched)
-    for step in {one.step for one in fetched}:
-        last = [one for one in fetched if one.step == step][-1]
-        assert last.done == last.total, last
-    steps = progress_tools.steps_of(told)
-    assert steps.index("planning") < max(map(steps.index, {one.step for one in fetched})) < steps.index("merging")
 
 
 def test_the_notebook_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,9 +161,3 @@ def test_the_notebook_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     for cell in code:
         exec("".join(cell["source"]), scope)
     assert scope["found"].parity and len(scope["result"].survival) == 4
-
-
-def test_edited_config_is_shown_in_the_plan(made: Path, tmp_path: Path) -> None:
-    make_adapter(tmp_path / "adapter", made / "base")
-    edit_json(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=str(made / "base"))
-    assert "dtype = bfloat16" in plan_merge(tmp_path / "adapter", dtype="bfloat16")._repr_html_()
