@@ -112,6 +112,7 @@ def test_kinds_of_existing_cards(existing: str) -> None:
         ("---\ndate: 2024-99-99\n---\n", 2, "month"),
         ("---\n" + "a: [1]\n" * 50_001 + "---\n", 2, "more than 50,000 lines"),
         ("---\na: [" + "1," * 50_001 + "1]\n---\n", 2, "more than 50,000 lines"),
+        ("---\nlicense: mit\nsteps: 1" + ":59" * 3000 + "\n---\n", 2, "a number of more than"),
         ("---\nlicense: mit\n# Mine\n", 1, "not closed"),
         (f"---\na: b\n---\n# Mine\n{BEGIN}\ntext\n", 5, "once"),
         (f"# Mine\n{END}\n{BEGIN}\n", 2, "once"),

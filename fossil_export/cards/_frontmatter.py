@@ -22,6 +22,8 @@ _MARKER = re.compile(rf"^(?:{BEGIN}|{END})[ \t]*\r?$", re.MULTILINE)
 _NOTED = re.compile(rf"^{NOTE} (.*) -->[ \t]*\r?$", re.MULTILINE)
 _COMMENT = re.compile("<!--.*?-->")
 _MOST = 100_000
+_BITS = 14_000
+# Python prints no number of more than 4,300 digits.
 _LINES, _LONGEST = 50_000, 4_000_000
 # The longest cards have the results of thousands of benchmarks.
 
@@ -138,3 +140,9 @@ def _check_size(data: Any) -> None:
     """Raise ValueError for metadata whose aliases stand for more than any card has."""
     if is_large(data, _MOST):
         raise ValueError(f"more than {_MOST:,} values")
+    left = [data]
+    while left:
+        one = left.pop()
+        if isinstance(one, int) and one.bit_length() > _BITS:  # written to the base of sixty, as in 9:59:59…
+            raise ValueError(f"a number of more than {_BITS:,} bits")
+        left += [*one, *one.values()] if isinstance(one, dict) else one if isinstance(one, list) else ()
