@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from functools import wraps
 from inspect import signature
 from numbers import Integral, Real
@@ -24,6 +24,11 @@ def _path(value: Any) -> Any:
     """A path as str or Path; any other os.PathLike becomes a Path. Raises FossilExportError for what none can be."""
     if isinstance(value, (str, os.PathLike)) and "\0" in str(value):
         raise FossilExportError(f"{str(value)!a}: is no usable path: it holds a zero character")
+    if isinstance(value, str):
+        try:
+            os.fsencode(value)
+        except UnicodeEncodeError as problem:
+            raise FossilExportError(f"{value!a}: is no usable path: {problem}") from problem
     if isinstance(value, (str, Path)):
         return value
     if isinstance(value, os.PathLike) and isinstance(found := os.fspath(value), str):
@@ -37,7 +42,29 @@ def _adapter(value: Any) -> Any:
     """The same of each path in it; what else is there is for the one who opens it to tell."""
     if isinstance(value, (list, tuple)):
         return type(value)(map(_adapter, value)) if type(value) in (list, tuple) else value
+    _several(value)
     return _path(value) if isinstance(value, os.PathLike) else value
+
+
+def _several(value: Any) -> None:
+    """Raise TypeError for an array without axes, which has all that several values have but the values."""
+    if getattr(value, "shape", None) == ():
+        raise TypeError
+
+
+def _weights(value: Any) -> Any:
+    _several(value)
+    # Those would pass for numbers: letters of bytes, the keys of a dict; and a set has no order.
+    if isinstance(value, (str, bytes, bytearray, Mapping, Set)) or not isinstance(value, Iterable):
+        raise TypeError
+    return value
+
+
+def _part(value: Any) -> Any:
+    _several(value)
+    if not isinstance(value, Collection):
+        raise TypeError
+    return value
 
 
 def _bool(value: Any) -> Any:
@@ -87,11 +114,11 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
         "address", "commit_message", "into", "level", "mode", "repo_id", "revision", "runtime",
         "to",
     ),
-    **_kind(_of(Real), "a number", "energy", "min_survival"),
+    **_kind(_of(Real), "a number", "energy", "min_survival", "started"),
     **_kind(_of(Integral), "an int", "cpus", "rank"),
     **_kind(_of(Integral, str), "bytes as an int, or a str such as '5GB'", "max_disk", "max_shard_size"),
-    **_kind(_of(Iterable), "a list of numbers", "weights"),
-    **_kind(_of(Collection), "two numbers such as (3, 16), or names of files", "part"),
+    **_kind(_weights, "a list of numbers", "weights"),
+    **_kind(_part, "two numbers such as (3, 16), or names of files", "part"),
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,29 @@ def test_a_value_head_beside_the_adapter_is_not_lost_in_silence(scene: Path, tmp
             load_adapter(folder)
         (folder / name).unlink()
     assert load_adapter(folder).trained
+
+
+@pytest.mark.parametrize("packed", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_a_small_archive_that_unpacks_to_more_than_memory_is_refused(packed: int, scene: Path, tmp_path: Path) -> None:
+    folder = rewritten(scene, tmp_path / "bomb", lambda name: name)
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w", packed) as archive:
+        archive.writestr("archive/data.pkl", bytes(5 << 20))
+    with pytest.raises(AdapterError, match=r"pytorch_model\.bin: cannot be read \(archive/data\.pkl is not packed"):
+        load_adapter(folder)
+
+
+def test_a_packed_archive_is_looked_into_and_a_damaged_one_is_refused(scene: Path, tmp_path: Path) -> None:
+    folder = rewritten(scene, tmp_path / "packed", lambda name: name)
+    path = folder / "pytorch_model.bin"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"v_head.summary.weight" + bytes(9000))
+    with pytest.raises(AdapterError, match="holds a value head"):
+        load_adapter(folder)
+    content = bytearray(path.read_bytes())
+    content[46:50] = b"\xff" * 4  # the beginning of the packed bytes, after a header of 30 and the name
+    path.write_bytes(content)
+    with pytest.raises(AdapterError, match=r"pytorch_model\.bin: cannot be read \(Error -3 while decompressing"):
+        load_adapter(folder)
 
 
 def test_a_run_of_checkpoints_names_the_newest(scene: Path, tmp_path: Path) -> None:

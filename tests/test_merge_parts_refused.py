@@ -26,6 +26,7 @@ def test_what_is_missing_is_named(own: Path) -> None:
     command = [own / "qv", "-o", own / "merged"]
     none = run(*command, "--finish", code=1).stderr
     assert "merged: no part is finished yet; run all parts (--part 1/N … N/N), then finish" in none
+    assert not list(own.glob(".merged*"))
     plan = plan_merge(own / "qv")
     parts = division(plan, 4)
     for number in (1, 3):

@@ -55,12 +55,15 @@ def test_a_push_does_what_its_plan_says(kind: str, hosted: LoopbackHub, models: 
 def test_the_plan_as_data(hosted: LoopbackHub, models: Path, tmp_path: Path) -> None:
     folder = made("merged", hosted, models, tmp_path / "out")
     litter(folder)
-    (folder / "README.md").write_text("---\nlicense: mit\nreleased: 2026-01-31\n---\n\nMine.\n")
+    (folder / "README.md").write_text(
+        "---\nlicense: mit\nreleased: 2026-01-31\nlimit: .inf\n2026-02-01: [.nan]\n---\n\nMine.\n"
+    )
     plan = plan_push(folder, "ada/new", revision="v2", commit_message="Second")
     assert repr(plan).startswith("<PushPlan of ") and "\n" not in repr(plan) and len(repr(plan)) < 400
     found = json.loads(cli("push", folder, "ada/new", "--revision", "v2", "--dry-run", "--json").stdout)
     assert found == json.loads(json.dumps(plan.to_dict())) | {"title": "Upload merged model with fossil-export"}
     assert {"file": "config.json", "bytes": (folder / "config.json").stat().st_size} in found["files"]
+    assert (found["card"]["limit"], found["card"]["2026-02-01"]) == ("inf", ["nan"])
     assert found["card"]["license"] == "mit" and found["card"]["base_model"] == "ada/base"
     assert "notes.txt" in found["left_behind"] and plan.title == "Second"
     table = cli("push", folder, "ada/new", "--dry-run").stdout

@@ -143,6 +143,14 @@ def test_names_say_that_it_was_quantized(name: str, kind: str | None, adapter: P
     assert sign.kind == kind and not sign.is_certain and name in sign.where
 
 
+def test_settings_of_aliases_that_stand_for_more_than_memory_are_passed_over(adapter: Path) -> None:
+    aliases = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
+    more = "bnb_config_kwargs: {bnb_4bit_compute_dtype: *a11, llm_int8_skip_modules: *a11}"
+    text = axolotl("load_in_4bit: true", "adapter: qlora", "a0: &a0 [x]", *aliases, more)
+    (adapter / "README.md").write_text(text)
+    assert quantized_training(load_adapter(adapter)) is None
+
+
 def test_signs_that_contradict_each_other_are_refused_with_both(adapter: Path) -> None:
     (adapter / "README.md").write_text(card(settings()))
     (adapter / "args.json").write_text(json.dumps(SWIFT | {"bnb_4bit_use_double_quant": False}))

@@ -89,6 +89,15 @@ def test_unread_companion_is_blamed_and_not_the_output(tmp_path: Path) -> None:
     assert failed("/out", inside, Path("/.out.partial-1")).startswith("/out: writing failed: No space left")
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="nothing here opens and cannot be read")
+def test_unread_base_is_blamed_and_not_the_output() -> None:
+    from fossil_export.merging._digest import _looked_at
+
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        _looked_at(Path("/proc/self/mem"))
+    assert caught.value.filename == "/proc/self/mem"
+
+
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO])
 def test_folder_that_cannot_be_synced(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some file systems sync no folders, which is no failure; one that fails is told, and the result stays."""

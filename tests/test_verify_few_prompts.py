@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ from click.testing import CliRunner
 
 from fossil_export import verify
 from fossil_export.cli import main
+from fossil_export.errors import FossilExportError
 from fossil_export.verifying import _forward
 from fossil_export.verifying._forward import ForwardCheck, Subject, check_forward
-from fossil_export.verifying._prompts import PROMPTS
+from fossil_export.verifying._prompts import PROMPTS, read_prompts
 
 bf16 = verify_tools.bf16
 
@@ -123,3 +126,18 @@ def test_the_result_says_what_was_asked(bf16: Path, tmp_path: Path) -> None:
     forward = verify(bf16, level="forward", prompts=tmp_path / "prompts.txt").to_dict()["forward"]
     assert (forward["prompts"], forward["added_prompts"]) == (17, 16)
     assert forward["same_continuations"] == [1, 1]  # of what was asked
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="the system has no /dev/zero")
+def test_prompts_without_an_end_are_refused() -> None:
+    with pytest.raises(FossilExportError, match=r"^/dev/zero: has more than 100,000,000 bytes, too many for prompts; "):
+        read_prompts("/dev/zero")
+
+
+def test_prompts_come_through_a_pipe(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("one\n\ntwo\r\n",))
+    writer.start()
+    assert read_prompts(pipe) == ("one", "two")
+    writer.join()

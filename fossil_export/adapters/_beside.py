@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -116,10 +117,20 @@ def _has_value_head(home: Folder) -> bool:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:
-                pickles = [entry for entry in file.namelist() if entry.endswith("data.pkl")]
-                return any(b"v_head." in file.read(entry) for entry in pickles)
+                return any(b"v_head." in _pickle(file, entry) for entry in file.infolist())
         return b"v_head." in path.read_bytes()
-    except (OSError, zipfile.BadZipFile, RuntimeError) as problem:
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as problem:
         raise AdapterError(
             f"{path}: cannot be read ({problem}); fetch it again, or move it out of the folder"
         ) from problem
+
+
+def _pickle(file: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    """The entry of names and shapes, b"" for another one. A small archive may unpack to more than there is memory: all
+    that PyTorch's own reader unpacks does so piece by piece."""
+    if not entry.filename.endswith("data.pkl"):
+        return b""
+    if entry.file_size > _SMALL or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise zipfile.BadZipFile(f"{entry.filename} is not packed as PyTorch does")
+    with file.open(entry) as unpacked:
+        return unpacked.read(_SMALL)

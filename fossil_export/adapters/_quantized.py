@@ -27,7 +27,7 @@ from fossil_export._answers import FOUR_BITS
 from fossil_export._spellings import dtype_named
 from fossil_export.adapters._adapter import Adapter
 from fossil_export.checkpoints._companions import CARD
-from fossil_export.checkpoints._jsonfile import read_json
+from fossil_export.checkpoints._jsonfile import is_large, read_json
 from fossil_export.errors import AdapterError, FossilExportError
 
 _NAMES = re.compile(r"(?i)(?<![a-z0-9])(bnb|[48]-?bits?|int[48]|nf4|fp[48]|mxfp4|nvfp4|gptq|awq|hqq|aqlm)(?![a-z0-9])")
@@ -249,7 +249,8 @@ def _yaml(text: str) -> Mapping[str, Any]:
         found = yaml.safe_load(text)
     except Exception:  # for values with a wrong tag it raises whatever comes up
         return {}
-    return found if isinstance(found, dict) else {}
+    # A few kilobytes of aliases to aliases stand for more than there is memory.
+    return found if isinstance(found, dict) and not is_large(found, _LONGEST) else {}
 
 
 def _true(value: Any) -> bool:

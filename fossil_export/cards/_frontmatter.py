@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fossil_export.checkpoints._jsonfile import is_large
 from fossil_export.errors import FossilExportError
 
 BEGIN, END = "<!-- fossil-export: begin -->", "<!-- fossil-export: end -->"
@@ -21,6 +22,11 @@ _MARKER = re.compile(rf"^(?:{BEGIN}|{END})[ \t]*\r?$", re.MULTILINE)
 _NOTED = re.compile(rf"^{NOTE} (.*) -->[ \t]*\r?$", re.MULTILINE)
 _COMMENT = re.compile("<!--.*?-->")
 _MOST = 100_000
+_BITS = 14_000
+# Python prints no number of more than 4,300 digits.
+_LINES, _LONGEST = 50_000, 4_000_000
+# The longest cards have the results of thousands of benchmarks.
+
 _FILLED = re.compile(
     r"|# Model Card for .*|- \*\*[^*]+:\*\* \[More Information Needed\]|## Training procedure|### Framework versions"
     r"|- PEFT [\w.+]+"
@@ -43,6 +49,8 @@ def read_card(existing: str | None) -> tuple[str, str, dict[str, Any]]:
     first = given[: match.start(1)].count("\n") + 1 if match else 1
     remedy = "correct the metadata between the two lines of ---"
     try:
+        if len(block) > _LONGEST or block.count("\n") + block.count(",") > _LINES:  # which takes PyYAML minutes
+            raise ValueError(f"more than {_LINES:,} lines or {_LONGEST:,} characters of metadata")
         data = yaml.safe_load(block)
         _check_size(data)
     except (yaml.YAMLError, ValueError, RecursionError) as problem:
@@ -130,10 +138,11 @@ def is_template(text: str) -> bool:
 
 def _check_size(data: Any) -> None:
     """Raise ValueError for metadata whose aliases stand for more than any card has."""
-    left, count = [data], 0
+    if is_large(data, _MOST):
+        raise ValueError(f"more than {_MOST:,} values")
+    left = [data]
     while left:
         one = left.pop()
-        count += 1
-        if count > _MOST:
-            raise ValueError(f"more than {_MOST:,} values")
-        left += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+        if isinstance(one, int) and one.bit_length() > _BITS:  # written to the base of sixty, as in 9:59:59…
+            raise ValueError(f"a number of more than {_BITS:,} bits")
+        left += [*one, *one.values()] if isinstance(one, dict) else one if isinstance(one, list) else ()

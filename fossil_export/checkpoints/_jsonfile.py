@@ -79,6 +79,16 @@ def load_json(text: bytes, pairs: Callable[[Pairs], Any] | None = None, at_most:
     return json.loads(text.decode(), object_pairs_hook=pairs)
 
 
+def is_large(value: Any, most: int) -> bool:
+    """Whether there are more than `most` values in `value`; of YAML, aliases count each time."""
+    left, count = [value], 0
+    while left and count <= most:
+        one = left.pop()
+        count += 1
+        left += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+    return count > most
+
+
 def write_json(value: dict[str, Any]) -> bytes:
     """`value` as transformers writes its configs: two spaces of indent, a newline at the end."""
     return (dumped(value, indent=2) + "\n").encode()

@@ -27,7 +27,7 @@ from fossil_export.errors import (
 )
 from fossil_export.merging._planning import find_base
 from fossil_export.methods import ROWS
-from fossil_export.storage import fetch, is_path
+from fossil_export.storage import fetch, is_path, resolve
 from fossil_export.writing._place import local_output
 from fossil_export.writing._single_file import staged_file
 from fossil_export.writing._staging import check_destination, staged_folder
@@ -199,7 +199,8 @@ def convert(
     found = _base(adapter, converter, base, base_config)
     options = replace(found, graph=graph, rank=rank, energy=energy, outtype=outtype or found.outtype)
     fetch(adapter.needed)
-    beside = stamps_of([*adapter.tokenizer().values(), *([Path(base_config)] if base_config is not None else [])])
+    described = [] if base_config is None else [resolve(base_config, CheckpointError, "base config")]
+    beside = stamps_of([*adapter.tokenizer().values(), *described])
 
     def check() -> None:
         adapter.check()

@@ -17,6 +17,7 @@ from fossil_export.checkpoints._folder import Folder
 from fossil_export.checkpoints._header import TensorInfo
 from fossil_export.checkpoints._source import ReadInPlace
 from fossil_export.checkpoints.layouts import Matrix
+from fossil_export.errors import naming
 from fossil_export.merging._layout import TensorPlan
 from fossil_export.merging._plan import MergePlan
 from fossil_export.version import __version__
@@ -123,7 +124,7 @@ def _looked_at(path: Path) -> str:
     model's file has the same name, size, header and time."""
     size = path.stat().st_size
     total = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
+    with naming(path), path.open("rb", buffering=0) as file:
         for number in range(_SAMPLES):
             file.seek(max(0, size - _SAMPLE) * (number + 1) // _SAMPLES)
             total.update(file.read(_SAMPLE))

@@ -10,7 +10,7 @@ from typing import Any
 
 from fossil_export._progress import Shown, begin, reporting
 from fossil_export._shown import line, readable_bytes, table
-from fossil_export.errors import MergeError, listed
+from fossil_export.errors import MergeError, OutputError, failed, listed
 from fossil_export.merging._assembling import beside, by_name, merging, prepare, results_in, write_files
 from fossil_export.merging._layout import FilePlan
 from fossil_export.merging._merge import MergeResult, conclude, peak_memory, result_of
@@ -252,6 +252,12 @@ def finish_merge(
     started = time.perf_counter()
     ready = prepare(plan, output, device, overwrite, whole=False)
     plan, place = ready.plan, ready.place
+    try:
+        is_begun = place.is_begun()
+    except OSError as problem:
+        raise OutputError(failed(place.name, problem, Path(place.name))) from problem
+    if not is_begun:  # an end that comes too early begins nothing, which would stay
+        raise MergeError(f"{place.name}: {_missing(plan, (), {})}")
     with place.assemble(ready.digest.digest, ready.digest.about, overwrite=overwrite, shared=True) as assembly:
         try:
             done = results_in(plan, assembly)
@@ -276,6 +282,6 @@ def _missing(plan: MergePlan, done: Collection[str], notes: Mapping[str, Mapping
     what = f"{listed(left)} of {len(plan.files)} files {'is' if len(left) == 1 else 'are'} missing"
     if len(counts) != 1 or not (count := counts.pop()).isdecimal():
         return f"{what}; run the parts that have them, then finish"
-    parts = division(plan, min(int(count), len(plan.files)))
+    parts = division(plan, max(1, min(int(count), len(plan.files))))
     wanted = [f"{number}/{count}" for number, files in enumerate(parts, 1) if {one.name for one in files} & {*left}]
     return f"{what}; run --part {listed(wanted, 20)}, then finish"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -126,10 +126,20 @@ class PushPlan:
             "left_behind": list(self.left_behind),
             "exists": self.exists,
             "removed": list(self.removed),
-            "card": json.loads(json.dumps(dict(self.card), default=str)),  # YAML knows dates
+            "card": _plain(self.card),
             "warnings": list(self.warnings),
             "unchecked": list(self.unchecked),
         }
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for as text: YAML knows dates, and numbers that are none."""
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str) else str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    known = value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+    return value if known else str(value)
 
 
 @reporting

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fossil_export.checkpoints._jsonfile import MAX_BYTES
 from fossil_export.errors import FossilExportError, unreadable
 
 PROMPTS = (
@@ -29,9 +30,14 @@ PROMPTS = (
 def read_prompts(path: str | Path) -> tuple[str, ...]:
     """One prompt a line, blank lines passed over. Raises FossilExportError for a file without any."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        with Path(path).open("rb") as file:  # a pipe, too, which has no size and may have no end
+            content = file.read(MAX_BYTES + 1)
     except OSError as problem:
         raise FossilExportError(unreadable(path, problem)) from problem
+    if len(content) > MAX_BYTES:
+        raise FossilExportError(f"{path}: has more than {MAX_BYTES:,} bytes, too many for prompts; name a text file")
+    try:
+        lines = content.decode("utf-8").splitlines()
     except UnicodeDecodeError as problem:
         raise FossilExportError(f"{path}: cannot be read as UTF-8 text: {problem}; save it as UTF-8") from problem
     prompts = tuple(line for line in lines if line.strip())

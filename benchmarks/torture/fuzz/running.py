@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import shutil
 import signal
@@ -26,6 +27,8 @@ MEMORY = 1 << 30
 PATIENCE = 30.0  # for the judge
 WAITED = 6
 ENDINGS = ("error: ", "not the trained model: ")
+SPOKEN = re.compile(r"warning: |note: |\[ *\d+\.\d\d s\] ")
+"""What may come before: the last one is how lines of --verbose begin."""
 
 
 def attempts(subjects: list[Subject], options: Options, report: Callable[[Row], None]) -> None:
@@ -110,7 +113,7 @@ def outcome_of(command: list[str], folder: Path, work: Path) -> tuple[str, str]:
     lines = words.splitlines()
     if status == 2:
         return "refused", lines[-1] if lines else ""
-    said = [line for line in lines if not line.startswith(("warning: ", "note: "))]
+    said = [line for line in lines if not SPOKEN.match(line)]
     if status == 0:
         return ("chatter", words[-600:]) if said else ("right", "")
     if not said and command[0] == "inspect":  # its table says why nothing can be merged
