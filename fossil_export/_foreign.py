@@ -73,20 +73,30 @@ def refuse_adapter(folder: Path) -> None:
 def refuse_newer(folder: Path) -> None:
     """Raise CheckpointError for a config of transformers 5 if an older one is here.
 
-    That passes over `rope_parameters`, in which the newer one has the base of the rotary embeddings and their scaling,
-    and takes its defaults for them.
+    That makes another model of it, and says nothing: it passes over `rope_parameters`, in which the newer one has the
+    base of the rotary embeddings and their scaling, over `scale_decoder_outputs` (T5, LongT5), and ties other biases.
     """
     found = version("transformers")
     file = folder / "config.json"
-    if int(found.partition(".")[0]) >= 5 or not file.is_file():
+    if _major(found) >= 5 or not file.is_file():
         return
     config = read_json(file, CheckpointError)
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    if any("rope_parameters" in part and "rope_theta" not in part for part in parts):
+    if (
+        _major(config.get("transformers_version")) >= 5
+        or any("rope_parameters" in part and "rope_theta" not in part for part in parts)
+        or any("scale_decoder_outputs" in part for part in parts)
+    ):
         raise CheckpointError(
-            f"{file}: was written by transformers 5, and transformers {found} would pass over its rope_parameters: "
+            f"{file}: was written by transformers 5, of which transformers {found} may make another model: "
             "pip install 'transformers>=5'"
         )
+
+
+def _major(number: Any) -> int:
+    """The first number of a version, 0 if it is none."""
+    first = str(number).partition(".")[0]
+    return int(first) if first.isdecimal() else 0
 
 
 def needs_code(folder: Path) -> str:
