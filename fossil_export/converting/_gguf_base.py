@@ -144,8 +144,8 @@ def _kind(gguf: Any, base: Base) -> Any:
     found = getattr(gguf.MODEL_ARCH, base.family.arch, None)
     if found is None:
         raise MergeError(
-            f"{base.where}: is of a kind of models ({base.family.arch}) that gguf {version('gguf')}, which is here, does "
-            "not know: pip install --upgrade gguf"
+            f"{base.where}: is of a kind of models ({base.family.arch}) that gguf {version('gguf')}, which is "
+            "here, does not know: pip install --upgrade gguf"
         )
     return found
 
