@@ -7,6 +7,7 @@ tokenizers of this package are opened through here. Only `trusting` lets the fir
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -78,12 +79,12 @@ def refuse_newer(folder: Path) -> None:
     """
     found = version("transformers")
     file = folder / "config.json"
-    if _major(found) >= 5 or not file.is_file():
+    if _numbers(found) >= (5, 0) or not file.is_file():
         return
     config = read_json(file, CheckpointError)
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     if (
-        _major(config.get("transformers_version")) >= 5
+        _numbers(config.get("transformers_version")) >= (5, 0)
         or any("rope_parameters" in part and "rope_theta" not in part for part in parts)
         or any("scale_decoder_outputs" in part for part in parts)
     ):
@@ -93,10 +94,23 @@ def refuse_newer(folder: Path) -> None:
         )
 
 
-def _major(number: Any) -> int:
-    """The first number of a version, 0 if it is none."""
-    first = str(number).partition(".")[0]
-    return int(first) if first.isdecimal() else 0
+def newer_note(folder: Path) -> tuple[str, ...]:
+    """A line if a newer transformers than the one here wrote the config: fields that this does not know it passes
+    over."""
+    file, found = folder / "config.json", version("transformers")
+    written = read_json(file, CheckpointError).get("transformers_version") if file.is_file() else None
+    if _numbers(written) <= _numbers(found):
+        return ()
+    return (
+        f"{file}: was written by transformers {written}, and transformers {found}, which ran the models, may pass over "
+        "a field of it; if the version matters, pip install --upgrade transformers and verify again",
+    )
+
+
+def _numbers(written: Any) -> tuple[int, int]:
+    """The first two numbers of a version; zeros if it is none."""
+    found = re.match(r"(\d{1,9})\.(\d{1,9})", str(written))
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def needs_code(folder: Path) -> str:

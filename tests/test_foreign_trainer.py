@@ -86,6 +86,15 @@ def test_a_config_of_a_newer_transformers_is_read_by_no_older_one(
     read_config(base)
 
 
+def test_a_config_of_a_somewhat_newer_transformers_is_told(models: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(models / "base", tmp_path / "base")
+    assert not forward(base, models / "adapter", tmp_path / "merged").warnings
+    edit_json(base / "config.json", transformers_version="5.2000.0.dev0")
+    found = forward(base, models / "adapter", tmp_path / "again")
+    assert found.parity and len(found.warnings) == 1
+    assert "transformers 5.2000.0.dev0" in found.warnings[0] and "pip install --upgrade" in found.warnings[0]
+
+
 class Older(LoraConfig):
     """The config of a PEFT that passes over KaSA, as 0.18 does."""
 
