@@ -83,15 +83,15 @@ def refuse_newer(folder: Path) -> None:
         return
     config = read_json(file, CheckpointError)
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    if (
-        _numbers(config.get("transformers_version")) >= (5, 0)
-        or any("rope_parameters" in part and "rope_theta" not in part for part in parts)
-        or any("scale_decoder_outputs" in part for part in parts)
-    ):
-        raise CheckpointError(
-            f"{file}: was written by transformers 5, of which transformers {found} may make another model: "
-            "pip install 'transformers>=5'"
-        )
+    if any("rope_parameters" in part and "rope_theta" not in part for part in parts):
+        what = "would pass over its rope_parameters"
+    elif _numbers(config.get("transformers_version")) >= (5, 0) or any("scale_decoder_outputs" in one for one in parts):
+        what = "may make another model of it"
+    else:
+        return
+    raise CheckpointError(
+        f"{file}: was written by transformers 5, and transformers {found} {what}: pip install 'transformers>=5'"
+    )
 
 
 def newer_note(folder: Path) -> tuple[str, ...]:
