@@ -19,7 +19,7 @@ from fossil_export.onnx.graph._file import load_graph
 from fossil_export.writing._scratch import scratch_folder
 
 FLOOR = (0, 14)
-"""The first GenAI that reads the base of the rotary embeddings (`rope_theta`) from where transformers 5 has it."""
+"""The first version of GenAI that reads `rope_theta` where transformers 5 has it."""
 
 
 def build(model: Path, output: Path, precision: str, device: str) -> Path:
