@@ -7,6 +7,7 @@ tokenizers of this package are opened through here. Only `trusting` lets the fir
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -73,20 +74,43 @@ def refuse_adapter(folder: Path) -> None:
 def refuse_newer(folder: Path) -> None:
     """Raise CheckpointError for a config of transformers 5 if an older one is here.
 
-    That passes over `rope_parameters`, in which the newer one has the base of the rotary embeddings and their scaling,
-    and takes its defaults for them.
+    That makes another model of it, and says nothing: it passes over `rope_parameters`, in which the newer one has the
+    base of the rotary embeddings and their scaling, over `scale_decoder_outputs` (T5, LongT5), and ties other biases.
     """
     found = version("transformers")
     file = folder / "config.json"
-    if int(found.partition(".")[0]) >= 5 or not file.is_file():
+    if _numbers(found) >= (5, 0) or not file.is_file():
         return
     config = read_json(file, CheckpointError)
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     if any("rope_parameters" in part and "rope_theta" not in part for part in parts):
-        raise CheckpointError(
-            f"{file}: was written by transformers 5, and transformers {found} would pass over its rope_parameters: "
-            "pip install 'transformers>=5'"
-        )
+        what = "would pass over its rope_parameters"
+    elif _numbers(config.get("transformers_version")) >= (5, 0) or any("scale_decoder_outputs" in one for one in parts):
+        what = "may make another model of it"
+    else:
+        return
+    raise CheckpointError(
+        f"{file}: was written by transformers 5, and transformers {found} {what}: pip install 'transformers>=5'"
+    )
+
+
+def newer_note(folder: Path) -> tuple[str, ...]:
+    """A line if a newer transformers than the one here wrote the config: fields that this does not know it passes
+    over."""
+    file, found = folder / "config.json", version("transformers")
+    written = read_json(file, CheckpointError).get("transformers_version") if file.is_file() else None
+    if _numbers(written) <= _numbers(found):
+        return ()
+    return (
+        f"{file}: was written by transformers {written}, and transformers {found}, which ran the models, may not know "
+        "all of its fields: pip install --upgrade transformers, and verify again",
+    )
+
+
+def _numbers(written: Any) -> tuple[int, int]:
+    """The first two numbers of a version; zeros if it is none."""
+    found = re.match(r"(\d{1,9})\.(\d{1,9})", str(written))
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def needs_code(folder: Path) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from conftest import edit_json, make_adapter, make_base
-from peft import LoraConfig
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, HiraConfig, KasaConfig, LoraConfig
 from safetensors.torch import load_file
 
 from fossil_export import FossilExportError, export_onnx, merge, verify
@@ -62,6 +62,68 @@ def test_fields_of_the_training(adapter: Path, models: Path, tmp_path: Path, mon
     (adapter / "planted.bin").write_bytes(b"no pickle")
     assert forward(models / "base", adapter, tmp_path / "merged").parity
     assert not (tmp_path / "ran").exists()
+
+
+NEWER: dict[str, dict[str, Any]] = {
+    "its version": {"transformers_version": "5.3.0", "scale_decoder_outputs": ..., "rope_parameters": ...},
+    "rotary embeddings": {"transformers_version": ..., "rope_parameters": {"rope_theta": 5e5}, "rope_theta": ...},
+    "rotary embeddings of a part": {"transformers_version": ..., "text_config": {"rope_parameters": {}}},
+    "T5 without scaling": {"transformers_version": ..., "scale_decoder_outputs": False},
+}
+
+
+@pytest.mark.parametrize("written", NEWER)
+def test_a_config_of_a_newer_transformers_is_read_by_no_older_one(
+    written: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers 4 makes another model of it, in silence, by which a right artifact and a wrong one are judged."""
+    base = shutil.copytree(models / "base", tmp_path / "base")
+    edit_json(base / "config.json", **{"rope_parameters": ..., **NEWER[written]})
+    monkeypatch.setattr("fossil_export._foreign.version", lambda package: "4.57.6")
+    with pytest.raises(FossilExportError, match=r"config\.json: .*4\.57\.6 .*pip install 'transformers>=5'"):
+        read_config(base)
+    edit_json(base / "config.json", **dict.fromkeys([*NEWER[written], "rope_parameters"], ...))
+    read_config(base)
+
+
+def test_a_config_of_a_somewhat_newer_transformers_is_told(models: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(models / "base", tmp_path / "base")
+    assert not forward(base, models / "adapter", tmp_path / "merged").warnings
+    edit_json(base / "config.json", transformers_version="5.2000.0.dev0")
+    found = forward(base, models / "adapter", tmp_path / "again")
+    assert found.parity and len(found.warnings) == 1
+    assert "transformers 5.2000.0.dev0" in found.warnings[0] and "pip install --upgrade" in found.warnings[0]
+
+
+class Older(LoraConfig):
+    """The config of a PEFT that passes over KaSA, as 0.18 does."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]] = {
+        name: field for name, field in LoraConfig.__dataclass_fields__.items() if name != "kasa_config"
+    }
+
+    @classmethod
+    def from_pretrained(cls, *given: Any, **options: Any) -> LoraConfig:
+        config: LoraConfig = LoraConfig.from_pretrained(*given, **options)
+        config.kasa_config = None
+        return config
+
+
+def test_what_an_older_peft_passes_over_is_not_left_to_it(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_adapter(
+        tmp_path / "adapter", models / "base", kind=LoraConfig, kasa_config=KasaConfig(), target_modules=["q_proj"]
+    )
+    monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, "LORA", Older)
+    assert forward(models / "base", tmp_path / "adapter", tmp_path / "merged").parity
+
+
+def test_a_method_of_a_newer_peft_says_so(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_adapter(tmp_path / "adapter", models / "base", kind=HiraConfig, target_modules=["embed_tokens"])
+    monkeypatch.delitem(PEFT_TYPE_TO_CONFIG_MAPPING, "HIRA")
+    with pytest.raises(FossilExportError, match=r"does not know HIRA: pip install --upgrade peft"):
+        forward(models / "base", tmp_path / "adapter", tmp_path / "merged")
 
 
 def pickled(models: Path, folder: Path) -> Path:

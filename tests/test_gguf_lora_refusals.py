@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+import gguf
 import gguf_tools
 import pytest
 import torch
@@ -31,6 +33,12 @@ def test_whole_trained_tensors_are_refused(tmp_path: Path) -> None:
 def test_biases_are_refused(tmp_path: Path) -> None:
     case = make(tmp_path, "qwen2", bias="miss_only", target_modules=["q_proj"])
     refused(r"whole trained tensors \(model.layers.0.self_attn.q_proj.bias", case, tmp_path)
+
+
+def test_a_family_that_an_older_gguf_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    older = {kind.name: kind.value for kind in gguf.MODEL_ARCH if kind.name != "SMOLLM3"}
+    monkeypatch.setattr(gguf, "MODEL_ARCH", IntEnum("MODEL_ARCH", older))
+    refused(r"SMOLLM3.*does not know: pip install --upgrade gguf", make(tmp_path, "smollm3"), tmp_path)
 
 
 @pytest.mark.parametrize("declared", [True, None])

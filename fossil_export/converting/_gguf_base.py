@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +105,7 @@ def names_of(gguf: Any, adapter: Adapter, parts: list[Part], base: Base) -> dict
             f"{base.where}: ties the head to {embeddings[0]}, and llama.cpp would take its LoRA for the head too; "
             "merge the adapter into the base, which parts them, and convert that"
         )
-    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[base.family.arch], count(base, "num_hidden_layers"))
+    known = gguf.get_tensor_name_map(_kind(gguf, base), count(base, "num_hidden_layers"))
     found: dict[str, str] = {}
     for part in parts:
         plain = part.module.rpartition(".")[2] if is_head(part.module) else _TO_LAYERS.sub("model.", part.module, 1)
@@ -134,8 +135,19 @@ def count(base: Base, key: str) -> int:
 
 
 def architecture(gguf: Any, base: Base) -> str:
-    name: str = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[base.family.arch]]
+    name: str = gguf.MODEL_ARCH_NAMES[_kind(gguf, base)]
     return name
+
+
+def _kind(gguf: Any, base: Base) -> Any:
+    """gguf's number of the family. Raises MergeError if gguf is older than it."""
+    found = getattr(gguf.MODEL_ARCH, base.family.arch, None)
+    if found is None:
+        raise MergeError(
+            f"{base.where}: is of a kind of models ({base.family.arch}) that gguf {version('gguf')}, which is "
+            "here, does not know: pip install --upgrade gguf"
+        )
+    return found
 
 
 def interleaved(rows: Array, heads: int) -> Array:

@@ -83,10 +83,10 @@ class TrainedLinear(nn.Module):  # type: ignore[misc]  # torch is not followed b
         return weight
 
 
-def attach(model: nn.Module, added: Sum, dtype: torch.dtype) -> nn.Module:
+def attach(model: nn.Module, added: Sum, dtype: torch.dtype, remedy: str | None = None) -> nn.Module:
     """Put what the adapters trained (as `dtype`) and their saved tensors into `model`, in place.
 
-    Raises MergeError when a module is not found, or is no Linear or Conv1D.
+    Raises MergeError when a module is not found, or is no Linear or Conv1D, which PEFT might run after the `remedy`.
     """
     modules = dict(model.named_modules())
     trained: dict[str, list[tuple[Any, Trained, float]]] = {}
@@ -110,8 +110,9 @@ def attach(model: nn.Module, added: Sum, dtype: torch.dtype) -> nn.Module:
             layer = modules[names[module]]
             if not isinstance(layer, (nn.Linear, Conv1D)):
                 raise MergeError(
-                    f"{adapter.path}: trained {module}, a {type(layer).__name__}, with {one.method}, which "
-                    "cannot be run beside the other adapters here; --level weights checks the merge"
+                    f"{adapter.path}: trained {module}, a {type(layer).__name__}, with {one.method}, which cannot be "
+                    f"run {'' if remedy else 'beside the other adapters '}here; --level weights checks the merge"
+                    + (f"; {remedy}" if remedy else "")
                 )
             device = layer.weight.device
             found = {role: _tensor(array).to(device) for role, array in adapter.arrays(module).items()}

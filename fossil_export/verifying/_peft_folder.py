@@ -17,7 +17,7 @@ from fossil_export.errors import AdapterError
 from fossil_export.writing._scratch import scratch_folder
 
 # Fields that only say how training began or ran; PEFT imports the modules and reads the files that some of them name.
-_TRAINING = {
+TRAINING = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "loftq_config", "lora_ga_config",
     "megatron_config", "megatron_core", "revision", "runtime_config",
 }  # fmt: skip
@@ -30,7 +30,7 @@ def peft_folder(adapter: Adapter) -> Iterator[Path]:
     own, weights = adapter.files[:2]
     config = read_json(own, AdapterError)
     with scratch_folder() as folder:
-        (folder / CONFIG).write_bytes(write_json({key: config[key] for key in config if key not in _TRAINING}))
+        (folder / CONFIG).write_bytes(write_json({key: config[key] for key in config if key not in TRAINING}))
         copy = folder / "adapter_model.safetensors"
         if weights.suffix == ".safetensors":
             copy.symlink_to(weights.absolute())

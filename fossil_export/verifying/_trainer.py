@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from fossil_export._foreign import load_model
 from fossil_export.adapters import Adapter
+from fossil_export.adapters._fields import OTHERS
 from fossil_export.adapters._files import WEIGHTS
 from fossil_export.errors import FossilExportError
 from fossil_export.methods import METHODS, starts_elsewhere
 from fossil_export.verifying._models import TorchRunner, class_and_config, quiet, resize
-from fossil_export.verifying._peft_folder import peft_folder
+from fossil_export.verifying._peft_folder import TRAINING, peft_folder
 from fossil_export.verifying._sum import Sum
 
 
@@ -57,7 +59,7 @@ def open_trainer(
                 raise FossilExportError(
                     f"{added.adapters[0].path}: PEFT cannot load it, and its merge is what int4 is checked by"
                 )
-            model = attach(model, added, wide)
+            model = attach(model, added, wide, _outdated(added))
             if started:
                 _cast(model, "trained", getattr(torch, dtype), wide)
         if change is not None and merged:
@@ -76,7 +78,6 @@ def _is_for_peft(added: Sum, model: Any) -> bool:
     It has no Bone any more and looks only for files of its own names; its MISS knows no Conv1D, has one variant for all
     adapters of a layer, and its bat does not see what other methods put around the same layer.
     """
-    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
     from transformers.pytorch_utils import Conv1D
 
     kinds = _by_type(added)
@@ -84,12 +85,30 @@ def _is_for_peft(added: Sum, model: Any) -> bool:
     methods = {one.method for adapter in added.adapters for one in adapter.trained.values()}
     depends = any(METHODS[method].COMBINES != "sum" for method in methods)
     return (
-        all(one.is_pefts and one.peft_type in PEFT_TYPE_TO_CONFIG_MAPPING for one in added.adapters)
+        all(one.is_pefts and not _unknown(one) for one in added.adapters)
         and all(_is_as_pefts(one) for one in added.adapters)
         and not (variants and any(isinstance(module, Conv1D) for module in model.modules()))
         and len(variants) < 2
         and not (len(kinds) > 1 and depends)
     )
+
+
+def _unknown(adapter: Adapter) -> str:
+    """What this PEFT does not know of an adapter: its type, or a field, which an older one passes over; "" if it knows
+    all."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING.get(adapter.peft_type)
+    if kind is None:
+        return adapter.peft_type
+    known = {*kind.__dataclass_fields__, *OTHERS, *TRAINING, "peft_version"}  # what others write no PEFT knows
+    return next((name for name, value in adapter.config.items() if value and name not in known), "")
+
+
+def _outdated(added: Sum) -> str | None:
+    """What is to be done if a newer PEFT would know more of the adapters; of Bone none does."""
+    found = next((name for one in added.adapters if (name := _unknown(one)) and name != "BONE"), None)
+    return found and f"PEFT {version('peft')}, which is here, does not know {found}: pip install --upgrade peft"
 
 
 def _is_as_pefts(adapter: Adapter) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fossil_export._extras import FORWARD, Need, need, of_base, require
-from fossil_export._foreign import trusting
+from fossil_export._foreign import newer_note, trusting
 from fossil_export._log import log
 from fossil_export._progress import Shown, reporting
 from fossil_export._spellings import device_named
@@ -207,6 +207,7 @@ def _verified(
                 forward = check_forward(subject, plain.location, added, dtype, parameters, texts, device)
                 log.info("ran the models on %s: %.2f s after the start", device, time.perf_counter() - started)
                 problems += subject.problems
+                notes += newer_note(base_checkpoint.location)
                 wrong, note = training.explained(forward.problem)
                 problems += [wrong] if wrong else []
                 notes += [note] if note else []
