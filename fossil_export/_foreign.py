@@ -102,8 +102,8 @@ def newer_note(folder: Path) -> tuple[str, ...]:
     if _numbers(written) <= _numbers(found):
         return ()
     return (
-        f"{file}: was written by transformers {written}, and transformers {found}, which ran the models, may not know "
-        "all of its fields: pip install --upgrade transformers, and verify again",
+        f"{file}: was written by transformers {written}, and transformers {found}, which is here, may not know all of "
+        "its fields: pip install --upgrade transformers, then run this again",
     )
 
 

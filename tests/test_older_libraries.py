@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import QV, edit_json, make_adapter, make_base
 
-from fossil_export import export_onnx, merge, verify
+from fossil_export import export_onnx, merge, plan_onnx, verify
 from fossil_export._foreign import read_config
 from fossil_export.errors import CheckpointError, OnnxError
 
@@ -37,11 +37,12 @@ def test_a_config_that_says_it_in_both_ways_is_read(part: str | None, tmp_path: 
     base = make_base(tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     rope = config.pop("rope_parameters")
+    config["transformers_version"] = "4.57.0"
     own = {"rope_parameters": rope, "rope_theta": rope["rope_theta"]}
     (base / "config.json").write_text(json.dumps(config | (own if part is None else {part: own})))
     assert read_config(base).model_type == "llama"
     edit_json(base / "config.json", other_config={"rope_parameters": rope})
-    with pytest.raises(CheckpointError, match="rope_parameters"):
+    with pytest.raises(CheckpointError, match="was written by transformers 5"):
         read_config(base)
 
 
@@ -53,3 +54,12 @@ def test_a_builder_that_passes_over_the_base_of_the_embeddings(tmp_path: Path, m
     with pytest.raises(OnnxError, match=why):
         export_onnx(tmp_path / "adapter", tmp_path / "graph", runtime="genai")
     assert not (tmp_path / "graph").exists()
+
+
+def test_a_graph_of_a_config_that_is_newer_than_transformers(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    make_adapter(tmp_path / "adapter", base, target_modules=QV)
+    assert not plan_onnx(tmp_path / "adapter", runtime="torch").warnings
+    edit_json(base / "config.json", transformers_version="5.2000.0")
+    (line,) = plan_onnx(tmp_path / "adapter", runtime="torch").warnings
+    assert "written by transformers 5.2000.0" in line and "pip install --upgrade transformers" in line

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fossil_export._extras import Need, need, require
+from fossil_export._extras import Need, has, need, require
+from fossil_export._foreign import newer_note
 from fossil_export._progress import Shown, begin, reporting
 from fossil_export._shown import line, readable_bytes, table
 from fossil_export._spellings import chosen, device_named, expected
@@ -89,7 +90,9 @@ class OnnxPlan:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the user should know."""
-        return self.merge.warnings + tuple(_warnings(self.merge, MODES[self.mode]))
+        folder = self.merge.base.folder
+        newer = newer_note(folder) if folder is not None and self.graph is None and has("transformers") else ()
+        return (*self.merge.warnings, *newer, *_warnings(self.merge, MODES[self.mode]))
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON shows it: the trained modules, and their places if there is a graph to find them in."""
