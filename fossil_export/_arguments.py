@@ -40,9 +40,14 @@ def _path(value: Any) -> Any:
 
 def _adapter(value: Any) -> Any:
     """The same of each path in it; what else is there is for the one who opens it to tell."""
+    if not isinstance(value, (list, tuple)):
+        _several(value)
+    return _paths(value)
+
+
+def _paths(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
-        return type(value)(map(_adapter, value)) if type(value) in (list, tuple) else value
-    _several(value)
+        return type(value)(map(_paths, value)) if type(value) in (list, tuple) else value
     return _path(value) if isinstance(value, os.PathLike) else value
 
 

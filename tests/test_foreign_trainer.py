@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from conftest import edit_json, make_adapter, make_base
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, HiraConfig, KasaConfig, LoraConfig
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, HiraConfig, KasaConfig, LoraConfig, PeftType
 from safetensors.torch import load_file
 
 from fossil_export import FossilExportError, export_onnx, merge, verify
@@ -115,13 +115,13 @@ def test_what_an_older_peft_passes_over_is_not_left_to_it(
     make_adapter(
         tmp_path / "adapter", models / "base", kind=LoraConfig, kasa_config=KasaConfig(), target_modules=["q_proj"]
     )
-    monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, "LORA", Older)
+    monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, PeftType.LORA, Older)
     assert forward(models / "base", tmp_path / "adapter", tmp_path / "merged").parity
 
 
 def test_a_method_of_a_newer_peft_says_so(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_adapter(tmp_path / "adapter", models / "base", kind=HiraConfig, target_modules=["embed_tokens"])
-    monkeypatch.delitem(PEFT_TYPE_TO_CONFIG_MAPPING, "HIRA")
+    monkeypatch.delitem(PEFT_TYPE_TO_CONFIG_MAPPING, PeftType.HIRA)
     with pytest.raises(FossilExportError, match=r"does not know HIRA: pip install --upgrade peft"):
         forward(models / "base", tmp_path / "adapter", tmp_path / "merged")
 

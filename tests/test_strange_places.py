@@ -31,7 +31,7 @@ STRANGE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("name", LONG)
 def test_longest_names_can_be_written(name: str, tmp_path: Path) -> None:
-    with staged_folder(tmp_path / name, 0) as folder:
+    with staged_folder(tmp_path / name, 0, False) as folder:
         (folder / "x").write_text("x")
     with staged_file(tmp_path / name.replace("x", "y").replace("é", "è")) as path:
         path.write_text("x")
@@ -43,22 +43,25 @@ def test_leftovers_of_long_names_are_told_apart(tmp_path: Path) -> None:
     first, second = tmp_path / ("x" * 250 + "a"), tmp_path / ("x" * 250 + "b")
     staging.partial_name(first).mkdir()
     assert len(list(staging.leftovers(first))) == 1 and not list(staging.leftovers(second))
-    with staged_folder(first, 0):
+    with staged_folder(first, 0, False):
         pass
     assert list(tmp_path.iterdir()) == [first]
 
 
 def test_name_too_long_is_told_before_the_work(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="File name too long; choose"), staged_folder(tmp_path / ("x" * 256), 0):
+    with (
+        pytest.raises(OutputError, match="File name too long; choose"),
+        staged_folder(tmp_path / ("x" * 256), 0, False),
+    ):
         pytest.fail("the work began")
 
 
 def test_new_folder_and_back_leaves_nothing_when_it_fails(tmp_path: Path) -> None:
-    with staged_folder(tmp_path / "new" / ".." / "out", 0):
+    with staged_folder(tmp_path / "new" / ".." / "out", 0, False):
         pass
     assert (tmp_path / "out").is_dir()
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError), staged_folder(tmp_path / "other" / ".." / "file" / "out", 0):
+    with pytest.raises(OutputError), staged_folder(tmp_path / "other" / ".." / "file" / "out", 0, False):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "new", "out"]
 
@@ -71,7 +74,7 @@ def test_folder_that_may_not_be_read_takes_a_result(tmp_path: Path, monkeypatch:
             raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(staging, "sync", sync)
-    with staged_folder(tmp_path / "out", 0) as folder:
+    with staged_folder(tmp_path / "out", 0, False) as folder:
         (folder / "x").write_text("x")
     assert (tmp_path / "out" / "x").is_file()
 
